@@ -1,0 +1,280 @@
+"""Data sets to examples, examples to batches.
+
+An example is a pure function of (seed, epoch, index): no worker has state, and a run resumes at any batch. Three
+sources: haystacks generated from a picture pool, `jsonl` rows {image, prefix, suffix} as big_vision and maestro use
+them, and VQAv2 from its official json files beside a COCO folder, or from a parquet copy on the hub.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from checkpoint import read_json
+from errors import UserError
+from haystack import PicturePool, needle_prompt, read_pool
+from processing_paligemma import PaliGemmaProcessor, open_image
+
+
+@dataclass
+class Example:
+    """Pictures, the prompt, the answer to learn, and a name to report; `positive` False: the needle is absent."""
+
+    id: str
+    images: list = field(repr=False)
+    prefix: str
+    suffix: str
+    positive: bool = True
+
+
+# ---- sources
+@dataclass
+class Haystacks:
+    """Generated needle questions. `size` is what counts as one epoch; every epoch has haystacks of its own.
+
+    `negatives` is the share of questions whose caption is nowhere in the picture, `cell` the side of a cell in pixels.
+    """
+
+    pool: PicturePool
+    grids: tuple[int, ...]
+    negatives: float
+    size: int
+    seed: int
+    name: str = "train"
+    cell: int = 64
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def chance(self) -> float | None:
+        """Exact accuracy of a guess among the cells, where every question has a needle in one size of grid."""
+        return 1 / self.grids[0] ** 2 if len(self.grids) == 1 and not self.negatives else None
+
+    def get(self, epoch: int, index: int) -> Example:
+        key = f"{self.name}/{self.seed}/{epoch}/{index}"
+        rng = random.Random(f"{key}/kind")
+        haystack = self.pool.make(key, 1, rng.choice(self.grids), positive=rng.random() >= self.negatives)
+        images = [self.pool.stitch(f"{key}/{m}", cells, self.cell) for m, cells in enumerate(haystack.cells)]
+        return Example(key, images, needle_prompt(haystack.caption), haystack.answer, haystack.needle is not None)
+
+
+@dataclass
+class Rows:
+    """Rows of {image, prefix, suffix}: `image` a path, or a list of paths for several pictures in one prompt."""
+
+    name: str
+    rows: list[dict]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def get(self, epoch: int, index: int) -> Example:
+        row = self.rows[index]
+        paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
+        images = [open_image(self.folder / path, name=f"{row['id']}: {path}") for path in paths]
+        return Example(row["id"], images, row["prefix"], row["suffix"])
+
+
+def read_jsonl(path: str | Path) -> Rows:
+    """Rows of a jsonl file, picture paths relative to its folder. Raises UserError naming the first bad line."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): give a jsonl file of image, prefix and suffix") from error
+    rows = [_checked_row(f"{path}:{n}", line, path.parent) for n, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{path}: holds no row: write one json object with image, prefix and suffix a line")
+    return Rows(path.name, rows, path.parent)
+
+
+def _checked_row(name: str, line: str, folder: Path) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{name}: not json ({error}): mend or delete the line") from error
+    for key in ("image", "prefix", "suffix"):
+        if not isinstance(row, dict) or key not in row:
+            raise UserError(f"{name}: has no {key!r}: a row is {{image, prefix, suffix}}")
+    paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    if not paths or not all(isinstance(p, str) and p for p in paths) or not isinstance(row["prefix"], str):
+        raise UserError(f"{name}: image must be a path or a list of paths, and prefix a string")
+    if not isinstance(row["suffix"], str) or not row["suffix"].strip():
+        raise UserError(f"{name}: suffix must be a string that is not empty: it is what the model learns to answer")
+    root = folder.resolve()
+    for p in paths:
+        if not (root / p).resolve().is_relative_to(root):
+            raise UserError(f"{name}: picture {p} lies outside {folder}: keep pictures beside the jsonl file")
+        if not (root / p).is_file():
+            raise UserError(f"{name}: picture {folder / p} does not exist: mend the path or delete the line")
+    return row | {"id": name}
+
+
+def read_vqav2(folder: str | Path, split: str) -> Rows:
+    """Official VQAv2 of a folder: v2_OpenEnded_mscoco_{split}2014_questions.json,
+    v2_mscoco_{split}2014_annotations.json and the COCO pictures in {split}2014/. Prompt `answer en {question}`, answer
+    `multiple_choice_answer`.
+    """
+    folder = Path(folder)
+    questions = read_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json")["questions"]
+    annotations = read_json(folder / f"v2_mscoco_{split}2014_annotations.json")["annotations"]
+    answers = {a["question_id"]: a["multiple_choice_answer"] for a in annotations}
+    rows = []
+    for q in questions:
+        if q["question_id"] not in answers:
+            raise UserError(f"{folder}: question {q['question_id']} has no annotation: take both files of one release")
+        rows.append(
+            {
+                "id": f"vqav2/{split}/{q['question_id']}",
+                "image": f"{split}2014/COCO_{split}2014_{q['image_id']:012d}.jpg",
+                "prefix": f"answer en {q['question']}",
+                "suffix": answers[q["question_id"]],
+            }
+        )
+    return Rows(f"vqav2-{split}", rows, folder)
+
+
+@dataclass
+class HubRows:
+    """A parquet VQA data set on the hub, columns image, question, multiple_choice_answer, read through `datasets`."""
+
+    name: str
+    rows: object
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def get(self, epoch: int, index: int) -> Example:
+        row = self.rows[index]
+        return Example(
+            f"{self.name}/{index}", [row["image"]], f"answer en {row['question']}", row["multiple_choice_answer"]
+        )
+
+
+def read_hub(name: str, split: str) -> HubRows:
+    """A data set's split. Data sets that bring code are refused by `datasets`; nothing here trusts remote code."""
+    import datasets  # a second of import that most runs do not need
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets raises a different class for every way to fail
+        raise UserError(
+            f"data set {name!r}, split {split!r}: {error}: give a parquet data set that you may read"
+        ) from error
+    missing = {"image", "question", "multiple_choice_answer"} - set(rows.column_names)
+    if missing:
+        raise UserError(f"data set {name!r} has no column {sorted(missing)}: it has {sorted(rows.column_names)}")
+    return HubRows(name, rows)
+
+
+@dataclass
+class Subset:
+    """Some rows of a source, under a name of their own."""
+
+    name: str
+    source: object
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def get(self, epoch: int, index: int) -> Example:
+        return self.source.get(epoch, self.indices[index])
+
+
+def make_data(config) -> tuple[object, dict[str, object]]:
+    """The training source of `config.data` and the evaluation sources by name, the headline one first.
+
+    "haystack": the embedded pool; evaluated on the other style's drawings of the trained concepts, then on absent
+    needles, then on concepts never trained. "*.jsonl", "vqav2:FOLDER", "hub:NAME": `config.eval_data` of the same form,
+    or where that is empty a seeded tenth held out.
+    """
+    if config.data == "haystack":
+        pools = {split: PicturePool(read_pool(splits=(split,))) for split in ("train", "test_style")}
+        unseen = PicturePool([p for p in read_pool(splits=("test_concept",)) if p.style == "noto"])
+        n, seed = config.eval_samples, config.seed
+        sets = {}
+        for kind, pool, share in (
+            ("", pools["test_style"], 0.0),
+            (" absent", pools["test_style"], 1.0),
+            (" unseen concepts", unseen, 0.0),
+        ):
+            for grid in config.grids:
+                name = f"{grid}x{grid}{kind}"
+                sets[name] = Haystacks(pool, (grid,), share, n, 0, name=f"test/{name}")  # one test set for every seed
+        return Haystacks(pools["train"], config.grids, config.negatives, 1 << 16, seed), sets
+    source = _read(config.data, "train")
+    if config.eval_data:
+        held_out = _read(config.eval_data, "val")
+        order = list(range(min(len(held_out), config.eval_samples)))
+        return source, {held_out.name: Subset(held_out.name, held_out, order)}
+    order = list(range(len(source)))
+    random.Random(f"held out/{config.seed}").shuffle(order)
+    cut = min(config.eval_samples, max(1, len(source) // 10))
+    if len(source) < 2:
+        raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
+    return Subset("train", source, order[cut:]), {"held out": Subset("held out", source, order[:cut])}
+
+
+def _read(spec: str, split: str):
+    if spec.endswith(".jsonl"):
+        return read_jsonl(spec)
+    kind, _, rest = spec.partition(":")
+    if kind == "vqav2" and rest:
+        return read_vqav2(rest, split)
+    if kind == "hub" and rest:
+        return read_hub(rest, "validation" if split == "val" else split)
+    raise UserError(f"data {spec!r} is unknown: give haystack, a .jsonl file, vqav2:FOLDER or hub:NAME")
+
+
+# ---- batches
+def batch_order(size: int, batch: int, seed: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """Endless batches of (epoch, index): every epoch a seeded permutation, the last short batch of one kept.
+
+    `start` skips that many batches, so that a resumed run sees what the uninterrupted one would have seen.
+    """
+    per_epoch = -(-size // batch)
+    epoch = start // per_epoch
+    while True:
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        first = start % per_epoch if epoch == start // per_epoch else 0
+        for b in range(first, per_epoch):
+            yield [(epoch, index) for index in order[b * batch : (b + 1) * batch]]
+        epoch += 1
+
+
+class _Fetch(torch.utils.data.Dataset):
+    """What a loader's worker runs: one example, tokenised, its pictures as pixels."""
+
+    def __init__(self, source, processor: PaliGemmaProcessor, with_suffix: bool):
+        self.source, self.processor, self.with_suffix = source, processor, with_suffix
+
+    def __getitem__(self, key: tuple[int, int]):
+        example = self.source.get(*key)
+        pixels = [self.processor.pixels(image) for image in example.images]
+        row = self.processor.encode(example.prefix, example.suffix if self.with_suffix else None, len(pixels))
+        example.images = []  # not needed any more, and large to send between processes
+        return example, row, pixels
+
+
+def loader(source, processor: PaliGemmaProcessor, batches, with_suffix: bool, workers: int = 0) -> DataLoader:
+    """Batches of (examples, tensors) over `batches` of (epoch, index); tensors as the processor makes them,
+    left-padded.
+
+    An evaluation loader has `with_suffix` False: the answer never enters its input.
+    """
+
+    def collate(items):
+        examples, rows, pixels = zip(*items, strict=True)
+        tensors = processor.pad(list(rows), "left")
+        return examples, {**tensors, "pixel_values": torch.stack([p for row in pixels for p in row])}
+
+    return DataLoader(
+        _Fetch(source, processor, with_suffix), batch_sampler=batches, collate_fn=collate, num_workers=workers
+    )

@@ -1,0 +1,123 @@
+"""SigLIP vision tower, as PaliGemma uses it: no class token, no pooling head.
+
+Shapes: B images, N patches = (image_size / patch_size)^2, C hidden width, H heads, D head width.
+Module names are those of transformers >= 5, so that weights and LoRA adapters travel both ways.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attention import attention
+from errors import UserError
+
+
+@dataclass
+class SiglipVisionConfig:
+    """Defaults are So400m/14 at 224 px, PaliGemma's tower."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    model_type: str = "siglip_vision_model"
+
+    def __post_init__(self):
+        if self.model_type != "siglip_vision_model":
+            raise UserError(f"vision model type {self.model_type!r} is unknown here: expected 'siglip_vision_model'")
+        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
+            raise UserError(
+                f"vision_config: hidden_size {self.hidden_size} must divide into num_attention_heads "
+                f"{self.num_attention_heads}, and image_size {self.image_size} into patch_size {self.patch_size}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class SiglipEmbeddings(nn.Module):
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, N, C]
+        return patches + self.position_embedding.weight
+
+
+class SiglipAttention(nn.Module):
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // self.heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)  # [B, H, N, D]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = attention(q, k, v, mask=None, scale=self.head_dim**-0.5)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class SiglipMLP(nn.Module):
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiglipEncoderLayer(nn.Module):
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SiglipEncoder(nn.Module):
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            recompute = self.gradient_checkpointing and self.training
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        return x
+
+
+class SiglipVisionModel(nn.Module):
+    """Pictures [B, 3, image_size, image_size] in [-1, 1] -> patch features [B, N, C], after the last LayerNorm."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = SiglipEmbeddings(config)
+        self.encoder = SiglipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))

@@ -1,0 +1,444 @@
+"""Pretrain assets/paligemma-nano: a small PaliGemma that captions and detects the pictures of assets/haystack-pool.
+
+    python pretrain_nano.py                 # two hours on two CPU cores; killed, it continues from its last checkpoint
+
+As with PaliGemma itself, the vision tower is trained first, to tell the concepts apart; then the whole model learns
+`caption en` and `detect {caption}`. It never sees the needle task. A picture holds one pool drawing or a grid of them
+on a varied background; its caption names them all, row by row (dense targets: one caption a picture alone teaches
+nothing for a long time). Finding by caption starts with a few concepts, and their number doubles each time it succeeds:
+with all concepts from the start it stays at chance.
+
+Shapes: B batch, N grid cells per side, n pictures in the pool, S image side in pixels.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import write_json
+from errors import one_line_errors
+from haystack import Picture, read_pool
+from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from modeling_siglip import SiglipVisionConfig
+from processing_paligemma import PaliGemmaProcessor
+
+# Words of needle questions, so that the tokenizer spells them in few tokens; the model never sees them here.
+INSTRUCTIONS = [
+    "answer en where is red apple?",
+    "Given 1 image indexed from 1 to 1, each divided into 2*2 subimages, identify the subimage that best matches the "
+    "provided caption. Respond with 'index, row, column' and nothing else. For example, '1, 2, 3' indicates the "
+    "subimage in the first image, second row, and third column. If no match is found, respond only with "
+    "'-1'.\nCaption: ",
+    "Given 10 images indexed from 1 to 10, each divided into 4*4 subimage, identify the subimages that best match the "
+    "provided 2 captions. Respond in the format: index_1, row_1, column_1 and nothing else. For example, '1, 2, 3' "
+    "indicates the subimage in the first image, second row, and third column. If no match is found, respond only with "
+    "'-1'.\nCaption: ",
+    "Only provide this information. If no subimage matches a caption, respond with '-1' for that caption.\nCaption_1: ",
+    "Where is the caption? Top or Bottom? Left or Right? Is there a dog in the image? "
+    "yes no answer question describe ocr",
+]
+LATTICE = 8  # pixels: drawings are placed on this lattice, so that a box has few distinct coordinates
+
+
+@dataclass
+class Config:
+    # --- data
+    seed: int = 0
+    batch_size: int = 32  # pictures per step, each captioned once and searched `queries` times
+    queries: int = 2  # `detect` prompts per picture
+    grids: tuple[int, ...] = (1, 2, 4)  # cells per side, one drawn per step with the weights below
+    grid_weights: tuple[float, ...] = (0.15, 0.5, 0.35)
+    first_concepts: int = 8  # finding starts with so many concepts ...
+    grow_at: float = 0.75  # ... and doubles them each time its smoothed accuracy passes this
+    # --- optimisation
+    tower_steps: int = 1500  # vision tower alone, each cell against the concepts
+    steps: int = 6500  # all steps, the tower's included
+    lr: float = 1e-3  # AdamW, linear warm-up, cosine to a tenth
+    warmup: int = 200  # steps
+    weight_decay: float = 0.05
+    bf16: bool = True  # autocast; weights stay float32
+    # --- run
+    eval_every: int = 500  # steps
+    save_every: int = 250  # steps
+    eval_samples: int = 256
+    work_dir: str = "runs/pretrain_nano"
+    output_dir: str = "assets/paligemma-nano"
+
+
+# ---- the model and its tokenizer
+def build_tokenizer(texts: list[str]) -> Tokenizer:
+    """A Gemma-shaped tokenizer: BPE with byte fallback, blanks as U+2581, digits apart, then <loc>, <seg>, <image>."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n|\d|[^\w\s▁]"), "isolated"),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=[*special, "\n", *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=[chr(c) for c in range(33, 127)] + ["▁"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # bytes and the newline are ordinary tokens: decoding must not drop them
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    locs = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in locs])
+    tokenizer.add_special_tokens([AddedToken("<image>", normalized=False)])
+    return tokenizer
+
+
+def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
+    image = tokenizer.token_to_id("<image>")
+    return PaliGemmaConfig(
+        text_config=GemmaConfig(
+            vocab_size=(image + 64) // 64 * 64,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=64,
+            max_position_embeddings=2048,
+        ),
+        vision_config=SiglipVisionConfig(
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            image_size=128,
+            patch_size=16,
+        ),
+        image_token_id=image,
+    )
+
+
+# ---- pictures
+def drawings(pictures: list[Picture], side: int) -> Tensor:
+    """RGBA drawings [n, 4, side, side] in 0..1, colours premultiplied so that resampling leaves no fringe."""
+    arrays = [np.asarray(p.open().resize((side, side), Image.Resampling.LANCZOS), np.float32) / 255 for p in pictures]
+    rgba = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    return torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
+
+
+def background(generator: torch.Generator, batch: int, grid: int, side: int) -> Tensor:
+    """Flat, per-cell, smooth or blotchy colours [B, 3, S, S], one kind per call."""
+    kind = int(torch.randint(4, (), generator=generator))
+    blocks = (1, grid, 2, 8)[kind]
+    colours = torch.rand(batch, 3, blocks, blocks, generator=generator)
+    if kind == 3:  # many strong colours would hide the drawings
+        colours = colours.mean((2, 3), keepdim=True).lerp(colours, 0.4)
+    light = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+    colours = torch.where(light, 0.7 + 0.3 * colours, colours)
+    return F.interpolate(colours, side, mode="nearest" if kind < 2 else "bilinear")
+
+
+def place(generator: torch.Generator, count: int, cell: int, augment: bool) -> tuple[Tensor, Tensor]:
+    """Random squares of a cell on the lattice [count, 3] (x, y, side in pixels) and their affine maps [count, 2, 3]."""
+    least = -(-cell * 5 // 8 // LATTICE)
+    side = torch.randint(least, cell // LATTICE + 1, (count,), generator=generator) * LATTICE
+    room = (cell - side) // LATTICE + 1
+    x, y = ((torch.rand(count, generator=generator) * room).long() * LATTICE for _ in range(2))
+    angle = torch.randn(count, generator=generator) * (0.15 if augment else 0.0)
+    mirror = torch.where(torch.rand(count, generator=generator) < (0.3 if augment else 0.0), -1.0, 1.0)
+    zoom = cell / side * (1 + (0.1 * torch.randn(count, generator=generator) if augment else 0.0))
+    centre_x, centre_y = ((p + side / 2) * 2 / cell - 1 for p in (x, y))
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    theta = torch.stack([mirror * cos, mirror * -sin, sin, cos], dim=-1).view(count, 2, 2)
+    shift = -(theta @ torch.stack([centre_x, centre_y], dim=-1)[..., None])
+    return torch.stack([x, y, side], dim=-1), torch.cat([theta, shift], dim=-1)
+
+
+def recolour(generator: torch.Generator, tiles: Tensor) -> Tensor:
+    """Random saturation, channel gains and brightness of premultiplied tiles [count, 4, c, c]."""
+    count = tiles.shape[0]
+    colour, alpha = tiles[:, :3], tiles[:, 3:]
+    saturation = 0.5 + torch.rand(count, 1, 1, 1, generator=generator)
+    colour = colour.mean(1, keepdim=True).lerp(colour, saturation)
+    gain = 1 + 0.15 * torch.randn(count, 3, 1, 1, generator=generator)
+    shift = 0.1 * torch.randn(count, 1, 1, 1, generator=generator)
+    return torch.cat([(colour * gain + shift * alpha).clamp(0, 1), alpha], dim=1)
+
+
+def compose(
+    generator: torch.Generator, levels: dict[int, Tensor], ids: Tensor, side: int, augment: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Grids of drawings `ids` [B, N, N] -> pictures [B, 3, S, S] in [-1, 1] and boxes [B, N, N, 4] (x0, y0, x1, y1)."""
+    batch, grid, _ = ids.shape
+    cell = side // grid
+    square, theta = place(generator, ids.numel(), cell, augment)
+    source = levels[grid][ids.flatten()]
+    warp = F.affine_grid(theta, (ids.numel(), 4, cell, cell), align_corners=False)
+    tiles = F.grid_sample(source, warp, align_corners=False)
+    if augment:
+        tiles = recolour(generator, tiles)
+    tiles = tiles.view(batch, grid, grid, 4, cell, cell).permute(0, 3, 1, 4, 2, 5).reshape(batch, 4, side, side)
+    pictures = tiles[:, :3] + (1 - tiles[:, 3:]) * background(generator, batch, grid, side)
+    x, y, width = square.view(batch, grid, grid, 3).unbind(-1)
+    x = x + torch.arange(grid) * cell
+    y = y + torch.arange(grid)[:, None] * cell
+    return pictures.clamp(0, 1) * 2 - 1, torch.stack([x, y, x + width, y + width], dim=-1)
+
+
+# ---- batches
+def draw_ids(generator: torch.Generator, choices: list[list[int]], batch: int, grid: int) -> Tensor:
+    """`choices` holds the drawings of each concept: distinct concepts in a grid where there are enough, [B, N, N]."""
+    rows = []
+    for _ in range(batch):
+        concepts = torch.randperm(len(choices), generator=generator)[: grid * grid].tolist()
+        concepts = (concepts * (grid * grid))[: grid * grid]
+        rows.append([c[int(torch.randint(len(c), (), generator=generator))] for c in (choices[i] for i in concepts)])
+    return torch.tensor(rows).view(batch, grid, grid)
+
+
+def loc_text(box: Tensor, side: int) -> str:
+    x0, y0, x1, y1 = (min(round(v * 1024 / side), 1023) for v in box.tolist())
+    return f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}>"
+
+
+class Task:
+    """Pool drawings as training batches; every batch is a pure function of (seed, step, concepts in play)."""
+
+    def __init__(self, config: Config, pictures: list[Picture], processor: PaliGemmaProcessor, augment: bool = True):
+        self.config, self.processor, self.augment = config, processor, augment
+        self.captions = [p.caption for p in pictures]
+        self.first_loc = processor.tokenizer.token_to_id("<loc0000>")
+        names = sorted(set(self.captions))
+        self.concept = torch.tensor([names.index(caption) for caption in self.captions])
+        self.levels = {1: drawings(pictures, 96), 2: drawings(pictures, 56), 4: drawings(pictures, 28)}
+        by_caption: dict[str, list[int]] = {}
+        for index, picture in enumerate(pictures):
+            by_caption.setdefault(picture.caption, []).append(index)
+        order = torch.randperm(len(by_caption), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        self.choices = [by_caption[names[i]] for i in order]  # so that finding does not start with the letter a
+
+    def pictures(self, generator: torch.Generator, batch: int, grid: int, concepts: int | None = None):
+        ids = draw_ids(generator, self.choices[:concepts], batch, grid)
+        return ids, *compose(generator, self.levels, ids, self.processor.image_size, self.augment)
+
+    def caption_texts(self, ids: Tensor) -> list[str]:
+        return [", ".join(self.captions[i] for i in row) for row in ids.flatten(1).tolist()]
+
+    def queries(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, count: int):
+        """`detect` prompts and answers, `count` cells of each picture."""
+        prefixes, suffixes = [], []
+        for row, box in zip(ids.flatten(1), boxes.flatten(1, 2), strict=True):
+            for cell in torch.randint(len(row), (count,), generator=generator).tolist():
+                caption = self.captions[int(row[cell])]
+                prefixes.append(f"detect {caption}")
+                suffixes.append(f"{loc_text(box[cell], self.processor.image_size)} {caption}")
+        return prefixes, suffixes
+
+    def text_batch(self, prefixes: list[str], suffixes: list[str] | None) -> dict[str, Tensor]:
+        suffixes = suffixes or [None] * len(prefixes)
+        rows = [self.processor.encode(p, s) for p, s in zip(prefixes, suffixes, strict=True)]
+        return self.processor.pad(rows, "left")
+
+
+# ---- measuring
+@torch.no_grad()
+def measure(model, task: Task, samples: int, seed: int) -> dict[str, float]:
+    """Share of cells named right, and of boxes whose centre lies in the right cell, for each size of grid."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+
+    def answers(prefixes, features, new):
+        batch = task.text_batch(prefixes, None)
+        out = model.generate(batch["input_ids"], None, batch["attention_mask"], new, image_features=features)
+        return task.processor.batch_decode(out[:, batch["input_ids"].shape[1] :])
+
+    for grid in (1, 2, 4):
+        right, total, found, searched = 0, 0, 0, 0
+        for _ in range(0, samples, 64):
+            ids, pixels, boxes = task.pictures(generator, 64, grid)
+            features = model.model.image_features(pixels)
+            for said, row in zip(answers(["caption en"] * 64, features, 8 * grid * grid), ids.flatten(1), strict=True):
+                truth = [task.captions[i] for i in row.tolist()]
+                right += sum(a == b for a, b in zip(said.split(", "), truth, strict=False))
+                total += len(truth)
+            prefixes, suffixes = task.queries(generator, ids, boxes, 1)
+            for said, truth in zip(answers(prefixes, features, 5), suffixes, strict=True):
+                here, there = (
+                    [tuple(int((y0 + y1) / 2 / 1024 * grid) for y0, y1 in ((b[0], b[2]), (b[1], b[3])))]
+                    if len(b := [int(t[:4]) for t in text.split("<loc")[1:5]]) == 4 else [None]
+                    for text in (said, truth)
+                )  # fmt: skip
+                found += here == there
+                searched += 1
+        scores |= {f"caption_{grid}x{grid}": right / total, f"detect_{grid}x{grid}": found / searched}
+    return scores
+
+
+# ---- training
+def learning_rate(config: Config, step: int) -> float:
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / (config.steps - config.warmup)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def tower_step(model, probe, task: Task, config: Config, generator: torch.Generator, grid: int) -> Tensor:
+    """Loss of the vision tower alone: the mean feature of each cell must tell its concept."""
+    ids, pixels, _ = task.pictures(generator, 2 * config.batch_size, grid)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        features = model.model.vision_tower(pixels).transpose(1, 2)
+        side = math.isqrt(features.shape[-1])
+        cells = F.avg_pool2d(features.unflatten(-1, (side, side)), side // grid).flatten(2).transpose(1, 2)
+        return F.cross_entropy(probe(cells).flatten(0, 1).float(), task.concept[ids.flatten()])
+
+
+def model_step(model, task: Task, config: Config, generator: torch.Generator, grid: int, concepts: int):
+    """Loss of the whole model, the token means of captions and of detections, and the share of cells found."""
+    read, sought = config.batch_size // 2, config.batch_size - config.batch_size // 2
+    ids_read, pixels_read, _ = task.pictures(generator, read, grid)
+    ids_sought, pixels_sought, boxes = task.pictures(generator, sought, grid, concepts)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        features = model.model.image_features(torch.cat([pixels_read, pixels_sought]))
+        captions = task.text_batch(
+            ["caption en"] * config.batch_size, task.caption_texts(torch.cat([ids_read, ids_sought]))
+        )
+        caption_loss = model(**captions, pixel_values=None, image_features=features).loss
+        searches = task.text_batch(*task.queries(generator, ids_sought, boxes, config.queries))
+        out = model(
+            **searches,
+            pixel_values=None,
+            image_features=features[read:].repeat_interleave(config.queries, 0),
+            logits_to_keep=searches["input_ids"].shape[1],
+        )
+    labels = searches["labels"][:, 1:]
+    is_loc = (labels >= task.first_loc) & (labels < task.first_loc + 1024)
+    told, truth = (
+        (x[is_loc].view(-1, 2, 2) - task.first_loc).float().mean(1) * grid // 1024  # (row, column) of the box's centre
+        for x in (out.logits[:, :-1, task.first_loc : task.first_loc + 1024].argmax(-1) + task.first_loc, labels)
+    )
+    return caption_loss + out.loss, float((told == truth).all(1).float().mean()) if grid > 1 else None
+
+
+def write_asset(config: Config, model, tokenizer: Tokenizer, metrics: dict):
+    """The model folder as transformers has it, in bf16, with the tokenizer and picture settings transformers reads."""
+    folder = Path(config.output_dir)
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    size = model.config.vision_config.image_size
+    picture_settings = dict(
+        image_processor_type="SiglipImageProcessor", size={"height": size, "width": size}, resample=3
+    )
+    picture_settings |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255, image_seq_length=64)
+    write_json(folder / "preprocessor_config.json", {"processor_class": "PaliGemmaProcessor", **picture_settings})
+    write_json(folder / "pretraining.json", {"config": asdict(config), "metrics": metrics})
+
+
+@one_line_errors
+def main():
+    config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,))
+    work = Path(config.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+
+    # --- data
+    pool = read_pool()
+    captions = sorted({p.caption for p in pool})
+    prompts = [text for c in captions for text in (c, f"detect {c}", f"a, {c}")]
+    tokenizer = build_tokenizer([*prompts, "caption en\n", *INSTRUCTIONS])
+    model_config = nano_config(tokenizer)
+    vision = model_config.vision_config
+    processor = PaliGemmaProcessor(tokenizer, model_config.image_token_id, vision.image_size, vision.patch_size)
+    task = Task(config, [p for p in pool if p.split == "train"], processor)
+    unaugmented = Task(config, [p for p in pool if p.split == "train"], processor, augment=False)
+    other_style = Task(config, [p for p in pool if p.split == "test_style"], processor, augment=False)
+    unseen = Task(
+        config, [p for p in pool if p.split == "test_concept" and p.style == "noto"], processor, augment=False
+    )
+
+    # --- model
+    model = PaliGemmaForConditionalGeneration(model_config)
+    probe = torch.nn.Linear(vision.hidden_size, len(task.choices))  # only for the tower's steps
+    everything = torch.nn.ModuleDict({"model": model, "probe": probe})
+    decayed = [p for p in everything.parameters() if p.ndim > 1]
+    others = [p for p in everything.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    concepts, smoothed, first = config.first_concepts, 0.0, 0
+    state_file = work / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        everything.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        concepts, smoothed, first = state["concepts"], state["smoothed"], state["step"]
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count:,} parameters, {tokenizer.get_vocab_size()} tokens, {len(task.choices)} concepts, from step {first}")
+
+    # --- loop
+    metrics = {}
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps)
+    for step in bar:
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        grid = config.grids[int(torch.multinomial(torch.tensor(config.grid_weights), 1, generator=generator))]
+        hit = None
+        if step < config.tower_steps:
+            loss = tower_step(model, probe, task, config, generator, grid)
+        else:
+            loss, hit = model_step(model, task, config, generator, grid, concepts)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        smoothed = smoothed if hit is None else 0.95 * smoothed + 0.05 * hit
+        if smoothed > config.grow_at and concepts < len(task.choices):
+            concepts, smoothed = min(2 * concepts, len(task.choices)), 0.0
+        bar.set_postfix(loss=f"{loss.item():.3f}", found=f"{smoothed:.2f}", concepts=concepts)
+        done = step + 1
+        if done % config.save_every == 0 or done == config.steps:
+            state = {"model": everything.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"concepts": concepts, "smoothed": smoothed, "step": done}
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+        if done % config.eval_every == 0 and done > config.tower_steps:
+            model.eval()
+            scores = {
+                "train": measure(model, unaugmented, config.eval_samples, seed=1),
+                "test_style": measure(model, other_style, config.eval_samples, seed=2),
+            }
+            line = {"step": done, "loss": loss.item(), "concepts": concepts, "found": smoothed, "time": time.time()}
+            with open(work / "metrics.jsonl", "a") as log:
+                log.write(json.dumps(line | scores) + "\n")
+
+    # --- the asset, measured as it is written
+    model.bfloat16().float().eval()
+    samples = 1024
+    metrics = {
+        "n": samples,
+        "train drawings, new arrangements": measure(model, unaugmented, samples, seed=11),
+        "other style's drawings of trained concepts": measure(model, other_style, samples, seed=12),
+        "concepts never seen": measure(model, unseen, samples, seed=13),
+    }
+    write_asset(config, model, tokenizer, metrics)
+    print(json.dumps(metrics, indent=1))
+
+
+if __name__ == "__main__":
+    main()

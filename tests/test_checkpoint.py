@@ -1,0 +1,799 @@
+"""Layouts, refusals, atomic writes, run folders and adapters: everything that touches a disk."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import checkpoint_memory
+import huggingface_hub
+import peft
+import pytest
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from checkpoint import EMBEDDING, HEAD, INDEX, SINGLE
+from errors import UserError
+
+FAMILIES = {"gemma": transformers.GemmaConfig, "gemma2": transformers.Gemma2Config}
+LINEAR = "linear.weight"
+
+
+@contextmanager
+def refused(*parts):
+    """The block raises a UserError of one line that names every part."""
+    with pytest.raises(UserError) as caught:
+        yield
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in parts:
+        assert str(part) in line, f"{part!r} not in {line!r}"
+
+
+def paligemma(family="gemma", device="cpu", layers=2, **changes):
+    text = FAMILIES[family](
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        vision_use_head=False,
+    )  # fmt: skip
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=63, projection_dim=32, **changes
+    )
+    with torch.device(device):
+        return transformers.PaliGemmaForConditionalGeneration(config).eval()
+
+
+def layout(memory: dict, which: str) -> dict:
+    """The state dict in layout L1, L2 or L3, spelt out apart from the code under test."""
+    memory = {key: tensor for key, tensor in memory.items() if key != HEAD}
+    if which == "L2":
+        return {key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in memory.items()}
+    renamed = {}
+    for key, value in memory.items():
+        key = key.removeprefix("model.")
+        key = key.replace("language_model.", "language_model.model.")
+        renamed[key.replace("vision_tower.", "vision_tower.vision_model.") if which == "L1" else key] = value
+    return renamed
+
+
+def equal(model, expected: dict):
+    """Every parameter, the tied head apart, is off the meta device and bit-equal to `expected`."""
+    found = {key: tensor for key, tensor in model.state_dict().items() if key != HEAD}
+    assert set(found) == set(expected) - {HEAD}
+    for key, tensor in found.items():
+        assert not tensor.is_meta, key
+        assert torch.equal(tensor, expected[key].to(tensor.dtype)), key
+
+
+@pytest.fixture(scope="module")
+def source():
+    torch.manual_seed(0)
+    model = paligemma()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.normal_()
+    return model
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with one linear layer and the module it belongs to, on the meta device."""
+    tensors = {LINEAR: torch.randn(8, 4), "linear.bias": torch.randn(8)}
+    save_file(tensors, tmp_path / SINGLE)
+    return tmp_path, tensors
+
+
+def meta_linear(rows=8, columns=4):
+    return torch.nn.ModuleDict({"linear": torch.nn.Linear(columns, rows, device="meta")})
+
+
+def load(model, folder, **kwargs):
+    return checkpoint.load_weights(model, folder, kwargs.pop("dtype", torch.float32), **kwargs)
+
+
+# ---- names and layouts
+
+
+def test_names_of_every_layout(source):
+    memory = [key for key in source.state_dict() if key != HEAD]
+    for which in ("L1", "L2", "L3"):
+        assert [checkpoint.rename_key(key) for key in layout(dict.fromkeys(memory), which)] == memory
+    assert [checkpoint.rename_key(key) for key in memory] == memory
+    hub = list(layout(dict.fromkeys(memory), "L1"))
+    assert [checkpoint.hub_key(key) for key in memory] == hub == [checkpoint.hub_key(key) for key in hub]
+    for key in ("lm_head.weight", "language_model.lm_head.weight", "model.language_model.lm_head.weight"):
+        assert checkpoint.rename_key(key) == HEAD
+        assert checkpoint.hub_key(key) == "language_model.lm_head.weight"
+
+
+@pytest.mark.parametrize("which", ["L1", "L2", "L3"])
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_every_layout_loads(source, tmp_path, which, size):
+    expected = source.state_dict()
+    huggingface_hub.save_torch_state_dict(layout(expected, which), tmp_path, max_shard_size=size)
+    assert (tmp_path / INDEX).exists() == (size == "20KB")
+    target = paligemma(device="meta")
+    report = load(target, tmp_path)
+    equal(target, expected)
+    assert report == {"loaded": len(expected) - 1, "missing": []}
+    assert all(tensor.requires_grad for name, tensor in target.named_parameters() if name != HEAD)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_loads(tmp_path, family):
+    model = paligemma(family)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / SINGLE)) == set(layout(model.state_dict(), "L3"))
+    target = paligemma(family, device="meta")
+    load(target, tmp_path)
+    equal(target, model.state_dict())
+
+
+def test_what_we_save_transformers_loads(source, tmp_path):
+    for folder, size in ((tmp_path / "single", "5GB"), (tmp_path / "sharded", "20KB")):
+        source.config.save_pretrained(folder)
+        checkpoint.save_weights(source.state_dict(), folder, max_shard_size=size)
+        loaded, info = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        equal(loaded, source.state_dict())
+        assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+    with safe_open(tmp_path / "single" / SINGLE, "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert set(file.keys()) == set(layout(source.state_dict(), "L1"))  # the tied head is not written
+
+
+def test_save_over_the_folder_that_is_mapped(source, tmp_path):
+    checkpoint.save_weights(source.state_dict(), tmp_path)
+    target = paligemma(device="meta")
+    load(target, tmp_path)
+    checkpoint.save_weights({key: value for key, value in target.state_dict().items() if key != HEAD}, tmp_path)
+    again = paligemma(device="meta")
+    load(again, tmp_path)
+    equal(again, source.state_dict())
+
+
+def test_model_folder(source, tmp_path):
+    checkpoint.save_weights(source.state_dict(), tmp_path, max_shard_size="20KB")
+    (tmp_path / "tokenizer.json").touch()
+    mapped = paligemma(device="meta")
+    load(mapped, tmp_path)
+    mapped.tie_weights()
+    checkpoint.save_model_folder(mapped.state_dict(), {"model_type": "paligemma"}, tmp_path)  # over its own pages
+    assert sorted(os.listdir(tmp_path)) == ["config.json", SINGLE, "tokenizer.json"]
+    again = paligemma(device="meta")
+    load(again, tmp_path)
+    equal(again, source.state_dict())
+    equal(mapped, source.state_dict())
+
+
+def test_tied_and_untied_heads(source, tmp_path):
+    tensors, head = layout(source.state_dict(), "L1"), torch.randn(64, 32)
+    embedding = checkpoint.hub_key(EMBEDDING)
+    hub_head = checkpoint.hub_key(HEAD)
+
+    save_file(tensors | {hub_head: head}, tmp_path / SINGLE)
+    target = paligemma(device="meta")
+    load(target, tmp_path)
+    equal(target, source.state_dict())  # the file's own head is dropped
+
+    untied = paligemma(device="meta", tie_word_embeddings=False)
+    load(untied, tmp_path, tied=False)
+    assert torch.equal(untied.lm_head.weight, head)
+
+    save_file({key: value for key, value in tensors.items() if key != embedding} | {hub_head: head}, tmp_path / SINGLE)
+    target = paligemma(device="meta")
+    load(target, tmp_path)
+    assert torch.equal(target.model.language_model.embed_tokens.weight, head)
+
+    save_file(tensors, tmp_path / SINGLE)
+    with refused(SINGLE, HEAD):
+        load(paligemma(device="meta", tie_word_embeddings=False), tmp_path, tied=False)
+
+
+def test_untied_head_survives_saving(source, tmp_path):
+    state = source.state_dict() | {HEAD: torch.randn(64, 32)}
+    checkpoint.save_weights(state, tmp_path)
+    target = paligemma(device="meta", tie_word_embeddings=False)
+    load(target, tmp_path, tied=False)
+    assert torch.equal(target.lm_head.weight, state[HEAD])
+
+
+def test_dtypes(tmp_path):
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(5, 3), requires_grad=False)
+            self.scale = torch.nn.Parameter(torch.zeros(()))
+            self.register_buffer("ids", torch.zeros(4, dtype=torch.long))
+
+    stored = {"weight": torch.randn(5, 3).bfloat16(), "scale": torch.tensor(1.5), "ids": torch.arange(4)}
+    save_file(stored, tmp_path / SINGLE)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        with torch.device("meta"):
+            target = Mixed()
+        load(target, tmp_path, dtype=dtype)
+        assert target.weight.dtype == target.scale.dtype == dtype and target.ids.dtype == torch.long
+        assert not target.weight.requires_grad and target.scale.requires_grad
+        for name, tensor in target.state_dict().items():
+            assert torch.equal(tensor.double(), stored[name].double())
+
+
+def test_conversion_in_pieces(tiny, monkeypatch):
+    folder, tensors = tiny
+    for piece in (1, 40, 50, 1000):  # 1, 2, 3 (so a ragged end) and all of the 8 rows, of 16 bytes each
+        monkeypatch.setattr(checkpoint, "PIECE", piece)
+        target = meta_linear()
+        load(target, folder, dtype=torch.float64)
+        for name, tensor in target.state_dict().items():
+            assert torch.equal(tensor, tensors[name].double()), (piece, name)
+
+
+# ---- keys and shapes refused
+
+
+@pytest.mark.parametrize("stored, built", [("gemma", "gemma2"), ("gemma2", "gemma")])
+def test_family_mix_up(tmp_path, stored, built):
+    checkpoint.save_weights(paligemma(stored).state_dict(), tmp_path)
+    target = paligemma(built, device="meta")
+    digit = {"gemma": 1, "gemma2": 2}[stored]
+    with refused(tmp_path / SINGLE, "feedforward_layernorm", f"this is a Gemma {digit} (PaliGemma {digit})", built):
+        load(target, tmp_path)
+    assert all(tensor.is_meta for tensor in target.parameters())  # nothing was loaded
+
+
+def test_unexpected_missing_and_shapes(source, tmp_path):
+    tensors = layout(source.state_dict(), "L1")
+    key = "language_model.model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {"extra.weight": torch.zeros(2), "other.weight": torch.zeros(2)}, tmp_path / SINGLE)
+    with refused(tmp_path / SINGLE, "2 unexpected keys", "extra.weight"):
+        load(paligemma(device="meta"), tmp_path)
+    save_file({name: value for name, value in tensors.items() if name != key}, tmp_path / SINGLE)
+    with refused(tmp_path / SINGLE, "1 missing keys", "layers.1.mlp.up_proj.weight"):
+        load(paligemma(device="meta"), tmp_path)
+    save_file(tensors | {key: torch.zeros(7, 32)}, tmp_path / SINGLE)
+    with refused(tmp_path / SINGLE, key, "(7, 32)", "(48, 32)"):
+        load(paligemma(device="meta"), tmp_path)
+    save_file(tensors | {checkpoint.rename_key(key): tensors[key].clone()}, tmp_path / SINGLE)
+    with refused(tmp_path / SINGLE, key, checkpoint.rename_key(key), "two names"):
+        load(paligemma(device="meta"), tmp_path)
+    save_file(tensors | {"model.language_model.layers.0.self_attn.differential.x": torch.zeros(2)}, tmp_path / SINGLE)
+    with refused(tmp_path / SINGLE, "differential configuration"):
+        load(paligemma(device="meta"), tmp_path)
+
+
+def test_what_may_be_missing_stays_on_meta(tiny):
+    folder, tensors = tiny
+    target = meta_linear()
+    target["linear"].differential = torch.nn.Linear(2, 2, bias=False, device="meta")
+    with refused(SINGLE, "linear.differential.weight"):
+        load(target, folder)
+    report = load(target, folder, may_be_missing=(".differential.",))
+    assert report == {"loaded": 2, "missing": ["linear.differential.weight"]}
+    assert target["linear"].differential.weight.is_meta
+    assert torch.equal(target["linear"].weight, tensors[LINEAR])
+
+
+# ---- files refused
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """Two shards of one tensor each, and what the index says."""
+    save_file({LINEAR: torch.zeros(8, 4)}, tmp_path / "a.safetensors")
+    save_file({"linear.bias": torch.zeros(8)}, tmp_path / "b.safetensors")
+    weight_map = {LINEAR: "a.safetensors", "linear.bias": "b.safetensors"}
+
+    def write(**changes):
+        checkpoint.write_json(tmp_path / INDEX, {"metadata": {}, "weight_map": weight_map | changes})
+        return tmp_path
+
+    return write
+
+
+def test_shards_refused(sharded):
+    folder = sharded()
+    load(meta_linear(), folder)
+    (folder / "a.safetensors").rename(folder / "c.safetensors")
+    with refused(folder / "a.safetensors", LINEAR, "not there"):
+        load(meta_linear(), folder)
+    (folder / "a.safetensors").symlink_to(folder / "c.safetensors")  # as in the hub's cache
+    load(meta_linear(), folder)
+    sharded(absent="b.safetensors")
+    with refused(folder / "b.safetensors", "absent"):
+        load(meta_linear(), folder)
+    for outside in ("../b.safetensors", str(folder / "b.safetensors"), "x/../../b.safetensors"):
+        sharded(**{"linear.bias": outside})
+        with refused(folder / INDEX, "linear.bias", outside, "outside"):
+            load(meta_linear(), folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "\x00"])
+def test_broken_index(tmp_path, content):
+    (tmp_path / INDEX).write_text(content)
+    with refused(tmp_path / INDEX):
+        load(meta_linear(), tmp_path)
+
+
+def test_truncated_and_corrupt(tiny):
+    folder, _ = tiny
+    whole = (folder / SINGLE).read_bytes()
+    for content in (b"", whole[:4], whole[:40], whole[:-1], whole + b"x", b"\xff" * 64, b"PK\x03\x04" + bytes(200)):
+        (folder / SINGLE).write_bytes(content)
+        with refused(folder / SINGLE, "truncated or corrupt"):
+            load(meta_linear(), folder)
+    (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with refused(folder / SINGLE, "git lfs pull"):
+        load(meta_linear(), folder)
+
+
+def test_corrupt_shard_of_many(sharded):
+    folder = sharded()
+    (folder / "b.safetensors").write_bytes((folder / "b.safetensors").read_bytes()[:-3])
+    target = meta_linear()
+    with refused(folder / "b.safetensors", "truncated"):
+        load(target, folder)
+    assert target["linear"].weight.is_meta  # found before anything was loaded
+
+
+def test_no_weights(tmp_path):
+    with refused(tmp_path, "no weights"):
+        load(meta_linear(), tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with refused(tmp_path / "pytorch_model.bin", "convert it to safetensors", "never loaded"):
+        load(meta_linear(), tmp_path)
+
+
+@contextmanager
+def unprivileged(folder: Path):
+    """Root reads and writes everything, so step down; `folder` itself becomes reachable."""
+    if os.geteuid():
+        yield
+        return
+    chain = [path for path in (folder, *folder.parents) if not path.stat().st_mode & 0o005]
+    modes = {path: path.stat().st_mode for path in chain}
+    for path in chain:
+        path.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_permission_denied(tiny):
+    folder, _ = tiny
+    checkpoint.write_json(folder / "config.json", {})
+    (folder / "locked").mkdir()
+    for path in (folder / SINGLE, folder / "config.json", folder / "locked"):
+        path.chmod(0)
+    with unprivileged(folder):
+        with refused(folder / SINGLE, "Permission denied", "check"):
+            load(meta_linear(), folder)
+        with refused(folder / "config.json", "Permission denied"):
+            checkpoint.read_json(folder / "config.json")
+        with refused(folder / "locked", "Permission denied"):
+            load(meta_linear(), folder / "locked")
+        with refused(folder / "locked", "Permission denied"):
+            checkpoint.resolve_run(folder / "locked")
+        with refused(folder / "locked/in", "Permission denied"):
+            checkpoint.locate(folder / "locked/in")
+        with refused(folder / "new", "Permission denied", "check"), checkpoint.whole_or_nothing(folder / "new"):
+            pass
+        with refused(folder / "new.json", "Permission denied"):
+            checkpoint.write_json(folder / "new.json", {})
+        with refused(folder, "Permission denied"):
+            checkpoint.save_weights({LINEAR: torch.zeros(2, 2)}, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "locked", SINGLE]
+
+
+# ---- json and atomic writes
+
+
+def test_json(tmp_path):
+    path = tmp_path / "run.json"
+    checkpoint.write_json(path, {"b": 1, "a": {"é": [1.5, None]}})
+    assert checkpoint.read_json(path) == {"b": 1, "a": {"é": [1.5, None]}}
+    text = path.read_text()
+    assert text.startswith('{\n  "b": 1,') and text.endswith("}\n")
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"a": object()})
+    assert path.read_text() == text
+    for content, reason in ((b"{", "not valid json"), (b"\xff\xfe\x00", "not valid json"), (b"[1]", "list")):
+        path.write_bytes(content)
+        with refused(path, reason):
+            checkpoint.read_json(path)
+    with refused(tmp_path / "none.json", "No such file"):
+        checkpoint.read_json(tmp_path / "none.json")
+    with refused(tmp_path, "Is a directory"):
+        checkpoint.read_json(tmp_path)
+
+
+def test_interrupted_json_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    checkpoint.write_json(path, {"old": 1})
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_json(path, {"new": 1})
+    assert checkpoint.read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_whole_or_nothing(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with checkpoint.whole_or_nothing(folder) as inside:
+        assert inside.parent == folder.parent and not folder.exists()
+        checkpoint.save_weights({LINEAR: torch.zeros(2, 2)}, inside / "adapter")
+    assert (folder / "adapter" / SINGLE).stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
+    with checkpoint.whole_or_nothing(folder) as inside:
+        (inside / "new").touch()
+        assert (folder / "adapter").exists()
+    assert os.listdir(folder) == ["new"] and os.listdir(folder.parent) == ["b"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, FileNotFoundError])
+def test_a_crash_leaves_the_old_folder(tmp_path, fault):
+    with checkpoint.whole_or_nothing(tmp_path / "final") as inside:
+        (inside / "old").touch()
+    with pytest.raises(fault), checkpoint.whole_or_nothing(tmp_path / "final") as inside:
+        (inside / "new").touch()
+        raise fault
+    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
+
+
+def test_a_crash_between_the_renames(tmp_path, monkeypatch):
+    with checkpoint.whole_or_nothing(tmp_path / "final") as inside:
+        (inside / "old").touch()
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name.endswith(".tmp"):
+            raise RuntimeError
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(RuntimeError), checkpoint.whole_or_nothing(tmp_path / "final"):
+        pass
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
+
+    (tmp_path / "final").rename(tmp_path / ".final.old")  # what a kill there leaves behind
+    (tmp_path / ".final.tmp").mkdir()
+    with pytest.raises(RuntimeError), checkpoint.whole_or_nothing(tmp_path / "final"):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
+
+
+def child(code: str, *arguments) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(Path(checkpoint.__file__).parent), str(Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *([code] if code.endswith(".py") else ["-c", code]), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+FULL_DISK = """
+import resource, sys, torch, checkpoint
+from errors import UserError
+root = sys.argv[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+def weights(folder): checkpoint.save_weights({"w": torch.zeros(100_000)}, folder)
+def whole():
+    with checkpoint.whole_or_nothing(root + "/final") as inside:
+        weights(inside)
+def plain():
+    with checkpoint.whole_or_nothing(root + "/final") as inside:
+        (inside / "log").write_bytes(bytes(200_000))
+for write in (lambda: checkpoint.write_json(root + "/run.json", ["x" * 200_000]), whole, plain,
+              lambda: weights(root + "/bare")):
+    try:
+        write()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_disk_full(tmp_path):
+    checkpoint.write_json(tmp_path / "run.json", {"old": 1})
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "old").touch()
+    result = child(FULL_DISK, tmp_path)
+    assert result.returncode == 0, result.stderr
+    named = [tmp_path / "run.json", tmp_path / "final", tmp_path / "final", tmp_path / "bare"]
+    for line, path in zip(result.stdout.splitlines(), named, strict=True):
+        assert line.startswith(f"{path}: cannot be written (File too large): free some space")
+    assert checkpoint.read_json(tmp_path / "run.json") == {"old": 1}
+    assert os.listdir(tmp_path / "final") == ["old"]
+    assert sorted(os.listdir(tmp_path)) == ["bare", "final", "run.json"]
+    assert os.listdir(tmp_path / "bare") == []
+
+
+# ---- memory
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heavy")
+    with torch.device("meta"):
+        model = checkpoint_memory.build()
+    tensors = {key: torch.full(value.shape, 0.5, dtype=torch.bfloat16) for key, value in model.state_dict().items()}
+    save_file(tensors, folder / SINGLE)
+    yield folder
+    (folder / SINGLE).unlink()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_are_never_held_twice(heavy, dtype):
+    result = child(checkpoint_memory.__file__, heavy, dtype)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
+    assert measured["weights"] > 100e6
+    assert 0.9 < measured["growth"] / measured["weights"] < 1.15, measured
+
+
+def test_imports_are_light():
+    result = child(
+        "import sys, checkpoint; print([m for m in ('transformers', 'peft', 'datasets') if m in sys.modules])"
+    )
+    assert result.stdout == "[]\n", result.stderr
+
+
+# ---- hub and run folders
+
+
+def hub_fault(kind, status):
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("several\nlines", response=response)
+
+
+@pytest.mark.parametrize(
+    "fault, parts",
+    [
+        (hub_fault(hub_errors.GatedRepoError, 403), ("https://huggingface.co/org/name", "licence", "hf auth login")),
+        (hub_fault(hub_errors.GatedRepoError, 401), ("licence", "hf auth login")),
+        (hub_fault(hub_errors.HfHubHTTPError, 401), ("licence", "hf auth login")),
+        (hub_fault(hub_errors.HfHubHTTPError, 403), ("licence", "hf auth login")),
+        (hub_fault(hub_errors.RepositoryNotFoundError, 401), ("no such folder", "no such model", "check the name")),
+        (hub_fault(hub_errors.RevisionNotFoundError, 404), ("no revision 'v9'",)),
+        (hub_errors.LocalEntryNotFoundError("several\nlines"), ("not in the cache", "connect")),
+        (hub_errors.IncompleteSnapshotError("several\nlines", "/x"), ("not in the cache", "connect")),
+        (hub_fault(hub_errors.HfHubHTTPError, 500), ("not fetched", "several lines", "try again")),
+        (hub_errors.HTTPError("connection\nreset"), ("not fetched", "connection reset")),
+        (hub_errors.HFValidationError("bad\nid"), ("not fetched", "bad id")),
+        (OSError(28, "No space left on device"), ("not fetched", "No space left")),
+    ],
+)
+def test_hub_faults(monkeypatch, fault, parts):
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with refused("org/name", *parts):
+        checkpoint.locate("org/name", revision="v9")
+
+
+def test_locate(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, revision, allow_patterns):
+        asked.append((name, revision))
+        assert not any(pattern.endswith((".bin", ".py", ".npz")) for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    assert checkpoint.locate("org/here") == Path("org/here")  # a folder goes before the hub
+    assert checkpoint.locate(tmp_path) == tmp_path
+    assert asked == []
+    assert checkpoint.locate("google/paligemma-3b-pt-224", "float16") == tmp_path
+    assert asked == [("google/paligemma-3b-pt-224", "float16")]
+    for name in ("nowhere", "./org/name", "/org/name", "a/b/c", "../name", "gone/", "org/na me"):
+        with refused(name, "no such folder"):
+            checkpoint.locate(name)
+    (tmp_path / "model.safetensors").touch()
+    with refused("model.safetensors", "a file"):
+        checkpoint.locate("model.safetensors")
+    assert len(asked) == 1
+
+
+def test_locate_offline_uses_the_cache(tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("0" * 40)
+    code = """
+import checkpoint
+from errors import UserError
+print(checkpoint.locate("org/name"))
+try:
+    checkpoint.locate("org/other")
+except UserError as error:
+    print(error)
+"""
+    os.environ["HF_HUB_OFFLINE"], os.environ["HF_HUB_CACHE"] = "1", str(tmp_path)
+    try:
+        result = child(code)
+    finally:
+        del os.environ["HF_HUB_OFFLINE"], os.environ["HF_HUB_CACHE"]
+    found, line = result.stdout.splitlines()
+    assert found == str(snapshot)
+    assert line.startswith("org/other: no such folder") and "not in the cache" in line
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A finished run in `runs/x`, its base beside it; the current folder is the parent of both."""
+    (tmp_path / "base").mkdir()
+    for inner in ("final", "best", "checkpoints/step-000400"):
+        (tmp_path / "runs/x" / inner / "adapter").mkdir(parents=True)
+        checkpoint.write_json(tmp_path / "runs/x" / inner / "adapter/adapter_config.json", {})
+    checkpoint.write_json(tmp_path / "runs/x/run.json", {"base_model": "base"})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs/x"
+
+
+def test_run_folders(run, monkeypatch):
+    for path in ("runs/x", "runs/x/", run):
+        base, adapter = checkpoint.resolve_run(path)
+        assert base == "base" and adapter == Path(path) / "final/adapter"
+    for inner in ("final", "best", "checkpoints/step-000400"):
+        assert checkpoint.resolve_run(f"runs/x/{inner}") == ("base", Path("runs/x") / inner / "adapter")
+    assert checkpoint.resolve_run("runs/x/best/adapter") == ("base", Path("runs/x/best/adapter"))
+    checkpoint.write_json(run / "best/run.json", {"base_model": "google/paligemma2-3b-pt-224"})  # its own goes first
+    assert checkpoint.resolve_run("runs/x/best")[0] == "google/paligemma2-3b-pt-224"
+    checkpoint.write_json(run / "run.json", {"base_model": str(run.parent.parent / "base")})
+    monkeypatch.chdir(run / "final")
+    assert checkpoint.resolve_run(".")[1] == Path("adapter")
+
+
+def test_base_of_a_run(run, tmp_path, monkeypatch):
+    root = tmp_path / "repository"
+    (root / "assets/nano").mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, "__file__", str(root / "checkpoint.py"))
+    checkpoint.write_json(run / "run.json", {"base_model": "assets/nano"})
+    assert checkpoint.resolve_run("runs/x")[0] == str(root / "assets/nano")
+    (tmp_path / "assets/nano").mkdir(parents=True)
+    assert checkpoint.resolve_run("runs/x")[0] == "assets/nano"  # the current folder goes first
+    for base in ("../gone", "/gone/too", "gone"):
+        checkpoint.write_json(run / "run.json", {"base_model": base})
+        with refused(run / "run.json", "base_model", base):
+            checkpoint.resolve_run(run)
+    for content in ({}, {"base_model": None}, {"base_model": ""}):
+        checkpoint.write_json(run / "run.json", content)
+        with refused(run / "run.json", "base_model"):
+            checkpoint.resolve_run(run)
+    (run / "run.json").write_text("{")
+    with refused(run / "run.json", "not valid json"):
+        checkpoint.resolve_run(run)
+    (run / "run.json").unlink()
+    checkpoint.write_json(run / "final/adapter/adapter_config.json", {"base_model_name_or_path": "org/base"})
+    assert checkpoint.resolve_run(run)[0] == "org/base"  # an adapter from elsewhere
+
+
+def test_unfinished_run(run):
+    (run / "final").rename(run / "elsewhere")
+    with refused("runs/x", "unfinished", "continue", "checkpoints/step-000400"):
+        checkpoint.resolve_run("runs/x")
+    (run / "checkpoints").rename(run / "else")
+    with refused("runs/x", "unfinished", "none yet"):
+        checkpoint.resolve_run("runs/x")
+    (run / "final/adapter").mkdir(parents=True)
+    with refused("runs/x/final", "unfinished"):
+        checkpoint.resolve_run("runs/x/final")
+
+
+def test_plain_models_are_no_runs(tmp_path):
+    checkpoint.write_json(tmp_path / "config.json", {})
+    checkpoint.write_json(tmp_path / "run.json", {})  # how the model was made
+    assert checkpoint.resolve_run(tmp_path) == (str(tmp_path), None)
+    assert checkpoint.resolve_run("google/paligemma-3b-pt-224") == ("google/paligemma-3b-pt-224", None)
+
+
+# ---- adapters
+
+TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|up_proj)"
+
+
+def save_adapter(folder, targets=TARGETS, layers=2, seed=1):
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(paligemma(layers=layers), config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return {key: value.clone() for key, value in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def attached(model) -> dict:
+    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def test_adapter_round_trip(tmp_path):
+    stored = save_adapter(tmp_path)
+    model = paligemma()
+    adapted = checkpoint.attach_adapter(model, tmp_path)
+    assert adapted.get_base_model() is model
+    found = attached(adapted)
+    assert set(found) == set(stored) and len(stored) == 8
+    assert all(torch.equal(found[key], stored[key]) for key in stored)
+    assert not any(tensor.requires_grad for tensor in adapted.parameters()) and not adapted.training
+    adapted = checkpoint.attach_adapter(paligemma(), tmp_path, trainable=True)
+    trainable = {name for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+    assert len(trainable) == 8 and all("lora_" in name for name in trainable)
+
+
+@pytest.mark.parametrize("which", ["L1", "L2"])
+def test_adapters_of_older_namings(tmp_path, which):
+    both = [r"q_proj"]  # the vision tower as well
+    stored = save_adapter(tmp_path, both)
+    prefix = "base_model.model."
+    old = layout({key.removeprefix(prefix): value for key, value in stored.items()}, which)
+    assert set(old) & {key.removeprefix(prefix) for key in stored} != set(old)
+    save_file({prefix + key: value for key, value in old.items()}, tmp_path / "adapter_model.safetensors")
+    found = attached(checkpoint.attach_adapter(paligemma(), tmp_path))
+    assert set(found) == set(stored)
+    assert all(torch.equal(found[key], stored[key]) for key in stored)
+
+
+def test_adapters_refused(tmp_path):
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    with refused(config, "No such file"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+    stored = save_adapter(tmp_path)
+    key = min(stored)
+
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-5])
+    with refused(weights, "truncated or corrupt"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+
+    save_file(stored | {"base_model.model.model.language_model.layers.9.x.lora_A.weight": torch.zeros(2)}, weights)
+    with refused(weights, "layers.9.x", "no place", "(1 keys)"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+
+    save_file({name: value for name, value in stored.items() if name != key}, weights)
+    with refused(weights, key, "missing"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+
+    save_file(stored | {key: torch.zeros(2, 7)}, weights)
+    with refused(tmp_path, key.removesuffix(".weight"), "does not fit"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+
+    weights.write_bytes(whole)
+    with refused(weights, "missing for this model"):
+        checkpoint.attach_adapter(paligemma(layers=3), tmp_path)
+    with refused(weights, "no place in this model"):
+        checkpoint.attach_adapter(paligemma(layers=1), tmp_path)
+    with refused(tmp_path, "does not fit", "arget modules"):
+        checkpoint.attach_adapter(meta_linear(), tmp_path)
+
+    content = checkpoint.read_json(config)
+    checkpoint.write_json(config, content | {"peft_type": "NOPE"})
+    with refused(tmp_path, "does not fit", "NOPE"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+    config.write_text("{")
+    with refused(config, "not valid json"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+    checkpoint.write_json(config, content)
+
+    weights.unlink()
+    with refused(weights, "No such file"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)
+    torch.save(stored, tmp_path / "adapter_model.bin")
+    with refused("adapter_model.bin", "never loaded"):
+        checkpoint.attach_adapter(paligemma(), tmp_path)

@@ -1,0 +1,73 @@
+"""The port against transformers, on tiny random models, both families."""
+
+import pytest
+import tiny
+import torch
+
+FAMILIES = ["gemma", "gemma2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_and_loss_equal_transformers(family, images, side):
+    hf, ours = tiny.pair(family)
+    batch = tiny.batch(images=images, side=side)
+    with torch.no_grad():
+        expected = hf(**batch)
+        found = ours(**batch, logits_to_keep=batch["input_ids"].shape[1])
+    valid = batch["attention_mask"].bool()
+    assert expected.logits[valid].std() > 0.5  # amplified: differences would show
+    torch.testing.assert_close(found.logits[valid], expected.logits[valid], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_transformers(family):
+    hf, ours = tiny.pair(family, amplify=3.0)
+    batch = tiny.batch()
+    hf(**batch).loss.backward()
+    ours(**batch).loss.backward()
+    expected = dict(hf.named_parameters())
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name].grad, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", [1, 3])
+def test_greedy_tokens_equal_transformers(family, images):
+    hf, ours = tiny.pair(family, seed=3)
+    batch = tiny.prompts(images=images, prefixes=(5, 1, 3))
+    expected = hf.generate(**batch, max_new_tokens=20, do_sample=False)
+    found = ours.generate(**batch, max_new_tokens=20)
+    assert found.tolist() == expected.tolist()
+    assert found[:, batch["input_ids"].shape[1] :].unique().numel() > 3
+
+
+def test_each_gemma2_difference_shows():
+    """A parity test that a missing soft-cap or window could pass would prove nothing."""
+    batch = tiny.batch()
+    hf, ours = tiny.pair("gemma2")
+    with torch.no_grad():
+        right = ours(**batch, logits_to_keep=20).logits
+        for change in (dict(softcap=None), dict(window=None), dict(scale=0.25)):
+            other = tiny.ours_like(hf)
+            for layer in other.model.language_model.layers:
+                for name, value in change.items():
+                    setattr(layer.self_attn, name, value)
+            assert (other(**batch, logits_to_keep=20).logits - right).abs().max() > 1e-2, change
+        ours.config.text_config.final_logit_softcapping = None
+        assert (ours(**batch, logits_to_keep=20).logits - right).abs().max() > 1e-2
+
+
+def test_bfloat16_stays_close_to_transformers():
+    hf, ours = tiny.pair("gemma", amplify=3.0)
+    batch = tiny.batch()
+    with torch.no_grad():
+        exact = hf(**batch).logits
+        expected = (
+            hf.bfloat16()(**batch | {"pixel_values": batch["pixel_values"].bfloat16()}).logits.float() - exact
+        ).std()
+        logits = ours.bfloat16()(**batch, logits_to_keep=batch["input_ids"].shape[1]).logits  # float32 pixels are cast
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - exact).std() < 1.5 * expected + 1e-3
