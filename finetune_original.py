@@ -13,7 +13,9 @@ from typing import Literal
 
 import tyro
 
+import plots
 import training
+from checkpoint import resolve_run
 from data import make_data
 from errors import one_line_errors
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -69,7 +71,7 @@ def finetune(config: Config, arm: str):
 
     # --- the frozen base, and LoRA in its language model
     processor = PaliGemmaProcessor.from_pretrained(config.model)
-    base = training.resolve_run(config.model)[0]
+    base, _ = resolve_run(config.model)  # an adapter is put in below
     model = PaliGemmaForConditionalGeneration.from_pretrained(base, dtype=run.dtype, device=run.device)
     adapted = training.add_lora(run, config, model)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
@@ -82,6 +84,8 @@ def finetune(config: Config, arm: str):
         training.print_scores(run, training.evaluate(run, config, model, processor, eval_sets))
     else:
         training.train(run, config, model, adapted, processor, source, eval_sets)
+        if run.is_main:
+            plots.draw_run(run.folder)
 
 
 @one_line_errors

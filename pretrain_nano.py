@@ -202,12 +202,17 @@ def compose(
 
 
 # ---- batches
-def draw_ids(generator: torch.Generator, choices: list[list[int]], batch: int, grid: int) -> Tensor:
-    """`choices` holds the drawings of each concept: distinct concepts in a grid where there are enough, [B, N, N]."""
+def draw_ids(generator: torch.Generator, choices: list[list[int]], batch: int, grid: int, first: int) -> Tensor:
+    """Grids [B, N, N] of distinct concepts; `choices` holds the drawings of each.
+
+    The `first` concepts come before all others, which only fill the cells that are left.
+    """
     rows = []
     for _ in range(batch):
-        concepts = torch.randperm(len(choices), generator=generator)[: grid * grid].tolist()
-        concepts = (concepts * (grid * grid))[: grid * grid]
+        known = torch.randperm(first, generator=generator)
+        others = first + torch.randperm(len(choices) - first, generator=generator)
+        concepts = torch.cat([known, others])[: grid * grid]
+        concepts = concepts[torch.randperm(len(concepts), generator=generator)].tolist()
         rows.append([c[int(torch.randint(len(c), (), generator=generator))] for c in (choices[i] for i in concepts)])
     return torch.tensor(rows).view(batch, grid, grid)
 
@@ -232,22 +237,24 @@ class Task:
             by_caption.setdefault(picture.caption, []).append(index)
         order = torch.randperm(len(by_caption), generator=torch.Generator().manual_seed(config.seed)).tolist()
         self.choices = [by_caption[names[i]] for i in order]  # so that finding does not start with the letter a
+        self.rank = {names[i]: rank for rank, i in enumerate(order)}
 
-    def pictures(self, generator: torch.Generator, batch: int, grid: int, concepts: int | None = None):
-        ids = draw_ids(generator, self.choices[:concepts], batch, grid)
+    def pictures(self, generator: torch.Generator, batch: int, grid: int, first: int | None = None):
+        ids = draw_ids(generator, self.choices, batch, grid, first or len(self.choices))
         return ids, *compose(generator, self.levels, ids, self.processor.image_size, self.augment)
 
     def caption_texts(self, ids: Tensor) -> list[str]:
         return [", ".join(self.captions[i] for i in row) for row in ids.flatten(1).tolist()]
 
-    def queries(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, count: int):
-        """`detect` prompts and answers, `count` cells of each picture."""
+    def queries(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, count: int, first: int | None = None):
+        """`detect` prompts and answers, `count` cells of each picture that show one of the first concepts."""
         prefixes, suffixes = [], []
-        for row, box in zip(ids.flatten(1), boxes.flatten(1, 2), strict=True):
-            for cell in torch.randint(len(row), (count,), generator=generator).tolist():
-                caption = self.captions[int(row[cell])]
+        for row, box in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), strict=True):
+            cells = [i for i, p in enumerate(row) if self.rank[self.captions[p]] < (first or len(self.choices))]
+            for place in torch.randint(len(cells), (count,), generator=generator).tolist():
+                caption = self.captions[row[cells[place]]]
                 prefixes.append(f"detect {caption}")
-                suffixes.append(f"{loc_text(box[cell], self.processor.image_size)} {caption}")
+                suffixes.append(f"{loc_text(box[cells[place]], self.processor.image_size)} {caption}")
         return prefixes, suffixes
 
     def text_batch(self, prefixes: list[str], suffixes: list[str] | None) -> dict[str, Tensor]:
@@ -335,7 +342,7 @@ def model_step(model, probe, task: Task, config: Config, generator: torch.Genera
             ["caption en"] * config.batch_size, task.caption_texts(torch.cat([ids_read, ids_sought]))
         )
         caption_loss = model(**captions, pixel_values=None, image_features=features).loss
-        searches = task.text_batch(*task.queries(generator, ids_sought, boxes, config.queries))
+        searches = task.text_batch(*task.queries(generator, ids_sought, boxes, config.queries, concepts))
         out = model(
             **searches,
             pixel_values=None,

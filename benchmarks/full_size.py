@@ -1,0 +1,104 @@
+"""A random PaliGemma of full size, written by transformers in bf16 shards: does it load here, and at what cost?
+
+    python benchmarks/full_size.py --folder=/tmp/paligemma-3b-random
+
+Writes the checkpoint (5.9 GB) unless it is there, then loads it and answers one prompt, once here and once with
+transformers, each in a fresh process: seconds, peak resident memory, and whether the answers agree.
+"""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = [257152] * 256 + [2, 21209, 659, 108]  # a picture, <bos>, "caption en", newline
+
+
+@dataclass
+class Config:
+    folder: str = "/tmp/paligemma-3b-random"  # where the checkpoint goes
+    new_tokens: int = 5  # answered greedily
+    output: str = str(ROOT / "benchmarks" / "results" / "full_size.json")
+    side: str = ""  # internal: the library that this process measures
+
+
+def write_checkpoint(folder: str):
+    import transformers
+
+    text = transformers.GemmaConfig(
+        vocab_size=257216, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+        num_attention_heads=8, num_key_value_heads=1, head_dim=256,
+    )  # fmt: skip
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+        image_size=224, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=257152, projection_dim=2048
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    transformers.PaliGemmaForConditionalGeneration(config).save_pretrained(folder, max_shard_size="2GB")
+
+
+def measure(config: Config) -> dict:
+    """Load, answer once; run in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    if config.side == "ours":
+        sys.path.insert(0, str(ROOT))
+        from modeling_gemma import PaliGemmaForConditionalGeneration as Model
+
+        model = Model.from_pretrained(config.folder, dtype=torch.bfloat16)
+    else:
+        from transformers import PaliGemmaForConditionalGeneration as Model
+
+        model = Model.from_pretrained(config.folder, dtype=torch.bfloat16).eval()
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    ids = torch.tensor([PROMPT])
+    pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
+    batch["pixel_values"] = pixels.bfloat16()
+    began = time.perf_counter()
+    more = {} if config.side == "ours" else {"do_sample": False}
+    answer = model.generate(**batch, max_new_tokens=config.new_tokens, **more)[0, len(PROMPT) :].tolist()
+    return {
+        "import_and_load_seconds": round(seconds, 1),
+        "load_peak_gb": round(peak / 1e6, 2),
+        "answer_seconds": round(time.perf_counter() - began, 1),
+        "total_peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "answer": answer,
+    }
+
+
+def main():
+    config = tyro.cli(Config, use_underscores=True)
+    if config.side:
+        print(json.dumps(measure(config)))
+        return
+    if not (Path(config.folder) / "config.json").exists():
+        write_checkpoint(config.folder)
+    weights = sum(f.stat().st_size for f in Path(config.folder).glob("*.safetensors"))
+    result = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": platform.machine()}
+    result |= {"threads": torch.get_num_threads(), "weights_gb": round(weights / 1e9, 2)}
+    for side in ("ours", "transformers"):
+        command = [sys.executable, __file__, f"--side={side}", f"--folder={config.folder}"]
+        told = subprocess.run(
+            [*command, f"--new_tokens={config.new_tokens}"], capture_output=True, text=True, check=True
+        )
+        result[side] = json.loads(told.stdout.splitlines()[-1])
+        print(side, result[side])
+    Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
