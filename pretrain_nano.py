@@ -58,16 +58,17 @@ LATTICE = 8  # pixels: drawings are placed on this lattice, so that a box has fe
 README = """# paligemma-nano
 
 A PaliGemma of {parameters} parameters in transformers' own format (bf16): SigLIP and Gemma 1 with {layers} layers of
-width {width}, pictures of {image} px in patches of {patch} ({tokens} image tokens), {vocabulary} embedding rows. Trained
-from random weights on the pictures of `../haystack-pool` by
+width {width}, pictures of {image} px in patches of {patch} ({tokens} image tokens), {vocabulary} embedding rows.
+Trained from random weights on the pictures of `../haystack-pool` by
 
 ```
 python pretrain_nano.py
 ```
 
 which is seeded and continues when it is started again. It learned `caption en` (every drawing of a grid, row by row),
-`detect {{caption}}` and `ocr`, and **not** the needle task. `pretraining.json` holds the hyperparameters and the figures
-below. Training used the styles `fluent` and `twemoji` of 200 concepts; the style `noto` and 60 concepts were left out.
+`detect {{caption}}` and `ocr`, and **not** the needle task. `pretraining.json` holds the hyperparameters and
+the figures below. Training used the styles `fluent` and `twemoji` of 200 concepts; the style `noto` and 60 concepts
+were left out.
 
 Percent right on arrangements made for this table, n = {n} pictures each, 95 % Wilson intervals. `caption`: cells named
 exactly; `detect`: centre of the box in the right cell, one search a picture; `ocr`: the whole text read.

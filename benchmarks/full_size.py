@@ -2,8 +2,9 @@
 
     python benchmarks/full_size.py --folder=/tmp/paligemma-3b-random
 
-Writes the checkpoint (5.9 GB) unless it is there, then loads it and answers one prompt, once here and once with
-transformers, each in a fresh process: seconds, peak resident memory, and whether the answers agree.
+Writes the checkpoint (5.9 GB) unless it is there, then loads it and answers one prompt, here and with transformers, in
+bfloat16 and in float32, each in a fresh process: seconds, peak resident memory, and how far the logits lie apart.
+In bfloat16 two correct programs differ by rounding; float32 tells whether they are the same function. Needs 16 GB.
 """
 
 import json
@@ -27,6 +28,7 @@ class Config:
     new_tokens: int = 5  # answered greedily
     output: str = str(ROOT / "benchmarks" / "results" / "full_size.json")
     side: str = ""  # internal: the library that this process measures
+    dtype: str = "bfloat16"  # internal: what it computes in
 
 
 def write_checkpoint(folder: str):
@@ -61,23 +63,23 @@ def peak_gb() -> float:
 
 def measure(config: Config) -> dict:
     """Load, answer once; run in a process of its own."""
-    before = peak_gb()
+    before, dtype = peak_gb(), getattr(torch, config.dtype)
     began = time.perf_counter()
     if config.side == "ours":
         sys.path.insert(0, str(ROOT))
         from modeling_gemma import PaliGemmaForConditionalGeneration as Model
 
-        model = Model.from_pretrained(config.folder, dtype=torch.bfloat16)
+        model = Model.from_pretrained(config.folder, dtype=dtype)
     else:
         from transformers import PaliGemmaForConditionalGeneration as Model
 
-        model = Model.from_pretrained(config.folder, dtype=torch.bfloat16).eval()
+        model = Model.from_pretrained(config.folder, dtype=dtype).eval()
     seconds = time.perf_counter() - began
     peak = peak_gb() - before
     ids = torch.tensor([PROMPT])
     pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
-    batch["pixel_values"] = pixels.bfloat16()
+    batch["pixel_values"] = pixels.to(dtype)
     began = time.perf_counter()
     more = {} if config.side == "ours" else {"do_sample": False}
     answer = model.generate(**batch, max_new_tokens=config.new_tokens, **more)[0, len(PROMPT) :].tolist()
@@ -90,7 +92,7 @@ def measure(config: Config) -> dict:
         "answer_seconds": round(seconds_to_answer, 1),
         "total_peak_gb": round(peak_gb(), 2),
         "answer": answer,
-        "last_logits": [round(x, 3) for x in last[:8].tolist()],
+        "logits": last.tolist(),
     }
 
 
@@ -104,13 +106,25 @@ def main():
     weights = sum(f.stat().st_size for f in Path(config.folder).glob("*.safetensors"))
     result = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": platform.machine()}
     result |= {"threads": torch.get_num_threads(), "weights_gb": round(weights / 1e9, 2)}
-    for side in ("ours", "transformers"):
-        command = [sys.executable, __file__, f"--side={side}", f"--folder={config.folder}"]
-        told = subprocess.run(
-            [*command, f"--new_tokens={config.new_tokens}"], capture_output=True, text=True, check=True
-        )
-        result[side] = json.loads(told.stdout.splitlines()[-1])
-        print(side, result[side])
+    for dtype in ("bfloat16", "float32"):
+        logits = []
+        for side in ("ours", "transformers"):
+            for file in Path(config.folder).glob("*.safetensors"):
+                file.read_bytes()  # both find the pages in memory
+            flags = [
+                f"--side={side}",
+                f"--dtype={dtype}",
+                f"--folder={config.folder}",
+                f"--new_tokens={config.new_tokens}",
+            ]
+            told = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+            measured = json.loads(told.stdout.splitlines()[-1])
+            logits.append(torch.tensor(measured.pop("logits")))
+            result[f"{side} {dtype}"] = measured
+            print(side, dtype, measured)
+        apart, spread = (logits[0] - logits[1]).abs().max().item(), logits[1].std().item()
+        result[f"logits {dtype}"] = {"largest_difference": round(apart, 6), "their_spread": round(spread, 4)}
+        print(result[f"logits {dtype}"])
     Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
