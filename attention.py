@@ -180,7 +180,7 @@ def blend(first: Tensor, second: Tensor, weight: Tensor, normalised: bool) -> Te
         second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
     weight = weight.to(first.dtype)
     if normalised:
-        return torch.addcmul(first, weight, first - second)
+        return torch.lerp(first, second, -weight)  # that very sum, in one pass
     return torch.addcmul(first, weight, second, value=-1)
 
 

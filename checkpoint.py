@@ -477,6 +477,7 @@ def save_differential(model, folder):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _differential_state(model).items()}
     file, temporary = Path(folder, DIFFERENTIAL), Path(folder, f".{DIFFERENTIAL}.tmp")
     with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, temporary, metadata=told)
             _sync(temporary)
