@@ -1,6 +1,7 @@
 """Attention kernels: pure functions on tensors, and the prefix-LM mask kept as lengths.
 
-Shapes: B batch, L query length, S key length, H query heads, K key/value heads, G = H / K, D head width.
+Shapes: B batch, L query length, S key length, H query heads, K key/value heads, G = H / K, D head width, Dv value
+width, R second queries (H, or a few that are shared).
 """
 
 from dataclasses import dataclass, field
@@ -74,12 +75,18 @@ class PrefixMask:
         return PrefixMask(self.start, self.prefix_end, self.end + tokens, sees_all=self.sees_all)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding of x [B, heads, L, D]: dimension i is paired with i + D / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# ---- standard attention
 def attention_maps(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
     """Explicit softmax maps [B, K, G, L, S] of q [B, H, L, D] on k [B, K, S, D]; mask [B, 1, L, S] bool or None.
 
     The soft-cap `c tanh(s / c)` comes after the scale and before the mask (Gemma 2, arXiv 2408.00118, section 2).
-    The softmax runs in float32, or in float64 for float64 inputs, and is cast back. A row without any visible key
-    gives a uniform map, never NaN.
+    The maps are float32, or float64 for float64 inputs. A row without any visible key gives a uniform map, never NaN.
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
@@ -90,11 +97,11 @@ def attention_maps(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, soft
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def apply_maps(maps: Tensor, v: Tensor) -> Tensor:
-    """Weighted values [B, H, L, D] of maps [B, K, G, L, S] and v [B, K, S, D]."""
+    """Weighted values [B, H, L, Dv] of maps [B, K, G, L, S] and v [B, K, S, Dv]."""
     batch, kv_heads, groups, length, keys = maps.shape
     return (maps.reshape(batch, kv_heads, groups * length, keys) @ v).view(batch, kv_heads * groups, length, -1)
 
@@ -103,7 +110,7 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> Tensor:
     """Standard attention by its formula, softmax(scale q k^T) v -> [B, H, L, D]; the yardstick of every fast path."""
-    return apply_maps(attention_maps(q, k, mask, scale, softcap), v)
+    return apply_maps(attention_maps(q, k, mask, scale, softcap).to(q.dtype), v)
 
 
 def attention(
@@ -119,10 +126,105 @@ def attention(
 
     The path is chosen by device, length and soft-cap alone (SDPA knows no soft-cap).
     """
-    queries, keys = q.shape[2], k.shape[2]
-    dense = None
-    if mask is not None and not (mask.sees_all and window is None):
-        dense = mask.dense(queries, keys, window)
-    if softcap is not None or (q.device.type == "cpu" and keys <= EXPLICIT_MAX_LENGTH):
+    dense = dense_mask(mask, q.shape[2], k.shape[2], window)
+    if forms_maps(k, softcap):
         return attention_reference(q, k, v, dense, scale, softcap)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def dense_mask(mask: PrefixMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
+    """`mask.dense`, or None where every query sees every key."""
+    if mask is None or (mask.sees_all and window is None):
+        return None
+    return mask.dense(queries, keys, window)
+
+
+def forms_maps(k: Tensor, softcap: float | None) -> bool:
+    """Which path the keys k [B, K, S, D] take; both arms ask here, so the choice never depends on the arm."""
+    return softcap is not None or (k.device.type == "cpu" and k.shape[2] <= EXPLICIT_MAX_LENGTH)
+
+
+# ---- differential attention
+def differential_reference(
+    q1: Tensor,
+    q2: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    strength: Tensor | float,
+    normalised: bool,
+    softcap: float | None = None,
+) -> Tensor:
+    """Differential attention by its formula -> [B, H, L, Dv]; the yardstick of every fast path.
+
+    (A1 - lambda A2) V (arXiv 2410.05258, equation 1), over (1 - lambda) where `normalised`: rows then sum to 1.
+    q1 [B, H, L, D], q2 [B, R, L, D], k1, k2 [B, K, S, D], v [B, K, S, Dv]; strength: lambda, a number or [B, H, L, 1].
+    """
+    first, second = (attention_maps(q, k, mask, scale, softcap).flatten(1, 2) for q, k in ((q1, k1), (q2, k2)))
+    second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
+    maps = first - strength * second
+    if normalised:
+        maps = maps / (1 - strength)
+    return apply_maps(maps.to(q1.dtype).unflatten(1, (v.shape[1], -1)), v)
+
+
+def blend(first: Tensor, second: Tensor, weight: Tensor, normalised: bool) -> Tensor:
+    """Maps or outputs, first [B, H, L, *] and second [B, R, L, *]; weight [1] or [B, H, L, 1].
+
+    `normalised`: first + weight (first - second), which is `first` to the bit where both are equal; else
+    first - weight second. Head h of `first` meets head h R / H of `second`.
+    """
+    if second.shape[1] != first.shape[1]:
+        second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
+    weight = weight.to(first.dtype)
+    if normalised:
+        return torch.lerp(first, second, -weight)  # that very sum, in one pass
+    return torch.addcmul(first, weight, second, value=-1)
+
+
+def differential_attention(
+    q1: Tensor,
+    q2: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PrefixMask | None,
+    scale: float,
+    weight: Tensor,
+    normalised: bool,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Two maps on the same values, blended -> [B, H, L, Dv]; the path is chosen as for `attention`.
+
+    q1 [B, H, L, D], q2 [B, R, L, D], v [B, K, S, Dv]; k [B, K, S, D] serves both maps, k [B, 2K, S, D] holds the first
+    map's heads and then the second's. `weight` and `normalised` as in `blend`: gamma = lambda / (1 - lambda) where
+    normalised, lambda where not.
+    """
+    dense = dense_mask(mask, q1.shape[2], k.shape[2], window)
+    if forms_maps(k, softcap):
+        return _blend_maps(q1, q2, k, v, dense, scale, weight, normalised, softcap)
+    return _blend_outputs(q1, q2, k, v, dense, scale, weight, normalised)
+
+
+def _blend_maps(q1, q2, k, v, dense, scale, weight, normalised, softcap) -> Tensor:
+    """The maps are blended and meet the values once. Each is formed by the very call that the standard arm makes, so
+    that equal queries give equal bits."""
+    k1, k2 = (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
+    first, second = (attention_maps(q, key, dense, scale, softcap).flatten(1, 2) for q, key in ((q1, k1), (q2, k2)))
+    maps = blend(first, second, weight, normalised).to(q1.dtype)
+    return apply_maps(maps.unflatten(1, (v.shape[1], -1)), v)
+
+
+def _blend_outputs(q1, q2, k, v, dense, scale, weight, normalised) -> Tensor:
+    """One SDPA call on both maps' heads, then the outputs are blended."""
+    if k.shape[1] == v.shape[1]:  # both queries of a head sit in one key/value group
+        groups = [q.unflatten(1, (k.shape[1], -1)) for q in (q1, q2)]
+    else:
+        groups = [q[:, None] for q in (q1, q2)]
+        v = torch.cat((v, v), dim=1)
+    q = torch.cat(groups, dim=2).flatten(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = out.unflatten(1, (groups[0].shape[1], -1)).split([group.shape[2] for group in groups], dim=2)
+    return blend(out[0].flatten(1, 2), out[1].flatten(1, 2), weight, normalised)

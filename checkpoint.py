@@ -21,12 +21,15 @@ from typing import NamedTuple
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside a whole model's weights
 PIECE = 8 << 20  # bytes converted at a time: bounds what a change of dtype needs beyond its result
 
 _TO_MEMORY = {
@@ -390,8 +393,10 @@ def save_weights(state_dict: dict, folder, max_shard_size="5GB"):
         huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
 
 
-def save_model_folder(state_dict: dict, config: dict, folder):
+def save_model_folder(state_dict: dict, config: dict, folder, model=None):
     """Write weights and config.json into `folder`, made if absent; its other files stay.
+
+    What differential attention added to `model` goes into a file of its own: the rest is a standard model's.
 
     The new files are staged inside it and moved in at the end, so a failure leaves an older model as it was, and a
     model that is memory-mapped from this very folder keeps its pages.
@@ -400,13 +405,16 @@ def save_model_folder(state_dict: dict, config: dict, folder):
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with whole_or_nothing(folder / ".saving") as staged:
-        save_weights(state_dict, staged)
+        save_weights({key: value for key, value in state_dict.items() if ".differential." not in key}, staged)
+        if model is not None:
+            save_differential(model, staged)
         write_json(staged / "config.json", config)
     new = list((folder / ".saving").iterdir())
     with _writing(folder):
-        for old in {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}:
-            if old.name not in {file.name for file in new}:
-                old.unlink()  # a shard of an older save
+        for pattern in ("model*.safetensors", "model*.safetensors.index.json", DIFFERENTIAL):
+            for old in folder.glob(pattern):
+                if old.name not in {file.name for file in new}:
+                    old.unlink()  # left by an older save
         for file in new:
             os.replace(file, folder / file.name)
         (folder / ".saving").rmdir()
@@ -447,3 +455,79 @@ def attach_adapter(model, adapter_folder, trainable=False):
             fault = f"{min(keys)} {fault} this model ({len(keys)} keys)"
             raise UserError(f"{folder / ADAPTER_WEIGHTS}: {fault}: give the adapter's own base model")
     return adapted
+
+
+# ---- differential attention
+
+
+def _differential_state(model) -> dict:
+    """Name -> parameter or buffer of everything that differential attention added to `model`."""
+    modules = differential_modules(model).items()
+    return {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
+
+
+def save_differential(model, folder):
+    """Write what differential attention added to `model` (also inside peft's wrapper), and its configuration, into
+    `folder`/differential.safetensors; a standard model writes nothing. Raises UserError when the disk refuses."""
+    config = differential_config(model)
+    if config is None:
+        return
+    progress = next(iter(differential_modules(model).values())).progress.item()
+    told = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _differential_state(model).items()}
+    file, temporary = Path(folder, DIFFERENTIAL), Path(folder, f".{DIFFERENTIAL}.tmp")
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, metadata=told)
+            _sync(temporary)
+            os.replace(temporary, file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def stored_differential(folder) -> DifferentialConfig | None:
+    """The configuration in `folder`/differential.safetensors; None without such a file. Raises UserError."""
+    with _reading(folder):
+        if not Path(folder, DIFFERENTIAL).is_file():
+            return None
+    return _told(Path(folder, DIFFERENTIAL))[0]
+
+
+def _told(file: Path) -> tuple[DifferentialConfig, float]:
+    with _open(file) as handle:
+        told = handle.metadata() or {}
+    try:
+        return DifferentialConfig.from_dict(json.loads(told["config"])).resolve(), float(json.loads(told["progress"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: its header holds no differential configuration: save it again") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def load_differential(model, folder):
+    """Fill what differential attention added to `model` from `folder`/differential.safetensors.
+
+    Raises UserError: file missing or corrupt, another configuration, keys too many or too few, wrong shapes.
+    """
+    file = Path(folder, DIFFERENTIAL)
+    (stored, progress), built = _told(file), differential_config(model)
+    if built is None or not stored.same_method(built):
+        raise UserError(
+            f"{file}: holds differential attention of preset {stored.preset} and the model was built with "
+            f"{built.preset if built else 'none'} or other choices: ask for the stored configuration, or leave it out"
+        )
+    state = _differential_state(model)
+    with _open(file) as handle:
+        held = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        for names, fault in ((set(held) - set(state), "has no place in"), (set(state) - set(held), "is missing for")):
+            if names:
+                raise UserError(f"{file}: {min(names)} {fault} this model ({len(names)} keys): give its own base model")
+        for name, shape in held.items():
+            if shape != tuple(state[name].shape):
+                raise UserError(f"{file}: {name} has shape {shape} where this model has {tuple(state[name].shape)}")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(handle.get_tensor(name))
+    set_progress(model, progress)

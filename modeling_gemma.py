@@ -15,8 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import PrefixMask, attention
-from checkpoint import attach_adapter, load_weights, locate, read_json, resolve_run, save_model_folder
+from attention import PrefixMask, attention, rotate
+from checkpoint import (
+    attach_adapter,
+    load_differential,
+    load_weights,
+    locate,
+    read_json,
+    resolve_run,
+    save_model_folder,
+    stored_differential,
+)
+from differential_attention import DifferentialConfig, add_differential
 from errors import UserError
 from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
 
@@ -165,26 +175,24 @@ def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) ->
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x [B, heads, L, D]: dimension i is paired with i + D / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 class KVCache:
-    """Rotated keys and values of every layer, allocated once: [B, K, max_length, D] each."""
+    """Rotated keys and values of every layer, allocated once: [B, K, max_length, D] each, more key heads where a
+    layer's second map has keys of its own."""
 
-    def __init__(self, config: GemmaConfig, batch: int, max_length: int, dtype: torch.dtype, device):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, model: "GemmaModel", batch: int, max_length: int, dtype: torch.dtype, device):
+        heads, width = model.config.num_key_value_heads, model.config.head_dim
+        added = [layer.self_attn.differential for layer in model.layers]
+        self.keys, self.values = (
+            [torch.empty(batch, count, max_length, width, dtype=dtype, device=device) for count in counts]
+            for counts in ([heads if d is None else d.key_heads for d in added], [heads] * len(added))
+        )
         self.length = 0  # tokens held by every layer; the model moves it on after the last layer
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class GemmaAttention(nn.Module):
@@ -202,16 +210,20 @@ class GemmaAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.differential = None  # or the DifferentialAttention that add_differential puts here
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, D]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        out = attention(q, k, v, mask, self.scale, self.softcap, self.window)
+        if self.differential is not None:  # a second map, and lambda between the two
+            out = self.differential(x, q, k, v, rotary, mask, cache)
+        else:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            if cache is not None:
+                k, v = cache.update(self.layer, k, v)
+            out = attention(q, k, v, mask, self.scale, self.softcap, self.window)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -324,13 +336,17 @@ class PaliGemmaOutput:
 
 
 class PaliGemmaForConditionalGeneration(nn.Module):
-    def __init__(self, config: PaliGemmaConfig):
+    """`differential`: a DifferentialConfig or a preset's name, or None for standard attention."""
+
+    def __init__(self, config: PaliGemmaConfig, differential: DifferentialConfig | str | None = None):
         super().__init__()
         self.config = config
         self.model = PaliGemmaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.apply(self._init_weights)
         self.tie_weights()
+        if differential is not None:
+            add_differential(self, differential)
 
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
@@ -344,9 +360,16 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        differential: DifferentialConfig | str | None = None,
     ) -> "PaliGemmaForConditionalGeneration":
         """Load a hub id, a model folder, or a run folder (its base model with its LoRA adapter put in).
+
+        A folder that holds differential attention brings its own; elsewhere `differential` (a DifferentialConfig or a
+        preset's name) adds it at its start values, in float32 whatever `dtype` is.
 
         The model is built on the meta device and filled from memory-mapped safetensors: no second copy of the weights.
         Raises UserError, one line naming file and key, for anything that does not fit.
@@ -359,13 +382,23 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         load_weights(model, folder, dtype, device, tied=config.tie_word_embeddings)
         model.tie_weights()
         model.name_or_path = str(path_or_hub_id)
+        homes = [folder] if adapter is None else [adapter.parent, folder]
+        stored = next((home for home in homes if stored_differential(home) is not None), None)
+        if differential is not None or stored is not None:
+            add_differential(model, differential or stored_differential(stored))
         if adapter is not None:
             attach_adapter(model, adapter)
+        if stored is not None:
+            load_differential(model, stored)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and safetensors that transformers loads back with equal logits."""
-        save_model_folder(self.state_dict(), self.config.to_dict(), folder)
+        """Write config.json and safetensors that transformers loads back with equal logits.
+
+        Differential attention goes into a file beside, which `from_pretrained` finds and transformers does not:
+        there the model is the standard one.
+        """
+        save_model_folder(self.state_dict(), self.config.to_dict(), folder, model=self)
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""
@@ -441,7 +474,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             image_features = self.model.image_features(pixel_values)
         x = self.model.embed(input_ids, image_features)
         mask, positions = PrefixMask.from_tensors(attention_mask), positions_of(attention_mask)
-        cache = KVCache(self.config.text_config, batch, length + max_new_tokens, x.dtype, x.device)
+        cache = KVCache(self.model.language_model, batch, length + max_new_tokens, x.dtype, x.device)
 
         new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         for step in range(max_new_tokens):

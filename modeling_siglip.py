@@ -59,17 +59,22 @@ class SiglipAttention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.head_dim = config.hidden_size // self.heads
+        self.scale = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.differential = None  # or the DifferentialAttention that add_differential puts here
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)  # [B, H, N, D]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = attention(q, k, v, mask=None, scale=self.head_dim**-0.5)
+        if self.differential is not None:  # a second map, and lambda between the two
+            out = self.differential(x, q, k, v)
+        else:
+            out = attention(q, k, v, mask=None, scale=self.scale)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,153 @@
+"""The kernels of differential attention against their formula in float64: forward and gradients, every mask."""
+
+import pytest
+import torch
+
+from attention import (
+    EXPLICIT_MAX_LENGTH,
+    PrefixMask,
+    attention,
+    blend,
+    differential_attention,
+    differential_reference,
+)
+
+LONG = EXPLICIT_MAX_LENGTH + 8  # above the length where the path changes
+
+
+def mask_of(length: int, side: str) -> PrefixMask:
+    """Three rows: full, uneven prefixes and suffixes with pads on `side`, nothing but pads."""
+    valid = torch.ones(3, length, dtype=torch.long)
+    types = torch.zeros_like(valid)
+    types[0, -3:] = 1
+    if side == "left":
+        valid[1, :2] = 0
+        types[1, -1:] = 1
+    else:
+        valid[1, -2:] = 0
+        types[1, -4:-2] = 1
+    valid[2] = 0
+    return PrefixMask.from_tensors(valid, types)
+
+
+def tensors(length, heads=4, second=4, kv_heads=2, keys=2, width=4, value_width=4, weight="number"):
+    torch.manual_seed(0)
+    shapes = [(heads, length, width), (second, length, width), (keys, length, width), (kv_heads, length, value_width)]
+    made = [torch.randn(3, *shape, requires_grad=True) for shape in shapes]
+    shape = (1,) if weight == "number" else (3, heads, length, 1)
+    return *made, torch.rand(shape).mul(0.6).requires_grad_()
+
+
+SHAPES = {
+    "one kv head": dict(kv_heads=1, keys=1),
+    "grouped": dict(),
+    "own keys": dict(keys=4),
+    "own keys, wide values": dict(keys=4, value_width=8),
+    "own keys, one kv head": dict(kv_heads=1, keys=2),
+    "few second queries": dict(second=2),
+    "all heads their own": dict(kv_heads=4, keys=4),
+    "lambda by token": dict(weight="token"),
+}
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(
+    ("length", "side", "softcap", "window"),
+    [(7, "left", None, None), (7, "right", 2.0, 3), (7, "right", None, None), (LONG, "left", None, None)],
+)
+def test_fast_paths_equal_the_formula(length, side, softcap, window, shapes, normalised):
+    q1, q2, k, v, strength = tensors(length, **SHAPES[shapes])
+    mask = mask_of(length, side)
+    weight = strength / (1 - strength) if normalised else strength
+    out = differential_attention(q1, q2, k, v, mask, 0.5, weight, normalised, softcap, window)
+
+    exact = [t.detach().double().requires_grad_() for t in (q1, q2, k, v, strength)]
+    keys = (exact[2], exact[2]) if k.shape[1] == v.shape[1] else exact[2].chunk(2, dim=1)
+    dense = mask.dense(length, length, window)
+    strength_seen = exact[4]
+    expected = differential_reference(
+        exact[0], exact[1], *keys, exact[3], dense, 0.5, strength_seen, normalised, softcap
+    )  # fmt: skip
+    rows = dense.any(-1)[..., None]  # a row without keys: uniform here, zero in SDPA
+    assert out.isfinite().all()
+    torch.testing.assert_close((out * rows).double(), expected * rows, atol=1e-5, rtol=1e-5)
+    direction = torch.randn_like(out) * rows
+    found = torch.autograd.grad((out * direction).sum(), (q1, q2, k, v, strength))
+    wanted = torch.autograd.grad((expected * direction).sum(), exact)
+    for name, a, b in zip(("q1", "q2", "k", "v", "lambda"), found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=5e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_formula_itself():
+    """Against loops over heads and rows, in float64."""
+    q1, q2, k1, k2, v = (torch.randn(2, h, 5, 4, dtype=torch.double) for h in (4, 4, 2, 2, 2))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    for normalised in (True, False):
+        out = differential_reference(q1, q2, k1, k2, v, mask, 0.5, 0.3, normalised)
+        for b in range(2):
+            for h in range(4):
+                for row in range(5):
+                    keys = slice(0, row + 1)
+                    a1 = (0.5 * k1[b, h // 2, keys] @ q1[b, h, row]).softmax(0)
+                    a2 = (0.5 * k2[b, h // 2, keys] @ q2[b, h, row]).softmax(0)
+                    expected = (a1 - 0.3 * a2) @ v[b, h // 2, keys] / (0.7 if normalised else 1)
+                    torch.testing.assert_close(out[b, h, row], expected)
+
+
+def test_a_fast_path_in_float64_is_the_formula():
+    q1, q2, k, v, strength = (t.detach().double() for t in tensors(7))
+    mask = mask_of(7, "left")
+    out = differential_attention(q1, q2, k, v, mask, 0.5, strength / (1 - strength), True)
+    expected = differential_reference(q1, q2, k, k, v, mask.dense(7, 7), 0.5, strength, True)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7, 300, LONG])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (4, 2), (3, 3)])
+def test_equal_maps_give_the_bits_of_standard_attention(heads, kv_heads, length, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, length, 16).to(dtype) for h in (heads, kv_heads, kv_heads))
+    types = torch.zeros(2, length)
+    types[:, length // 2 :] = 1
+    mask = PrefixMask.from_tensors(torch.ones(2, length), types)
+    standard = attention(q, k, v, mask, 0.25)
+    for gamma in (1 / 9, 1.0, 9.0, -1 / 3):
+        assert torch.equal(differential_attention(q, q, k, v, mask, 0.25, torch.tensor([gamma]), True), standard)
+    assert torch.equal(differential_attention(q, -q, k, v, mask, 0.25, torch.tensor([0.0]), False), standard)
+    twice = torch.cat((k, k), 1)
+    assert torch.equal(differential_attention(q, q, twice, v, mask, 0.25, torch.tensor([3.0]), True), standard)
+
+
+def test_the_values_are_met_once_below_the_length_and_the_path_ignores_the_arm(monkeypatch):
+    products = []
+    monkeypatch.setattr("attention.apply_maps", lambda maps, v: products.append(1) or maps.flatten(1, 2) @ v)
+    q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 1, 6, 8)
+    differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
+    assert products == [1]
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "attention.F.scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape[1]) or real(*a, **k)
+    )
+    for length in (EXPLICIT_MAX_LENGTH, LONG):
+        q, kv = torch.randn(1, 4, length, 8), torch.randn(1, 1, length, 8)
+        attention(q, kv, kv, None, 1.0)
+        differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
+    assert calls == [4, 8]  # one call each, above the length alone
+
+
+def test_a_second_query_serves_neighbouring_heads():
+    first, second = torch.arange(4.0).view(1, 4, 1, 1), torch.tensor([10.0, 20.0]).view(1, 2, 1, 1)
+    assert blend(first, second, torch.ones(1), False).flatten().tolist() == [-10, -9, -18, -17]
+    assert blend(first, second, torch.ones(1), True).flatten().tolist() == [-10, -8, -16, -14]
+
+
+def test_bf16_maps_are_blended_in_float32(monkeypatch):
+    """Rounded first, the difference of two near maps would be rounding alone."""
+    seen = []
+    monkeypatch.setattr("attention.blend", lambda first, *rest: seen.append(first.dtype) or blend(first, *rest))
+    q, kv = torch.randn(1, 4, 6, 8).bfloat16(), torch.randn(1, 1, 6, 8).bfloat16()
+    out = differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
+    assert seen == [torch.float32] and out.dtype == torch.bfloat16

@@ -1,0 +1,659 @@
+"""The preset table and its claims, the methods' formulas, and the defects of arXiv 2507.15875's code, each absent here
+or, where it is one of method, present in the `src_` preset that reproduces it."""
+
+import functools
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import differential_attention as da
+from attention import PrefixMask, attention, attention_maps, differential_reference, rotate
+from differential_attention import PRESETS, DifferentialAttention, DifferentialConfig, add_differential, set_progress
+from errors import UserError
+from modeling_gemma import (
+    GemmaAttention,
+    GemmaConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    rotary_tables,
+)
+
+LEARNABLE = [name for name in PRESETS if any("lambda" in key for key in da.declared_trainable(name))]
+SOURCES = [name for name in PRESETS if name.startswith("src_")]
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+
+
+@functools.cache
+def source(family: str, amplify: float = 6.0):
+    return tiny.hf_model(family, amplify=amplify)
+
+
+def family_of(preset: str | None) -> str:
+    return "gemma2" if preset == "v1" else "gemma"  # v1 needs paired key/value heads
+
+
+def build(preset: str | None = None, family: str | None = None, amplify: float = 6.0, **changes):
+    """A tiny model with the weights of `source`, and differential attention of the preset if one is given."""
+    model = tiny.ours_like(source(family or family_of(preset), amplify))
+    if preset is not None:
+        add_differential(model, DifferentialConfig(preset, **changes))
+    return model
+
+
+def stir(model, scale=0.3, seed=0):
+    """Move every differential parameter away from its start, so that both maps and lambda differ everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in da.differential_parameters(model).values():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    set_progress(model, 0.7)
+    return model
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch, logits_to_keep=batch["input_ids"].shape[1]).logits
+
+
+# every preset in every tower that it fits: the tiny vision tower has three heads, each with its own keys
+CASES = [(p, t) for p in PRESETS for t in ("text", "vision") if t == "text" or p not in ("v1", "grouped")]
+
+
+# ---- the table's claims
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("preset", "tower"), CASES)
+def test_step_0_is_exact_or_not_as_claimed(preset, tower, side):
+    """Bit-equal in float32: also defect b, a norm that destroys the pretrained function."""
+    batch = tiny.batch(side=side)
+    standard = logits(build(family=family_of(preset)), batch)
+    found = logits(build(preset, towers=(tower,)), batch)
+    if PRESETS[preset].exact:
+        assert torch.equal(found, standard)
+    else:
+        assert (found - standard).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if PRESETS[name].exact])
+def test_exact_presets_are_exact_in_gemma_2_in_bfloat16_and_in_float64(preset):
+    batch = tiny.batch()
+    for dtype in (torch.float64, torch.bfloat16):
+        standard, model = (build(name, "gemma2").to(dtype) for name in (None, preset))
+        assert torch.equal(logits(model, batch), logits(standard, batch))
+
+
+@pytest.mark.parametrize(("preset", "tower"), CASES)
+def test_first_gradients_are_the_claimed_ones(preset, tower):
+    model = build(preset, towers=(tower,)).double()
+    model.requires_grad_(False)
+    trained = da.unfreeze_differential(model)
+    parameters = da.differential_parameters(model)
+    declared = da.declared_trainable(preset)
+    assert {name for name in parameters if name.rpartition(".")[2] in declared} == set(trained)
+    assert {name.rpartition(".")[2] for name in parameters} >= declared >= set(PRESETS[preset].gradient)
+    if not trained:
+        assert preset == "lambda_zero"
+        return
+    model(**tiny.batch()).loss.backward()
+    for name, parameter in parameters.items():
+        if name in trained:
+            claimed = name.rpartition(".")[2] in PRESETS[preset].gradient
+            assert (parameter.grad.abs().max() > 1e-12) == claimed, name
+
+
+def gradients(model):
+    """Largest gradient of each kind of differential parameter."""
+    model.requires_grad_(False)
+    for parameter in da.differential_parameters(model).values():
+        parameter.requires_grad_(True)
+    model(**tiny.batch()).loss.backward()
+    found = {}
+    for name, parameter in da.differential_parameters(model).items():
+        kind = name.rpartition(".")[2]
+        found[kind] = max(found.get(kind, 0.0), parameter.grad.abs().max().item())
+    return found
+
+
+def zeroed(model, *kinds):
+    with torch.no_grad():
+        for name, parameter in da.differential_parameters(model).items():
+            if name.rpartition(".")[2] in kinds:
+                parameter.zero_()
+    return model
+
+
+def test_other_starting_points_behave_as_known():
+    """Rows of the known table of conversions that no preset stands for."""
+    standard = logits(build().double(), tiny.batch())
+    # W_D zero, lambda zero: exact and dead; W_D random, no annealing: exact, lambda learns first
+    model = zeroed(build("dex", anneal=False).double(), "value_map")
+    assert torch.equal(logits(model, tiny.batch()), standard)
+    assert gradients(model) == {"value_map": 0, "lambda_learn": 0}
+    model = build("dex", anneal=False).double()
+    assert torch.equal(logits(model, tiny.batch()), standard)
+    found = gradients(model)
+    assert found["value_map"] == 0 < found["lambda_learn"]
+    # annealing starts a zero W_D
+    model = zeroed(build("dex").double(), "value_map")
+    set_progress(model, 0.1)
+    assert torch.equal(logits(model, tiny.batch()), standard)
+    found = gradients(model)
+    assert found["lambda_learn"] == 0 < found["value_map"]
+    # vectors with q zero, k random, lambda_init zero: exact; q learns
+    vectors = dict(lambda_kind="vectors", lambda_init=0.0)
+    model = zeroed(build("grouped", **vectors).double(), "lambda_q1", "lambda_q2")
+    assert torch.equal(logits(model, tiny.batch()), standard)
+    found = gradients(model)
+    assert found["lambda_q1"] > 0 < found["lambda_q2"]
+    assert found["lambda_k1"] == found["lambda_k2"] == found["second_query"] == 0
+    # adapter with both up factors zero: not exact, lambda alone learns; with all vectors zero as well: a dead point
+    model = zeroed(build("difflora").double(), "second_up", "key_up")
+    assert not torch.equal(logits(model, tiny.batch()), standard)
+    found = gradients(model)
+    assert found.pop("lambda_learn") > 0 and not any(found.values())
+    model = zeroed(build("difflora", **vectors).double(), "second_up", "key_up", *da._VECTORS)
+    assert torch.equal(logits(model, tiny.batch()), standard)
+    assert not any(gradients(model).values())
+
+
+def test_the_first_gradient_of_the_delta_is_proportional_to_gamma():
+    found = {}
+    for start in (0.2, 1 / 3, 0.5, 2 / 3, 0.8):
+        model = build("split", lambda_start=start).double()
+        gradients(model)
+        name, parameter = next(item for item in da.differential_parameters(model).items() if "second_up" in item[0])
+        found[start] = parameter.grad
+    for start, gamma in ((0.2, 0.25), (1 / 3, 0.5), (2 / 3, 2.0), (0.8, 4.0)):  # and gamma 1 at 1/2
+        torch.testing.assert_close(found[start], gamma * found[0.5], rtol=1e-5, atol=1e-9)
+
+
+COUNTS = {  # extra parameters of PaliGemma 3b: decoder, vision tower
+    "split": (1_179_648 + 18, 995_328 + 27),
+    "v1_width": (18 * (4 * 128 + 256), 27 * (4 * 36 + 72)),
+    "v2": (75_497_472 + 294_912, 35_831_808 + 497_664),
+    "difflora": (18 * (32 * (3 * 2048 + 256) + 1), 27 * (32 * 4 * 1152 + 1)),
+    "dex": (1_179_648 + 18, 139_968 + 27),
+    "grouped": (18 * (2 * 256 * 2048 + 1), None),
+    "src_siglip_split": (None, 27 * (4 * 36 + 72)),
+    "src_gemma_split": (18 * (4 * 128 + 256), None),
+    "src_gemma_samemap": (18 * (4 * 256 + 256), None),
+    "additive": (1_179_648, 995_328),
+    "norm_only": (18 * 256, 27 * 72),
+    "lambda_zero": (1_179_648, 995_328),
+    "flipped": (1_179_648 + 18, 995_328 + 27),
+    "lambda_fixed": (1_179_648, 995_328),
+}
+
+
+def test_parameter_counts_at_real_size():
+    with torch.device("meta"):
+        model = PaliGemmaForConditionalGeneration(PaliGemmaConfig())
+        paired = PaliGemmaForConditionalGeneration(
+            PaliGemmaConfig(GemmaConfig.from_dict({"model_type": "gemma2", "vocab_size": 257216}))
+        )
+
+    def count(model, preset, tower):
+        for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+            layer.self_attn.differential = None
+        add_differential(model, DifferentialConfig(preset, towers=(tower,)))
+        return sum(parameter.numel() for parameter in da.differential_parameters(model).values())
+
+    for preset, expected in COUNTS.items():
+        for tower, wanted in zip(("text", "vision"), expected, strict=True):
+            assert wanted is None or count(model, preset, tower) == wanted, (preset, tower)
+    assert count(paired, "v1", "text") == 26 * (4 * 256 + 512)
+    assert count(paired, "v1", "vision") == 27 * (4 * 72 + 144)
+    assert set(COUNTS) | {"v1"} == set(PRESETS)
+
+
+def test_every_row_says_what_it_does():
+    for name, preset in PRESETS.items():
+        line = preset.describe()
+        assert "\n" not in line and preset.formula in line and preset.cost in line and preset.source in line
+        assert ("exact at step 0" in line) == preset.exact, name
+        assert DifferentialConfig(name).resolve().resolve() == DifferentialConfig(name).resolve()
+
+
+# ---- formulas, in float64
+def layer(preset, heads=4, kv_heads=2, width=8, hidden=24, depth=2, **changes):
+    """One Gemma attention layer with differential attention, float64, every parameter stirred; its inputs."""
+    torch.manual_seed(1)
+    config = GemmaConfig(
+        hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width, num_hidden_layers=3
+    )
+    attend = GemmaAttention(config, depth).double()
+    for parameter in attend.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    if preset is not None:
+        attend.differential = DifferentialAttention(DifferentialConfig(preset, **changes), attend, "text", depth)
+        attend.differential.double()
+        with torch.no_grad():
+            for parameter in attend.differential.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(2, 6, hidden, dtype=torch.double)
+    ones = torch.ones(2, 6, dtype=torch.long)
+    mask = PrefixMask.from_tensors(ones, ones)  # no prefix: causal
+    rotary = rotary_tables(config, torch.arange(1, 7).expand(2, 6), torch.double)
+    return attend, x, rotary, mask
+
+
+def projected(attend, x, rotary):
+    q, k, v = (
+        proj(x).unflatten(-1, (-1, attend.head_dim)).transpose(1, 2)
+        for proj in (attend.q_proj, attend.k_proj, attend.v_proj)
+    )
+    return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
+
+
+def causal(queries=6):
+    return torch.ones(queries, queries, dtype=torch.bool).tril()[None, None]
+
+
+def rms_norm(t, gain):
+    return t / (t.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+
+def test_v1_is_its_formula():
+    attend, x, rotary, mask = layer("v1", heads=8, kv_heads=4)
+    d = attend.differential
+    q, k, v = projected(attend, x, rotary)
+    lam = (d.lambda_q1 @ d.lambda_k1).exp() - (d.lambda_q2 @ d.lambda_k2).exp() + (0.8 - 0.6 * math.exp(-0.6))
+    heads = []
+    for i in range(4):  # query heads 2i and 2i + 1, key/value heads 2j and 2j + 1
+        j = i // 2
+        wide = torch.cat((v[:, 2 * j], v[:, 2 * j + 1]), dim=-1)
+        maps = [
+            (q[:, 2 * i + b] @ k[:, 2 * j + b].mT / math.sqrt(8))
+            .masked_fill(~causal()[0], -torch.inf)
+            .softmax(-1)
+            for b in (0, 1)
+        ]  # fmt: skip
+        head = (maps[0] - lam * maps[1]) @ wide
+        heads.append((1 - (0.8 - 0.6 * math.exp(-0.6))) * rms_norm(head, d.norm_gain))
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(torch.cat(heads, -1)))
+
+
+def test_v1_equals_diffllama_after_the_permutation_of_heads():
+    """DiffLlama pairs head i with i + H / 2, V1 2i with 2i + 1; its norm has no gain."""
+    from transformers import DiffLlamaConfig
+    from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
+
+    attend, x, rotary, mask = layer("v1", heads=8, kv_heads=4)
+    config = DiffLlamaConfig(
+        hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=8, rms_norm_eps=1e-5
+    )
+    config._attn_implementation = "eager"
+    theirs = DiffLlamaAttention(config, layer_idx=2).double()
+    with torch.no_grad():
+        attend.differential.norm_gain.fill_(1)
+        theirs.o_proj.weight.copy_(attend.o_proj.weight)
+        for name in da._VECTORS:
+            getattr(theirs, name).copy_(getattr(attend.differential, name))
+        for name, heads in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4)):
+            order = torch.arange(heads).view(-1, 2).T.flatten()  # theirs h = ours order[h]
+            ours = getattr(attend, name).weight.view(heads, 8, 24)
+            getattr(theirs, name).weight.copy_(ours[order].flatten(0, 1))
+    dense = torch.zeros(6, 6, dtype=torch.double).masked_fill(~causal()[0, 0], -torch.inf)[None, None]
+    expected, _ = theirs(x, tuple(t[:, 0] for t in rotary), dense)
+    # their lambda is rounded to float32
+    torch.testing.assert_close(attend(x, rotary, mask, None), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_v2_is_its_formula():
+    attend, x, rotary, mask = layer("v2")
+    d = attend.differential
+    q, k, v = projected(attend, x, rotary)
+    second = rotate((x @ d.second_query.T).unflatten(-1, (-1, 8)).transpose(1, 2), *rotary)
+    interleaved = torch.stack((q, second), dim=2).flatten(1, 2)  # as its code has them: 0::2 and 1::2
+    both = attention(interleaved, k, v, mask, 8**-0.5)
+    out = both[:, 0::2] - torch.sigmoid(x @ d.lambda_token.T).mT[..., None] * both[:, 1::2]
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_v2_halves_the_output_at_first():
+    standard, x, rotary, mask = layer(None)
+    attend, *_ = layer(None)
+    attend.differential = DifferentialAttention(DifferentialConfig("v2"), attend, "text", 2).double()
+    half = 0.5 * standard(x, rotary, mask, None)  # the copied query is float32
+    torch.testing.assert_close(attend(x, rotary, mask, None), half, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "strength"), [("split", 0.3), ("flipped", -0.3), ("lambda_fixed", 0.1), ("lambda_zero", 0.0)]
+)
+def test_split_and_its_controls_are_their_formula(preset, strength):
+    """The delta is added before rotation; gamma = exp(logit) is lambda / (1 - lambda)."""
+    attend, x, rotary, mask = layer(preset)
+    d = attend.differential
+    if preset in ("split", "flipped"):
+        with torch.no_grad():
+            d.lambda_logit.fill_(math.log(0.3 / 0.7))
+    delta = (x @ d.second_down.T @ d.second_up.T).unflatten(-1, (-1, 8)).transpose(1, 2)
+    q, k, v = projected(attend, x, None)
+    q1, q2, k = rotate(q, *rotary), rotate(q + delta, *rotary), rotate(k, *rotary)
+    out = differential_reference(q1, q2, k, k, v, causal(), 8**-0.5, strength, normalised=True)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+    if preset == "split":
+        torch.testing.assert_close(d._weight(x), d.lambda_logit.exp())
+
+
+def test_additive_is_attention_with_the_delta_on_its_one_query():
+    attend, x, rotary, mask = layer("additive")
+    d = attend.differential
+    q, k, v = projected(attend, x, None)
+    q = q + (x @ d.second_down.T @ d.second_up.T).unflatten(-1, (-1, 8)).transpose(1, 2)
+    out = attention(rotate(q, *rotary), rotate(k, *rotary), v, mask, 8**-0.5)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_difflora_dex_and_grouped_are_their_formulas():
+    def heads(t):
+        return t.unflatten(-1, (-1, 8)).transpose(1, 2)
+
+    attend, x, rotary, mask = layer("difflora", rank=3)
+    d, (q, k, v) = attend.differential, projected(attend, x, rotary)
+    q2 = rotate(heads(2 * x @ d.second_down.T @ d.second_up.T), *rotary)
+    k2 = rotate(heads(2 * x @ d.key_down.T @ d.key_up.T), *rotary)
+    out = differential_reference(q, q2, k, k2, v, causal(), 8**-0.5, d.lambda_learn, normalised=False)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+
+    attend, x, rotary, mask = layer("dex")
+    d, (q, k, v) = attend.differential, projected(attend, x, rotary)
+    d.selected.copy_(torch.tensor([1, 0, 1, 0]))
+    d.progress.fill_(0.25)
+    out = attention(q, k, v, mask, 8**-0.5)
+    strength = 0.1875 * (0.8 - 0.6 * math.exp(-0.6)) + 0.25 * d.lambda_learn
+    out = out - strength * (out @ d.value_map.T) * torch.tensor([1, 0, 1, 0]).view(4, 1, 1)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+
+    attend, x, rotary, mask = layer("grouped", heads=8, noise_ratio=2)
+    d, (q, k, v) = attend.differential, projected(attend, x, rotary)
+    noise = rotate(heads(x @ d.second_query.T), *rotary)  # four queries for eight heads, two key/value groups
+    out = attention(q, k, v, mask, 8**-0.5)
+    out = out - d.lambda_learn * attention(noise, k, v, mask, 8**-0.5).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("cut", ["even_odd", "contiguous"])
+def test_v1_width_is_its_formula(cut):
+    attend, x, rotary, mask = layer("v1_width", width=16, halves_cut=cut)
+    d, (q, k, v) = attend.differential, projected(attend, x, rotary)
+    first = [0, 2, 4, 6, 8, 10, 12, 14] if cut == "even_odd" else [0, 1, 2, 3, 8, 9, 10, 11]
+    second = [i for i in range(16) if i not in first]
+    lam = (d.lambda_q1 @ d.lambda_k1).exp() - (d.lambda_q2 @ d.lambda_k2).exp() + (0.8 - 0.6 * math.exp(-0.6))
+    out = differential_reference(
+        q[..., first], q[..., second], k[..., first], k[..., second], v, causal(), 8**-0.5, lam, normalised=False
+    )
+    out = (1 - (0.8 - 0.6 * math.exp(-0.6))) * rms_norm(out, d.norm_gain)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_src_siglip_split_is_its_formula():
+    model = stir(build("src_siglip_split")).double()
+    encoder = model.model.vision_tower.encoder.layers[1]
+    attend, x = encoder.self_attn, torch.randn(2, 4, 36, dtype=torch.double)
+    d, (q, k, v) = attend.differential, projected(attend, x, None)
+    lam = (d.lambda_q1 @ d.lambda_k1).exp() - (d.lambda_q2 @ d.lambda_k2).exp() + 0.2  # layer 1, counted from -1
+    out = differential_reference(
+        q[..., :6], q[..., 6:], k[..., :6], k[..., 6:], v, None, 12**-0.5, lam, normalised=False
+    )
+    out = (1 - 0.2) * rms_norm(out, d.norm_gain)
+    torch.testing.assert_close(attend(x), attend.out_proj(out.transpose(1, 2).flatten(2)))
+    torch.testing.assert_close(encoder.layer_norm1(x), x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+
+
+# ---- lambda
+def test_the_schedule_counts_layers_from_0():
+    """Defect f, in the source presets only: a schedule one layer early."""
+    known = {0: 0.2000, 1: 0.3555, 2: 0.4707, 10: 0.7701, 17: 0.7963, 26: 0.7998}
+    for index, value in known.items():
+        assert abs(da.lambda_init_of(index) - value) < 5e-5
+    model = build("v1_width")
+    assert [round(m.lambda_init, 4) for m in da.differential_modules(model).values()] == [0.2, 0.3555, 0.4707]
+    for preset in SOURCES:
+        found = [round(m.lambda_init, 4) for m in da.differential_modules(build(preset)).values()]
+        assert found[:2] == [-0.0099, 0.2]
+
+
+def test_vectors_start_as_v1s_and_gains_at_1():
+    """Defect c: gains drawn like lambdas."""
+    attend, *_ = layer(None, heads=8, kv_heads=2, width=128)
+    drawn = []
+    for seed in range(20):
+        d = DifferentialAttention(DifferentialConfig("v1", seed=seed), attend, "text", 0)
+        drawn += [torch.stack([getattr(d, name) for name in da._VECTORS]).flatten()]
+        assert torch.equal(d.norm_gain, torch.ones(256)) and d.lambda_q1.dtype == torch.float32
+    drawn = torch.cat(drawn)
+    assert abs(drawn.std() - 0.1) < 0.005 and abs(drawn.mean()) < 0.005
+    for preset in PRESETS:
+        for name, parameter in da.differential_parameters(build(preset)).items():
+            assert "norm_gain" not in name or torch.equal(parameter, torch.ones_like(parameter))
+
+
+def test_a_normalised_lambda_keeps_below_its_bound_and_can_come_back():
+    d = next(iter(da.differential_modules(build("split", lambda_start=0.9)).values()))
+    assert abs(d.strength(None) - 0.9) < 1e-6
+    with torch.no_grad():
+        d.lambda_logit.fill_(5.0)
+    value = d.strength(None)
+    assert abs(value - 0.9) < 1e-6 and abs(d._weight(None) - 9) < 1e-4
+    assert torch.autograd.grad(value.sum(), d.lambda_logit)[0] > 0
+
+
+def test_lambda_warms_up_and_anneals_with_progress():
+    model = build("split", lambda_warmup=0.2)
+    assert set(da.lambda_values(model).values()) == {0.0}
+    set_progress(model, 0.1)
+    assert list(da.lambda_values(model).values()) == pytest.approx([0.25] * 3)
+    set_progress(model, 0.5)
+    assert list(da.lambda_values(model).values()) == pytest.approx([0.5] * 3)
+    model = build("dex", lambda_start=0.6)
+    for progress, init, learned in ((0, 0, 0), (0.25, 0.1875, 0.25), (0.5, 0.25, 0.5), (0.75, 0.1875, 0.75), (1, 0, 1)):
+        set_progress(model, progress)
+        expected = [init * da.lambda_init_of(i) + learned * 0.6 for i in range(3)]
+        assert list(da.lambda_values(model).values()) == pytest.approx(expected)
+
+
+def test_gamma_and_lambda_correspond():
+    for gamma, strength in ((0.25, 0.2), (0.5, 1 / 3), (1, 0.5), (2, 2 / 3), (4, 0.8)):
+        d = next(iter(da.differential_modules(build("split", lambda_start=strength)).values()))
+        assert d._weight(None).item() == pytest.approx(gamma)
+
+
+# ---- the source project's defects (a, g, h here; b, c, f above; d, e, i, j, k in test_differential_model.py)
+def test_defect_a_the_same_map_on_both_sides():
+    attend, x, rotary, mask = layer("src_gemma_samemap", lambda_kind="fixed")
+    other, *_ = layer("v1_width", width=8, lambda_kind="fixed")
+
+    def at(attend, strength):
+        attend.differential.config.lambda_start = strength
+        return attend(x, rotary, mask, None)
+
+    size = at(attend, 0.2).abs().max()
+    assert (at(attend, 0.8) - at(attend, 0.2)).abs().max() < 1e-2 * size  # through eps alone
+    assert (at(attend, 1.8) + at(attend, 0.2)).abs().max() < 1e-2 * size  # past 1 the sign flips
+    assert (at(other, 0.8) - at(other, 0.2)).abs().max() > 0.2 * size  # two maps: lambda acts
+    model = stir(build("split")).double()
+    assert gradients(model)["lambda_logit"] > 1e-4
+
+
+def scores(attend, rotary, q, k):
+    """Both maps' logits of raw one-head queries and keys [1, 1, L, D], at the positions of `rotary`."""
+    q1, q2, k, _ = attend.differential.branches(torch.zeros(1), q, k, k, rotary)
+    return q1 @ k.mT, q2 @ k.mT
+
+
+@pytest.mark.parametrize(
+    ("preset", "cut", "relative", "adds_up"),
+    [
+        ("v1_width", "even_odd", True, True),
+        ("v1_width", "contiguous", True, True),
+        ("v1_width", "front_back", False, True),
+        ("src_gemma_split", "front_back", True, False),
+    ],
+)
+def test_defect_g_rotary_pairs_stay_whole(preset, cut, relative, adds_up):
+    attend, *_ = layer(preset, heads=1, kv_heads=1, width=16, halves_cut=cut)
+    config = GemmaConfig(hidden_size=24, num_attention_heads=1, num_key_value_heads=1, head_dim=16)
+    q, k = torch.randn(1, 1, 1, 16, dtype=torch.double), torch.randn(1, 1, 1, 16, dtype=torch.double)
+    tables = [rotary_tables(config, torch.arange(n, n + 8)[None], torch.double) for n in (0, 100)]
+    near, far = (scores(attend, table, q.expand(1, 1, 8, 16), k.expand(1, 1, 8, 16)) for table in tables)
+    assert relative == all(torch.allclose(a, b, atol=1e-4) for a, b in zip(near, far, strict=True))
+    whole = rotate(q.expand(1, 1, 8, 16), *tables[0]) @ rotate(k.expand(1, 1, 8, 16), *tables[0]).mT
+    assert adds_up == torch.allclose(near[0] + near[1], whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["v1_width", "src_gemma_split"])
+def test_defect_h_each_branch_meets_the_keys_of_its_own_half(preset):
+    attend, x, _, _ = layer(preset, heads=4, kv_heads=1, width=8, halves_cut="front_back")
+    q, k, v = projected(attend, x, None)
+    q1, q2, keys, _ = attend.differential.branches(x, q, k, v, None)
+    torch.testing.assert_close(q1 @ keys.mT, q[..., :4] @ k[..., :4].mT)  # every head of a group
+    torch.testing.assert_close(q2 @ keys.mT, q[..., 4:] @ k[..., 4:].mT)
+
+
+def test_scores_are_scaled_by_the_width_that_the_method_says():
+    for preset, width in (("v1_width", 8), ("src_gemma_split", 16)):
+        attend, *_ = layer(preset, width=16)
+        assert attend.differential.scale == pytest.approx(width**-0.5)
+
+
+# ---- configuration
+REFUSED = {
+    "unknown": dict(preset="v3"),
+    "second": dict(second="twin"),
+    "lambda_kind": dict(lambda_kind="matrix"),
+    "towers": dict(towers=("audio",)),
+    "give text": dict(towers=()),
+    "rank": dict(rank=0),
+    "lambda_warmup": dict(lambda_warmup=2.0),
+    "never learn": dict(preset="additive", lambda_kind="scalar"),
+    "would never": dict(second="none"),
+    "replace needs": dict(preset="additive", second="pairs"),
+    "undoes it": dict(preset="dex", combine="normalised", lambda_start=0.5),
+    "at 0 nothing": dict(lambda_start=0.0),
+    "at most at 0.9": dict(lambda_start=0.95),
+    "layers 0 to 2": dict(layers=(1, 3)),
+    "layers \\(\\)": dict(layers=()),
+    "v1_width": dict(preset="v1"),
+    "towers=text": dict(preset="grouped", towers=("vision",)),
+    "another noise_ratio": dict(preset="grouped", noise_ratio=3),
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_a_configuration_that_cannot_work_is_refused_in_one_line(told):
+    with pytest.raises(UserError, match=told) as caught:
+        build(**{"preset": "split"} | REFUSED[told], family="gemma")
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_that_cannot_be_cut_are_refused():
+    with pytest.raises(UserError, match="width 6"):
+        layer("v1_width", width=6)
+
+
+def test_a_configuration_survives_json_and_tells_methods_apart():
+    config = DifferentialConfig("v2", towers=("text", "vision"), layers=(0, 2))
+    assert DifferentialConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UserError, match="'novelty'"):
+        DifferentialConfig.from_dict({"novelty": 1})
+    split = DifferentialConfig()
+    assert split.same_method(DifferentialConfig(seed=3, lambda_lr=2.0, lambda_start=0.2))
+    assert not split.same_method(DifferentialConfig(rank=8))
+    assert not split.same_method(DifferentialConfig("flipped"))
+    fixed = DifferentialConfig("lambda_fixed")
+    assert not fixed.same_method(DifferentialConfig("lambda_fixed", lambda_start=0.2))
+
+
+def test_names_are_lambdas_own_and_nobody_elses():
+    for preset in PRESETS:
+        model = build(preset)
+        for name, parameter in da.differential_parameters(model).items():
+            assert ".self_attn.differential." in name
+            inside = name.partition(".differential.")[2]
+            assert not any(part in inside for part in PROJECTIONS)
+            assert parameter.dtype == torch.float32
+        learnable = {name for name in da.declared_trainable(preset) if "lambda" in name}
+        assert bool(learnable) == (DifferentialConfig(preset).resolve().lambda_kind != "fixed")
+
+
+def test_towers_and_layers_are_chosen():
+    def where(**changes):
+        return sorted(name.removeprefix("model.") for name in da.differential_modules(build("split", **changes)))
+
+    text = [f"language_model.layers.{i}.self_attn.differential" for i in range(3)]
+    vision = [f"vision_tower.encoder.layers.{i}.self_attn.differential" for i in range(2)]
+    assert where() == text and where(towers=("vision",)) == vision
+    assert where(towers=("text", "vision")) == text + vision
+    assert where(layers=(2, 0)) == [text[0], text[2]]
+    batch = tiny.batch()
+    found = [logits(stir(build("split", **c)), batch) for c in ({}, dict(towers=("vision",)), dict(layers=(1,)))]
+    assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(found) for b in found[:i])
+    start = da.differential_parameters(build("split"))
+    for name, parameter in da.differential_parameters(build("split", layers=(2,))).items():
+        assert torch.equal(parameter, start[name])  # a layer starts the same whichever others there are
+
+
+@pytest.mark.parametrize("preset", ["split", "v2", "difflora", "v1", "grouped", "dex"])
+def test_a_look_inside_sees_what_the_forward_pass_does(preset):
+    model, batch, outputs = stir(build(preset)), tiny.batch(), []
+    for module in da.differential_modules(model).values():
+        module.register_forward_hook(lambda module, inputs, out: outputs.append(out))
+
+    def see(name, module, seen, valid):
+        assert torch.equal(valid, batch["attention_mask"].bool())
+        torch.testing.assert_close(seen.first.sum(-1), torch.ones(seen.first.shape[:3]))
+        normalised = module.config.combine == "normalised"
+        weight = seen.strength / (1 - seen.strength) if normalised else seen.strength
+        out = da.blend(seen.out1, seen.out2, weight, normalised)
+        out = module._head_norm(out) if module.config.norm == "head" else out
+        torch.testing.assert_close(out, outputs.pop(), atol=1e-5, rtol=1e-5)
+        told.append(name)
+
+    told = []
+    da.look_inside(model, batch, see)
+    assert told == [f"model.language_model.layers.{i}.self_attn.differential" for i in range(3)]
+
+
+def test_diagnostics():
+    model, batch = build("split"), tiny.batch()
+    for line in da.diagnostics(model, batch).values():
+        assert line["cosine"] == pytest.approx(1, abs=1e-6) and line["distance"] == 0
+        assert line["entropy1"] == line["entropy2"] > 0 and line["lambda"] == pytest.approx(0.5)
+    found = da.diagnostics(stir(model), batch)
+    for line in found.values():
+        assert line["cosine"] < 0.999 and line["distance"] > 0.01 and line["entropy1"] != line["entropy2"]
+    other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 55)}
+    assert da.diagnostics(model, other) == found  # pads count nowhere
+    assert da.diagnostics(build(), batch) == {}
+    single = da.diagnostics(build("norm_only"), batch)
+    assert all(set(line) == {"lambda", "entropy1"} for line in single.values())
+    uniform = torch.full((1, 1, 2, 8), 1 / 8)
+    assert da.row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
+
+
+def test_dex_takes_the_heads_of_highest_entropy():
+    model = build("dex")
+    entropies = {}
+
+    def see(name, module, seen, valid):
+        entropies[name] = (da.row_entropy(seen.first) * valid[:, None]).sum((0, 2))
+
+    da.look_inside(model, tiny.batch(), see)
+    da.select_heads(model, tiny.batch())
+    for name, module in da.differential_modules(model).items():
+        assert module.selected.sum() == 2
+        assert entropies[name][module.selected == 1].min() > entropies[name][module.selected == 0].max()
+
+
+def test_maps_of_the_two_branches_are_attention_maps():
+    attend, x, rotary, mask = layer("split")
+    q, k, v = projected(attend, x, None)
+    seen = attend.differential.explain(x, q, k, v, rotary, mask)
+    q1, k = rotate(q, *rotary), rotate(k, *rotary)
+    torch.testing.assert_close(seen.first, attention_maps(q1, k, causal(), 8**-0.5).flatten(1, 2))
+    assert (seen.first - seen.second).abs().max() > 0.01
