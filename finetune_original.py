@@ -63,7 +63,8 @@ class Config:
     overwrite: bool = False  # start anew where the folder holds a run
 
 
-def finetune(config: Config, arm: str):
+def finetune(config: Config, arm: str, differential=None):
+    """Both arms: `differential` is the only thing that the other one adds."""
     # --- run folder, device, precision
     run = training.open_run(config, arm)
     if run is None:
@@ -72,7 +73,7 @@ def finetune(config: Config, arm: str):
     # --- the frozen base, and LoRA in its language model
     processor = PaliGemmaProcessor.from_pretrained(config.model)
     base, _ = resolve_run(config.model)  # an adapter is put in below
-    model = PaliGemmaForConditionalGeneration.from_pretrained(base, dtype=run.dtype, device=run.device)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(base, run.dtype, run.device, differential)
     adapted = training.add_lora(run, config, model)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
 

@@ -23,8 +23,26 @@ from accelerate.utils import gather_object
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import attach_adapter, read_json, resolve_run, whole_or_nothing, write_json
+from checkpoint import (
+    attach_adapter,
+    load_differential,
+    read_json,
+    resolve_run,
+    save_differential,
+    stored_differential,
+    whole_or_nothing,
+    write_json,
+)
 from data import batch_order, loader
+from differential_attention import (
+    diagnostics,
+    differential_config,
+    differential_parameters,
+    lambda_values,
+    select_heads,
+    set_progress,
+    unfreeze_differential,
+)
 from errors import UserError
 from haystack import normalise, wilson
 
@@ -52,6 +70,7 @@ class Run:
     record: dict
     resume: Path | None = None  # newest whole checkpoint
     metrics: list[dict] = field(default_factory=list)
+    start: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # what differential attention started from
 
     @property
     def device(self) -> torch.device:
@@ -218,17 +237,27 @@ def git_commit() -> str | None:
 
 # ---- the model
 def add_lora(run: Run, config, model):
-    """Freeze `model` and put LoRA into its language model; on a resumed run, or where `config.model` is a run folder,
-    with the weights that were learned. Returns peft's wrapper; `model` itself is changed in place.
-    """
-    from peft import LoraConfig, get_peft_model
+    """Freeze `model`, put LoRA into its language model, and unfreeze what differential attention added to it.
 
+    On a resumed run, or where `config.model` is a run folder, with the weights that were learned. Returns peft's
+    wrapper; `model` itself is changed in place.
+    """
     model.requires_grad_(False)
     _, learned = resolve_run(config.model)
-    if run.resume is not None:
-        return attach_adapter(model, run.resume / "adapter", trainable=True)
-    if learned is not None:
-        return attach_adapter(model, learned, trainable=True)
+    folder = run.resume / "adapter" if run.resume else learned
+    adapted = new_lora(config, model) if folder is None else attach_adapter(model, folder, trainable=True)
+    if learned and stored_differential(learned.parent):
+        load_differential(model, learned.parent)
+    run.start = {name: p.detach().clone() for name, p in differential_parameters(model).items()}
+    if run.resume and run.start:
+        load_differential(model, run.resume)
+    unfreeze_differential(model)
+    return adapted
+
+
+def new_lora(config, model):
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(config.seed)
     targets = "|".join(config.lora_targets)
     lora = LoraConfig(
@@ -245,22 +274,38 @@ def add_lora(run: Run, config, model):
         raise UserError(f"lora_targets {config.lora_targets} do not fit the language model: {reason}") from error
 
 
+def make_optimizer(config, adapted) -> torch.optim.AdamW:
+    """AdamW; what differential attention added takes no weight decay, which would move it without a gradient."""
+    differential = differential_config(adapted)
+    groups: dict[tuple, dict] = {}
+    for name, p in adapted.named_parameters():
+        if p.requires_grad:
+            added = ".differential." in name
+            scale = differential.lambda_lr if added and "lambda" in name.rpartition(".")[2] else 1.0
+            decay = 0.0 if added else config.weight_decay
+            group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
+            group["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+
 def trainable_counts(model) -> dict[str, list[int]]:
     """Parameters by tower: [trainable, all]."""
     counts: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
         tower = next((t for t in ("vision_tower", "multi_modal_projector", "language_model") if t in name), "lm_head")
-        entry = counts.setdefault(f"{tower} lora" if "lora_" in name else tower, [0, 0])
+        kind = " lora" if "lora_" in name else " differential" if ".differential." in name else ""
+        entry = counts.setdefault(tower + kind, [0, 0])
         entry[0] += p.numel() * p.requires_grad
         entry[1] += p.numel()
     return counts
 
 
 def save_adapter(adapted, folder: Path, record: dict):
-    """`folder`/adapter in peft's format and run.json: with the base model, all that it takes to load the result."""
+    """`folder`/adapter in peft's format, differential.safetensors, run.json: all that it takes beside the base."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft wonders about a base without a hub entry
         adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    save_differential(adapted, folder)
     write_json(folder / "run.json", record)
 
 
@@ -286,10 +331,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     if config.batch_size % world:
         raise UserError(f"batch_size {config.batch_size} does not divide among {world} processes")
     start_folder(run, steps)
-    trainable = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(config, adapted)
     best, seconds = -1.0, 0.0
     if run.resume is not None:
         state = read_trainer_state(run.resume)
@@ -301,8 +343,10 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
 
     describe(run, config, adapted, processor, source, steps)
     evaluate(run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size)  # a broken one fails now
+    probe = fixed_batch(run, processor, next(iter(eval_sets.values())))
     if first == 0:
-        log_scores(run, 0, evaluate(run, config, model, processor, eval_sets))
+        select_heads(model, probe)
+        log_scores(run, 0, evaluate(run, config, model, processor, eval_sets), diagnostics(model, probe))
 
     batches = training_batches(run, config, processor, source, first)
     writer = SummaryWriter(run.folder / "tensorboard", purge_step=first + 1) if run.is_main else None
@@ -312,7 +356,8 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     for step in bar:
         adapted.train()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps)
+            group["lr"] = learning_rate(config, step, steps) * group["scale"]
+        set_progress(model, (step + 1) / steps)
         micro = [next(batches) for _ in range(config.accumulation)]
         # dropout's masks follow from seed and step; after the fetch, since a new loader draws from the same generator
         torch.manual_seed(config.seed * 1_000_003 + step * 1_009 + run.accelerator.process_index)
@@ -324,6 +369,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
             speed = tokens / (time.perf_counter() - mark)
             mark, tokens = time.perf_counter(), 0
             line = {"step": done, "loss": loss, "lr": learning_rate(config, step, steps), "grad_norm": norm}
+            line |= differential_line(config, model, norm)
             run.log(line | {"tokens_per_second": round(speed)})
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
             for key in ("loss", "lr", "grad_norm"):
@@ -331,7 +377,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
                     writer.add_scalar(key, line[key], done)
         if done % config.eval_every == 0 and done < steps:
             scores = evaluate(run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size)
-            log_scores(run, done, scores, writer)
+            log_scores(run, done, scores, diagnostics(model, probe), writer)
             if mean_rate(scores) > best:
                 best = mean_rate(scores)
                 keep(run, adapted, run.folder / "best", {"step": done})
@@ -341,7 +387,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
             save_checkpoint(run, config, adapted, state, done)
 
     scores = evaluate(run, config, model, processor, eval_sets)
-    log_scores(run, steps, scores, writer)
+    log_scores(run, steps, scores, diagnostics(model, probe), writer)
     if mean_rate(scores) >= best:
         keep(run, adapted, run.folder / "best", {"step": steps})
     keep(run, adapted, run.folder / "final", {"step": steps, "seconds": round(time.perf_counter() - began, 1)})
@@ -350,6 +396,38 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     run.say(*table(run, eval_sets), f"time {time.perf_counter() - began:.0f} s, peak memory {peak_memory(run.device)}")
     run.say(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder / 'final'} --image=...")
     run.accelerator.end_training()
+    check_moved(run, model, steps)
+
+
+def fixed_batch(run: Run, processor, source) -> dict:
+    """The first eight prompts of an evaluation set: what the branches' diagnostics are taken on, always."""
+    rows = [[(0, i) for i in range(min(8, len(source)))]]
+    ((_, batch),) = loader(source, processor, rows, with_suffix=False)
+    return {key: tensor.to(run.device) for key, tensor in batch.items()}
+
+
+def differential_line(config, model, norm: float) -> dict:
+    """lambda of every layer and the gradient norm, before clipping, of what was added; {} for standard attention."""
+    grads = [p.grad.norm() for p in differential_parameters(model).values() if p.grad is not None]
+    if not grads:
+        return {"lambda": values} if (values := lambda_values(model)) else {}
+    clipped = max(1.0, norm / config.clip)
+    return {"lambda": lambda_values(model), "differential_grad_norm": clipped * torch.stack(grads).norm().item()}
+
+
+def check_moved(run: Run, model, steps: int):
+    """Name the differential parameters that training left as they were. Raises UserError if a lambda is among them."""
+    trained = {name: p for name, p in differential_parameters(model).items() if p.requires_grad}
+    still = [name for name, p in trained.items() if torch.equal(p, run.start[name].to(p.device))]
+    if trained:
+        run.say(f"differential parameters that training moved: {len(trained) - len(still)} of {len(trained)}")
+    if still:
+        run.say(*(f"not moved: {name}" for name in still))
+    frozen = [name for name in still if "lambda" in name]
+    if frozen and steps > 1:  # before the second update nothing reaches the lambda of an exact start
+        raise UserError(
+            f"{run.folder}: {frozen[0]} did not learn ({len(frozen)} of them): raise --lr, or fix lambda openly"
+        )
 
 
 def training_batches(run: Run, config, processor, source, first: int):
@@ -440,9 +518,10 @@ def mean_rate(scores: dict[str, dict]) -> float:
     return sum(s["right"] / s["n"] for s in scores.values()) / len(scores)
 
 
-def log_scores(run: Run, step: int, scores: dict[str, dict], writer: SummaryWriter | None = None):
-    """Accuracies into metrics.jsonl and TensorBoard, the first two answers of each set into samples.jsonl."""
-    run.log({"step": step, "eval": {name: [s["right"], s["n"]] for name, s in scores.items()}})
+def log_scores(run: Run, step: int, scores: dict[str, dict], inside: dict, writer: SummaryWriter | None = None):
+    """Accuracies and diagnostics into metrics.jsonl and TensorBoard, two answers of each set into samples.jsonl."""
+    line = {"step": step, "eval": {name: [s["right"], s["n"]] for name, s in scores.items()}}
+    run.log(line | ({"inside": inside} if inside else {}))
     for name, score in scores.items():
         if writer:
             writer.add_scalar(f"exact/{name}", score["right"] / score["n"], step)
@@ -453,24 +532,30 @@ def log_scores(run: Run, step: int, scores: dict[str, dict], writer: SummaryWrit
 
 
 def print_scores(run: Run, scores: dict[str, dict]):
-    for name, s in scores.items():
-        low, high = wilson(s["right"], s["n"])
-        run.say(f"{name:28}{100 * s['right'] / s['n']:6.1f} [{100 * low:.1f}, {100 * high:.1f}]  n = {s['n']}")
+    run.say(*(f"{name:28}{rate(s['right'], s['n']):>22}  n = {s['n']}" for name, s in scores.items()))
 
 
 def table(run: Run, eval_sets: dict) -> list[str]:
-    """Exact accuracy before and after, in percent with 95 % Wilson intervals."""
+    """Exact accuracy before and after, percent with 95 % Wilson intervals; beside it the baseline's, if it has run."""
     evals = [line["eval"] for line in run.metrics if "eval" in line]
-    lines = [f"\n{'held-out exact accuracy':28}{'untuned':>22}{'fine-tuned':>22}{'n':>7}{'chance':>9}"]
+    columns = {"untuned": evals[0], "fine-tuned": evals[-1]}
+    baseline = run.folder.parent / f"original_seed{run.record['config']['seed']}"
+    if run.record["arm"] != "original" and (baseline / "final").exists():
+        lines = [json.loads(line) for line in (baseline / "metrics.jsonl").read_text().splitlines()]
+        columns["original, fine-tuned"] = [line["eval"] for line in lines if "eval" in line][-1]
+    head = "".join(f"{column:>22}" for column in columns)
+    lines = [f"\n{'held-out exact accuracy':28}{head}{'n':>7}{'chance':>9}"]
     for name, source in eval_sets.items():
-        cells = []
-        for right, n in (evals[0][name], evals[-1][name]):
-            low, high = wilson(right, n)
-            cells.append(f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        cells = "".join(f"{rate(*scores[name]) if name in scores else '-':>22}" for scores in columns.values())
         chance = getattr(source, "chance", None)
         told = "" if chance is None else f"{100 * chance:.2f}"
-        lines.append(f"{name:28}{cells[0]:>22}{cells[1]:>22}{evals[-1][name][1]:>7}{told:>9}")
+        lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{told:>9}")
     return lines
+
+
+def rate(right: int, n: int) -> str:
+    low, high = wilson(right, n)
+    return f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 # ---- what is printed

@@ -1,0 +1,164 @@
+"""The differential arm through the whole loop: the same conditions as the baseline, and a lambda that learns."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from test_training import adapter, metrics
+
+import training
+from data import loader, make_data
+from differential_attention import PRESETS, DifferentialConfig, declared_trainable, differential_parameters
+from errors import UserError
+from finetune_diff import Config
+from finetune_original import finetune
+from modeling_gemma import PaliGemmaForConditionalGeneration
+from processing_paligemma import PaliGemmaProcessor
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    return Config(
+        model=str(tiny_model),
+        output_dir=str(tmp_path / "run"),
+        max_steps=4,
+        batch_size=4,
+        warmup_steps=1,
+        eval_samples=4,
+        eval_batch_size=4,
+        eval_every=2,
+        max_new_tokens=3,
+        log_every=1,
+        save_every=2,
+    )
+
+
+def run(config, arm="diff"):
+    finetune(config, arm, config.differential)
+    return config
+
+
+def saved(config, folder="final"):
+    return safetensors.torch.load_file(Path(config.output_dir) / folder / "differential.safetensors")
+
+
+def test_both_arms_start_from_the_same_weights_batches_and_dropout(config, tmp_path):
+    """split is exact at step 0: with equal adapters, rows and masks the first loss is equal to the last bit."""
+    config = replace(config, lora_dropout=0.3)
+    run(config)
+    original = replace(config, output_dir=str(tmp_path / "original"))
+    finetune(original, "original")
+    ours, theirs = dict(metrics(config)), dict(metrics(original))
+    assert ours[1] == theirs[1] and ours[4] != theirs[4]
+
+
+def test_lambda_learns_is_logged_and_is_saved(config, capsys):
+    run(config)
+    told = capsys.readouterr().out
+    assert "language_model differential: " in told and "differential parameters that training moved: 6 of 6" in told
+    values = [line["model.language_model.layers.1.self_attn.differential"] for _, line in metrics(config, "lambda")]
+    assert len(values) == 4 and values[0] == 0.5 and values[-1] != 0.5
+    assert all(norm > 0 for _, norm in metrics(config, "differential_grad_norm"))
+    assert [step for step, _ in metrics(config, "inside")] == [0, 2, 4]
+    assert {"lambda", "cosine", "distance", "entropy1", "entropy2"} <= metrics(config, "inside")[-1][1].popitem()[
+        1
+    ].keys()
+    logits = {name: t for name, t in saved(config).items() if "lambda" in name}
+    assert len(logits) == 2 and all(t.item() != 0.0 for t in logits.values())
+
+
+def test_what_is_loaded_answers_as_what_was_trained(config, monkeypatch):
+    kept = {}
+    evaluate = training.evaluate
+    monkeypatch.setattr(
+        training,
+        "evaluate",
+        lambda run, c, model, *rest, **kw: kept.update(model=model) or evaluate(run, c, model, *rest, **kw),
+    )
+    run(config)
+    loaded = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
+    processor = PaliGemmaProcessor.from_pretrained(config.output_dir)
+    source, _ = make_data(config)
+    ((_, batch),) = loader(source, processor, [[(0, 0), (0, 1)]], with_suffix=True)
+    assert torch.equal(kept["model"].eval()(**batch).loss, loaded(**batch).loss)
+    plain = PaliGemmaForConditionalGeneration.from_pretrained(config.model)
+    assert not torch.equal(plain(**batch).loss, loaded(**batch).loss)
+
+
+@pytest.mark.parametrize("preset", ["split", "dex"])  # dex: lambda follows the progress of training
+def test_a_run_that_was_cut_off_ends_as_the_uninterrupted_one(config, tmp_path, monkeypatch, preset):
+    config = run(replace(config, differential=DifferentialConfig(preset), max_steps=6))
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    step = training.train_step
+
+    def dies(*args):
+        if args[-1] == 4:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(training, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut)
+    monkeypatch.setattr(training, "train_step", step)
+    run(cut)
+    for key in ("loss", "eval", "lambda", "inside"):
+        assert metrics(cut, key) == metrics(config, key)
+    for tensors, expected in ((adapter(cut), adapter(config)), (saved(cut), saved(config))):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "v1"])
+def test_every_preset_trains(config, preset):
+    config = run(replace(config, max_steps=2, differential=DifferentialConfig(preset)))
+    assert len(metrics(config)) == 2
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
+    learnable = {name for name in differential_parameters(model) if "lambda" in name}
+    declared = {name for name in declared_trainable(config.differential) if "lambda" in name}
+    assert {name.rpartition(".")[2] for name in learnable} >= declared
+
+
+def test_both_towers(config):
+    config = run(replace(config, differential=DifferentialConfig(towers=("text", "vision"))))
+    towers = {"vision_tower" in name for name in saved(config)}
+    assert towers == {True, False}
+
+
+def test_a_lambda_that_does_not_move_fails_the_run(config):
+    with pytest.raises(UserError, match="lambda_logit did not learn"):
+        run(replace(config, differential=DifferentialConfig(lambda_lr=0.0)))
+    assert (Path(config.output_dir) / "final").exists()  # what was trained is kept
+
+
+def test_no_weight_decay_on_what_was_added(config):
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential="split")
+    opened = training.open_run(config, "diff")
+    adapted = training.add_lora(opened, replace(config, weight_decay=0.1), model)
+    groups = training.make_optimizer(
+        replace(config, weight_decay=0.1, differential=DifferentialConfig(lambda_lr=3.0)), adapted
+    ).param_groups
+    added = {id(p) for p in differential_parameters(model).values()}
+    decays = {(id(p) in added, group["weight_decay"]) for group in groups for p in group["params"]}
+    assert decays == {(True, 0.0), (False, 0.1)}
+
+
+def test_the_baseline_stands_beside(config, tmp_path, capsys):
+    finetune(replace(config, output_dir=str(tmp_path / "original_seed0")), "original")
+    assert "original, fine-tuned" not in capsys.readouterr().out
+    run(config)
+    assert "original, fine-tuned" in capsys.readouterr().out
+
+
+def test_v1_on_one_kv_head_is_refused_before_anything_is_written(config):
+    with pytest.raises(UserError, match="v1_width"):
+        run(replace(config, differential=DifferentialConfig("v1")))
+    assert not Path(config.output_dir).exists()
+
+
+def test_the_configuration_is_in_run_json(config):
+    run(config)
+    record = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert record["config"]["differential"]["preset"] == "split" and record["arm"] == "diff"
