@@ -25,7 +25,7 @@ queries. Everything that is added lives in `self_attn.differential`; float32 wha
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,13 @@ from attention import (
 from errors import UserError
 
 LAMBDA_MAX = 0.9  # of a normalised lambda: gamma is at most 9
-SECOND = ("delta", "query", "pairs", "halves", "noise", "adapter", "same", "value", "none")
-LAMBDA = ("vectors", "token", "scalar", "fixed")
-COMBINE = ("subtract", "normalised", "replace")
-NORM = ("none", "head")
+Tower = Literal["text", "vision"]
+Second = Literal["delta", "query", "pairs", "halves", "noise", "adapter", "same", "value", "none"]
+Lambda = Literal["vectors", "token", "scalar", "fixed"]
+Combine = Literal["subtract", "normalised", "replace"]
+Norm = Literal["none", "head"]
+Cut = Literal["even_odd", "contiguous", "front_back"]
+Scale = Literal["map", "head"]
 
 
 @dataclass
@@ -55,12 +58,12 @@ class DifferentialConfig:
     """A preset, and whatever is to differ from it. Fields that are None take the preset's value."""
 
     preset: str = "split"  # a name in PRESETS
-    towers: tuple[Literal["text", "vision"], ...] | None = None  # which towers get it
+    towers: tuple[Tower, ...] | None = None  # which towers get it
     layers: tuple[int, ...] | None = None  # which layers of these towers, counted from 0; None: all
-    second: Literal["delta", "query", "pairs", "halves", "noise", "adapter", "same", "value", "none"] | None = None
-    lambda_kind: Literal["vectors", "token", "scalar", "fixed"] | None = None
-    combine: Literal["subtract", "normalised", "replace"] | None = None
-    norm: Literal["none", "head"] | None = None
+    second: Second | None = None  # where the second map comes from
+    lambda_kind: Lambda | None = None  # what lambda is made of
+    combine: Combine | None = None  # how the two outputs become one
+    norm: Norm | None = None  # of the heads' outputs
     rank: int | None = None  # of delta and adapter
     lambda_start: float | None = None  # first value of a scalar lambda, only value of a fixed one
     lambda_init: float | None = None  # constant of vectors, annealing and norm; None: 0.8 - 0.6 exp(-0.3 layer)
@@ -72,8 +75,8 @@ class DifferentialConfig:
     noise_ratio: int | None = None  # heads that share one noise query, inside a key/value group
     anneal: bool | None = None  # lambda goes from 0 over lambda_init to the learned value during training
     flip_sign: bool | None = None  # lambda becomes -lambda
-    halves_cut: Literal["even_odd", "contiguous", "front_back"] | None = None  # rotary pairs, or plain halves
-    halves_scale: Literal["map", "head"] | None = None  # scores over the square root of the half or of the whole width
+    halves_cut: Cut | None = None  # rotary pairs, or plain halves
+    halves_scale: Scale | None = None  # scores over the square root of the half or of the whole width
     rotate_halves: bool | None = None  # rotate each half as if it were a head, instead of the head before the cut
     depth_offset: int | None = None  # added to the layer in lambda_init's schedule
     fresh_layer_norms: bool | None = None  # SigLIP's LayerNorms become RMSNorms with gain 1
@@ -88,12 +91,12 @@ class DifferentialConfig:
         return whole
 
     def _check(self):
-        allowed = {"second": SECOND, "lambda_kind": LAMBDA, "combine": COMBINE, "norm": NORM}
-        allowed |= {"halves_cut": ("even_odd", "contiguous", "front_back"), "halves_scale": ("map", "head")}
-        for key, values in allowed.items():
-            if getattr(self, key) not in values:
-                raise UserError(f"differential.{key} {getattr(self, key)!r} is unknown: one of {', '.join(values)}")
-        if not self.towers or not set(self.towers) <= {"text", "vision"}:
+        kinds = dict(second=Second, lambda_kind=Lambda, combine=Combine, norm=Norm, halves_cut=Cut, halves_scale=Scale)
+        for key, kind in kinds.items():
+            if getattr(self, key) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise UserError(f"differential.{key} {getattr(self, key)!r} is unknown: one of {known}")
+        if not self.towers or not set(self.towers) <= set(get_args(Tower)):
             raise UserError(f"differential.towers {self.towers!r}: give text, vision or both")
         if self.rank < 1 or self.noise_ratio < 1:
             raise UserError(f"differential.rank {self.rank} and noise_ratio {self.noise_ratio} must be at least 1")
@@ -225,12 +228,12 @@ PRESETS = {
         False, (*_VECTORS, "norm_gain"), "5 D parameters, same KV cache", "the code behind arXiv 2507.15875",
     ),
     "additive": Preset(
-        dict(lambda_kind="fixed", combine="replace"),
+        dict(lambda_kind="fixed", lambda_start=0.0, combine="replace"),
         "control: split's low rank added to the query, one map, nothing subtracted",
         True, ("second_up",), "no more maps, r (C + H D) parameters, same KV cache", "control",
     ),
     "norm_only": Preset(
-        dict(second="none", lambda_kind="fixed", norm="head"),
+        dict(second="none", lambda_kind="fixed", lambda_start=0.0, norm="head"),
         "control: (1 - lambda_init) RMSNorm(O), nothing subtracted",
         False, ("norm_gain",), "D parameters, same KV cache", "control",
     ),
@@ -296,14 +299,12 @@ class DifferentialAttention(nn.Module):
         self.register_buffer("progress", torch.zeros(1), persistent=False)
         if is_half:
             self.register_buffer("in_first", self._first_half(tower), persistent=False)
-        generator = torch.Generator().manual_seed(
-            config.seed * 1_000_003 + layer + (100_000 if tower == "vision" else 0)
-        )
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_000 * (tower == "vision") + layer)
         self._add_second(attend.q_proj, generator)
         self._add_lambda(generator)
         if config.norm == "head":
             self.norm_gain = nn.Parameter(torch.ones(self.head_dim * self.heads // self.out_heads))
-        self.to(attend.q_proj.weight.device)
+        self.to(attend.q_proj.weight.device, torch.float32)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in declared_trainable(config))
 
@@ -335,7 +336,7 @@ class DifferentialAttention(nn.Module):
         second, rank, width = self.config.second, self.config.rank, self.heads * self.head_dim
 
         def uniform(*shape: int) -> nn.Parameter:  # as nn.Linear starts
-            drawn = torch.rand(shape, generator=generator, device="cpu") * 2 - 1
+            drawn = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
             return nn.Parameter(drawn * shape[-1] ** -0.5)
 
         if second == "delta":
@@ -359,8 +360,8 @@ class DifferentialAttention(nn.Module):
         kind, start = self.config.lambda_kind, self.config.lambda_start
         if kind == "vectors":
             for name in _VECTORS:
-                drawn = 0.1 * torch.randn(self.map_width, generator=generator, device="cpu")
-                self.register_parameter(name, nn.Parameter(drawn))
+                drawn = torch.randn(self.map_width, generator=generator, device="cpu", dtype=torch.float32)
+                self.register_parameter(name, nn.Parameter(0.1 * drawn))
         elif kind == "token":
             self.lambda_token = nn.Parameter(torch.zeros(self.out_heads, self.hidden))
         elif kind == "scalar" and self.config.combine == "normalised":
@@ -458,12 +459,16 @@ class DifferentialAttention(nn.Module):
         return ((1 - self.lambda_init) * normed).to(out.dtype)
 
     # ---- lambda
+    def _vectors(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
+
     def strength(self, x: Tensor) -> Tensor:
         """lambda as it acts now, signed: [1], or [B, H, L, 1] where it depends on the token x [B, L, C]."""
         config = self.config
         if config.lambda_kind == "vectors":
-            value = (self.lambda_q1 @ self.lambda_k1).exp() - (self.lambda_q2 @ self.lambda_k2).exp()
-            value = (value + self.lambda_init)[None]
+            # no matmul: autocast would round it
+            dots = [(q * k).sum(-1, keepdim=True) for q, k in self._vectors()]
+            value = dots[0].exp() - dots[1].exp() + self.lambda_init
         elif config.lambda_kind == "token":
             value = F.linear(x, self.lambda_token.to(x.dtype)).sigmoid().transpose(1, 2)[..., None]
         elif config.lambda_kind == "fixed":
@@ -591,78 +596,3 @@ def set_progress(model: nn.Module, fraction: float):
     """Tell every lambda that warms up or anneals how far training is, 0 to 1: (step + 1) / steps before a step."""
     for module in differential_modules(model).values():
         module.progress.fill_(fraction)
-
-
-# ---- what a run logs
-@torch.no_grad()
-def lambda_values(model: nn.Module) -> dict[str, float]:
-    """lambda of every layer that has one number: all kinds but `token`, whose mean is in `diagnostics`."""
-    modules = differential_modules(model).items()
-    return {name: float(m.strength(None)) for name, m in modules if m.config.lambda_kind != "token"}
-
-
-@torch.no_grad()
-def look_inside(model: nn.Module, batch: dict, see: Callable[[str, DifferentialAttention, Explained, Tensor], None]):
-    """Run `model` on `batch` and call see(name, module, explained, valid [B, L]) for every differential layer."""
-
-    def hook(name: str):
-        def call(module, args, kwargs, _):
-            x, *_ = args
-            mask = kwargs.get("mask", args[5] if len(args) > 5 else None)
-            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            if mask is not None:
-                index = torch.arange(x.shape[1], device=x.device)
-                valid = (index >= mask.start[:, None]) & (index < mask.end[:, None])
-            see(name, module, module.explain(*args, **kwargs), valid)
-
-        return call
-
-    modules = differential_modules(model).items()
-    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules]
-    training = model.training
-    try:
-        model.eval()(**{key: value for key, value in batch.items() if key != "labels"}, logits_to_keep=1)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-
-
-def diagnostics(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
-    """Layer -> means over the batch's valid tokens and all heads, from the explicit reference.
-
-    `lambda`; `cosine` of the branches' outputs and `distance` |O1 - O2| / |O1|; `entropy1`, `entropy2` of the maps'
-    rows in nats. Values that a method lacks are left out.
-    """
-    told = {}
-
-    def see(name: str, module: DifferentialAttention, explained: Explained, valid: Tensor):
-        at = valid[:, None].expand(-1, explained.out1.shape[1], -1)  # [B, H, L]
-        line = {"lambda": explained.strength, "entropy1": row_entropy(explained.first)[at]}
-        if explained.out2 is not None:
-            out1 = explained.out1.float()
-            out2 = explained.out2.float().repeat_interleave(out1.shape[1] // explained.out2.shape[1], dim=1)
-            line["cosine"] = F.cosine_similarity(out1, out2, dim=-1)[at]
-            line["distance"] = ((out1 - out2).norm(dim=-1) / out1.norm(dim=-1).clamp(min=1e-12))[at]
-        if explained.second is not None:
-            line["entropy2"] = row_entropy(explained.second)[valid[:, None].expand(explained.second.shape[:3])]
-        told[name] = {key: value.float().mean().item() for key, value in line.items()}
-
-    look_inside(model, batch, see)
-    return told
-
-
-def row_entropy(maps: Tensor) -> Tensor:
-    """Entropy in nats [B, H, L] of the rows of maps [B, H, L, S]."""
-    return torch.special.entr(maps).sum(-1)
-
-
-def select_heads(model: nn.Module, batch: dict):
-    """DEX: restrict W_D to the half of each layer's heads whose rows have the highest entropy on `batch`."""
-
-    def see(name: str, module: DifferentialAttention, explained: Explained, valid: Tensor):
-        if module.config.second == "value":
-            entropy = (row_entropy(explained.first) * valid[:, None]).sum((0, 2))
-            module.selected.zero_()[entropy.topk(len(entropy) // 2).indices] = 1
-
-    look_inside(model, batch, see)

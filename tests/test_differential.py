@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import differential_attention as da
-from attention import PrefixMask, attention, attention_maps, differential_reference, rotate
+from attention import PrefixMask, attention, differential_reference, rotate
+from diagnostics import lambda_values
 from differential_attention import PRESETS, DifferentialAttention, DifferentialConfig, add_differential, set_progress
 from errors import UserError
 from modeling_gemma import (
@@ -445,16 +446,16 @@ def test_a_normalised_lambda_keeps_below_its_bound_and_can_come_back():
 
 def test_lambda_warms_up_and_anneals_with_progress():
     model = build("split", lambda_warmup=0.2)
-    assert set(da.lambda_values(model).values()) == {0.0}
+    assert set(lambda_values(model).values()) == {0.0}
     set_progress(model, 0.1)
-    assert list(da.lambda_values(model).values()) == pytest.approx([0.25] * 3)
+    assert list(lambda_values(model).values()) == pytest.approx([0.25] * 3)
     set_progress(model, 0.5)
-    assert list(da.lambda_values(model).values()) == pytest.approx([0.5] * 3)
+    assert list(lambda_values(model).values()) == pytest.approx([0.5] * 3)
     model = build("dex", lambda_start=0.6)
     for progress, init, learned in ((0, 0, 0), (0.25, 0.1875, 0.25), (0.5, 0.25, 0.5), (0.75, 0.1875, 0.75), (1, 0, 1)):
         set_progress(model, progress)
         expected = [init * da.lambda_init_of(i) + learned * 0.6 for i in range(3)]
-        assert list(da.lambda_values(model).values()) == pytest.approx(expected)
+        assert list(lambda_values(model).values()) == pytest.approx(expected)
 
 
 def test_gamma_and_lambda_correspond():
@@ -596,64 +597,3 @@ def test_towers_and_layers_are_chosen():
     start = da.differential_parameters(build("split"))
     for name, parameter in da.differential_parameters(build("split", layers=(2,))).items():
         assert torch.equal(parameter, start[name])  # a layer starts the same whichever others there are
-
-
-@pytest.mark.parametrize("preset", ["split", "v2", "difflora", "v1", "grouped", "dex"])
-def test_a_look_inside_sees_what_the_forward_pass_does(preset):
-    model, batch, outputs = stir(build(preset)), tiny.batch(), []
-    for module in da.differential_modules(model).values():
-        module.register_forward_hook(lambda module, inputs, out: outputs.append(out))
-
-    def see(name, module, seen, valid):
-        assert torch.equal(valid, batch["attention_mask"].bool())
-        torch.testing.assert_close(seen.first.sum(-1), torch.ones(seen.first.shape[:3]))
-        normalised = module.config.combine == "normalised"
-        weight = seen.strength / (1 - seen.strength) if normalised else seen.strength
-        out = da.blend(seen.out1, seen.out2, weight, normalised)
-        out = module._head_norm(out) if module.config.norm == "head" else out
-        torch.testing.assert_close(out, outputs.pop(), atol=1e-5, rtol=1e-5)
-        told.append(name)
-
-    told = []
-    da.look_inside(model, batch, see)
-    assert told == [f"model.language_model.layers.{i}.self_attn.differential" for i in range(3)]
-
-
-def test_diagnostics():
-    model, batch = build("split"), tiny.batch()
-    for line in da.diagnostics(model, batch).values():
-        assert line["cosine"] == pytest.approx(1, abs=1e-6) and line["distance"] == 0
-        assert line["entropy1"] == line["entropy2"] > 0 and line["lambda"] == pytest.approx(0.5)
-    found = da.diagnostics(stir(model), batch)
-    for line in found.values():
-        assert line["cosine"] < 0.999 and line["distance"] > 0.01 and line["entropy1"] != line["entropy2"]
-    other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 55)}
-    assert da.diagnostics(model, other) == found  # pads count nowhere
-    assert da.diagnostics(build(), batch) == {}
-    single = da.diagnostics(build("norm_only"), batch)
-    assert all(set(line) == {"lambda", "entropy1"} for line in single.values())
-    uniform = torch.full((1, 1, 2, 8), 1 / 8)
-    assert da.row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
-
-
-def test_dex_takes_the_heads_of_highest_entropy():
-    model = build("dex")
-    entropies = {}
-
-    def see(name, module, seen, valid):
-        entropies[name] = (da.row_entropy(seen.first) * valid[:, None]).sum((0, 2))
-
-    da.look_inside(model, tiny.batch(), see)
-    da.select_heads(model, tiny.batch())
-    for name, module in da.differential_modules(model).items():
-        assert module.selected.sum() == 2
-        assert entropies[name][module.selected == 1].min() > entropies[name][module.selected == 0].max()
-
-
-def test_maps_of_the_two_branches_are_attention_maps():
-    attend, x, rotary, mask = layer("split")
-    q, k, v = projected(attend, x, None)
-    seen = attend.differential.explain(x, q, k, v, rotary, mask)
-    q1, k = rotate(q, *rotary), rotate(k, *rotary)
-    torch.testing.assert_close(seen.first, attention_maps(q1, k, causal(), 8**-0.5).flatten(1, 2))
-    assert (seen.first - seen.second).abs().max() > 0.01

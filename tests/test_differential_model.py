@@ -15,6 +15,7 @@ import checkpoint
 import differential_attention as da
 from attention import PrefixMask
 from checkpoint import DIFFERENTIAL, load_differential, save_differential
+from diagnostics import lambda_values
 from differential_attention import PRESETS, DifferentialAttention, DifferentialConfig, set_progress
 from errors import UserError
 from modeling_gemma import KVCache, PaliGemmaForConditionalGeneration, positions_of
@@ -176,18 +177,20 @@ def test_masters_stay_float32_in_a_bfloat16_model(preset):
     assert all(p.grad.dtype == torch.float32 for p in da.differential_parameters(model).values() if p.requires_grad)
     low = logits(model, tiny.batch())
     assert low.dtype == torch.bfloat16 and low.isfinite().all()
+    model = stir(build(preset, towers=("text",)))
+    strengths = lambda_values(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert build(preset)(**tiny.batch()).loss.isfinite()
+        assert model(**tiny.batch()).loss.isfinite() and lambda_values(model) == strengths  # not rounded
 
 
 def test_bfloat16_from_the_bound_of_lambda_trains_without_nan():
     adapted = adapt(build("split", lambda_start=da.LAMBDA_MAX, **BOTH).to(torch.bfloat16))
-    start = list(da.lambda_values(adapted).values())
+    start = list(lambda_values(adapted).values())
     losses = steps(adapted, 200, lr=4e-4, batches=1)
     assert all(torch.tensor(losses).isfinite()) and losses[-1] < losses[0]
     assert all(p.isfinite().all() for p in adapted.parameters())
-    assert all(0 < found <= da.LAMBDA_MAX + 1e-6 for found in da.lambda_values(adapted).values())
-    assert start != list(da.lambda_values(adapted).values())
+    assert all(0 < found <= da.LAMBDA_MAX + 1e-6 for found in lambda_values(adapted).values())
+    assert start != list(lambda_values(adapted).values())
 
 
 # ---- LoRA and training
@@ -271,7 +274,7 @@ def run_folder(folder, base, adapted):
     return folder
 
 
-@pytest.mark.parametrize("preset", ["split", "v2", "v1_width", "dex"])
+@pytest.mark.parametrize("preset", ["split", "v2", "v1_width", "dex", "src_siglip_split"])
 def test_a_run_folder_and_its_base_are_enough(preset, base, tmp_path):
     """Save, load, merge, save whole, load: equal logits, lambda kept."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(base, differential=DifferentialConfig(preset, **BOTH))
@@ -279,21 +282,24 @@ def test_a_run_folder_and_its_base_are_enough(preset, base, tmp_path):
     steps(adapted, 3)
     adapted.eval()
     batch = tiny.batch()
-    expected, strengths = logits(model, batch), da.lambda_values(model)
+    expected, strengths = logits(model, batch), lambda_values(model)
     folder = run_folder(tmp_path / "final", base, adapted)
     assert not any(".differential." in key for key in load_file(folder / "adapter/adapter_model.safetensors"))
 
     back = PaliGemmaForConditionalGeneration.from_pretrained(folder)
-    assert torch.equal(logits(back, batch), expected) and da.lambda_values(back) == strengths
+    assert torch.equal(logits(back, batch), expected) and lambda_values(back) == strengths
     assert da.differential_config(back) == da.differential_config(model)
 
+    adapted.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
+    adapted.unmerge_adapter()
     merged = adapted.merge_and_unload()
-    assert merged is model and da.lambda_values(merged) == strengths
+    assert merged is model and lambda_values(merged) == strengths
     torch.testing.assert_close(logits(merged, batch), expected, atol=1e-5, rtol=1e-5)
     expected = logits(merged, batch)
     merged.save_pretrained(tmp_path / "merged")
     again = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(again, batch), expected) and da.lambda_values(again) == strengths
+    assert torch.equal(logits(again, batch), expected) and lambda_values(again) == strengths
     assert all(p.dtype == torch.float32 for p in da.differential_parameters(again).values())
 
 
@@ -332,7 +338,7 @@ def test_progress_is_kept_for_models_saved_in_the_middle(tmp_path):
     set_progress(model, 0.25)
     model.save_pretrained(tmp_path)
     again = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
-    assert da.lambda_values(again) == da.lambda_values(model) and min(da.lambda_values(model).values()) > 0
+    assert lambda_values(again) == lambda_values(model) and min(lambda_values(model).values()) > 0
 
 
 def test_a_second_query_and_its_bias_start_as_the_loaded_ones(base):

@@ -1,0 +1,94 @@
+"""Looking inside differential attention: lambda and both maps of every layer, and the numbers that a run logs of them.
+
+Shapes: B batch, L sequence, S keys, H heads. Maps come from the explicit reference, beside a forward pass that returns
+its output and nothing else.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from differential_attention import DifferentialAttention, Explained, differential_modules
+
+See = Callable[[str, DifferentialAttention, Explained, Tensor], None]
+
+
+@torch.no_grad()
+def lambda_values(model: nn.Module) -> dict[str, float]:
+    """lambda of every layer that has one number: all kinds but `token`, whose mean is in `diagnostics`."""
+    modules = differential_modules(model).items()
+    return {name: float(m.strength(None)) for name, m in modules if m.config.lambda_kind != "token"}
+
+
+@torch.no_grad()
+def look_inside(model: nn.Module, batch: dict, see: See):
+    """Run `model` on `batch` and call see(name, module, explained, valid [B, L]) for every differential layer."""
+
+    def hook(name: str):
+        def call(module, args, kwargs, _):
+            x, *_ = args
+            mask = kwargs.get("mask", args[5] if len(args) > 5 else None)
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            if mask is not None:
+                index = torch.arange(x.shape[1], device=x.device)
+                valid = (index >= mask.start[:, None]) & (index < mask.end[:, None])
+            see(name, module, module.explain(*args, **kwargs), valid)
+
+        return call
+
+    modules = differential_modules(model).items()
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules]
+    training = model.training
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled layers would pass the hooks by
+            model.eval()(**{key: value for key, value in batch.items() if key != "labels"}, logits_to_keep=1)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def diagnostics(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
+    """Layer -> means over the batch's valid tokens and all heads, from the explicit reference.
+
+    `lambda`; `cosine` of the branches' outputs and `distance` |O1 - O2| / |O1|; `entropy1`, `entropy2` of the maps'
+    rows in nats. Values that a method lacks are left out.
+    """
+    told = {}
+
+    def see(name: str, module: DifferentialAttention, explained: Explained, valid: Tensor):
+        at = valid[:, None].expand(-1, explained.out1.shape[1], -1)  # [B, H, L]
+        strength = explained.strength
+        line = {
+            "lambda": strength if strength.ndim == 1 else strength[..., 0][at],
+            "entropy1": row_entropy(explained.first)[at],
+        }
+        if explained.out2 is not None:
+            out1 = explained.out1.float()
+            out2 = explained.out2.float().repeat_interleave(out1.shape[1] // explained.out2.shape[1], dim=1)
+            line["cosine"] = F.cosine_similarity(out1, out2, dim=-1)[at]
+            line["distance"] = ((out1 - out2).norm(dim=-1) / out1.norm(dim=-1).clamp(min=1e-12))[at]
+        if explained.second is not None:
+            line["entropy2"] = row_entropy(explained.second)[valid[:, None].expand(explained.second.shape[:3])]
+        told[name] = {key: value.float().mean().item() for key, value in line.items()}
+
+    look_inside(model, batch, see)
+    return told
+
+
+def row_entropy(maps: Tensor) -> Tensor:
+    """Entropy in nats [B, H, L] of the rows of maps [B, H, L, S]."""
+    return torch.special.entr(maps).sum(-1)
+
+
+def select_heads(model: nn.Module, batch: dict):
+    """DEX: restrict W_D to the half of each layer's heads whose rows have the highest entropy on `batch`."""
+
+    def see(name: str, module: DifferentialAttention, explained: Explained, valid: Tensor):
+        if module.config.second == "value":
+            entropy = (row_entropy(explained.first) * valid[:, None]).sum((0, 2))
+            module.selected.zero_()[entropy.topk(len(entropy) // 2).indices] = 1
+
+    look_inside(model, batch, see)

@@ -1,0 +1,86 @@
+"""What a run logs of lambda and of both maps, against the forward pass."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from test_differential import build, causal, layer, projected, stir
+
+from attention import attention_maps, blend, rotate
+from diagnostics import diagnostics, look_inside, row_entropy, select_heads
+from differential_attention import differential_modules
+
+
+@pytest.mark.parametrize("preset", ["split", "v2", "difflora", "v1", "grouped", "dex"])
+def test_a_look_inside_sees_what_the_forward_pass_does(preset):
+    model, batch, outputs = stir(build(preset)), tiny.batch(), []
+    for module in differential_modules(model).values():
+        module.register_forward_hook(lambda module, inputs, out: outputs.append(out))
+
+    def see(name, module, seen, valid):
+        assert torch.equal(valid, batch["attention_mask"].bool())
+        torch.testing.assert_close(seen.first.sum(-1), torch.ones(seen.first.shape[:3]))
+        normalised = module.config.combine == "normalised"
+        weight = seen.strength / (1 - seen.strength) if normalised else seen.strength
+        out = blend(seen.out1, seen.out2, weight, normalised)
+        out = module._head_norm(out) if module.config.norm == "head" else out
+        torch.testing.assert_close(out, outputs.pop(), atol=1e-5, rtol=1e-5)
+        told.append(name)
+
+    told = []
+    look_inside(model, batch, see)
+    assert told == [f"model.language_model.layers.{i}.self_attn.differential" for i in range(3)]
+
+
+def test_diagnostics():
+    model, batch = build("split"), tiny.batch()
+    for line in diagnostics(model, batch).values():
+        assert line["cosine"] == pytest.approx(1, abs=1e-6) and line["distance"] == 0
+        assert line["entropy1"] == line["entropy2"] > 0 and line["lambda"] == pytest.approx(0.5)
+    found = diagnostics(stir(model), batch)
+    for line in found.values():
+        assert line["cosine"] < 0.999 and line["distance"] > 0.01 and line["entropy1"] != line["entropy2"]
+    other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 55)}
+    assert diagnostics(model, other) == found  # pads count nowhere
+    assert diagnostics(build(), batch) == {}
+    token = stir(build("v2"))
+    start = {name: line["lambda"] for name, line in diagnostics(token, batch).items()}
+    assert diagnostics(token, other).items() and all(0 < value < 1 for value in start.values())
+    assert {name: line["lambda"] for name, line in diagnostics(token, other).items()} == start
+    single = diagnostics(build("norm_only"), batch)
+    assert all(set(line) == {"lambda", "entropy1"} for line in single.values())
+    uniform = torch.full((1, 1, 2, 8), 1 / 8)
+    assert row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
+
+
+def test_compiled_layers_are_looked_into_as_well():
+    model, batch = stir(build("split")), tiny.batch()
+    expected = diagnostics(model, batch)
+    for decoder_layer in model.model.language_model.layers:
+        decoder_layer.compile(fullgraph=True, backend="eager")
+    model(**batch)
+    assert diagnostics(model.train(), batch) == expected and model.training
+
+
+def test_dex_takes_the_heads_of_highest_entropy():
+    model = build("dex")
+    entropies = {}
+
+    def see(name, module, seen, valid):
+        entropies[name] = (row_entropy(seen.first) * valid[:, None]).sum((0, 2))
+
+    look_inside(model, tiny.batch(), see)
+    select_heads(model, tiny.batch())
+    for name, module in differential_modules(model).items():
+        assert module.selected.sum() == 2
+        assert entropies[name][module.selected == 1].min() > entropies[name][module.selected == 0].max()
+
+
+def test_maps_of_the_two_branches_are_attention_maps():
+    attend, x, rotary, mask = layer("split")
+    q, k, v = projected(attend, x, None)
+    seen = attend.differential.explain(x, q, k, v, rotary, mask)
+    q1, k = rotate(q, *rotary), rotate(k, *rotary)
+    torch.testing.assert_close(seen.first, attention_maps(q1, k, causal(), 8**-0.5).flatten(1, 2))
+    assert (seen.first - seen.second).abs().max() > 0.01
