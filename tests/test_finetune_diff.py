@@ -132,17 +132,16 @@ def test_a_lambda_that_does_not_move_fails_the_run(config):
     assert (Path(config.output_dir) / "final").exists()  # what was trained is kept
 
 
-def test_no_weight_decay_on_what_was_added(config):
-    torch.manual_seed(0)
-    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential="split")
-    opened = training.open_run(config, "diff")
-    adapted = training.add_lora(opened, replace(config, weight_decay=0.1), model)
-    groups = training.make_optimizer(
-        replace(config, weight_decay=0.1, differential=DifferentialConfig(lambda_lr=3.0)), adapted
-    ).param_groups
-    added = {id(p) for p in differential_parameters(model).values()}
-    decays = {(id(p) in added, group["weight_decay"]) for group in groups for p in group["params"]}
-    assert decays == {(True, 0.0), (False, 0.1)}
+def test_no_weight_decay_on_what_was_added_and_a_rate_of_its_own_for_lambda(config):
+    differential = DifferentialConfig(lambda_lr=3.0)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=differential)
+    adapted = training.add_lora(training.open_run(config, "diff"), config, model)
+    groups = training.make_optimizer(replace(config, weight_decay=0.1), adapted).param_groups
+    kinds = {id(p): "lambda" if "lambda" in name else "added" for name, p in differential_parameters(model).items()}
+    found = {
+        (kinds.get(id(p), "lora"), group["weight_decay"], group["scale"]) for group in groups for p in group["params"]
+    }
+    assert found == {("lambda", 0.0, 3.0), ("added", 0.0, 1.0), ("lora", 0.1, 1.0)}
 
 
 def test_the_baseline_stands_beside(config, tmp_path, capsys):
