@@ -41,7 +41,7 @@ class Config:
     workers: int = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
     # --- optimisation
     seed: int = 0  # of adapters, data order and dropout
-    max_steps: int = 600  # updates
+    max_steps: int = 400  # updates
     epochs: float = 0.0  # above 0: so many passes over the data instead of max_steps
     batch_size: int = 32  # examples per micro-batch, over all processes
     accumulation: int = 1  # micro-batches per update

@@ -1,6 +1,6 @@
 """Pretrain assets/paligemma-nano: a small PaliGemma that captions and detects the pictures of assets/haystack-pool.
 
-    python pretrain_nano.py                 # two hours on two CPU cores; killed, it continues from its last checkpoint
+    python pretrain_nano.py                 # an hour on two CPU cores; killed, it continues from its last checkpoint
 
 As with PaliGemma itself, the vision tower is trained first, to tell the concepts apart; then the whole model learns
 `caption en`, `detect {caption}` and `ocr` (so that digits and the words of questions, which no caption holds, are not
@@ -77,7 +77,7 @@ exactly; `detect`: centre of the box in the right cell, one search a picture; `o
 |{rule}
 {rows}
 
-A concept that was never trained cannot be named; that some are found is what the caption's words and elimination give.
+Guessing finds 100, 25 and 6.25 % of the cells; a concept that was never trained can neither be named nor found.
 
 Made by this project, Apache-2.0; the pictures' licences are in `../haystack-pool/LICENSES`. transformers loads it:
 `PaliGemmaForConditionalGeneration.from_pretrained("assets/paligemma-nano")`.
@@ -427,7 +427,10 @@ def write_asset(config: Config, model, tokenizer: Tokenizer, metrics: dict):
     model.bfloat16().save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special},
+    )
     size = model.config.vision_config.image_size
     picture_settings = dict(
         image_processor_type="SiglipImageProcessor", size={"height": size, "width": size}, resample=3
