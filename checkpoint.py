@@ -47,7 +47,11 @@ _TO_HUB = {
 _HINTS = (  # (which keys, what one of them contains, what that means)
     ("unexpected", "pre_feedforward", "this is a Gemma 2 (PaliGemma 2) checkpoint but config.json says gemma"),
     ("missing", "pre_feedforward", "this is a Gemma 1 (PaliGemma 1) checkpoint but config.json says gemma2"),
-    ("unexpected", ".differential.", "saved with differential attention: ask for the same differential configuration"),
+    (
+        "unexpected",
+        ".differential.",
+        "these hold differential attention too: save_pretrained keeps its differential configuration and values apart",
+    ),
     ("unexpected", ".lora_", "these hold an adapter: merge it, or give the run folder"),
     ("", "", "these weights do not belong to config.json"),
 )

@@ -112,6 +112,8 @@ class DifferentialConfig:
             raise UserError(f"differential.combine replace needs second=delta or query, not {self.second}")
         if self.combine == "normalised" and self.second in ("same", "value"):
             raise UserError(f"differential: second={self.second} needs combine=subtract, normalised undoes it")
+        if self.rotate_halves and self.second != "halves":
+            raise UserError(f"differential.rotate_halves needs second=halves, not {self.second}")
         if self.combine == "normalised" and self.lambda_kind in ("scalar", "fixed"):
             dead = self.lambda_kind == "scalar" and self.lambda_start == 0
             if dead or not 0 <= self.lambda_start <= LAMBDA_MAX:
@@ -135,7 +137,7 @@ class DifferentialConfig:
         """Whether both give the same function of the same parameters, wherever those start and however they learn."""
         start = dict(preset="", seed=0, lambda_lr=1.0)
         ours, theirs = (replace(config.resolve(), **start) for config in (self, other))
-        if ours.lambda_kind == theirs.lambda_kind == "scalar":
+        if ours.lambda_kind != "fixed":
             ours = replace(ours, lambda_start=theirs.lambda_start)
         return ours == theirs
 
@@ -459,16 +461,13 @@ class DifferentialAttention(nn.Module):
         return ((1 - self.lambda_init) * normed).to(out.dtype)
 
     # ---- lambda
-    def _vectors(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
-
     def strength(self, x: Tensor) -> Tensor:
         """lambda as it acts now, signed: [1], or [B, H, L, 1] where it depends on the token x [B, L, C]."""
         config = self.config
         if config.lambda_kind == "vectors":
-            # no matmul: autocast would round it
-            dots = [(q * k).sum(-1, keepdim=True) for q, k in self._vectors()]
-            value = dots[0].exp() - dots[1].exp() + self.lambda_init
+            pairs = (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
+            first, second = ((q * k).sum(-1, keepdim=True).exp() for q, k in pairs)  # autocast would round a matmul
+            value = first - second + self.lambda_init
         elif config.lambda_kind == "token":
             value = F.linear(x, self.lambda_token.to(x.dtype)).sigmoid().transpose(1, 2)[..., None]
         elif config.lambda_kind == "fixed":

@@ -535,6 +535,7 @@ REFUSED = {
     "would never": dict(second="none"),
     "replace needs": dict(preset="additive", second="pairs"),
     "undoes it": dict(preset="dex", combine="normalised", lambda_start=0.5),
+    "rotate_halves needs": dict(rotate_halves=True),
     "at 0 nothing": dict(lambda_start=0.0),
     "at most at 0.9": dict(lambda_start=0.95),
     "layers 0 to 2": dict(layers=(1, 3)),
@@ -565,6 +566,7 @@ def test_a_configuration_survives_json_and_tells_methods_apart():
     split = DifferentialConfig()
     assert split.same_method(DifferentialConfig(seed=3, lambda_lr=2.0, lambda_start=0.2))
     assert not split.same_method(DifferentialConfig(rank=8))
+    assert DifferentialConfig("v2").same_method(DifferentialConfig("v2", lambda_start=0.2))
     assert not split.same_method(DifferentialConfig("flipped"))
     fixed = DifferentialConfig("lambda_fixed")
     assert not fixed.same_method(DifferentialConfig("lambda_fixed", lambda_start=0.2))
