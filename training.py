@@ -34,12 +34,10 @@ from checkpoint import (
     write_json,
 )
 from data import batch_order, loader
+from diagnostics import diagnostics, lambda_values, select_heads
 from differential_attention import (
-    diagnostics,
     differential_config,
     differential_parameters,
-    lambda_values,
-    select_heads,
     set_progress,
     unfreeze_differential,
 )
