@@ -2,8 +2,10 @@
 or, where it is one of method, present in the `src_` preset that reproduces it."""
 
 import functools
+import itertools
 import json
 import math
+from typing import get_args
 
 import pytest
 import tiny
@@ -23,7 +25,6 @@ from modeling_gemma import (
     rotary_tables,
 )
 
-LEARNABLE = [name for name in PRESETS if any("lambda" in key for key in da.declared_trainable(name))]
 SOURCES = [name for name in PRESETS if name.startswith("src_")]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
@@ -95,8 +96,8 @@ def test_first_gradients_are_the_claimed_ones(preset, tower):
     declared = da.declared_trainable(preset)
     assert {name for name in parameters if name.rpartition(".")[2] in declared} == set(trained)
     assert {name.rpartition(".")[2] for name in parameters} >= declared >= set(PRESETS[preset].gradient)
+    assert (not trained) == (preset == "lambda_zero")
     if not trained:
-        assert preset == "lambda_zero"
         return
     model(**tiny.batch()).loss.backward()
     for name, parameter in parameters.items():
@@ -406,6 +407,27 @@ def test_src_siglip_split_is_its_formula():
     torch.testing.assert_close(encoder.layer_norm1(x), x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
 
 
+def test_every_allowed_combination_of_the_four_choices_computes():
+    allowed = 0
+    for second, kind, combine, norm in itertools.product(*map(get_args, (da.Second, da.Lambda, da.Combine, da.Norm))):
+        try:
+            attend, x, rotary, mask = layer(
+                "split", second=second, lambda_kind=kind, combine=combine, norm=norm, noise_ratio=2
+            )
+        except UserError:
+            continue
+        allowed += 1
+        out = attend(x, rotary, mask, None)
+        out.sum().backward()
+        trained = {name for name, p in attend.differential.named_parameters() if p.requires_grad}
+        assert trained == da.declared_trainable(attend.differential.config)
+        assert out.shape == x.shape and all(attend.differential.get_parameter(n).grad.isfinite().all() for n in trained)
+        for name in trained:
+            learns = attend.differential.get_parameter(name).grad.abs().max() > 0
+            assert learns, (second, kind, combine, norm, name)
+    assert allowed == 6 * 4 * 2 * 2 + 2 * 4 * 2 + 2 * 2 + 2 * 2  # two maps; same, value; none; replace
+
+
 # ---- lambda
 def test_the_schedule_counts_layers_from_0():
     """Defect f, in the source presets only: a schedule one layer early."""
@@ -539,6 +561,7 @@ REFUSED = {
     "at 0 nothing": dict(lambda_start=0.0),
     "at most at 0.9": dict(lambda_start=0.95),
     "layers 0 to 2": dict(layers=(1, 3)),
+    "layers \\(-1,\\)": dict(layers=(-1,)),
     "layers \\(\\)": dict(layers=()),
     "v1_width": dict(preset="v1"),
     "towers=text": dict(preset="grouped", towers=("vision",)),
@@ -597,5 +620,8 @@ def test_towers_and_layers_are_chosen():
     found = [logits(stir(build("split", **c)), batch) for c in ({}, dict(towers=("vision",)), dict(layers=(1,)))]
     assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(found) for b in found[:i])
     start = da.differential_parameters(build("split"))
+    down = [parameter for name, parameter in start.items() if "second_down" in name]
+    assert not torch.equal(down[0], down[1])
+    assert not torch.equal(down[0], next(iter(da.differential_parameters(build("split", seed=1)).values())))
     for name, parameter in da.differential_parameters(build("split", layers=(2,))).items():
         assert torch.equal(parameter, start[name])  # a layer starts the same whichever others there are

@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_differential import LEARNABLE, build, family_of, logits, stir
+from test_differential import build, family_of, logits, stir
 
 import checkpoint
 import differential_attention as da
@@ -206,9 +206,11 @@ def test_exactly_the_declared_parameters_train_beside_lora(preset):
     assert not any("lora_" in name and ".differential." in name for name, _ in adapted.named_parameters())
 
 
-@pytest.mark.parametrize("preset", LEARNABLE)
-def test_lambda_has_a_gradient_by_step_2_learns_and_is_saved(preset, tmp_path):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_to_train_learns_and_is_saved_lambda_from_step_2_on(preset, tmp_path):
     adapted = adapt(build(preset))
+    trained = da.unfreeze_differential(adapted)
+    assert {name.rpartition(".")[2] for name in trained} == da.declared_trainable(preset)
     before = {name: p.detach().clone() for name, p in da.differential_parameters(adapted).items()}
     steps(adapted, 2)
     gradients = {name: p.grad for name, p in da.differential_parameters(adapted).items()}
@@ -217,9 +219,9 @@ def test_lambda_has_a_gradient_by_step_2_learns_and_is_saved(preset, tmp_path):
     saved = load_file(tmp_path / DIFFERENTIAL)
     for name, parameter in da.differential_parameters(adapted).items():
         assert torch.equal(saved[name], parameter)
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
         if "lambda" in name or "norm_gain" in name:
             assert gradients[name].abs().max() > 0, name
-        assert not torch.equal(parameter, before[name]), name
 
 
 def test_lambda_zero_moves_nothing_but_lora():
