@@ -250,31 +250,38 @@ def batch_order(size: int, batch: int, seed: int, start: int = 0) -> Iterator[li
 
 
 class _Fetch(torch.utils.data.Dataset):
-    """What a loader's worker runs: one example, tokenised, its pictures as pixels."""
+    """What a loader's worker runs: one example, tokenised, its pictures as pixels; or what is wrong with it."""
 
     def __init__(self, source, processor: PaliGemmaProcessor, with_suffix: bool):
         self.source, self.processor, self.with_suffix = source, processor, with_suffix
 
     def __getitem__(self, key: tuple[int, int]):
-        example = self.source.get(*key)
-        pixels = [self.processor.pixels(image) for image in example.images]
-        row = self.processor.encode(example.prefix, example.suffix if self.with_suffix else None, len(pixels))
+        try:
+            example = self.source.get(*key)
+            pixels = [self.processor.pixels(image) for image in example.images]
+            row = self.processor.encode(example.prefix, example.suffix if self.with_suffix else None, len(pixels))
+        except UserError as error:  # raised in a worker, it would arrive wrapped in a traceback
+            return error
         example.images = []  # not needed any more, and large to send between processes
         return example, row, pixels
 
 
-def loader(source, processor: PaliGemmaProcessor, batches, with_suffix: bool, workers: int = 0) -> DataLoader:
-    """Batches of (examples, tensors) over `batches` of (epoch, index); tensors as the processor makes them,
-    left-padded.
+def loader(source, processor: PaliGemmaProcessor, batches, with_suffix: bool, workers: int = 0) -> Iterator:
+    """Batches of (examples, tensors), padded left, over `batches` of (epoch, index).
 
-    An evaluation loader has `with_suffix` False: the answer never enters its input.
+    An evaluation loader has `with_suffix` False: the answer never enters its input. Raises UserError for a bad row.
     """
 
     def collate(items):
+        for item in items:
+            if isinstance(item, UserError):
+                return item
         examples, rows, pixels = zip(*items, strict=True)
         tensors = processor.pad(list(rows), "left")
         return examples, {**tensors, "pixel_values": torch.stack([p for row in pixels for p in row])}
 
-    return DataLoader(
-        _Fetch(source, processor, with_suffix), batch_sampler=batches, collate_fn=collate, num_workers=workers
-    )
+    fetch = _Fetch(source, processor, with_suffix)
+    for batch in DataLoader(fetch, batch_sampler=batches, collate_fn=collate, num_workers=workers):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

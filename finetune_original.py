@@ -13,7 +13,9 @@ from typing import Literal
 
 import tyro
 
+import plots
 import training
+from checkpoint import resolve_run
 from data import make_data
 from errors import one_line_errors
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -39,7 +41,7 @@ class Config:
     workers: int = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
     # --- optimisation
     seed: int = 0  # of adapters, data order and dropout
-    max_steps: int = 600  # updates
+    max_steps: int = 400  # updates
     epochs: float = 0.0  # above 0: so many passes over the data instead of max_steps
     batch_size: int = 32  # examples per micro-batch, over all processes
     accumulation: int = 1  # micro-batches per update
@@ -69,7 +71,7 @@ def finetune(config: Config, arm: str):
 
     # --- the frozen base, and LoRA in its language model
     processor = PaliGemmaProcessor.from_pretrained(config.model)
-    base = training.resolve_run(config.model)[0]
+    base, _ = resolve_run(config.model)  # an adapter is put in below
     model = PaliGemmaForConditionalGeneration.from_pretrained(base, dtype=run.dtype, device=run.device)
     adapted = training.add_lora(run, config, model)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
@@ -82,6 +84,8 @@ def finetune(config: Config, arm: str):
         training.print_scores(run, training.evaluate(run, config, model, processor, eval_sets))
     else:
         training.train(run, config, model, adapted, processor, source, eval_sets)
+        if run.is_main:
+            plots.draw_run(run.folder)
 
 
 @one_line_errors

@@ -4,14 +4,19 @@ python plots.py runs/original_seed0        # plots/loss.png and plots/accuracy.p
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import tyro
+from matplotlib.patches import Rectangle
 
+from checkpoint import read_json
+from data import make_data
 from errors import UserError, one_line_errors
-from haystack import wilson
+from haystack import normalise, wilson
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
@@ -28,21 +33,24 @@ STYLE = {
 COLOURS = ["#1f5aa6", "#d1495b", "#2e8b57", "#8a5fb0", "#c77d1a", "#4a4a4a"]
 
 
-def read_metrics(folder: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: cannot be read ({error}): give a run folder") from error
+        raise UserError(f"{path}: cannot be read ({error}): give a run folder") from error
 
 
 def draw_run(folder: str | Path):
-    """Loss and held-out accuracy of one run, into its plots/ folder."""
+    """Loss, held-out accuracy and sample answers of one run, into its plots/ folder."""
     folder = Path(folder)
-    lines = read_metrics(folder)
+    lines, samples = (read_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
+    config = SimpleNamespace(**read_json(folder / "run.json")["config"])
     (folder / "plots").mkdir(exist_ok=True)
     with plt.rc_context(STYLE):
         draw_loss([line for line in lines if "loss" in line], folder / "plots" / "loss.png")
         draw_accuracy([line for line in lines if "eval" in line], folder / "plots" / "accuracy.png")
+        if config.data == "haystack":
+            draw_answers(config, samples, folder / "plots" / "answers.png")
 
 
 def draw_loss(lines: list[dict], path: Path):
@@ -82,6 +90,44 @@ def draw_accuracy(lines: list[dict], path: Path):
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
     plt.close(figure)
+
+
+def draw_answers(config, samples: list[dict], path: Path):
+    """The last answers of the first four sets on their haystacks: the true cell in green, the told one in red if wrong.
+
+    The pictures are made anew: a haystack is a function of its id.
+    """
+    _, sets = make_data(config)
+    last = max(sample["step"] for sample in samples)
+    shown = [s for s in samples if s["step"] == last and s["set"] in list(sets)[:4]]
+    figure, axes = plt.subplots(
+        2, (len(shown) + 1) // 2, figsize=(2.1 * ((len(shown) + 1) // 2), 5), layout="constrained"
+    )
+    for panel in axes.flat:
+        panel.axis("off")
+    for panel, sample in zip(axes.T.flat, shown, strict=False):
+        source = sets[sample["set"]]
+        panel.imshow(source.get(0, int(sample["id"].rsplit("/", 1)[1])).images[0])
+        right = normalise(sample["response"]) == sample["answer"]
+        told = sample["response"].strip() or "(nothing)"
+        panel.set_title(
+            f"{sample['prompt'].removeprefix('answer en ')}\n{told}",
+            fontsize=8,
+            color="#1b7837" if right else "#b2182b",
+        )
+        outline(panel, sample["answer"], source.cell, "#35d04b")
+        if not right:
+            outline(panel, normalise(sample["response"]), source.cell, "#e0213a")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def outline(panel, answer: str, cell: int, colour: str):
+    """A frame around the cell of an answer "1, row, column"; nothing for any other answer."""
+    place = re.fullmatch(r"1, (\d), (\d)", answer)
+    if place:
+        row, column = int(place[1]) - 1, int(place[2]) - 1
+        panel.add_patch(Rectangle((column * cell, row * cell), cell, cell, fill=False, edgecolor=colour, linewidth=3))
 
 
 @dataclass

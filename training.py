@@ -23,7 +23,6 @@ from accelerate.utils import gather_object
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import plots
 from checkpoint import attach_adapter, read_json, resolve_run, whole_or_nothing, write_json
 from data import batch_order, loader
 from errors import UserError
@@ -79,50 +78,50 @@ class Run:
 
 # ---- the run folder
 def open_run(config, arm: str) -> Run | None:
-    """Make or find the run folder; None if the run is finished already.
+    """Look at the run folder and the device, write nothing yet; None if the run is finished already.
 
     An unfinished run of the same configuration continues from its newest whole checkpoint, `overwrite` starts anew.
     Raises UserError when the folder holds a run of another configuration.
     """
-    run = Run(
-        folder=Path(config.output_dir or f"runs/{arm}_seed{config.seed}"),
-        accelerator=accelerate.Accelerator(),
-        dtype=torch.float32,
-        record={},
-    )
-    run.dtype, why = choose_dtype(config.dtype, run.device)
-    base, _ = resolve_run(config.model)
-    run.record = {
+    accelerator = accelerate.Accelerator()
+    dtype, why = choose_dtype(config.dtype, accelerator.device)
+    record = {
         "arm": arm,
-        "base_model": portable_path(base),
+        "base_model": portable_path(resolve_run(config.model)[0]),
         "config": json.loads(json.dumps(asdict(config))),
-        "device": device_name(run.device),
-        "dtype": str(run.dtype),
-        "processes": run.accelerator.num_processes,
+        "device": device_name(accelerator.device),
+        "dtype": str(dtype),
+        "processes": accelerator.num_processes,
         "versions": versions(),
         "commit": git_commit(),
     }
-    if config.overwrite and run.is_main and not config.eval_only:
-        shutil.rmtree(run.folder, ignore_errors=True)
-    run.accelerator.wait_for_everyone()
-    if not config.eval_only and (run.folder / "run.json").exists():
-        check_same_config(run)
-        if (run.folder / "final").exists():
+    run = Run(Path(config.output_dir or f"runs/{arm}_seed{config.seed}"), accelerator, dtype, record)
+    if not config.eval_only and not config.overwrite:
+        run.resume, finished = newest_checkpoint(run), (run.folder / "final").exists()
+        if run.resume or finished:
+            check_same_config(run)
+        if finished:
             run.say(f"{run.folder} is finished: use {run.folder / 'final'}, or start anew with --overwrite=True")
             return None
-        run.resume = newest_checkpoint(run)
-    run.say(f"arm: {arm}", *(f"  {key}: {value}" for key, value in run.record["config"].items()))
-    run.say(f"device: {run.record['device']}, {run.accelerator.num_processes} process(es), {run.dtype} because {why}")
-    if run.is_main and not config.eval_only:
-        if run.folder.is_file():
-            raise UserError(f"{run.folder} is a file: give another --output_dir")
+    run.say(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
+    run.say(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {why}")
+    return run
+
+
+def start_folder(run: Run, steps: int):
+    """Make the run folder or take up an interrupted one; called when all that can be refused has been read."""
+    if run.is_main:
+        if run.resume is None and run.folder.exists():
+            if any(run.folder.iterdir()) and not (run.folder / "run.json").exists():
+                raise UserError(f"{run.folder} holds files that are no run: give another --output_dir")
+            shutil.rmtree(run.folder)
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{run.folder}: cannot be made ({error.strerror}): give another --output_dir") from error
-        trim_logs(run.folder, step_of(run.resume))
+        trim_logs(run.folder, step_of(run.resume), steps)
         write_json(run.folder / "run.json", run.record)
-    return run
+    run.accelerator.wait_for_everyone()
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -171,21 +170,22 @@ def read_trainer_state(checkpoint: Path) -> dict:
         raise UserError(f"{checkpoint / 'trainer.pt'}: damaged or missing ({reason}): delete {checkpoint}") from error
 
 
-def trim_logs(folder: Path, step: int):
-    """Drop what was logged after the checkpoint that the run continues from: those steps happen again."""
+def trim_logs(folder: Path, first: int, steps: int):
+    """Drop what was logged after the checkpoint of step `first`: it happens again, the final evaluation too."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        if not (folder / name).exists():
-            continue
-        kept = [line for line in (folder / name).read_text().splitlines(True) if _logged_step(line) <= step]
-        (folder / f"{name}.tmp").write_text("".join(kept) if step else "")
-        (folder / f"{name}.tmp").replace(folder / name)
+        if (folder / name).exists():
+            lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = "".join(line for line in lines if _stays(line, first, steps))
+            (folder / f"{name}.tmp").write_text(kept, encoding="utf-8")
+            (folder / f"{name}.tmp").replace(folder / name)
 
 
-def _logged_step(line: str) -> float:
+def _stays(line: str, first: int, steps: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        entry = json.loads(line)
     except ValueError:  # the process died in the middle of the line
-        return math.inf
+        return False
+    return entry["step"] <= first and not (entry["step"] == steps and "loss" not in entry)
 
 
 def portable_path(base: str) -> str:
@@ -280,11 +280,12 @@ def total_steps(config, source) -> int:
 
 
 def train(run: Run, config, model, adapted, processor, source, eval_sets):
-    """Train `adapted` on `source`; evaluate before, during and after; leave a run folder. Returns the last scores."""
+    """Train `adapted` on `source`; evaluate before, during and after; leave a run folder."""
     steps, first = total_steps(config, source), step_of(run.resume)
     world = run.accelerator.num_processes
     if config.batch_size % world:
         raise UserError(f"batch_size {config.batch_size} does not divide among {world} processes")
+    start_folder(run, steps)
     trainable = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
@@ -310,10 +311,11 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     mark = time.perf_counter()
     for step in bar:
         adapted.train()
-        torch.manual_seed(config.seed * 1_000_003 + step * 1_009 + run.accelerator.process_index)  # dropout's masks
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps)
         micro = [next(batches) for _ in range(config.accumulation)]
+        # dropout's masks follow from seed and step; after the fetch, since a new loader draws from the same generator
+        torch.manual_seed(config.seed * 1_000_003 + step * 1_009 + run.accelerator.process_index)
         loss, norm = train_step(run, config, wrapped, optimizer, micro, step)
         tokens += sum(int(batch["attention_mask"].sum()) for _, batch in micro) * world
         done = step + 1
@@ -345,11 +347,9 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     keep(run, adapted, run.folder / "final", {"step": steps, "seconds": round(time.perf_counter() - began, 1)})
     if writer:
         writer.close()
-        plots.draw_run(run.folder)
     run.say(*table(run, eval_sets), f"time {time.perf_counter() - began:.0f} s, peak memory {peak_memory(run.device)}")
     run.say(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder / 'final'} --image=...")
     run.accelerator.end_training()
-    return scores
 
 
 def training_batches(run: Run, config, processor, source, first: int):

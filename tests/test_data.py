@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from data import Haystacks, batch_order, make_data, read_hub, read_jsonl, read_vqav2
+from data import Haystacks, batch_order, loader, make_data, read_hub, read_jsonl, read_vqav2
 from errors import UserError
 from finetune_original import Config
 from haystack import PicturePool, read_pool
+from processing_paligemma import PaliGemmaProcessor
 
 POOL = PicturePool(read_pool(splits=("train",)))
 
@@ -139,6 +141,25 @@ def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     with pytest.raises(UserError, match=r"rows.jsonl:1.*a.png"):
         read_jsonl(path).get(0, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_reaches_the_user_as_one_line_from_a_worker_too(tmp_path, tiny_model, workers):
+    path = write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}])
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    processor = PaliGemmaProcessor.from_pretrained(tiny_model)
+    with pytest.raises(UserError, match=r"rows.jsonl:1.*a.png") as caught:
+        list(loader(read_jsonl(path), processor, [[(0, 0)]], with_suffix=True, workers=workers))
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_workers_change_nothing(tiny_model):
+    processor = PaliGemmaProcessor.from_pretrained(tiny_model)
+    batches = [[(0, 0), (0, 1)], [(0, 2), (0, 3)]]
+    alone, together = (list(loader(source(), processor, batches, True, workers=n)) for n in (0, 2))
+    for (examples, batch), (others, other) in zip(alone, together, strict=True):
+        assert [e.id for e in examples] == [e.id for e in others]
+        assert all(torch.equal(batch[key], other[key]) for key in batch)
 
 
 def test_vqav2_reads_the_official_files(tmp_path):
