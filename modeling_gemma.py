@@ -26,7 +26,7 @@ from checkpoint import (
     save_model_folder,
     stored_differential,
 )
-from differential_attention import DifferentialConfig, add_differential
+from differential_attention import DifferentialConfig, add_differential, as_config
 from errors import UserError
 from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
 
@@ -376,16 +376,20 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         """
         base, adapter = resolve_run(path_or_hub_id)
         folder = locate(base)
+        homes = [folder] if adapter is None else [adapter.parent, folder]
+        stored = next((home for home in homes if stored_differential(home) is not None), None)
+        if differential is not None:
+            differential = as_config(differential).resolve()
+        elif stored is not None:
+            differential = stored_differential(stored)
         config = PaliGemmaConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, folder, dtype, device, tied=config.tie_word_embeddings)
         model.tie_weights()
         model.name_or_path = str(path_or_hub_id)
-        homes = [folder] if adapter is None else [adapter.parent, folder]
-        stored = next((home for home in homes if stored_differential(home) is not None), None)
-        if differential is not None or stored is not None:
-            add_differential(model, differential or stored_differential(stored))
+        if differential is not None:
+            add_differential(model, differential)
         if adapter is not None:
             attach_adapter(model, adapter)
         if stored is not None:

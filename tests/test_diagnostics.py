@@ -59,7 +59,9 @@ def test_compiled_layers_are_looked_into_as_well():
     expected = diagnostics(model, batch)
     for decoder_layer in model.model.language_model.layers:
         decoder_layer.compile(fullgraph=True, backend="eager")
-    model(**batch)
+    with torch.no_grad():  # as an evaluation before: without hooks, and compiled so
+        model(**{key: value for key, value in batch.items() if key != "labels"}, logits_to_keep=1)
+    assert diagnostics(model, batch) == expected and not model.training
     assert diagnostics(model.train(), batch) == expected and model.training
 
 

@@ -1,4 +1,5 @@
-"""Whole models with differential attention: masks, cache, precision, LoRA, saving; the defects that only these show."""
+"""Whole models with differential attention: configurations, masks, cache, precision, LoRA, saving; the defects of arXiv
+2507.15875's code that only these show."""
 
 import errno
 import json
@@ -9,7 +10,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_differential import LEARNABLE, build, family_of, logits, stir
+from test_differential import build, family_of, layer, logits, stir
 
 import checkpoint
 import differential_attention as da
@@ -21,6 +22,7 @@ from errors import UserError
 from modeling_gemma import KVCache, PaliGemmaForConditionalGeneration, positions_of
 
 BOTH = dict(towers=("text", "vision"))
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 LORA = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -46,6 +48,89 @@ def steps(model, count, lr=1e-2, batches=None):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+# ---- configuration
+REFUSED = {
+    "unknown": dict(preset="v3"),
+    "second": dict(second="twin"),
+    "lambda_kind": dict(lambda_kind="matrix"),
+    "towers": dict(towers=("audio",)),
+    "give text": dict(towers=()),
+    "rank": dict(rank=0),
+    "lambda_warmup": dict(lambda_warmup=2.0),
+    "never learn": dict(preset="additive", lambda_kind="scalar"),
+    "would never": dict(second="none"),
+    "replace needs": dict(preset="additive", second="pairs"),
+    "undoes it": dict(preset="dex", combine="normalised", lambda_start=0.5),
+    "rotate_halves needs": dict(rotate_halves=True),
+    "at 0 nothing": dict(lambda_start=0.0),
+    "at most at 0.9": dict(lambda_start=0.95),
+    "layers 0 to 2": dict(layers=(1, 3)),
+    "layers \\(-1,\\)": dict(layers=(-1,)),
+    "layers \\(\\)": dict(layers=()),
+    "v1_width": dict(preset="v1"),
+    "towers=text": dict(preset="grouped", towers=("vision",)),
+    "another noise_ratio": dict(preset="grouped", noise_ratio=3),
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_a_configuration_that_cannot_work_is_refused_in_one_line(told):
+    with pytest.raises(UserError, match=told) as caught:
+        build(**{"preset": "split"} | REFUSED[told], family="gemma")
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_that_cannot_be_cut_are_refused():
+    with pytest.raises(UserError, match="width 6"):
+        layer("v1_width", width=6)
+
+
+def test_a_configuration_survives_json_and_tells_methods_apart():
+    config = DifferentialConfig("v2", towers=("text", "vision"), layers=(0, 2))
+    assert DifferentialConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(UserError, match="'novelty'"):
+        DifferentialConfig.from_dict({"novelty": 1})
+    split = DifferentialConfig()
+    assert split.same_method(DifferentialConfig(seed=3, lambda_lr=2.0, lambda_start=0.2))
+    assert not split.same_method(DifferentialConfig(rank=8))
+    assert DifferentialConfig("v2").same_method(DifferentialConfig("v2", lambda_start=0.2))
+    assert not split.same_method(DifferentialConfig("flipped"))
+    fixed = DifferentialConfig("lambda_fixed")
+    assert not fixed.same_method(DifferentialConfig("lambda_fixed", lambda_start=0.2))
+
+
+def test_names_are_lambdas_own_and_nobody_elses():
+    for preset in PRESETS:
+        model = build(preset)
+        for name, parameter in da.differential_parameters(model).items():
+            assert ".self_attn.differential." in name
+            inside = name.partition(".differential.")[2]
+            assert not any(part in inside for part in PROJECTIONS)
+            assert parameter.dtype == torch.float32
+        learnable = {name for name in da.declared_trainable(preset) if "lambda" in name}
+        assert bool(learnable) == (DifferentialConfig(preset).resolve().lambda_kind != "fixed")
+
+
+def test_towers_and_layers_are_chosen():
+    def where(**changes):
+        return sorted(name.removeprefix("model.") for name in da.differential_modules(build("split", **changes)))
+
+    text = [f"language_model.layers.{i}.self_attn.differential" for i in range(3)]
+    vision = [f"vision_tower.encoder.layers.{i}.self_attn.differential" for i in range(2)]
+    assert where() == text and where(towers=("vision",)) == vision
+    assert where(towers=("text", "vision")) == text + vision
+    assert where(layers=(2, 0)) == [text[0], text[2]]
+    batch = tiny.batch()
+    found = [logits(stir(build("split", **c)), batch) for c in ({}, dict(towers=("vision",)), dict(layers=(1,)))]
+    assert all((a - b).abs().max() > 1e-2 for i, a in enumerate(found) for b in found[:i])
+    start = da.differential_parameters(build("split"))
+    down = [parameter for name, parameter in start.items() if "second_down" in name]
+    assert not torch.equal(down[0], down[1])
+    assert not torch.equal(down[0], next(iter(da.differential_parameters(build("split", seed=1)).values())))
+    for name, parameter in da.differential_parameters(build("split", layers=(2,))).items():
+        assert torch.equal(parameter, start[name])  # a layer starts the same whichever others there are
 
 
 # ---- masks
@@ -156,8 +241,8 @@ def test_gradient_checkpointing_and_compilation_change_nothing(preset):
     recomputed = grads()
     model.gradient_checkpointing_enable(False)
     torch._dynamo.reset()
-    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
-        layer.compile(fullgraph=True, backend="eager")
+    for block in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+        block.compile(fullgraph=True, backend="eager")
     for other, found in (recomputed, grads()):
         torch.testing.assert_close(other, loss)
         for name, expected in plain.items():
@@ -206,9 +291,11 @@ def test_exactly_the_declared_parameters_train_beside_lora(preset):
     assert not any("lora_" in name and ".differential." in name for name, _ in adapted.named_parameters())
 
 
-@pytest.mark.parametrize("preset", LEARNABLE)
-def test_lambda_has_a_gradient_by_step_2_learns_and_is_saved(preset, tmp_path):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_to_train_learns_and_is_saved_lambda_from_step_2_on(preset, tmp_path):
     adapted = adapt(build(preset))
+    trained = da.unfreeze_differential(adapted)
+    assert {name.rpartition(".")[2] for name in trained} == da.declared_trainable(preset)
     before = {name: p.detach().clone() for name, p in da.differential_parameters(adapted).items()}
     steps(adapted, 2)
     gradients = {name: p.grad for name, p in da.differential_parameters(adapted).items()}
@@ -217,9 +304,9 @@ def test_lambda_has_a_gradient_by_step_2_learns_and_is_saved(preset, tmp_path):
     saved = load_file(tmp_path / DIFFERENTIAL)
     for name, parameter in da.differential_parameters(adapted).items():
         assert torch.equal(saved[name], parameter)
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
         if "lambda" in name or "norm_gain" in name:
             assert gradients[name].abs().max() > 0, name
-        assert not torch.equal(parameter, before[name]), name
 
 
 def test_lambda_zero_moves_nothing_but_lora():
@@ -345,8 +432,8 @@ def test_a_second_query_and_its_bias_start_as_the_loaded_ones(base):
     model = PaliGemmaForConditionalGeneration.from_pretrained(
         base, dtype=torch.bfloat16, differential=DifferentialConfig("v2", **BOTH)
     )
-    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
-        attend = layer.self_attn
+    for block in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+        attend = block.self_attn
         assert torch.equal(attend.differential.second_query, attend.q_proj.weight.float())
         if attend.q_proj.bias is not None:
             assert torch.equal(attend.differential.second_bias, attend.q_proj.bias.float())
