@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import attention_maps, blend, dense_mask, rotate
 from differential_attention import DifferentialAttention, Explained, differential_modules
 
 See = Callable[[str, DifferentialAttention, Explained, Tensor], None]
@@ -92,3 +93,42 @@ def select_heads(model: nn.Module, batch: dict):
             module.selected.zero_()[entropy.topk(len(entropy) // 2).indices] = 1
 
     look_inside(model, batch, see)
+
+
+@torch.no_grad()
+def answer_attention(model: nn.Module, batch: dict) -> Tensor:
+    """What the answer's tokens pay to each picture patch, in every decoder layer: [layers, B, T, N], heads averaged.
+
+    The map that acts: A in standard attention, A1 + gamma (A1 - A2) or A1 - lambda A2 in differential attention.
+    `batch` holds labels of T tokens in every row and N image tokens in every prompt; entry t predicts token t.
+    """
+    rows = batch["labels"][:, 1:] != -100
+    patches = batch["input_ids"] == model.config.image_token_id
+    count, layers = len(rows), model.model.language_model.layers
+    found = []
+
+    def see(attend, args, _):
+        paid = acting_map(attend, *args[:3]).mean(1)[:, :-1][rows].unflatten(0, (count, -1))  # [B, T, S]
+        found.append(paid.transpose(1, 2)[patches].unflatten(0, (count, -1)).transpose(1, 2))
+
+    handles = [layer.self_attn.register_forward_hook(see) for layer in layers]
+    try:
+        model.eval()(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(found)
+
+
+def acting_map(attend: nn.Module, x: Tensor, rotary, mask) -> Tensor:
+    """The map [B, H, L, S] by which a decoder layer's attention weighs its values."""
+    q, k, v = attend.project(x)
+    if attend.differential is None:
+        dense = dense_mask(mask, q.shape[2], k.shape[2], attend.window)
+        return attention_maps(rotate(q, *rotary), rotate(k, *rotary), dense, attend.scale, attend.softcap).flatten(1, 2)
+    added = attend.differential
+    explained = added.explain(x, q, k, v, rotary, mask)
+    if explained.second is None:
+        return explained.first
+    weight = added.blend_weight(x)
+    return blend(explained.first, explained.second, weight, added.config.combine == "normalised")

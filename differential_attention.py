@@ -402,9 +402,16 @@ class DifferentialAttention(nn.Module):
         if q2 is None:
             out = attention(q1, k, v, mask, self.scale, self.softcap, self.window)
             if self.config.second in ("same", "value"):
-                out = blend(out, self._second_output(out), self._weight(x), normalised=False)
+                out = blend(out, self._second_output(out), self.blend_weight(x), normalised=False)
         else:
-            kernel = (mask, self.scale, self._weight(x), self.config.combine == "normalised", self.softcap, self.window)
+            kernel = (
+                mask,
+                self.scale,
+                self.blend_weight(x),
+                self.config.combine == "normalised",
+                self.softcap,
+                self.window,
+            )
             out = differential_attention(q1, q2, k, v, *kernel)
         return self._head_norm(out) if self.config.norm == "head" else out
 
@@ -482,7 +489,7 @@ class DifferentialAttention(nn.Module):
             value = value + (value.clamp(max=LAMBDA_MAX) - value).detach()
         return -value if config.flip_sign else value
 
-    def _weight(self, x: Tensor) -> Tensor:
+    def blend_weight(self, x: Tensor) -> Tensor:
         value = self.strength(x)
         return value / (1 - value) if self.config.combine == "normalised" else value
 

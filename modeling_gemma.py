@@ -212,11 +212,16 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
         self.differential = None  # or the DifferentialAttention that add_differential puts here
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, C] -> q [B, H, L, D], k and v [B, K, L, D], not yet rotated."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or K, L, D]
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return q, k, v
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None) -> Tensor:
+        q, k, v = self.project(x)
         if self.differential is not None:  # a second map, and lambda between the two
             out = self.differential(x, q, k, v, rotary, mask, cache)
         else:

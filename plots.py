@@ -4,12 +4,15 @@ python plots.py runs/original_seed0        # plots/loss.png and plots/accuracy.p
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+import safetensors.torch
+import torch
 import tyro
 from matplotlib.patches import Rectangle
 
@@ -49,6 +52,7 @@ def draw_run(folder: str | Path):
     with plt.rc_context(STYLE):
         draw_loss([line for line in lines if "loss" in line], folder / "plots" / "loss.png")
         draw_accuracy([line for line in lines if "eval" in line], folder / "plots" / "accuracy.png")
+        draw_lambda([line for line in lines if "lambda" in line], folder / "plots" / "lambda.png")
         if config.data == "haystack":
             draw_answers(config, samples, folder / "plots" / "answers.png")
 
@@ -130,16 +134,89 @@ def outline(panel, answer: str, cell: int, colour: str):
         panel.add_patch(Rectangle((column * cell, row * cell), cell, cell, fill=False, edgecolor=colour, linewidth=3))
 
 
+def draw_lambda(lines: list[dict], path: Path):
+    """lambda of every layer over training, early layers dark, late layers light."""
+    if not lines:
+        return
+    figure, axes = plt.subplots(layout="constrained")
+    names = list(lines[0]["lambda"])
+    for i, name in enumerate(names):
+        tower, layer = re.search(r"(language_model|vision_tower).*layers\.(\d+)", name).groups()
+        steps, values = [line["step"] for line in lines], [line["lambda"][name] for line in lines]
+        colour = plt.cm.viridis(0.9 * i / max(1, len(names) - 1))
+        axes.plot(steps, values, color=colour, linewidth=1.6, label=f"{tower.split('_')[0]} layer {layer}")
+    axes.set(xlabel="update", ylabel="lambda")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_attention(runs: list[Path], path: Path, token: int = 0):
+    """What a token of the answer pays to the picture: a row a haystack, a column a run, the needle's cell outlined.
+
+    Each run shows the decoder layer that pays the needle most over these haystacks. Maps are read from the runs'
+    attention.safetensors, as `diagnostics.answer_attention` has them.
+    """
+    config = SimpleNamespace(**read_json(runs[0] / "run.json")["config"])
+    _, sets = make_data(config)
+    stored = [safetensors.torch.load_file(run / "attention.safetensors") for run in runs]
+    places = [(name, row) for name in stored[0] for row in range(2)]
+    shape = len(places), 1 + len(runs)
+    figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.4 * shape[0]), layout="constrained")
+    for panels, (name, row) in zip(axes, places, strict=True):
+        example = sets[name].get(0, row)
+        panels[0].set_title(example.prefix.removeprefix("answer en "), fontsize=9)
+        for panel in panels:
+            panel.imshow(example.images[0], alpha=1.0 if panel is panels[0] else 0.35)
+            panel.axis("off")
+            outline(panel, example.suffix, sets[name].cell, "#35d04b")
+    for column, (run, tensors) in enumerate(zip(runs, stored, strict=True), 1):
+        maps = [square(tensors[name][:, row, token]) for name, row in places]
+        shares = [
+            needle_share(m, sets[name].get(0, row).suffix, sets[name].grids[0])
+            for m, (name, row) in zip(maps, places, strict=True)
+        ]
+        layer = int(torch.stack(shares).mean(0).argmax())
+        arm = read_json(run / "run.json")["arm"]
+        for panel, m, share in zip(axes[:, column], maps, shares, strict=True):
+            side = panel.get_images()[0].get_array().shape[0]
+            paid = m[layer].clamp(min=0)
+            panel.imshow(paid, cmap="inferno", alpha=0.7, extent=(0, side, side, 0), interpolation="bicubic")
+            panel.set_title(f"{arm}, layer {layer}: {share[layer]:.0%} on the needle", fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def square(maps: torch.Tensor) -> torch.Tensor:
+    """[layers, N] -> [layers, side, side]."""
+    side = math.isqrt(maps.shape[-1])
+    return maps.unflatten(-1, (side, side))
+
+
+def needle_share(maps: torch.Tensor, answer: str, grid: int) -> torch.Tensor:
+    """Share of each map [layers, side, side], by absolute value, that lies in the answer's cell: [layers]."""
+    _, row, column = (int(n) - 1 for n in answer.split(", "))
+    cell = maps.shape[-1] // grid
+    inside = maps[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+    return inside.abs().sum((1, 2)) / maps.abs().sum((1, 2))
+
+
 @dataclass
 class Config:
-    run: tyro.conf.Positional[str]  # run folder
+    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders; with several, their attention side by side as well
+    token: int = 0  # which token of the answer pays the attention
 
 
 @one_line_errors
 def main():
-    folder = tyro.cli(Config).run
-    draw_run(folder)
-    print(f"{folder}/plots")
+    config = tyro.cli(Config)
+    runs = [Path(run) for run in config.runs]
+    for run in runs:
+        draw_run(run)
+        print(run / "plots")
+    if len(runs) > 1:
+        with plt.rc_context(STYLE):
+            draw_attention(runs, runs[-1] / "plots" / "attention.png", config.token)
 
 
 if __name__ == "__main__":

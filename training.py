@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import accelerate
+import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 from torch.utils.tensorboard import SummaryWriter
@@ -34,7 +35,7 @@ from checkpoint import (
     write_json,
 )
 from data import batch_order, loader
-from diagnostics import diagnostics, lambda_values, select_heads
+from diagnostics import answer_attention, diagnostics, lambda_values, select_heads
 from differential_attention import (
     differential_config,
     differential_parameters,
@@ -386,6 +387,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
 
     scores = evaluate(run, config, model, processor, eval_sets)
     log_scores(run, steps, scores, diagnostics(model, probe), writer)
+    save_attention(run, model, processor, eval_sets)
     if mean_rate(scores) >= best:
         keep(run, adapted, run.folder / "best", {"step": steps})
     keep(run, adapted, run.folder / "final", {"step": steps, "seconds": round(time.perf_counter() - began, 1)})
@@ -402,6 +404,18 @@ def fixed_batch(run: Run, processor, source) -> dict:
     rows = [[(0, i) for i in range(min(8, len(source)))]]
     ((_, batch),) = loader(source, processor, rows, with_suffix=False)
     return {key: tensor.to(run.device) for key, tensor in batch.items()}
+
+
+def save_attention(run: Run, model, processor, eval_sets: dict):
+    """What answers pay to picture patches, for three needles of each size of grid, into attention.safetensors."""
+    tensors = {}
+    for name, source in eval_sets.items():
+        if run.is_main and getattr(source, "chance", None) and "unseen" not in name:
+            ((_, batch),) = loader(source, processor, [[(0, i) for i in range(min(3, len(source)))]], with_suffix=True)
+            batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
+            tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
+    if tensors:
+        safetensors.torch.save_file(tensors, run.folder / "attention.safetensors")
 
 
 def differential_line(config, model, norm: float) -> dict:

@@ -337,7 +337,7 @@ def test_split_and_its_controls_are_their_formula(preset, strength):
     out = differential_reference(q1, q2, k, k, v, causal(), 8**-0.5, strength, normalised=True)
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
     if preset == "split":
-        torch.testing.assert_close(d._weight(x), d.lambda_logit.exp())
+        torch.testing.assert_close(d.blend_weight(x), d.lambda_logit.exp())
 
 
 def test_additive_is_attention_with_the_delta_on_its_one_query():
@@ -460,7 +460,7 @@ def test_a_normalised_lambda_keeps_below_its_bound_and_can_come_back():
     with torch.no_grad():
         d.lambda_logit.fill_(5.0)
     value = d.strength(None)
-    assert abs(value - 0.9) < 1e-6 and abs(d._weight(None) - 9) < 1e-4
+    assert abs(value - 0.9) < 1e-6 and abs(d.blend_weight(None) - 9) < 1e-4
     assert torch.autograd.grad(value.sum(), d.lambda_logit)[0] > 0
 
 
@@ -481,7 +481,7 @@ def test_lambda_warms_up_and_anneals_with_progress():
 def test_gamma_and_lambda_correspond():
     for gamma, strength in ((0.25, 0.2), (0.5, 1 / 3), (1, 0.5), (2, 2 / 3), (4, 0.8)):
         d = next(iter(da.differential_modules(build("split", lambda_start=strength)).values()))
-        assert d._weight(None).item() == pytest.approx(gamma)
+        assert d.blend_weight(None).item() == pytest.approx(gamma)
 
 
 # ---- the source project's defects (a, g, h here; b, c, f above; d, e, i, j, k in test_differential_model.py)
