@@ -122,8 +122,8 @@ def normalise(response: str) -> str:
 
 
 def is_exact(response: str, answer: str) -> bool:
-    """MMNeedle's strict exact match for one needle; a negative's answer is "-1"."""
-    return normalise(response) == answer
+    """MMNeedle's strict exact match for one needle; a negative's answer is "-1". Other answers go by the same rule."""
+    return normalise(response) == normalise(answer)
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -133,4 +133,5 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     rate = right / total
     centre = rate + z * z / (2 * total)
     spread = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    return (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
+    low, high = ((centre + side) / (1 + z * z / total) for side in (-spread, spread))
+    return max(0.0, min(low, rate)), min(1.0, max(high, rate))  # rounding must not leave the rate outside

@@ -61,7 +61,7 @@ def draw_loss(lines: list[dict], path: Path):
     axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=1)
     smooth, curve = losses[0], []
     for loss in losses:
-        smooth = 0.8 * smooth + 0.2 * loss
+        smooth = 0.5 * smooth + 0.5 * loss
         curve.append(smooth)
     axes.plot(steps, curve, color=COLOURS[0], linewidth=1.8, label="smoothed")
     axes.set(xlabel="update", ylabel="loss per label token", yscale="log")

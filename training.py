@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import attach_adapter, read_json, resolve_run, whole_or_nothing, write_json
 from data import batch_order, loader
 from errors import UserError
-from haystack import normalise, wilson
+from haystack import is_exact, wilson
 
 ROOT = Path(__file__).resolve().parent
 # a run may continue with these changed: they say how it is watched, not what it computes
@@ -431,7 +431,7 @@ def evaluate(run: Run, config, model, processor, eval_sets: dict, limit: int | N
             told = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :])
             answers += [(e.id, e.prefix, e.suffix, text) for e, text in zip(examples, told, strict=True)]
         answers = gather_object(answers)
-        right = sum(normalise(text) == normalise(suffix) for _, _, suffix, text in answers)
+        right = sum(is_exact(text, suffix) for _, _, suffix, text in answers)
         scores[name] = {"right": right, "n": len(answers), "answers": answers}
     return scores
 
