@@ -8,7 +8,7 @@
 What is not said here stands in finetune_original.py; `differential_attention.PRESETS` lists the methods.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tyro
 
@@ -26,6 +26,7 @@ class Config(finetune_original.Config):
 @one_line_errors
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    config = replace(config, differential=replace(config.differential, seed=config.seed))
     preset = "" if config.differential.preset == "split" else f"_{config.differential.preset}"
     finetune_original.finetune(config, arm=f"diff{preset}", differential=config.differential)
 

@@ -17,7 +17,8 @@ import plots
 import training
 from checkpoint import resolve_run
 from data import make_data
-from errors import one_line_errors
+from differential_attention import differential_config
+from errors import UserError, one_line_errors
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
 
@@ -74,6 +75,8 @@ def finetune(config: Config, arm: str, differential=None):
     processor = PaliGemmaProcessor.from_pretrained(config.model)
     base, _ = resolve_run(config.model)  # an adapter is put in below
     model = PaliGemmaForConditionalGeneration.from_pretrained(base, run.dtype, run.device, differential)
+    if differential is None and differential_config(model) is not None:
+        raise UserError(f"{config.model} holds differential attention: train it with finetune_diff.py")
     adapted = training.add_lora(run, config, model)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
 

@@ -157,6 +157,14 @@ def test_v1_on_one_kv_head_is_refused_before_anything_is_written(config):
     assert not Path(config.output_dir).exists()
 
 
+def test_the_baseline_refuses_a_differential_base(config, tmp_path):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential="split")
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="finetune_diff.py"):
+        (tmp_path / "base" / "tokenizer.json").write_bytes((Path(config.model) / "tokenizer.json").read_bytes())
+        finetune(replace(config, model=str(tmp_path / "base")), "original")
+
+
 def test_the_configuration_is_in_run_json(config):
     run(config)
     record = json.loads((Path(config.output_dir) / "run.json").read_text())
