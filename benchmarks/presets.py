@@ -2,8 +2,8 @@
 
     python benchmarks/presets.py
 
-Time: forward + backward of the embedded model with LoRA on a batch of needle questions; all presets in one process, turn
-by turn, one thread, process time; median over rounds of the ratio to the standard arm of the same round.
+Time: forward + backward of the embedded model with LoRA on a batch of needle questions; all presets in one process,
+turn by turn, one thread, process time; median over rounds of the ratio to the standard arm of the same round.
 """
 
 import json
