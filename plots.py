@@ -152,7 +152,7 @@ def draw_lambda(lines: list[dict], path: Path):
 
 
 def draw_attention(runs: list[Path], path: Path, token: int = 0):
-    """What a token of the answer pays to the picture: a row a haystack, a column a run, the needle's cell outlined.
+    """What a token of the answer pays to the picture: a column a haystack, a row a run, the needle's cell outlined.
 
     Each run shows the decoder layer that pays the needle most over these haystacks. Maps are read from the runs'
     attention.safetensors, as `diagnostics.answer_attention` has them.
@@ -161,16 +161,16 @@ def draw_attention(runs: list[Path], path: Path, token: int = 0):
     _, sets = make_data(config)
     stored = [safetensors.torch.load_file(run / "attention.safetensors") for run in runs]
     places = [(name, row) for name in stored[0] for row in range(2)]
-    shape = len(places), 1 + len(runs)
+    shape = 1 + len(runs), len(places)
     figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.4 * shape[0]), layout="constrained")
-    for panels, (name, row) in zip(axes, places, strict=True):
+    for panels, (name, row) in zip(axes.T, places, strict=True):
         example = sets[name].get(0, row)
         panels[0].set_title(example.prefix.removeprefix("answer en "), fontsize=9)
         for panel in panels:
-            panel.imshow(example.images[0], alpha=1.0 if panel is panels[0] else 0.35)
+            panel.imshow(example.images[0], alpha=1.0 if panel is panels[0] else 0.5)
             panel.axis("off")
             outline(panel, example.suffix, sets[name].cell, "#35d04b")
-    for column, (run, tensors) in enumerate(zip(runs, stored, strict=True), 1):
+    for panels, run, tensors in zip(axes[1:], runs, stored, strict=True):
         maps = [square(tensors[name][:, row, token]) for name, row in places]
         shares = [
             needle_share(m, sets[name].get(0, row).suffix, sets[name].grids[0])
@@ -178,10 +178,10 @@ def draw_attention(runs: list[Path], path: Path, token: int = 0):
         ]
         layer = int(torch.stack(shares).mean(0).argmax())
         arm = read_json(run / "run.json")["arm"]
-        for panel, m, share in zip(axes[:, column], maps, shares, strict=True):
+        for panel, m, share in zip(panels, maps, shares, strict=True):
             side = panel.get_images()[0].get_array().shape[0]
             paid = m[layer].clamp(min=0)
-            panel.imshow(paid, cmap="inferno", alpha=0.7, extent=(0, side, side, 0), interpolation="bicubic")
+            panel.imshow(paid, cmap="inferno", alpha=0.65, extent=(0, side, side, 0), interpolation="bicubic")
             panel.set_title(f"{arm}, layer {layer}: {share[layer]:.0%} on the needle", fontsize=8)
     figure.savefig(path)
     plt.close(figure)
