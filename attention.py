@@ -227,4 +227,6 @@ def _blend_outputs(q1, q2, k, v, dense, scale, weight, normalised) -> Tensor:
     q = torch.cat(groups, dim=2).flatten(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=dense, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     out = out.unflatten(1, (groups[0].shape[1], -1)).split([group.shape[2] for group in groups], dim=2)
-    return blend(out[0].flatten(1, 2), out[1].flatten(1, 2), weight, normalised)
+    wide = torch.promote_types(q.dtype, torch.float32)  # the difference of two near outputs, and a small step of lambda
+    first, second = (part.flatten(1, 2).to(wide) for part in out)
+    return blend(first, second, weight, normalised).to(q.dtype)

@@ -22,13 +22,12 @@ from processing_paligemma import PaliGemmaProcessor, open_image
 
 @dataclass
 class Example:
-    """Pictures, the prompt, the answer to learn, and a name to report; `positive` False: the needle is absent."""
+    """Pictures, the prompt, the answer to learn, and a name to report."""
 
     id: str
     images: list = field(repr=False)
     prefix: str
     suffix: str
-    positive: bool = True
 
 
 # ---- sources
@@ -60,7 +59,7 @@ class Haystacks:
         rng = random.Random(f"{key}/kind")
         haystack = self.pool.make(key, 1, rng.choice(self.grids), positive=rng.random() >= self.negatives)
         images = [self.pool.stitch(f"{key}/{m}", cells, self.cell) for m, cells in enumerate(haystack.cells)]
-        return Example(key, images, needle_prompt(haystack.caption), haystack.answer, haystack.needle is not None)
+        return Example(key, images, needle_prompt(haystack.caption), haystack.answer)
 
 
 @dataclass
@@ -122,8 +121,8 @@ def read_vqav2(folder: str | Path, split: str) -> Rows:
     `multiple_choice_answer`.
     """
     folder = Path(folder)
-    questions = read_json(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json")["questions"]
-    annotations = read_json(folder / f"v2_mscoco_{split}2014_annotations.json")["annotations"]
+    questions = _list_of(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", "questions")
+    annotations = _list_of(folder / f"v2_mscoco_{split}2014_annotations.json", "annotations")
     answers = {a["question_id"]: a["multiple_choice_answer"] for a in annotations}
     rows = []
     for q in questions:
@@ -140,6 +139,13 @@ def read_vqav2(folder: str | Path, split: str) -> Rows:
     return Rows(f"vqav2-{split}", rows, folder)
 
 
+def _list_of(path: Path, key: str) -> list[dict]:
+    data = read_json(path)
+    if not isinstance(data.get(key), list):
+        raise UserError(f"{path}: holds no list {key!r}: give VQAv2's official file")
+    return data[key]
+
+
 @dataclass
 class HubRows:
     """A parquet VQA data set on the hub, columns image, question, multiple_choice_answer, read through `datasets`."""
@@ -151,10 +157,14 @@ class HubRows:
         return len(self.rows)
 
     def get(self, epoch: int, index: int) -> Example:
-        row = self.rows[index]
-        return Example(
-            f"{self.name}/{index}", [row["image"]], f"answer en {row['question']}", row["multiple_choice_answer"]
-        )
+        name = f"{self.name}/{index}"
+        try:
+            row = self.rows[index]
+        except Exception as error:  # `datasets` decodes the picture here, and PIL raises whatever it provokes
+            raise UserError(f"{name}: broken row ({' '.join(str(error).split())}): take another copy") from error
+        if row["image"] is None or not row["multiple_choice_answer"]:
+            raise UserError(f"{name}: has no picture or no answer: take another copy")
+        return Example(name, [row["image"]], f"answer en {row['question']}", row["multiple_choice_answer"])
 
 
 def read_hub(name: str, split: str) -> HubRows:
@@ -265,6 +275,14 @@ class _Fetch(torch.utils.data.Dataset):
         example.images = []  # not needed any more, and large to send between processes
         return example, row, pixels
 
+    def collate(self, items):
+        for item in items:
+            if isinstance(item, UserError):
+                return item
+        examples, rows, pixels = zip(*items, strict=True)
+        tensors = self.processor.pad(list(rows), "left")
+        return examples, {**tensors, "pixel_values": torch.stack([p for row in pixels for p in row])}
+
 
 def loader(source, processor: PaliGemmaProcessor, batches, with_suffix: bool, workers: int = 0) -> Iterator:
     """Batches of (examples, tensors), padded left, over `batches` of (epoch, index).
@@ -272,16 +290,8 @@ def loader(source, processor: PaliGemmaProcessor, batches, with_suffix: bool, wo
     An evaluation loader has `with_suffix` False: the answer never enters its input. Raises UserError for a bad row.
     """
 
-    def collate(items):
-        for item in items:
-            if isinstance(item, UserError):
-                return item
-        examples, rows, pixels = zip(*items, strict=True)
-        tensors = processor.pad(list(rows), "left")
-        return examples, {**tensors, "pixel_values": torch.stack([p for row in pixels for p in row])}
-
     fetch = _Fetch(source, processor, with_suffix)
-    for batch in DataLoader(fetch, batch_sampler=batches, collate_fn=collate, num_workers=workers):
+    for batch in DataLoader(fetch, batch_sampler=batches, collate_fn=fetch.collate, num_workers=workers):
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -128,7 +128,7 @@ def acting_map(attend: nn.Module, x: Tensor, rotary, mask) -> Tensor:
         return attention_maps(rotate(q, *rotary), rotate(k, *rotary), dense, attend.scale, attend.softcap).flatten(1, 2)
     added = attend.differential
     explained = added.explain(x, q, k, v, rotary, mask)
-    if explained.second is None:
-        return explained.first
+    if explained.second is None or added.config.combine == "replace":
+        return explained.first if explained.second is None else explained.second
     weight = added.blend_weight(x)
     return blend(explained.first, explained.second, weight, added.config.combine == "normalised")

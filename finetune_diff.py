@@ -26,7 +26,7 @@ class Config(finetune_original.Config):
 @one_line_errors
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    config = replace(config, differential=replace(config.differential, seed=config.seed))
+    config = replace(config, differential=replace(config.differential.resolve(), seed=config.seed))
     preset = "" if config.differential.preset == "split" else f"_{config.differential.preset}"
     finetune_original.finetune(config, arm=f"diff{preset}", differential=config.differential)
 

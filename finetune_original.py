@@ -21,6 +21,7 @@ from differential_attention import differential_config
 from errors import UserError, one_line_errors
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
+from run_folder import open_run
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Config:
 def finetune(config: Config, arm: str, differential=None):
     """Both arms: `differential` is the only thing that the other one adds."""
     # --- run folder, device, precision
-    run = training.open_run(config, arm)
+    run = open_run(config, arm)
     if run is None:
         return
 

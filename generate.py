@@ -49,6 +49,10 @@ def draw_boxes(image, answer: str, path: str):
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     images = [open_image(path) for path in config.image]
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={config.device}: {str(error).splitlines()[0]}; give cuda, mps or cpu") from error
     bf16 = config.dtype == "bfloat16" or (
         config.dtype == "auto" and config.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
     )

@@ -278,7 +278,7 @@ class GemmaModel(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings times sqrt(C), the factor rounded to their dtype as the source does."""
         x = self.embed_tokens(input_ids)
-        return x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype, device=x.device)
+        return x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
 
     def forward(self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None) -> Tensor:
         """Embeddings x [B, L, C] at positions [B, L] -> normed hidden states [B, L, C]."""
@@ -324,6 +324,8 @@ class PaliGemmaModel(nn.Module):
         is_image = input_ids == self.config.image_token_id
         x = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # <image> may lie outside the table
         if image_features is None:
+            if bool(is_image.any()):
+                raise UserError("input_ids hold <image> tokens but there are no pictures: pass pixel_values")
             return x
         tokens, features = int(is_image.sum()), image_features.shape[0] * image_features.shape[1]
         if tokens != features:
@@ -516,5 +518,5 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         return logits.argmax(-1)
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the first token always stays
+    probabilities = probabilities.masked_fill((before >= top_p) & (before > 0), 0.0)  # the first token always stays
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)

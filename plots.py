@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+import safetensors
 import safetensors.torch
 import torch
 import tyro
@@ -44,7 +45,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def draw_run(folder: str | Path):
-    """Loss, held-out accuracy and sample answers of one run, into its plots/ folder."""
+    """Loss, held-out accuracy, lambda and sample answers of one run, into its plots/ folder."""
     folder = Path(folder)
     lines, samples = (read_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
     config = SimpleNamespace(**read_json(folder / "run.json")["config"])
@@ -52,7 +53,7 @@ def draw_run(folder: str | Path):
     with plt.rc_context(STYLE):
         draw_loss([line for line in lines if "loss" in line], folder / "plots" / "loss.png")
         draw_accuracy([line for line in lines if "eval" in line], folder / "plots" / "accuracy.png")
-        draw_lambda([line for line in lines if "lambda" in line], folder / "plots" / "lambda.png")
+        draw_lambda(lambda_lines(lines), folder / "plots" / "lambda.png")
         if config.data == "haystack":
             draw_answers(config, samples, folder / "plots" / "answers.png")
 
@@ -134,6 +135,17 @@ def outline(panel, answer: str, cell: int, colour: str):
         panel.add_patch(Rectangle((column * cell, row * cell), cell, cell, fill=False, edgecolor=colour, linewidth=3))
 
 
+def lambda_lines(lines: list[dict]) -> list[dict]:
+    """lambda at every logging step, or, where it depends on the token, its mean at every evaluation."""
+    logged = [line for line in lines if "lambda" in line]
+    means = [
+        {"step": line["step"], "lambda": {name: layer["lambda"] for name, layer in line["inside"].items()}}
+        for line in lines
+        if "inside" in line
+    ]
+    return logged or means
+
+
 def draw_lambda(lines: list[dict], path: Path):
     """lambda of every layer over training, early layers dark, late layers light."""
     if not lines:
@@ -159,7 +171,9 @@ def draw_attention(runs: list[Path], path: Path, token: int = 0):
     """
     config = SimpleNamespace(**read_json(runs[0] / "run.json")["config"])
     _, sets = make_data(config)
-    stored = [safetensors.torch.load_file(run / "attention.safetensors") for run in runs]
+    stored = [read_attention(run) for run in runs]
+    if len({tuple(tensors) for tensors in stored}) > 1:
+        raise UserError(f"{', '.join(map(str, runs))}: were evaluated on different grids and cannot stand side by side")
     places = [(name, row) for name in stored[0] for row in range(2)]
     shape = 1 + len(runs), len(places)
     figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.4 * shape[0]), layout="constrained")
@@ -185,6 +199,15 @@ def draw_attention(runs: list[Path], path: Path, token: int = 0):
             panel.set_title(f"{arm}, layer {layer}: {share[layer]:.0%} on the needle", fontsize=8)
     figure.savefig(path)
     plt.close(figure)
+
+
+def read_attention(run: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(run / "attention.safetensors")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{run / 'attention.safetensors'}: not readable: finish the run, on haystacks, first"
+        ) from error
 
 
 def square(maps: torch.Tensor) -> torch.Tensor:

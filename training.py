@@ -1,23 +1,19 @@
 """One training loop for both arms, on Accelerate: the arms differ in the model they hand in and in nothing else.
 
-A run lives in its folder: run.json, metrics.jsonl, samples.jsonl, checkpoints/step-*/, best/, final/, plots/. The state
-of a run is its adapter, its optimizer and the number of the step; learning rate, data order and dropout follow from the
-step and the seed, so a run that was cut off continues as if nothing had happened.
+The state of a run is its adapter, what differential attention added, its optimizer and the number of the step; learning
+rate, data order and dropout follow from the step and the seed, so a run that was cut off continues as if nothing had
+happened.
 """
 
 import contextlib
 import json
 import math
-import platform
 import resource
 import shutil
-import subprocess
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import accelerate
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
@@ -44,194 +40,7 @@ from differential_attention import (
 )
 from errors import UserError
 from haystack import is_exact, wilson
-
-ROOT = Path(__file__).resolve().parent
-# a run may continue with these changed: they say how it is watched, not what it computes
-WATCHING = {
-    "output_dir",
-    "overwrite",
-    "eval_only",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "workers",
-}
-
-
-@dataclass
-class Run:
-    """Where a run writes, what it computes on, and what its run.json says."""
-
-    folder: Path
-    accelerator: accelerate.Accelerator
-    dtype: torch.dtype  # of the frozen base and of autocast
-    record: dict
-    resume: Path | None = None  # newest whole checkpoint
-    metrics: list[dict] = field(default_factory=list)
-    start: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # what differential attention started from
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    def say(self, *lines: str):
-        if self.is_main:
-            tqdm.write("\n".join(lines))
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
-
-    def log(self, line: dict, file: str = "metrics.jsonl"):
-        if self.is_main:
-            with open(self.folder / file, "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-        if file == "metrics.jsonl":
-            self.metrics.append(line)
-
-
-# ---- the run folder
-def open_run(config, arm: str) -> Run | None:
-    """Look at the run folder and the device, write nothing yet; None if the run is finished already.
-
-    An unfinished run of the same configuration continues from its newest whole checkpoint, `overwrite` starts anew.
-    Raises UserError when the folder holds a run of another configuration.
-    """
-    accelerator = accelerate.Accelerator()
-    dtype, why = choose_dtype(config.dtype, accelerator.device)
-    record = {
-        "arm": arm,
-        "base_model": portable_path(resolve_run(config.model)[0]),
-        "config": json.loads(json.dumps(asdict(config))),
-        "device": device_name(accelerator.device),
-        "dtype": str(dtype),
-        "processes": accelerator.num_processes,
-        "versions": versions(),
-        "commit": git_commit(),
-    }
-    run = Run(Path(config.output_dir or f"runs/{arm}_seed{config.seed}"), accelerator, dtype, record)
-    if not config.eval_only and not config.overwrite:
-        run.resume, finished = newest_checkpoint(run), (run.folder / "final").exists()
-        if run.resume or finished:
-            check_same_config(run)
-        if finished:
-            run.say(f"{run.folder} is finished: use {run.folder / 'final'}, or start anew with --overwrite=True")
-            return None
-    run.say(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
-    run.say(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {why}")
-    return run
-
-
-def start_folder(run: Run, steps: int):
-    """Make the run folder or take up an interrupted one; called when all that can be refused has been read."""
-    if run.is_main:
-        if run.resume is None and run.folder.exists():
-            if any(run.folder.iterdir()) and not (run.folder / "run.json").exists():
-                raise UserError(f"{run.folder} holds files that are no run: give another --output_dir")
-            shutil.rmtree(run.folder)
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{run.folder}: cannot be made ({error.strerror}): give another --output_dir") from error
-        trim_logs(run.folder, step_of(run.resume), steps)
-        write_json(run.folder / "run.json", run.record)
-    run.accelerator.wait_for_everyone()
-
-
-def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """bfloat16 where the card has it, else float32; never float16, in which Gemma overflows."""
-    if wanted != "auto":
-        return getattr(torch, wanted), "the configuration says so"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the card computes in bfloat16"
-    return torch.float32, f"{device.type} is not known to be fast and safe in bfloat16"
-
-
-def check_same_config(run: Run):
-    stored = read_json(run.folder / "run.json")
-    old, new = stored.get("config", {}), run.record["config"]
-    changed = [k for k in {**old, **new} if k not in WATCHING and old.get(k) != new.get(k)]
-    changed += [k for k in ("arm", "base_model", "processes", "dtype") if stored.get(k) != run.record[k]]
-    if changed:
-        told = {**{k: stored.get(k) for k in run.record}, **old}, {**run.record, **new}
-        differences = ", ".join(f"{k} {told[0].get(k)} -> {told[1].get(k)}" for k in changed)
-        raise UserError(
-            f"{run.folder} holds a run of another configuration ({differences}): give another --output_dir, "
-            "or start anew with --overwrite=True"
-        )
-
-
-def step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-
-
-def newest_checkpoint(run: Run) -> Path | None:
-    """The last checkpoint that reads; a damaged one is named and passed over for the one before."""
-    for folder in sorted((run.folder / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            read_trainer_state(folder)
-            return folder
-        except UserError as error:
-            run.say(f"skipped: {error}")
-    return None
-
-
-def read_trainer_state(checkpoint: Path) -> dict:
-    try:
-        return torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged zip or pickle raises anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint / 'trainer.pt'}: damaged or missing ({reason}): delete {checkpoint}") from error
-
-
-def trim_logs(folder: Path, first: int, steps: int):
-    """Drop what was logged after the checkpoint of step `first`: it happens again, the final evaluation too."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        if (folder / name).exists():
-            lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = "".join(line for line in lines if _stays(line, first, steps))
-            (folder / f"{name}.tmp").write_text(kept, encoding="utf-8")
-            (folder / f"{name}.tmp").replace(folder / name)
-
-
-def _stays(line: str, first: int, steps: int) -> bool:
-    try:
-        entry = json.loads(line)
-    except ValueError:  # the process died in the middle of the line
-        return False
-    return entry["step"] <= first and not (entry["step"] == steps and "loss" not in entry)
-
-
-def portable_path(base: str) -> str:
-    """A folder inside the repository is noted relative to it, so that a run folder can be moved with it."""
-    path = Path(base).resolve()
-    if not Path(base).is_dir():
-        return str(base)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
-    import peft
-    import transformers
-
-    return {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)} | {
-        "python": platform.python_version()
-    }
-
-
-def git_commit() -> str | None:
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return git.stdout.strip() or None
+from run_folder import WATCHING, Run, read_trainer_state, start_folder, step_of
 
 
 # ---- the model
@@ -251,6 +60,8 @@ def add_lora(run: Run, config, model):
     if run.resume and run.start:
         load_differential(model, run.resume)
     unfreeze_differential(model)
+    lora = adapted.peft_config["default"]  # what acts: a run folder brings its own
+    run.record["lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout}
     return adapted
 
 
@@ -320,7 +131,8 @@ def learning_rate(config, step: int, steps: int) -> float:
 def total_steps(config, source) -> int:
     if not config.epochs:
         return config.max_steps
-    return math.ceil(config.epochs * len(source) / (config.batch_size * config.accumulation))
+    batches = math.ceil(len(source) / config.batch_size)  # the last one of an epoch may be short
+    return math.ceil(config.epochs * batches / config.accumulation)
 
 
 def train(run: Run, config, model, adapted, processor, source, eval_sets):
@@ -341,14 +153,17 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     wrapped, optimizer = run.accelerator.prepare(adapted, optimizer)
 
     describe(run, config, adapted, processor, source, steps)
+    if run.is_main:
+        write_json(run.folder / "run.json", run.record)
+    writer = SummaryWriter(run.folder / "tensorboard", purge_step=first + 1) if run.is_main else None
     evaluate(run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size)  # a broken one fails now
     probe = fixed_batch(run, processor, next(iter(eval_sets.values())))
     if first == 0:
-        select_heads(model, probe)
-        log_scores(run, 0, evaluate(run, config, model, processor, eval_sets), diagnostics(model, probe))
+        if not resolve_run(config.model)[1]:  # a run folder brings the heads that it selected
+            select_heads(model, fixed_batch(run, processor, source))
+        log_scores(run, 0, evaluate(run, config, model, processor, eval_sets), diagnostics(model, probe), writer)
 
     batches = training_batches(run, config, processor, source, first)
-    writer = SummaryWriter(run.folder / "tensorboard", purge_step=first + 1) if run.is_main else None
     began, tokens = time.perf_counter() - seconds, 0
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"])
     mark = time.perf_counter()
@@ -371,32 +186,30 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
             line |= differential_line(config, model, norm)
             run.log(line | {"tokens_per_second": round(speed)})
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
-            for key in ("loss", "lr", "grad_norm"):
-                if writer:
-                    writer.add_scalar(key, line[key], done)
+            add_scalars(writer, line, done)
         if done % config.eval_every == 0 and done < steps:
             scores = evaluate(run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size)
             log_scores(run, done, scores, diagnostics(model, probe), writer)
-            if mean_rate(scores) > best:
-                best = mean_rate(scores)
+            if headline_rate(scores, eval_sets, config) > best:
+                best = headline_rate(scores, eval_sets, config)
                 keep(run, adapted, run.folder / "best", {"step": done})
             mark, tokens = time.perf_counter(), 0
         if done % config.save_every == 0 or done == steps:
             state = {"optimizer": optimizer.state_dict(), "best": best, "seconds": time.perf_counter() - began}
             save_checkpoint(run, config, adapted, state, done)
 
+    check_moved(run, model, steps)
     scores = evaluate(run, config, model, processor, eval_sets)
     log_scores(run, steps, scores, diagnostics(model, probe), writer)
-    save_attention(run, model, processor, eval_sets)
-    if mean_rate(scores) >= best:
+    if headline_rate(scores, eval_sets, config) >= best:
         keep(run, adapted, run.folder / "best", {"step": steps})
+    save_attention(run, model, processor, eval_sets)
     keep(run, adapted, run.folder / "final", {"step": steps, "seconds": round(time.perf_counter() - began, 1)})
     if writer:
         writer.close()
     run.say(*table(run, eval_sets), f"time {time.perf_counter() - began:.0f} s, peak memory {peak_memory(run.device)}")
     run.say(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder / 'final'} --image=...")
     run.accelerator.end_training()
-    check_moved(run, model, steps)
 
 
 def fixed_batch(run: Run, processor, source) -> dict:
@@ -419,12 +232,25 @@ def save_attention(run: Run, model, processor, eval_sets: dict):
 
 
 def differential_line(config, model, norm: float) -> dict:
-    """lambda of every layer and the gradient norm, before clipping, of what was added; {} for standard attention."""
-    grads = [p.grad.norm() for p in differential_parameters(model).values() if p.grad is not None]
-    if not grads:
-        return {"lambda": values} if (values := lambda_values(model)) else {}
-    clipped = max(1.0, norm / config.clip)
-    return {"lambda": lambda_values(model), "differential_grad_norm": clipped * torch.stack(grads).norm().item()}
+    """Per layer lambda, and the gradient norm, before clipping, of what was added; {} for standard attention."""
+    grads = {}
+    for name, p in differential_parameters(model).items():
+        if p.grad is not None:
+            layer = name.rpartition(".")[0]
+            grads[layer] = grads.get(layer, 0.0) + p.grad.float().square().sum().item()
+    unclipped = max(1.0, norm / config.clip)  # the gradients have been clipped by now
+    line = {"lambda": lambda_values(model)}
+    line["differential_grad_norm"] = {layer: unclipped * math.sqrt(square) for layer, square in grads.items()}
+    return {key: values for key, values in line.items() if values}
+
+
+def add_scalars(writer: SummaryWriter | None, line: dict, step: int, prefix: str = ""):
+    """Every number of a log line, nested ones under their path."""
+    for key, value in line.items():
+        if isinstance(value, dict):
+            add_scalars(writer, value, step, f"{prefix}{key}/")
+        elif writer and isinstance(value, int | float):
+            writer.add_scalar(prefix + key, value, step)
 
 
 def check_moved(run: Run, model, steps: int):
@@ -486,10 +312,20 @@ def save_checkpoint(run: Run, config, adapted, state: dict, step: int):
     if run.is_main:
         with whole_or_nothing(run.folder / "checkpoints" / f"step-{step:06d}") as folder:
             save_adapter(adapted, folder, run.record | {"step": step})
-            torch.save(state, folder / "trainer.pt")
+            save_state(state, folder / "trainer.pt")
         for old in sorted((run.folder / "checkpoints").glob("step-*"))[: -config.keep_checkpoints]:
             shutil.rmtree(old)
     run.accelerator.wait_for_everyone()
+
+
+def save_state(state: dict, path: Path):
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # torch's zip writer tells of a full disk in its own way
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{path.parent}: cannot be written ({reason}): free some space; earlier checkpoints stay"
+        ) from error
 
 
 def keep(run: Run, adapted, folder: Path, more: dict):
@@ -526,17 +362,26 @@ def evaluate(run: Run, config, model, processor, eval_sets: dict, limit: int | N
     return scores
 
 
-def mean_rate(scores: dict[str, dict]) -> float:
-    return sum(s["right"] / s["n"] for s in scores.values()) / len(scores)
+def headline_rate(scores: dict[str, dict], eval_sets: dict, config) -> float:
+    """What `best/` is chosen by: exact answers on the first two batches of the sets where there is something to find.
+
+    The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
+    """
+    found = total = 0
+    for name, score in scores.items():
+        if getattr(eval_sets[name], "negatives", 0) < 1 and "unseen" not in name:
+            answers = score["answers"][: 2 * config.eval_batch_size]
+            found += sum(is_exact(text, suffix) for _, _, suffix, text in answers)
+            total += len(answers)
+    return found / total
 
 
 def log_scores(run: Run, step: int, scores: dict[str, dict], inside: dict, writer: SummaryWriter | None = None):
     """Accuracies and diagnostics into metrics.jsonl and TensorBoard, two answers of each set into samples.jsonl."""
     line = {"step": step, "eval": {name: [s["right"], s["n"]] for name, s in scores.items()}}
     run.log(line | ({"inside": inside} if inside else {}))
+    add_scalars(writer, {"exact": {name: s["right"] / s["n"] for name, s in scores.items()}, "inside": inside}, step)
     for name, score in scores.items():
-        if writer:
-            writer.add_scalar(f"exact/{name}", score["right"] / score["n"], step)
         for example, prompt, answer, response in score["answers"][:2]:
             line = {"step": step, "set": name, "id": example, "prompt": prompt, "answer": answer, "response": response}
             run.log(line, "samples.jsonl")
@@ -551,10 +396,8 @@ def table(run: Run, eval_sets: dict) -> list[str]:
     """Exact accuracy before and after, percent with 95 % Wilson intervals; beside it the baseline's, if it has run."""
     evals = [line["eval"] for line in run.metrics if "eval" in line]
     columns = {"untuned": evals[0], "fine-tuned": evals[-1]}
-    baseline = run.folder.parent / f"original_seed{run.record['config']['seed']}"
-    if run.record["arm"] != "original" and (baseline / "final").exists():
-        lines = [json.loads(line) for line in (baseline / "metrics.jsonl").read_text().splitlines()]
-        columns["original, fine-tuned"] = [line["eval"] for line in lines if "eval" in line][-1]
+    if run.record["arm"] != "original":
+        columns |= baseline_column(run)
     head = "".join(f"{column:>22}" for column in columns)
     lines = [f"\n{'held-out exact accuracy':28}{head}{'n':>7}{'chance':>9}"]
     for name, source in eval_sets.items():
@@ -563,6 +406,25 @@ def table(run: Run, eval_sets: dict) -> list[str]:
         told = "" if chance is None else f"{100 * chance:.2f}"
         lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{told:>9}")
     return lines
+
+
+def baseline_column(run: Run) -> dict[str, dict]:
+    """The last scores of the baseline of this seed beside this run, if it is finished and was run alike."""
+    folder = run.folder.parent / f"original_seed{run.record['config']['seed']}"
+    if not (folder / "final").exists():
+        return {}
+    try:
+        theirs = read_json(folder / "run.json")["config"]
+        evals = [json.loads(line).get("eval") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (UserError, OSError, ValueError, KeyError) as error:
+        run.say(f"{folder}: not shown beside ({error})")
+        return {}
+    ours = run.record["config"]
+    unlike = [k for k in ours if k not in {"differential", *WATCHING} and ours[k] != theirs.get(k)]
+    if unlike:
+        run.say(f"{folder}: not shown beside, not run alike: {', '.join(unlike)}")
+        return {}
+    return {"original, fine-tuned": [scores for scores in evals if scores][-1]}
 
 
 def rate(right: int, n: int) -> str:

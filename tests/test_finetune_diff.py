@@ -9,8 +9,11 @@ import safetensors.torch
 import torch
 from test_training import adapter, metrics
 
+import run_folder
 import training
+from attention import apply_maps
 from data import loader, make_data
+from diagnostics import acting_map
 from differential_attention import PRESETS, DifferentialConfig, declared_trainable, differential_parameters
 from errors import UserError
 from finetune_diff import Config
@@ -61,7 +64,8 @@ def test_lambda_learns_is_logged_and_is_saved(config, capsys):
     assert "language_model differential: " in told and "differential parameters that training moved: 6 of 6" in told
     values = [line["model.language_model.layers.1.self_attn.differential"] for _, line in metrics(config, "lambda")]
     assert len(values) == 4 and values[0] == 0.5 and values[-1] != 0.5
-    assert all(norm > 0 for _, norm in metrics(config, "differential_grad_norm"))
+    norms = metrics(config, "differential_grad_norm")
+    assert len(norms) == 4 and all(len(layers) == 2 and min(layers.values()) > 0 for _, layers in norms)
     assert [step for step, _ in metrics(config, "inside")] == [0, 2, 4]
     assert {"lambda", "cosine", "distance", "entropy1", "entropy2"} <= metrics(config, "inside")[-1][1].popitem()[
         1
@@ -120,6 +124,53 @@ def test_every_preset_trains(config, preset):
     assert {name.rpartition(".")[2] for name in learnable} >= declared
 
 
+def test_the_first_adapters_batches_and_masks_are_equal_to_the_bit(config, tmp_path, monkeypatch):
+    seen = []
+    step = training.train_step
+
+    def watch(run, c, wrapped, optimizer, micro, number):
+        lora = {n: p.detach().clone() for n, p in wrapped.named_parameters() if "lora_" in n}
+        seen.append((lora if number == 0 else {}, [e.id for es, _ in micro for e in es], micro[0][1], torch.rand(4)))
+        torch.manual_seed(config.seed * 1_000_003 + number * 1_009)
+        return step(run, c, wrapped, optimizer, micro, number)
+
+    monkeypatch.setattr(training, "train_step", watch)
+    run(config)
+    finetune(replace(config, output_dir=str(tmp_path / "original")), "original")
+    ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(ours[0][0]) == 28
+    for (lora, ids, batch, noise), (other_lora, other_ids, other_batch, other_noise) in zip(ours, theirs, strict=True):
+        assert ids == other_ids and torch.equal(noise, other_noise)
+        assert all(torch.equal(lora[n], other_lora[n]) for n in lora) and lora.keys() == other_lora.keys()
+        assert all(torch.equal(batch[key], other_batch[key]) for key in batch)
+
+
+@pytest.mark.parametrize("preset", [None, "split", "v2", "v1_width", "additive", "grouped"])
+def test_the_map_that_is_drawn_is_the_map_that_acts(config, preset):
+    """Values weighed by it are what the layer's attention gives."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=preset)
+    for name, p in differential_parameters(model).items():
+        torch.nn.init.normal_(p, std=0.5 if "second_up" in name else 0.1)
+    source, _ = make_data(config)
+    processor = PaliGemmaProcessor.from_pretrained(config.model)
+    ((_, batch),) = loader(source, processor, [[(0, 0), (0, 1)]], with_suffix=True)
+    attend, checked = model.model.language_model.layers[1].self_attn, []
+
+    def check(module, args, out):
+        x, rotary, mask, _ = args
+        v = attend.project(x)[2]
+        acting = acting_map(attend, x, rotary, mask).unflatten(1, (v.shape[1], -1))
+        weighed = apply_maps(acting, v)
+        if preset == "v1_width":  # a norm follows the map
+            weighed = attend.differential._head_norm(weighed)
+        torch.testing.assert_close(attend.o_proj(weighed.transpose(1, 2).flatten(2)), out, atol=1e-5, rtol=1e-4)
+        checked.append(1)
+
+    attend.register_forward_hook(check)
+    model(**batch)
+    assert checked
+
+
 def test_both_towers(config):
     config = run(replace(config, differential=DifferentialConfig(towers=("text", "vision"))))
     towers = {"vision_tower" in name for name in saved(config)}
@@ -129,13 +180,14 @@ def test_both_towers(config):
 def test_a_lambda_that_does_not_move_fails_the_run(config):
     with pytest.raises(UserError, match="lambda_logit did not learn"):
         run(replace(config, differential=DifferentialConfig(lambda_lr=0.0)))
-    assert (Path(config.output_dir) / "final").exists()  # what was trained is kept
+    folder = Path(config.output_dir)
+    assert (folder / "checkpoints" / "step-000004").exists() and not (folder / "final").exists()
 
 
 def test_no_weight_decay_on_what_was_added_and_a_rate_of_its_own_for_lambda(config):
     differential = DifferentialConfig(lambda_lr=3.0)
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=differential)
-    adapted = training.add_lora(training.open_run(config, "diff"), config, model)
+    adapted = training.add_lora(run_folder.open_run(config, "diff"), config, model)
     groups = training.make_optimizer(replace(config, weight_decay=0.1), adapted).param_groups
     kinds = {id(p): "lambda" if "lambda" in name else "added" for name, p in differential_parameters(model).items()}
     found = {

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import run_folder
 import training
 from data import loader, make_data
 from errors import UserError
@@ -52,7 +53,7 @@ def adapter(config, folder="final"):
 
 def parts(config):
     """Everything a training step needs, without a run of it."""
-    run = training.open_run(config, "original")
+    run = run_folder.open_run(config, "original")
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model)
     adapted = training.add_lora(run, config, model)
     return run, model, adapted, PaliGemmaProcessor.from_pretrained(config.model)
@@ -145,7 +146,7 @@ def test_lora_counts_of_paligemma_3b():
     with torch.device("meta"):
         model = PaliGemmaForConditionalGeneration(PaliGemmaConfig())
     config = Config(model="google/paligemma-3b-pt-224", lora_rank=8)
-    run = training.Run(Path("none"), None, torch.float32, {})
+    run = run_folder.Run(Path("none"), None, torch.float32, {})
     adapted = training.add_lora(run, config, model)
     assert training.trainable_counts(adapted)["language_model lora"] == [9_805_824, 9_805_824]
 
@@ -222,6 +223,45 @@ def test_another_configuration_is_refused(config):
         finetune(replace(config, lr=0.1), "original")
     with pytest.raises(UserError, match="arm original -> diff"):
         finetune(config, "diff")
+
+
+@pytest.mark.parametrize("field", ["eval_every", "log_every", "save_every", "accumulation", "keep_checkpoints"])
+def test_numbers_that_make_no_sense_are_refused(config, field):
+    with pytest.raises(UserError, match=f"--{field}=0"):
+        finetune(replace(config, **{field: 0}), "original")
+
+
+def test_a_run_of_which_no_checkpoint_reads_is_not_thrown_away(config):
+    finetune(config, "original")
+    folder = Path(config.output_dir)
+    shutil.rmtree(folder / "final")
+    for state in folder.glob("checkpoints/*/trainer.pt"):
+        state.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="no checkpoint can be read"):
+        finetune(config, "original")
+    assert len(metrics(config)) == 6
+
+
+def test_the_output_folder_may_be_a_link_but_no_file(config, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    finetune(replace(config, output_dir=str(tmp_path / "link"), max_steps=2), "original")
+    assert (tmp_path / "disk" / "final").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file"):
+        finetune(replace(config, output_dir=str(tmp_path / "file")), "original")
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    config = replace(config, accumulation=2, lora_dropout=0.0, max_steps=4)
+    finetune(config, "original")
+    together = replace(config, output_dir=str(tmp_path / "together"))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "finetune_original.py"]
+    process = script(*launch, *flags(together))
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert dict(metrics(together)) == pytest.approx(dict(metrics(config)), abs=1e-5)
+    assert metrics(together, "eval") == metrics(config, "eval")
 
 
 def test_overwrite_never_deletes_what_is_no_run(config, tmp_path):
