@@ -46,8 +46,8 @@ def write_checkpoint(folder: str):
         text_config=text, vision_config=vision, image_token_index=257152, projection_dim=2048
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    transformers.PaliGemmaForConditionalGeneration(config).save_pretrained(folder, max_shard_size="2GB")
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="2GB")
 
 
 def peak_gb() -> float:
@@ -118,7 +118,7 @@ def main():
             ]
             first, measured = (json.loads(process.stdout.splitlines()[-1]) for process in told)
             measured |= {key: min(first[key], measured[key]) for key in measured if key.endswith("seconds")}
-            logits.append(torch.tensor(measured.pop("logits")))
+            logits.append(torch.tensor(measured.pop("logits"), dtype=torch.float32))
             result[f"{side} {dtype}"] = measured
             print(side, dtype, measured)
         apart, spread = (logits[0] - logits[1]).abs().max().item(), logits[1].std().item()
