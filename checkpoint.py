@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
 
+ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -233,6 +234,8 @@ def resolve_run(path_or_hub_id) -> tuple[str, Path | None]:
     adapter folder itself, are taken too. Anything else is a plain model. Raises UserError for an unfinished run.
     """
     folder = Path(path_or_hub_id).expanduser()
+    if not folder.exists() and (ROOT / folder).is_dir():
+        folder = path_or_hub_id = ROOT / folder  # assets/paligemma-nano, asked for from another directory
     with _reading(folder):
         for adapter in (folder, folder / "adapter", folder / "final" / "adapter"):
             if (adapter / ADAPTER_CONFIG).is_file():
@@ -252,7 +255,7 @@ def _base_model(adapter: Path) -> str:
     base = read_json(source).get(key)
     if not isinstance(base, str) or not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
-    for candidate in (Path(base), Path(__file__).resolve().parent / base):
+    for candidate in (Path(base), ROOT / base):
         if candidate.is_dir():
             return str(candidate)
     if not _is_hub_id(base):

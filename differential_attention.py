@@ -69,7 +69,7 @@ class DifferentialConfig:
     lambda_init: float | None = None  # constant of vectors, annealing and norm; None: 0.8 - 0.6 exp(-0.3 layer)
     lambda_warmup: float = 0.0  # share of training over which lambda grows linearly from 0
     lambda_lr: float = 1.0  # lambda's learning rate over that of the other parameters
-    seed: int = 0  # of the initial values, which come from a generator of their own
+    seed: int = 0  # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
     # --- particulars of single methods
     adapter_scale: float | None = None  # the low-rank product of `adapter` is multiplied by this
     noise_ratio: int | None = None  # heads that share one noise query, inside a key/value group

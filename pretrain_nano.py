@@ -1,6 +1,6 @@
 """Pretrain assets/paligemma-nano: a small PaliGemma that captions and detects the pictures of assets/haystack-pool.
 
-    python pretrain_nano.py                 # an hour on two CPU cores; killed, it continues from its last checkpoint
+    python pretrain_nano.py      # about an hour on two CPU cores; killed, it continues from its last checkpoint
 
 As with PaliGemma itself, the vision tower is trained first, to tell the concepts apart; then the whole model learns
 `caption en`, `detect {caption}` and `ocr` (so that digits and the words of questions, which no caption holds, are not

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint import resolve_run
 from haystack import read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from pretrain_nano import Config, Task, measure
@@ -28,6 +29,11 @@ def processor():
 def test_it_is_as_small_as_promised(model):
     assert 5e6 <= sum(p.numel() for p in model.parameters()) <= 7e6
     assert sum(f.stat().st_size for f in NANO.iterdir()) <= 16e6
+
+
+def test_it_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(resolve_run("assets/paligemma-nano")[0]) == NANO.resolve()
 
 
 def test_transformers_reads_it_and_agrees(model, processor):

@@ -666,7 +666,7 @@ def test_run_folders(run, monkeypatch):
 def test_base_of_a_run(run, tmp_path, monkeypatch):
     root = tmp_path / "repository"
     (root / "assets/nano").mkdir(parents=True)
-    monkeypatch.setattr(checkpoint, "__file__", str(root / "checkpoint.py"))
+    monkeypatch.setattr(checkpoint, "ROOT", root)
     checkpoint.write_json(run / "run.json", {"base_model": "assets/nano"})
     assert checkpoint.resolve_run("runs/x")[0] == str(root / "assets/nano")
     (tmp_path / "assets/nano").mkdir(parents=True)
