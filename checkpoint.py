@@ -9,6 +9,7 @@ Tensors, keys and files only: no model class is known here. Nothing that could r
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,7 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside a whole model's weights
+SEAL = "files.json"  # in a checkpoint: what its files hashed to when they were written
 PIECE = 8 << 20  # bytes converted at a time: bounds what a change of dtype needs beyond its result
 
 _TO_MEMORY = {
@@ -94,7 +96,7 @@ def _reading(file):
 
 
 @contextmanager
-def _writing(path):
+def writing(path):
     """A full disk or a missing permission becomes one line that names `path`; other faults pass."""
     try:
         yield
@@ -131,7 +133,7 @@ def write_json(path, data):
     """Write `data` whole or not at all: beside, fsynced, renamed. Raises UserError when the disk refuses."""
     path, text = Path(path), json.dumps(data, indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.tmp")
-    with _writing(path):
+    with writing(path):
         try:
             temporary.write_text(text, encoding="utf-8")
             _sync(temporary)
@@ -149,7 +151,7 @@ def whole_or_nothing(folder):
     """
     folder = Path(folder).resolve()  # a link keeps pointing at the same place
     temporary, aside = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    with _writing(folder):
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if aside.exists() and not folder.exists():
             aside.rename(folder)  # an earlier process was killed between the two renames below
@@ -173,6 +175,27 @@ def whole_or_nothing(folder):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def seal(folder: Path):
+    """Note the SHA-256 of every file under `folder` in its files.json: neither safetensors nor torch would see a
+    flipped bit among weights. The last thing to be written into it."""
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    write_json(Path(folder, SEAL), {str(file.relative_to(folder)): _sha256(file) for file in files})
+
+
+def check_seal(folder: Path):
+    """Raise UserError naming the first file under a sealed `folder` that is gone or is not as it was written."""
+    for name, digest in read_json(Path(folder, SEAL)).items():
+        file = Path(folder, name)
+        with _reading(file):
+            if _sha256(file) != digest:
+                raise UserError(f"{file}: damaged, not the bytes that were written: delete {folder}")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
 def _settle(folder: Path):
     """Everything under `folder` reaches the disk and is as readable as the folder (safetensors writes mode 0600)."""
     for parent, _, names in os.walk(folder):
@@ -185,12 +208,20 @@ def _settle(folder: Path):
 # ---- where a model is
 
 
-def _is_hub_id(text: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
+def is_hub_id(text: str) -> bool:
+    """`org/name` or `org/name@revision`."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", text) is not None
+
+
+def hub_revision(path_or_hub_id: str) -> str | None:
+    """The commit of a hub id, fetched if need be; None for a folder."""
+    folder = locate(path_or_hub_id)
+    return folder.name if folder.parent.name == "snapshots" and not Path(path_or_hub_id).is_dir() else None
 
 
 def locate(path_or_hub_id, revision=None) -> Path:
-    """A model's folder: a local one as it is, a hub id (`org/name`) fetched into the hub's cache, or taken from it.
+    """A model's folder: a local one as it is, a hub id (`org/name`, `org/name@revision`) fetched into the hub's cache,
+    or taken from it.
 
     Fetches json, safetensors and tokenizer files alone. Raises UserError: no such folder or model, login, network.
     """
@@ -200,8 +231,10 @@ def locate(path_or_hub_id, revision=None) -> Path:
             return folder
         if folder.exists():
             raise UserError(f"{name}: a file; give the folder that holds it")
-    if not _is_hub_id(name):
+    if not is_hub_id(name):
         raise UserError(f"{name}: no such folder, and not a hub id (org/name): check the path")
+    name, _, at = name.partition("@")
+    revision = at or revision
     from huggingface_hub import errors as faults  # brings an http client: only when something is fetched
 
     patterns = ["*.json", "*.safetensors", "tokenizer.model"]
@@ -252,15 +285,16 @@ def _base_model(adapter: Path) -> str:
     """The base that run.json beside the adapter, or up to two levels above, names; else the adapter's configuration."""
     run = next((parent / "run.json" for parent in adapter.parents[:3] if (parent / "run.json").is_file()), None)
     source, key = (run, "base_model") if run else (adapter / ADAPTER_CONFIG, "base_model_name_or_path")
-    base = read_json(source).get(key)
+    told = read_json(source)
+    base, revision = told.get(key), told.get("base_revision")
     if not isinstance(base, str) or not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
     for candidate in (Path(base), ROOT / base):
         if candidate.is_dir():
             return str(candidate)
-    if not _is_hub_id(base):
+    if not is_hub_id(base):
         raise UserError(f"{source}: {key!r} names the folder {base}, not found: restore it or correct the entry")
-    return base
+    return f"{base}@{revision}" if revision and "@" not in base else base
 
 
 # ---- reading weights
@@ -395,7 +429,7 @@ def save_weights(state_dict: dict, folder, max_shard_size="5GB"):
     head, embedding = tensors.get(hub_key(HEAD)), tensors.get(hub_key(EMBEDDING))
     if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
         del tensors[hub_key(HEAD)]
-    with _writing(folder):
+    with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
 
@@ -409,7 +443,7 @@ def save_model_folder(state_dict: dict, config: dict, folder, model=None):
     model that is memory-mapped from this very folder keeps its pages.
     """
     folder = Path(folder)
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with whole_or_nothing(folder / ".saving") as staged:
         save_weights({key: value for key, value in state_dict.items() if ".differential." not in key}, staged)
@@ -417,7 +451,7 @@ def save_model_folder(state_dict: dict, config: dict, folder, model=None):
             save_differential(model, staged)
         write_json(staged / "config.json", config)
     new = list((folder / ".saving").iterdir())
-    with _writing(folder):
+    with writing(folder):
         for pattern in ("model*.safetensors", "model*.safetensors.index.json", DIFFERENTIAL):
             for old in folder.glob(pattern):
                 if old.name not in {file.name for file in new}:
@@ -483,7 +517,7 @@ def save_differential(model, folder):
     told = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _differential_state(model).items()}
     file, temporary = Path(folder, DIFFERENTIAL), Path(folder, f".{DIFFERENTIAL}.tmp")
-    with _writing(file):
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, temporary, metadata=told)

@@ -5,10 +5,14 @@ sources: haystacks generated from a picture pool, `jsonl` rows {image, prefix, s
 them, and VQAv2 from its official json files beside a COCO folder, or from a parquet copy on the hub.
 """
 
+import hashlib
 import json
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,12 +26,13 @@ from processing_paligemma import PaliGemmaProcessor, open_image
 
 @dataclass
 class Example:
-    """Pictures, the prompt, the answer to learn, and a name to report."""
+    """Pictures, the prompt, the answer to learn, a name to report, and its place in its source."""
 
     id: str
     images: list = field(repr=False)
     prefix: str
     suffix: str
+    index: int = -1
 
 
 # ---- sources
@@ -45,6 +50,7 @@ class Haystacks:
     seed: int
     name: str = "train"
     cell: int = 64
+    skipped: tuple = ()
 
     def __len__(self) -> int:
         return self.size
@@ -53,6 +59,11 @@ class Haystacks:
     def chance(self) -> float | None:
         """Exact accuracy of a guess among the cells, where every question has a needle in one size of grid."""
         return 1 / self.grids[0] ** 2 if len(self.grids) == 1 and not self.negatives else None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the examples are made of."""
+        told = [(hashlib.sha256(p.data).hexdigest(), p.caption) for p in self.pool.pictures]
+        return digest([told, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
 
     def get(self, epoch: int, index: int) -> Example:
         key = f"{self.name}/{self.seed}/{epoch}/{index}"
@@ -64,36 +75,76 @@ class Haystacks:
 
 @dataclass
 class Rows:
-    """Rows of {image, prefix, suffix}: `image` a path, or a list of paths for several pictures in one prompt."""
+    """Rows of {id, image, prefix, suffix}: `image` a path, or a list of paths for several pictures in one prompt.
+
+    `skipped` names the rows that were left out, with the reason.
+    """
 
     name: str
     rows: list[dict]
     folder: Path
+    skipped: list[str] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows, not of the pictures: a broken picture may be mended under a run."""
+        return digest([[row["image"], row["prefix"], row["suffix"]] for row in self.rows])
+
+    def pictures(self) -> list[list[str]]:
+        """The names of every row's pictures."""
+        return [paths_of(row) for row in self.rows]
+
     def get(self, epoch: int, index: int) -> Example:
         row = self.rows[index]
-        paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
-        images = [open_image(self.folder / path, name=f"{row['id']}: {path}") for path in paths]
+        images = [open_image(self.folder / path, name=f"{row['id']}: {path}") for path in paths_of(row)]
         return Example(row["id"], images, row["prefix"], row["suffix"])
 
 
-def read_jsonl(path: str | Path) -> Rows:
-    """Rows of a jsonl file, picture paths relative to its folder. Raises UserError naming the first bad line."""
+def digest(told) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def paths_of(row: dict) -> list[str]:
+    return row["image"] if isinstance(row["image"], list) else [row["image"]]
+
+
+def read_jsonl(path: str | Path, strict: bool = True) -> Rows:
+    """Rows of a jsonl file, picture paths relative to its folder. A bad row is left out and named in `skipped`.
+
+    Raises UserError for a file that cannot be read, for one that is mostly bad rows, and if `strict` for the first.
+    """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}): give a jsonl file of image, prefix and suffix") from error
-    rows = [_checked_row(f"{path}:{n}", line, path.parent) for n, line in enumerate(lines, 1) if line.strip()]
+    listing = _Listing(path.parent)
+    named = ((f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip())
+    rows, skipped = sift(lambda row: _checked_row(*row, listing), named, strict)
     if not rows:
         raise UserError(f"{path}: holds no row: write one json object with image, prefix and suffix a line")
-    return Rows(path.name, rows, path.parent)
+    return Rows(path.name, rows, path.parent, skipped)
 
 
-def _checked_row(name: str, line: str, folder: Path) -> dict:
+def sift(check: Callable, items: Iterable, strict: bool) -> tuple[list[dict], list[str]]:
+    """`check` every item: (the rows that it gives, the faults that it raises). Raises UserError at the first fault if
+    `strict`, and where faults outnumber rows: then it is not the rows that are wrong."""
+    rows, faults = [], []
+    for item in items:
+        try:
+            rows.append(check(item))
+        except UserError as error:
+            if strict:
+                raise
+            faults.append(str(error))
+    if len(faults) > len(rows):
+        raise UserError(f"{len(faults)} of {len(faults) + len(rows)} rows are bad, the first: {faults[0]}")
+    return rows, faults
+
+
+def _checked_row(name: str, line: bytes, listing: "_Listing") -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -101,60 +152,102 @@ def _checked_row(name: str, line: str, folder: Path) -> dict:
     for key in ("image", "prefix", "suffix"):
         if not isinstance(row, dict) or key not in row:
             raise UserError(f"{name}: has no {key!r}: a row is {{image, prefix, suffix}}")
-    paths = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    paths = paths_of(row)
     if not paths or not all(isinstance(p, str) and p for p in paths) or not isinstance(row["prefix"], str):
         raise UserError(f"{name}: image must be a path or a list of paths, and prefix a string")
     if not isinstance(row["suffix"], str) or not row["suffix"].strip():
         raise UserError(f"{name}: suffix must be a string that is not empty: it is what the model learns to answer")
-    root = folder.resolve()
     for p in paths:
-        if not (root / p).resolve().is_relative_to(root):
-            raise UserError(f"{name}: picture {p} lies outside {folder}: keep pictures beside the jsonl file")
-        if not (root / p).is_file():
-            raise UserError(f"{name}: picture {folder / p} does not exist: mend the path or delete the line")
-    return row | {"id": name}
+        if fault := listing.fault(p):
+            raise UserError(f"{name}: picture {fault}")
+    return {"id": name} | {key: row[key] for key in ("image", "prefix", "suffix")}
 
 
-def read_vqav2(folder: str | Path, split: str) -> Rows:
+class _Listing:
+    """What files lie in a folder and below it; every directory is looked at once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.root = folder, folder.resolve()
+        self.files = cache(self._files)
+
+    def _files(self, parent: str) -> dict[str, bool]:
+        """Names in a directory -> is it a link; {} for a directory that is not there or outside."""
+        directory = (self.root / parent).resolve()
+        if not directory.is_relative_to(self.root) or not directory.is_dir():
+            return {}
+        return {entry.name: entry.is_symlink() for entry in os.scandir(directory) if entry.is_file()}
+
+    def fault(self, path: str) -> str | None:
+        """What is wrong with a picture's path, or None."""
+        parent, name = os.path.split(path)
+        link = self.files(parent).get(name)
+        if link is False:
+            return None
+        try:
+            if not (self.root / path).resolve().is_relative_to(self.root):
+                return f"{path} lies outside {self.folder}: keep pictures in it"
+            exists = link or (self.root / path).is_file()
+        except (OSError, ValueError) as error:  # a name that no disk takes
+            return f"{path!r} cannot be a path ({error}): mend it"
+        return None if exists else f"{self.folder / path} does not exist: mend the path or delete the line"
+
+
+def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
     """Official VQAv2 of a folder: v2_OpenEnded_mscoco_{split}2014_questions.json,
     v2_mscoco_{split}2014_annotations.json and the COCO pictures in {split}2014/. Prompt `answer en {question}`, answer
-    `multiple_choice_answer`.
+    `multiple_choice_answer`. Bad rows as in `read_jsonl`.
     """
     folder = Path(folder)
     questions = _list_of(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", "questions")
     annotations = _list_of(folder / f"v2_mscoco_{split}2014_annotations.json", "annotations")
-    answers = {a["question_id"]: a["multiple_choice_answer"] for a in annotations}
-    rows = []
-    for q in questions:
-        if q["question_id"] not in answers:
-            raise UserError(f"{folder}: question {q['question_id']} has no annotation: take both files of one release")
-        rows.append(
-            {
-                "id": f"vqav2/{split}/{q['question_id']}",
-                "image": f"{split}2014/COCO_{split}2014_{q['image_id']:012d}.jpg",
-                "prefix": f"answer en {q['question']}",
-                "suffix": answers[q["question_id"]],
-            }
-        )
-    return Rows(f"vqav2-{split}", rows, folder)
+    answers = {a.get("question_id"): a.get("multiple_choice_answer") for a in annotations}
+    listing = _Listing(folder)
+
+    def check(q: dict) -> dict:
+        number, picture = q.get("question_id"), q.get("image_id")
+        name = f"vqav2/{split}/{number}"
+        if not isinstance(picture, int) or not isinstance(q.get("question"), str):
+            raise UserError(f"{name}: has no image_id or no question: take the official file")
+        if not answers.get(number):
+            raise UserError(f"{folder}: question {number} has no annotation: take both files of one release")
+        image = f"{split}2014/COCO_{split}2014_{picture:012d}.jpg"
+        if fault := listing.fault(image):
+            raise UserError(f"{name}: picture {fault}")
+        return {"id": name, "image": image, "prefix": f"answer en {q['question']}", "suffix": answers[number]}
+
+    rows, skipped = sift(check, questions, strict)
+    if not rows:
+        raise UserError(f"{folder}: holds no question of {split}2014: give VQAv2's official files")
+    return Rows(f"vqav2-{split}", rows, folder, skipped)
 
 
 def _list_of(path: Path, key: str) -> list[dict]:
     data = read_json(path)
-    if not isinstance(data.get(key), list):
+    if not isinstance(data.get(key), list) or not all(isinstance(entry, dict) for entry in data[key]):
         raise UserError(f"{path}: holds no list {key!r}: give VQAv2's official file")
     return data[key]
 
 
 @dataclass
 class HubRows:
-    """A parquet VQA data set on the hub, columns image, question, multiple_choice_answer, read through `datasets`."""
+    """A parquet VQA data set on the hub, columns image, question, multiple_choice_answer and, to hold pictures out,
+    image_id; read through `datasets`."""
 
     name: str
     rows: object
+    skipped: tuple = ()  # its rows are looked at when they are needed
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the questions and answers."""
+        return digest([list(self.rows["question"]), list(self.rows["multiple_choice_answer"])])
+
+    def pictures(self) -> list[list]:
+        if "image_id" not in self.rows.column_names:
+            raise UserError(f"data set {self.name!r} has no image_id to hold pictures out by: give --eval_data")
+        return [[picture] for picture in self.rows["image_id"]]
 
     def get(self, epoch: int, index: int) -> Example:
         name = f"{self.name}/{index}"
@@ -194,6 +287,13 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def skipped(self) -> list[str]:
+        return self.source.skipped
+
+    def fingerprint(self) -> str:
+        return digest([self.source.fingerprint(), self.indices])
+
     def get(self, epoch: int, index: int) -> Example:
         return self.source.get(epoch, self.indices[index])
 
@@ -219,25 +319,64 @@ def make_data(config) -> tuple[object, dict[str, object]]:
                 name = f"{grid}x{grid}{kind}"
                 sets[name] = Haystacks(pool, (grid,), share, n, 0, name=f"test/{name}")  # one test set for every seed
         return Haystacks(pools["train"], config.grids, config.negatives, 1 << 16, seed), sets
-    source = _read(config.data, "train")
+    source = _read(config.data, "train", config.strict_data)
     if config.eval_data:
-        held_out = _read(config.eval_data, "val")
+        held_out = _read(config.eval_data, "val", config.strict_data)
         order = list(range(min(len(held_out), config.eval_samples)))
         return source, {held_out.name: Subset(held_out.name, held_out, order)}
+    train, held, name = hold_out(source, config)
+    return Subset("train", source, train), {name: Subset(name, source, held)}
+
+
+def hold_out(source, config) -> tuple[list[int], list[int], str]:
+    """Indices to train on and to evaluate on, a seeded tenth, and its name.
+
+    Rows that share a picture stay together, unless so many hang together that nothing else is left: the name says so.
+    """
     order = list(range(len(source)))
     random.Random(f"held out/{config.seed}").shuffle(order)
     cut = min(config.eval_samples, max(1, len(source) // 10))
     if len(source) < 2:
         raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
-    return Subset("train", source, order[cut:]), {"held out": Subset("held out", source, order[:cut])}
+    groups: dict[int, list[int]] = {}
+    of = connected(source.pictures())
+    for index in order:
+        groups.setdefault(of[index], []).append(index)
+    held: set[int] = set()
+    for group in groups.values():
+        if len(held) + len(group) <= cut:
+            held |= set(group)
+    smallest = min(groups.values(), key=len)
+    if not held and 2 * len(smallest) <= len(source):
+        held = set(smallest)
+    name = "held out" if held else "held out, pictures shared with training"
+    held = held or set(order[:cut])
+    return [i for i in order if i not in held], [i for i in order if i in held], name
 
 
-def _read(spec: str, split: str):
+def connected(pictures: list[list]) -> list[int]:
+    """For each row the number of its group; rows are in one group that share a picture, directly or through others."""
+    leader = list(range(len(pictures)))
+
+    def find(row: int) -> int:
+        while leader[row] != row:
+            leader[row] = leader[leader[row]]
+            row = leader[row]
+        return row
+
+    first: dict = {}
+    for row, names in enumerate(pictures):
+        for picture in names:
+            leader[find(row)] = find(first.setdefault(picture, row))
+    return [find(row) for row in range(len(pictures))]
+
+
+def _read(spec: str, split: str, strict: bool):
     if spec.endswith(".jsonl"):
-        return read_jsonl(spec)
+        return read_jsonl(spec, strict)
     kind, _, rest = spec.partition(":")
     if kind == "vqav2" and rest:
-        return read_vqav2(rest, split)
+        return read_vqav2(rest, split, strict)
     if kind == "hub" and rest:
         return read_hub(rest, "validation" if split == "val" else split)
     raise UserError(f"data {spec!r} is unknown: give haystack, a .jsonl file, vqav2:FOLDER or hub:NAME")
@@ -272,26 +411,46 @@ class _Fetch(torch.utils.data.Dataset):
             row = self.processor.encode(example.prefix, example.suffix if self.with_suffix else None, len(pixels))
         except UserError as error:  # raised in a worker, it would arrive wrapped in a traceback
             return error
+        example.index = key[1]
         example.images = []  # not needed any more, and large to send between processes
         return example, row, pixels
 
     def collate(self, items):
-        for item in items:
-            if isinstance(item, UserError):
-                return item
-        examples, rows, pixels = zip(*items, strict=True)
+        """(examples, tensors, faults); with no row that can be used, another one stands in and there is no example."""
+        good = [item for item in items if not isinstance(item, UserError)]
+        faults = [item for item in items if isinstance(item, UserError)]
+        used = good or self.stand_in()
+        if not used:
+            return (), None, faults
+        examples, rows, pixels = zip(*used, strict=True)
         tensors = self.processor.pad(list(rows), "left")
-        return examples, {**tensors, "pixel_values": torch.stack([p for row in pixels for p in row])}
+        tensors["pixel_values"] = torch.stack([p for row in pixels for p in row])
+        return examples if good else (), tensors, faults
+
+    def stand_in(self) -> list:
+        """The source's first row that can be used, if any."""
+        items = (self[0, index] for index in range(len(self.source)))
+        return list(islice((item for item in items if not isinstance(item, UserError)), 1))
 
 
-def loader(source, processor: PaliGemmaProcessor, batches, with_suffix: bool, workers: int = 0) -> Iterator:
+def loader(
+    source, processor: PaliGemmaProcessor, batches, with_suffix: bool, workers: int = 0, skip: Callable | None = None
+) -> Iterator:
     """Batches of (examples, tensors), padded left, over `batches` of (epoch, index).
 
-    An evaluation loader has `with_suffix` False: the answer never enters its input. Raises UserError for a bad row.
+    An evaluation loader has `with_suffix` False: the answer never enters its input. A bad row is handed to `skip` as a
+    UserError and left out; without `skip` it is raised. Of an empty batch, and of one that lost all its rows, the
+    tensors are a stand-in's and `examples` is empty: it is there for the shapes alone and must count nothing.
     """
 
     fetch = _Fetch(source, processor, with_suffix)
-    for batch in DataLoader(fetch, batch_sampler=batches, collate_fn=fetch.collate, num_workers=workers):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    for examples, tensors, faults in DataLoader(
+        fetch, batch_sampler=batches, collate_fn=fetch.collate, num_workers=workers
+    ):
+        for fault in faults:
+            if skip is None:
+                raise fault
+            skip(fault)
+        if tensors is None:
+            raise UserError(f"{source.name}: none of its {len(source)} rows can be used: look at its pictures")
+        yield examples, tensors

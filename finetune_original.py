@@ -40,6 +40,7 @@ class Config:
     eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out
     grids: tuple[int, ...] = (2, 4)  # haystacks have N x N cells
     negatives: float = 0.2  # share of haystack questions whose caption is in no cell; the answer is -1
+    strict_data: bool = False  # stop at the first bad row instead of leaving it out, named and counted
     workers: int = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
     # --- optimisation
     seed: int = 0  # of adapters, data order and dropout
@@ -59,6 +60,7 @@ class Config:
     max_new_tokens: int = 12  # longest answer
     eval_only: bool = False  # print held-out accuracy of `model` and stop
     log_every: int = 10  # updates
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # beside metrics.jsonl; wandb if it is installed
     save_every: int = 100  # updates between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept
     output_dir: str = ""  # empty: runs/{arm}_seed{seed}

@@ -17,7 +17,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import (
@@ -26,6 +25,7 @@ from checkpoint import (
     read_json,
     resolve_run,
     save_differential,
+    seal,
     stored_differential,
     whole_or_nothing,
     write_json,
@@ -40,7 +40,16 @@ from differential_attention import (
 )
 from errors import UserError
 from haystack import is_exact, wilson
-from run_folder import WATCHING, Run, read_trainer_state, start_folder, step_of
+from run_folder import (
+    WATCHING,
+    Run,
+    Stopped,
+    check_same_data,
+    read_trainer_state,
+    start_folder,
+    start_tracker,
+    step_of,
+)
 
 
 # ---- the model
@@ -136,86 +145,101 @@ def total_steps(config, source) -> int:
 
 
 def train(run: Run, config, model, adapted, processor, source, eval_sets):
-    """Train `adapted` on `source`; evaluate before, during and after; leave a run folder."""
-    steps, first = total_steps(config, source), step_of(run.resume)
-    world = run.accelerator.num_processes
-    if config.batch_size % world:
-        raise UserError(f"batch_size {config.batch_size} does not divide among {world} processes")
-    start_folder(run, steps)
-    optimizer = make_optimizer(config, adapted)
-    best, seconds = -1.0, 0.0
+    """Train `adapted` on `source`; evaluate before, during and after; leave a run folder.
+
+    A checkpoint is written before the evaluation at its step: whatever follows it happens again after a kill, once.
+    """
+    # --- what can be refused is refused before anything is written
+    steps = total_steps(config, source)
+    optimizer, state = make_optimizer(config, adapted), {"step": 0, "best": -1.0, "seconds": 0.0}
     if run.resume is not None:
         state = read_trainer_state(run.resume)
-        optimizer.load_state_dict(state["optimizer"])
-        best, seconds = state["best"], state["seconds"]
-        run.metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-        run.say(f"continues from {run.resume}")
+        optimizer.load_state_dict(state.pop("optimizer"))
     wrapped, optimizer = run.accelerator.prepare(adapted, optimizer)
-
     describe(run, config, adapted, processor, source, steps)
-    if run.is_main:
-        write_json(run.folder / "run.json", run.record)
-    writer = SummaryWriter(run.folder / "tensorboard", purge_step=first + 1) if run.is_main else None
-    evaluate(run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size)  # a broken one fails now
+    check_same_data(run, {"train": source, **eval_sets})
+    start_folder(run, [fault for rows in (source, *eval_sets.values()) for fault in rows.skipped])
+    start_tracker(run, config)
     probe = fixed_batch(run, processor, next(iter(eval_sets.values())))
-    if first == 0:
-        if not resolve_run(config.model)[1]:  # a run folder brings the heads that it selected
-            select_heads(model, fixed_batch(run, processor, source))
-        log_scores(run, 0, evaluate(run, config, model, processor, eval_sets), diagnostics(model, probe), writer)
+    if state["step"] == 0 and not resolve_run(config.model)[1]:  # a run folder brings the heads that it selected
+        select_heads(model, fixed_batch(run, processor, source))
 
+    # --- step by step; `state["step"]` updates have been made
+    first = saved = state["step"]
+    began, busy, tokens = time.perf_counter() - state["seconds"], 0.0, 0
     batches = training_batches(run, config, processor, source, first)
-    began, tokens = time.perf_counter() - seconds, 0
-    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"])
-    mark = time.perf_counter()
-    for step in bar:
-        adapted.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps) * group["scale"]
-        set_progress(model, (step + 1) / steps)
-        micro = [next(batches) for _ in range(config.accumulation)]
-        # dropout's masks follow from seed and step; after the fetch, since a new loader draws from the same generator
-        torch.manual_seed(config.seed * 1_000_003 + step * 1_009 + run.accelerator.process_index)
-        loss, norm = train_step(run, config, wrapped, optimizer, micro, step)
-        tokens += sum(int(batch["attention_mask"].sum()) for _, batch in micro) * world
-        done = step + 1
+    with run.noting_signals(), tqdm(initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"]) as bar:
+        try:
+            evaluate(
+                run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size
+            )  # a broken one fails now
+            for step in range(first, steps + 1):
+                state |= {"step": step, "seconds": time.perf_counter() - began}
+                run.heed()
+                if step > first and (step % config.save_every == 0 or step == steps):
+                    save_checkpoint(run, config, adapted, optimizer, state)
+                    saved = step
+                if step == steps:
+                    check_moved(run, model, steps)
+                if step % config.eval_every == 0 or step == steps:
+                    look(run, config, model, adapted, processor, eval_sets, probe, state, steps)
+                if step == steps:
+                    break
+                started = time.perf_counter()
+                line, seen = update(run, config, model, wrapped, optimizer, batches, step, steps)
+                busy, tokens = busy + time.perf_counter() - started, tokens + seen
+                bar.update()
+                if line["step"] % config.log_every == 0 or line["step"] == steps:
+                    line |= differential_line(config, model, line["grad_norm"])
+                    run.track(line["step"], line)
+                    run.log(line | {"tokens_per_second": round(tokens / busy)})
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{tokens / busy:.0f}")
+                    busy, tokens = 0.0, 0
+        except Stopped as stopped:
+            if state["step"] > saved:
+                save_checkpoint(run, config, adapted, optimizer, state)
+            run.leave(stopped, state["step"])
 
-        if done % config.log_every == 0 or done == steps:
-            speed = tokens / (time.perf_counter() - mark)
-            mark, tokens = time.perf_counter(), 0
-            line = {"step": done, "loss": loss, "lr": learning_rate(config, step, steps), "grad_norm": norm}
-            line |= differential_line(config, model, norm)
-            run.log(line | {"tokens_per_second": round(speed)})
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
-            add_scalars(writer, line, done)
-        if done % config.eval_every == 0 and done < steps:
-            scores = evaluate(run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size)
-            log_scores(run, done, scores, diagnostics(model, probe), writer)
-            if headline_rate(scores, eval_sets, config) > best:
-                best = headline_rate(scores, eval_sets, config)
-                keep(run, adapted, run.folder / "best", {"step": done})
-            mark, tokens = time.perf_counter(), 0
-        if done % config.save_every == 0 or done == steps:
-            state = {"optimizer": optimizer.state_dict(), "best": best, "seconds": time.perf_counter() - began}
-            save_checkpoint(run, config, adapted, state, done)
-
-    check_moved(run, model, steps)
-    scores = evaluate(run, config, model, processor, eval_sets)
-    log_scores(run, steps, scores, diagnostics(model, probe), writer)
-    if headline_rate(scores, eval_sets, config) >= best:
-        keep(run, adapted, run.folder / "best", {"step": steps})
+    # --- what is left of it
     save_attention(run, model, processor, eval_sets)
     keep(run, adapted, run.folder / "final", {"step": steps, "seconds": round(time.perf_counter() - began, 1)})
-    if writer:
-        writer.close()
     run.say(*table(run, eval_sets), f"time {time.perf_counter() - began:.0f} s, peak memory {peak_memory(run.device)}")
     run.say(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder / 'final'} --image=...")
-    run.accelerator.end_training()
+    run.finish()
+
+
+def update(run: Run, config, model, wrapped, optimizer, batches, step: int, steps: int) -> tuple[dict, int]:
+    """The update after `step` others: its line of the log, and how many tokens all processes saw."""
+    wrapped.train()
+    lr = learning_rate(config, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    set_progress(model, (step + 1) / steps)
+    micro = [next(batches) for _ in range(config.accumulation)]
+    # dropout's masks follow from seed and step; after the fetch, since a new loader draws from the same generator
+    torch.manual_seed(config.seed * 1_000_003 + step * 1_009 + run.accelerator.process_index)
+    loss, norm = train_step(run, config, wrapped, optimizer, micro, step)
+    seen = sum(int(batch["attention_mask"].sum()) for _, batch in micro) * run.accelerator.num_processes
+    return {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}, seen
+
+
+def look(run: Run, config, model, adapted, processor, eval_sets: dict, probe: dict, state: dict, steps: int):
+    """Evaluate and log: all rows before and after training, two batches of each set in between; the best goes to
+    best/."""
+    step = state["step"]
+    limit = None if step in (0, steps) else 2 * config.eval_batch_size
+    scores = evaluate(run, config, model, processor, eval_sets, limit)
+    log_scores(run, step, scores, diagnostics(model, probe))
+    found = headline_rate(scores, eval_sets, config)
+    if step > 0 and (found > state["best"] or (step == steps and found == state["best"])):
+        state["best"] = found
+        keep(run, adapted, run.folder / "best", {"step": step})
 
 
 def fixed_batch(run: Run, processor, source) -> dict:
     """The first eight prompts of an evaluation set: what the branches' diagnostics are taken on, always."""
     rows = [[(0, i) for i in range(min(8, len(source)))]]
-    ((_, batch),) = loader(source, processor, rows, with_suffix=False)
+    ((_, batch),) = loader(source, processor, rows, with_suffix=False, skip=run.skip)
     return {key: tensor.to(run.device) for key, tensor in batch.items()}
 
 
@@ -224,7 +248,8 @@ def save_attention(run: Run, model, processor, eval_sets: dict):
     tensors = {}
     for name, source in eval_sets.items():
         if run.is_main and getattr(source, "chance", None) and "unseen" not in name:
-            ((_, batch),) = loader(source, processor, [[(0, i) for i in range(min(3, len(source)))]], with_suffix=True)
+            rows = [[(0, i) for i in range(min(3, len(source)))]]
+            ((_, batch),) = loader(source, processor, rows, with_suffix=True, skip=run.skip)
             batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
             tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
     if tensors:
@@ -244,15 +269,6 @@ def differential_line(config, model, norm: float) -> dict:
     return {key: values for key, values in line.items() if values}
 
 
-def add_scalars(writer: SummaryWriter | None, line: dict, step: int, prefix: str = ""):
-    """Every number of a log line, nested ones under their path."""
-    for key, value in line.items():
-        if isinstance(value, dict):
-            add_scalars(writer, value, step, f"{prefix}{key}/")
-        elif writer and isinstance(value, int | float):
-            writer.add_scalar(prefix + key, value, step)
-
-
 def check_moved(run: Run, model, steps: int):
     """Name the differential parameters that training left as they were. Raises UserError if a lambda is among them."""
     trained = {name: p for name, p in differential_parameters(model).items() if p.requires_grad}
@@ -269,11 +285,14 @@ def check_moved(run: Run, model, steps: int):
 
 
 def training_batches(run: Run, config, processor, source, first: int):
-    """Endless (examples, batch on the device): this process's share of every micro-batch, from step `first` on."""
+    """Endless (examples, batch on the device): this process's share of every micro-batch, from step `first` on.
+
+    Without examples the batch is a stand-in, so that this process takes part in the sums: it must weigh nothing.
+    """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     order = batch_order(len(source), config.batch_size, config.seed, start=first * config.accumulation)
-    shares = (keys[rank::world] or keys[:1] for keys in order)
-    for examples, batch in loader(source, processor, shares, with_suffix=True, workers=workers(config, run)):
+    shares = (keys[rank::world] for keys in order)  # of a short last batch some get none: a stand-in then
+    for examples, batch in loader(source, processor, shares, True, workers(config, run), run.skip):
         yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()}
 
 
@@ -288,8 +307,8 @@ def train_step(run: Run, config, wrapped, optimizer, micro: list, step: int) -> 
     Returns that loss and the gradient norm before clipping. Raises UserError when either is not finite.
     """
     world = run.accelerator.num_processes
-    counts = [(batch["labels"] != -100).sum() for _, batch in micro]
-    total = run.accelerator.reduce(sum(counts).float(), "sum")
+    counts = [(batch["labels"] != -100).sum() * bool(examples) for examples, batch in micro]
+    total = run.accelerator.reduce(sum(counts).float(), "sum").clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
     summed = torch.zeros((), device=run.device)
     for i, (_, batch) in enumerate(micro):
@@ -307,13 +326,16 @@ def train_step(run: Run, config, wrapped, optimizer, micro: list, step: int) -> 
     return loss, norm
 
 
-def save_checkpoint(run: Run, config, adapted, state: dict, step: int):
+def save_checkpoint(run: Run, config, adapted, optimizer, state: dict):
     """A whole checkpoint or none; the oldest beyond `keep_checkpoints` go."""
     if run.is_main:
-        with whole_or_nothing(run.folder / "checkpoints" / f"step-{step:06d}") as folder:
-            save_adapter(adapted, folder, run.record | {"step": step})
-            save_state(state, folder / "trainer.pt")
-        for old in sorted((run.folder / "checkpoints").glob("step-*"))[: -config.keep_checkpoints]:
+        newest = run.folder / "checkpoints" / f"step-{state['step']:06d}"
+        with whole_or_nothing(newest) as folder:
+            save_adapter(adapted, folder, run.record | {"step": state["step"]})
+            save_state(state | {"optimizer": optimizer.state_dict()}, folder / "trainer.pt")
+            seal(folder)
+        folders = sorted((run.folder / "checkpoints").glob("step-*"), key=step_of)
+        for old in folders[: folders.index(newest) + 1][: -config.keep_checkpoints]:  # a later one is damaged
             shutil.rmtree(old)
     run.accelerator.wait_for_everyone()
 
@@ -339,7 +361,8 @@ def keep(run: Run, adapted, folder: Path, more: dict):
 def evaluate(run: Run, config, model, processor, eval_sets: dict, limit: int | None = None) -> dict[str, dict]:
     """Exact answers of each set, the first `limit` rows of each or all: {name: {right, n, answers}}.
 
-    Generation is greedy and scored by MMNeedle's strict rule; rows are shared among processes, each answered once.
+    Generation is greedy and scored by MMNeedle's strict rule; rows are shared among processes, each answered once. A
+    row that cannot be used is named and not counted. Raises Stopped.
     """
     model.eval()
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
@@ -350,13 +373,18 @@ def evaluate(run: Run, config, model, processor, eval_sets: dict, limit: int | N
             [(0, i) for i in rows[b : b + config.eval_batch_size]] for b in range(0, len(rows), config.eval_batch_size)
         ]
         answers = []
-        for examples, batch in loader(source, processor, batches, with_suffix=False, workers=workers(config, run)):
+        for examples, batch in loader(source, processor, batches, False, workers(config, run), run.skip):
+            if run.signal or not examples:
+                continue
             batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
             with run.autocast():
                 ids = model.generate(**batch, max_new_tokens=config.max_new_tokens)
             told = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :])
-            answers += [(e.id, e.prefix, e.suffix, text) for e, text in zip(examples, told, strict=True)]
-        answers = gather_object(answers)
+            answers += [(e.index, e.id, e.prefix, e.suffix, text) for e, text in zip(examples, told, strict=True)]
+        run.heed()
+        answers = [answer for _, *answer in sorted(gather_object(answers))]  # as they stand in the set
+        if not answers:
+            raise UserError(f"{name}: none of its rows can be used: look at its pictures")
         right = sum(is_exact(text, suffix) for _, _, suffix, text in answers)
         scores[name] = {"right": right, "n": len(answers), "answers": answers}
     return scores
@@ -376,11 +404,11 @@ def headline_rate(scores: dict[str, dict], eval_sets: dict, config) -> float:
     return found / total
 
 
-def log_scores(run: Run, step: int, scores: dict[str, dict], inside: dict, writer: SummaryWriter | None = None):
-    """Accuracies and diagnostics into metrics.jsonl and TensorBoard, two answers of each set into samples.jsonl."""
+def log_scores(run: Run, step: int, scores: dict[str, dict], inside: dict):
+    """Accuracies and diagnostics into metrics.jsonl and the tracker, two answers of each set into samples.jsonl."""
     line = {"step": step, "eval": {name: [s["right"], s["n"]] for name, s in scores.items()}}
     run.log(line | ({"inside": inside} if inside else {}))
-    add_scalars(writer, {"exact": {name: s["right"] / s["n"] for name, s in scores.items()}, "inside": inside}, step)
+    run.track(step, {"exact": {name: s["right"] / s["n"] for name, s in scores.items()}, "inside": inside})
     for name, score in scores.items():
         for example, prompt, answer, response in score["answers"][:2]:
             line = {"step": step, "set": name, "id": example, "prompt": prompt, "answer": answer, "response": response}
@@ -445,7 +473,8 @@ def describe(run: Run, config, adapted, processor, source, steps: int):
         f"{update} examples an update = {micro} x {world} process(es) x {config.accumulation} accumulated; "
         f"{steps} updates of {len(source)} examples an epoch"
     )
-    examples, batch = next(iter(loader(source, processor, [[(0, 0), (0, 1 % len(source))]], with_suffix=True)))
+    rows = [[(0, 0), (0, 1 % len(source))]]
+    ((examples, batch),) = loader(source, processor, rows, with_suffix=True, skip=run.skip)
     for i, example in enumerate(examples):
         text = processor.decode(batch["input_ids"][i])
         learned = processor.decode([t for t in batch["labels"][i].tolist() if t >= 0], skip_special_tokens=False)
