@@ -252,18 +252,6 @@ def test_the_output_folder_may_be_a_link_but_no_file(config, tmp_path):
         finetune(replace(config, output_dir=str(tmp_path / "file")), "original")
 
 
-def test_two_processes_train_as_one(config, tmp_path):
-    config = replace(config, accumulation=2, lora_dropout=0.0, max_steps=4)
-    finetune(config, "original")
-    together = replace(config, output_dir=str(tmp_path / "together"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "finetune_original.py"]
-    process = script(*launch, *flags(together))
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    assert dict(metrics(together)) == pytest.approx(dict(metrics(config)), abs=1e-5)
-    assert metrics(together, "eval") == metrics(config, "eval")
-
-
 def test_overwrite_never_deletes_what_is_no_run(config, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")

@@ -1,0 +1,133 @@
+"""Several processes give one process's result: rows that do not divide among them, evaluations, faults, two nodes."""
+
+import json
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_training import adapter, flags, metrics, script, wait_for
+
+from data import batch_order
+from finetune_original import Config, finetune
+
+COLOURS = ["red", "green", "blue", "yellow", "white", "black", "orange", "purple", "brown", "grey", "pink", "cyan"]
+
+
+def write_rows(folder: Path, name: str, count: int) -> str:
+    """A jsonl file of so many rows, each with a picture of its own."""
+    for colour in COLOURS[:count]:
+        Image.new("RGB", (8, 8), colour).save(folder / f"{name}-{colour}.png")
+    rows = [
+        {"image": f"{name}-{c}.png", "prefix": "caption en", "suffix": " ".join([c] * n)}
+        for n, c in enumerate(COLOURS, 1)
+    ]
+    (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:count]))
+    return str(folder / f"{name}.jsonl")
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    """9 rows in batches of 4: the last one of an epoch has one row; 5 rows to evaluate on."""
+    return Config(
+        model=str(tiny_model),
+        data=write_rows(tmp_path, "train", 9),
+        eval_data=write_rows(tmp_path, "test", 5),
+        output_dir=str(tmp_path / "alone"),
+        max_steps=4,
+        batch_size=4,
+        accumulation=2,
+        warmup_steps=1,
+        eval_batch_size=2,
+        eval_every=2,
+        max_new_tokens=3,
+        log_every=1,
+        save_every=1,
+    )
+
+
+def launch(config, *arguments: str):
+    return script("-m", "torch.distributed.run", *arguments, "finetune_original.py", *flags(config))
+
+
+def ends_well(*processes):
+    for process in processes:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+
+
+def check_same(found, expected):
+    """Losses to 1e-5, every answer of the evaluations, and the adapters."""
+    assert dict(metrics(found)) == pytest.approx(dict(metrics(expected)), abs=1e-5)
+    assert metrics(found, "eval") == metrics(expected, "eval")
+    answers = [(Path(c.output_dir) / "samples.jsonl").read_text() for c in (found, expected)]
+    assert answers[0] == answers[1] and '"green' in answers[0]
+    for folder in ("final", "best"):
+        weights = adapter(expected, folder)
+        for name, tensor in adapter(found, folder).items():
+            torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    shares = [len(keys[1::2]) for keys, _ in zip(batch_order(9, 4, 0), range(3), strict=False)]
+    assert shares == [2, 2, 0]  # the second process has no row in the last batch
+    finetune(config, "original")
+    together = replace(config, output_dir=str(tmp_path / "together"))
+    ends_well(launch(together, "--standalone", "--nproc-per-node=2"))
+    check_same(together, config)
+    assert metrics(together, "eval")[0][1] == {"test.jsonl": [0, 5]}  # each row once
+    record = json.loads((tmp_path / "together" / "run.json").read_text())
+    assert record["processes"] == 2
+
+
+def test_a_fault_of_one_process_ends_all_with_one_line(config, tmp_path):
+    config = replace(config, data=write_rows(tmp_path, "more", 12), strict_data=True, max_steps=6)
+    second = {index for keys, _ in zip(batch_order(12, 4, 0), range(3), strict=False) for _, index in keys[1::2]}
+    broken = max(second - set(range(8)))  # the first eight are looked at by all
+    (tmp_path / f"more-{COLOURS[broken]}.png").write_bytes(b"no picture")
+    process = launch(config, "--standalone", "--nproc-per-node=2")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = [line for line in err.splitlines() if "error: " in line]  # beside the other's bar
+    assert f"more.jsonl:{broken + 1}" in line
+    assert "in train_step" not in err and "Connection closed" not in err  # torchrun's own report is all that follows
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(config, tmp_path):
+    finetune(config, "original")
+    together = replace(config, output_dir=str(tmp_path / "together"))
+    ends_well(launch(together, "--standalone", "--nproc-per-node=4"))
+    check_same(together, config)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(config, tmp_path):
+    """Two agents that find each other at one address, as on two machines."""
+    finetune(config, "original")
+    together = replace(config, output_dir=str(tmp_path / "together"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    ends_well(*(launch(together, *meet, f"--node-rank={rank}") for rank in range(2)))
+    check_same(together, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_that_are_cut_off_go_on_as_four_or_one(config, tmp_path, number):
+    """Also on another number of processes: the batches are the same."""
+    config = replace(config, max_steps=60)
+    finetune(config, "original")
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    process = launch(cut, "--standalone", "--nproc-per-node=2")
+    wait_for(tmp_path / "cut" / "checkpoints" / "step-000008", process)
+    process.send_signal(number)  # torchrun ends its workers when it goes
+    process.communicate()
+    assert not (tmp_path / "cut" / "final").exists()
+    ends_well(launch(cut, "--standalone", "--nproc-per-node=4"))
+    check_same(cut, config)
