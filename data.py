@@ -267,9 +267,8 @@ def read_hub(name: str, split: str) -> HubRows:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets raises a different class for every way to fail
-        raise UserError(
-            f"data set {name!r}, split {split!r}: {error}: give a parquet data set that you may read"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"data set {name!r}, split {split!r}: {reason}: give a parquet data set to read") from error
     missing = {"image", "question", "multiple_choice_answer"} - set(rows.column_names)
     if missing:
         raise UserError(f"data set {name!r} has no column {sorted(missing)}: it has {sorted(rows.column_names)}")

@@ -1,8 +1,8 @@
 """One training loop for both arms, on Accelerate: the arms differ in the model they hand in and in nothing else.
 
-The state of a run is its adapter, what differential attention added, its optimizer and the number of the step; learning
-rate, data order and dropout follow from the step and the seed, so a run that was cut off continues as if nothing had
-happened.
+The state of a run is its adapter, what differential attention added, its optimizer, the number of the step and the
+best score so far; learning rate, lambda's warm-up, data order and dropout follow from the step and the seed, so a run
+that was cut off continues as if nothing had happened.
 """
 
 import contextlib
@@ -151,10 +151,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     """
     # --- what can be refused is refused before anything is written
     steps = total_steps(config, source)
-    optimizer, state = make_optimizer(config, adapted), {"step": 0, "best": -1.0, "seconds": 0.0}
-    if run.resume is not None:
-        state = read_trainer_state(run.resume)
-        optimizer.load_state_dict(state.pop("optimizer"))
+    optimizer, state = take_up(run, config, adapted)
     wrapped, optimizer = run.accelerator.prepare(adapted, optimizer)
     describe(run, config, adapted, processor, source, steps)
     check_same_data(run, {"train": source, **eval_sets})
@@ -170,9 +167,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     batches = training_batches(run, config, processor, source, first)
     with run.noting_signals(), tqdm(initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"]) as bar:
         try:
-            evaluate(
-                run, config, model, processor, eval_sets, limit=2 * config.eval_batch_size
-            )  # a broken one fails now
+            evaluate(run, config, model, processor, eval_sets, 2 * config.eval_batch_size)  # a broken one fails now
             for step in range(first, steps + 1):
                 state |= {"step": step, "seconds": time.perf_counter() - began}
                 run.heed()
@@ -190,22 +185,29 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
                 busy, tokens = busy + time.perf_counter() - started, tokens + seen
                 bar.update()
                 if line["step"] % config.log_every == 0 or line["step"] == steps:
-                    line |= differential_line(config, model, line["grad_norm"])
-                    run.track(line["step"], line)
-                    run.log(line | {"tokens_per_second": round(tokens / busy)})
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{tokens / busy:.0f}")
+                    log_step(run, config, model, line, tokens / busy, bar)
                     busy, tokens = 0.0, 0
         except Stopped as stopped:
             if state["step"] > saved:
                 save_checkpoint(run, config, adapted, optimizer, state)
             run.leave(stopped, state["step"])
 
-    # --- what is left of it
+    # --- what is left behind
     save_attention(run, model, processor, eval_sets)
     keep(run, adapted, run.folder / "final", {"step": steps, "seconds": round(time.perf_counter() - began, 1)})
     run.say(*table(run, eval_sets), f"time {time.perf_counter() - began:.0f} s, peak memory {peak_memory(run.device)}")
     run.say(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder / 'final'} --image=...")
     run.finish()
+
+
+def take_up(run: Run, config, adapted) -> tuple[torch.optim.Optimizer, dict]:
+    """The optimizer, and the state of the loop: as the checkpoint has them, or new."""
+    optimizer = make_optimizer(config, adapted)
+    if run.resume is None:
+        return optimizer, {"step": 0, "best": -1.0, "seconds": 0.0}
+    state = read_trainer_state(run.resume)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return optimizer, state
 
 
 def update(run: Run, config, model, wrapped, optimizer, batches, step: int, steps: int) -> tuple[dict, int]:
@@ -223,9 +225,16 @@ def update(run: Run, config, model, wrapped, optimizer, batches, step: int, step
     return {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}, seen
 
 
+def log_step(run: Run, config, model, line: dict, speed: float, bar: tqdm):
+    """The line of an update, `speed` in tokens per second, into metrics.jsonl, the tracker and the bar."""
+    line = line | differential_line(config, model, line["grad_norm"])
+    run.track(line["step"], line)
+    run.log(line | {"tokens_per_second": round(speed)})
+    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{speed:.0f}")
+
+
 def look(run: Run, config, model, adapted, processor, eval_sets: dict, probe: dict, state: dict, steps: int):
-    """Evaluate and log: all rows before and after training, two batches of each set in between; the best goes to
-    best/."""
+    """Evaluate and log: all rows before and after training, two batches of each set in between; best/ is kept."""
     step = state["step"]
     limit = None if step in (0, steps) else 2 * config.eval_batch_size
     scores = evaluate(run, config, model, processor, eval_sets, limit)

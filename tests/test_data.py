@@ -1,12 +1,16 @@
 """Data sources: pure functions of (seed, epoch, index), rows checked, answers never in an evaluation's input."""
 
 import json
+import random
+import struct
+import time
+import zlib
 
 import pytest
 import torch
 from PIL import Image
 
-from data import Haystacks, batch_order, loader, make_data, read_hub, read_jsonl, read_vqav2
+from data import Haystacks, batch_order, hold_out, loader, make_data, read_hub, read_jsonl, read_vqav2
 from errors import UserError
 from finetune_original import Config
 from haystack import PicturePool, read_pool
@@ -127,13 +131,136 @@ def test_jsonl_rows_are_read(tmp_path):
         ({"image": "b.png", "prefix": "a", "suffix": "b"}, "does not exist"),
         ({"image": "../a.png", "prefix": "a", "suffix": "b"}, "outside"),
         ({"image": "/etc/hostname", "prefix": "a", "suffix": "b"}, "outside"),
+        ({"image": "out.png", "prefix": "a", "suffix": "b"}, "outside"),
+        ({"image": "away/secret.png", "prefix": "a", "suffix": "b"}, "outside"),
+        ({"image": "a.png\0", "prefix": "a", "suffix": "b"}, "cannot be a path"),
+        ({"image": "a" * 5000, "prefix": "a", "suffix": "b"}, "cannot be a path"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, row, told):
+def test_a_bad_row_is_named_and_left_out_or_refused(tmp_path, row, told):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret.png").touch()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "out.png").symlink_to(tmp_path / "elsewhere" / "secret.png")
+    (folder / "away").symlink_to(tmp_path / "elsewhere")
     good = {"image": "a.png", "prefix": "a", "suffix": "b"}
+    path = write_rows(folder, [good, row, good])
     with pytest.raises(UserError, match=told) as caught:
-        read_jsonl(write_rows(tmp_path, [good, row]))
+        read_jsonl(path)
     assert "rows.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
+    rows = read_jsonl(path, strict=False)
+    assert len(rows) == 2 and rows.skipped == [str(caught.value)] and rows.get(0, 1).id.endswith("rows.jsonl:3")
+
+
+def test_a_file_of_mostly_bad_rows_is_refused(tmp_path):
+    bad = {"image": "gone.png", "prefix": "a", "suffix": "b"}
+    path = write_rows(tmp_path, [bad, {"image": "a.png", "prefix": "a", "suffix": "b"}, bad])
+    with pytest.raises(UserError, match=r"2 of 3 rows are bad, the first: .*rows.jsonl:1"):
+        read_jsonl(path, strict=False)
+
+
+def test_bytes_that_are_no_text_and_separators_inside_strings(tmp_path):
+    """One broken line is one bad row, and U+2028 ends no line of json."""
+    good = json.dumps({"image": "a.png", "prefix": "a\u2028b", "suffix": "b"}, ensure_ascii=False).encode()
+    write_rows(tmp_path, [])
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, b'{"image": "\xff"}', good, b""]))
+    rows = read_jsonl(tmp_path / "rows.jsonl", strict=False)
+    assert [row["prefix"] for row in rows.rows] == ["a\u2028b"] * 2
+    assert len(rows.skipped) == 1 and "rows.jsonl:2: not json" in rows.skipped[0]
+
+
+def test_a_hundred_thousand_rows_with_one_bad_in_a_hundred(tmp_path):
+    good = {"image": "a.png", "prefix": "a", "suffix": "b"}
+    bad = [good | {"image": "gone.png"}, good | {"image": "../a.png"}, {"image": "a.png"}, good | {"suffix": ""}, "{"]
+    rows = [bad[i // 100 % 5] if i % 100 == 0 else good for i in range(100_000)]
+    path = write_rows(tmp_path, rows)
+    began = time.process_time()
+    found = read_jsonl(path, strict=False)
+    assert (len(found), len(found.skipped)) == (99_000, 1_000)
+    assert "rows.jsonl:1:" in found.skipped[0] and "rows.jsonl:99901:" in found.skipped[-1]
+    assert time.process_time() - began < 20  # a second on an idle machine
+
+
+def bomb(path, side=40_000):
+    """A png that says it has 1.6 thousand million pixels."""
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    data = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_pictures_and_bombs_are_left_out_of_a_batch(tmp_path, tiny_model, workers):
+    """Of a batch that lost all its rows, as of an empty one, a stand-in's tensors are left, and no example."""
+    processor = PaliGemmaProcessor.from_pretrained(tiny_model)
+    path = write_rows(tmp_path, [{"image": f"{name}.png", "prefix": "a", "suffix": "b"} for name in "cba"])
+    bomb(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    rows, faults = read_jsonl(path), []
+    batches = [[(0, 0), (0, 2)], [(0, 1)], [], [(0, 2)]]
+    found = list(loader(rows, processor, batches, True, workers, lambda fault: faults.append(str(fault))))
+    assert [[e.index for e in examples] for examples, _ in found] == [[2], [], [], [2]]
+    assert all(torch.equal(found[0][1][key], batch[key]) for _, batch in found for key in batch)
+    assert len(faults) == 2 and "rows.jsonl:1: c.png: broken" in faults[0] and "too large" in faults[1]
+    with pytest.raises(UserError, match=r"rows.jsonl:2: b.png: picture too large"):
+        list(loader(rows, processor, batches[1:], True, workers))
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 3 rows can be used"):
+        list(loader(rows, processor, batches, True, workers, faults.append))
+
+
+# ---- held-out rows
+def vqav2(folder, split="train", pictures=40, questions=3):
+    """A folder in VQAv2's official form, every picture with several questions."""
+    (folder / f"{split}2014").mkdir(parents=True)
+    asked, answered = [], []
+    for picture in range(pictures):
+        file = f"COCO_{split}2014_{picture:012d}.jpg"
+        Image.new("RGB", (9, 5), (picture * 6, 0, 0)).save(folder / f"{split}2014" / file)
+        for n in range(questions):
+            number = picture * 1000 + n
+            asked.append({"image_id": picture, "question": f"What is {n}?", "question_id": number})
+            answers = [{"answer": "red", "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
+            answered.append(
+                {"question_id": number, "image_id": picture, "question_type": "what is", "answers": answers}
+            )
+            answered[-1] |= {"answer_type": "other", "multiple_choice_answer": f"red {n}"}
+    head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": f"{split}2014"}
+    questions_file = folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json"
+    questions_file.write_text(json.dumps(head | {"task_type": "Open-Ended", "questions": asked}))
+    (folder / f"v2_mscoco_{split}2014_annotations.json").write_text(json.dumps(head | {"annotations": answered}))
+    return folder
+
+
+def test_vqav2_holds_out_pictures_and_no_questions_of_the_others(tmp_path):
+    train, sets = make_data(Config(data=f"vqav2:{vqav2(tmp_path)}"))
+    (held,) = sets.values()
+    assert list(sets) == ["held out"] and (len(train), len(held)) == (108, 12)
+    shown = [{source.get(0, i).images[0].tobytes() for i in range(len(source))} for source in (train, held)]
+    assert shown[0].isdisjoint(shown[1]) and len(shown[1]) == 4
+    again = make_data(Config(data=f"vqav2:{tmp_path}"))[0]
+    assert again.indices == train.indices != make_data(Config(data=f"vqav2:{tmp_path}", seed=1))[0].indices
+
+
+def test_rows_that_share_pictures_through_others_stay_together(tmp_path):
+    source = read_jsonl(write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}]))
+    names = [["a"], ["a", "b"], ["b"], ["c"], ["d"], ["c"], ["e"], ["f"], ["g"], ["h"]]
+    source.rows = [{"image": images, "prefix": "", "suffix": ""} for images in names]
+    for seed in range(10):
+        train, held, name = hold_out(source, Config(seed=seed))
+        assert sorted(train + held) == list(range(10)) and name == "held out"
+        assert {n for i in train for n in names[i]}.isdisjoint(n for i in held for n in names[i])
+    source.rows = source.rows[:3]
+    assert hold_out(source, Config())[2] == "held out, pictures shared with training"
+
+
+def test_rows_without_shared_pictures_are_held_out_by_a_seeded_tenth(tmp_path):
+    source = read_jsonl(write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}]))
+    source.rows = [{"image": f"{i}.png", "prefix": "", "suffix": ""} for i in range(40)]
+    order = list(range(40))
+    random.Random("held out/3").shuffle(order)
+    assert hold_out(source, Config(seed=3))[:2] == (order[4:], order[:4])
 
 
 def test_a_broken_picture_is_named(tmp_path):
@@ -163,19 +290,54 @@ def test_workers_change_nothing(tiny_model):
 
 
 def test_vqav2_reads_the_official_files(tmp_path):
-    (tmp_path / "train2014").mkdir()
-    Image.new("RGB", (9, 5), "blue").save(tmp_path / "train2014" / "COCO_train2014_000000000042.jpg")
-    question = {"image_id": 42, "question": "What colour is it?", "question_id": 42000}
-    answer = {"question_id": 42000, "image_id": 42, "multiple_choice_answer": "blue", "answers": []}
-    (tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps({"questions": [question]}))
-    annotations = tmp_path / "v2_mscoco_train2014_annotations.json"
-    annotations.write_text(json.dumps({"annotations": [answer]}))
-    example = read_vqav2(tmp_path, "train").get(0, 0)
-    assert (example.prefix, example.suffix) == ("answer en What colour is it?", "blue")
+    vqav2(tmp_path, pictures=2, questions=2)
+    example = read_vqav2(tmp_path, "train").get(0, 3)
+    assert (example.id, example.prefix, example.suffix) == ("vqav2/train/1001", "answer en What is 1?", "red 1")
     assert example.images[0].size == (9, 5)
-    annotations.write_text(json.dumps({"annotations": []}))
-    with pytest.raises(UserError, match="42000"):
+    annotations = tmp_path / "v2_mscoco_train2014_annotations.json"
+    told = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps(told | {"annotations": told["annotations"][1:]}))
+    with pytest.raises(UserError, match="question 0 has no annotation"):
         read_vqav2(tmp_path, "train")
+    (tmp_path / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
+    with pytest.raises(UserError, match="3 of 4 rows are bad"):
+        read_vqav2(tmp_path, "train", strict=False)
+    annotations.write_text(json.dumps(told))
+    rows = read_vqav2(tmp_path, "train", strict=False)
+    assert len(rows) == len(rows.skipped) == 2 and "COCO_train2014_000000000001.jpg does not exist" in rows.skipped[0]
+
+
+def parquet(folder, pictures=10, **columns):
+    """A hub data set of VQAv2's columns, in parquet."""
+    import datasets
+
+    rows = [
+        {"image_id": p, "question": f"What is {n}?", "multiple_choice_answer": "red"}
+        for p in range(pictures)
+        for n in (0, 1)
+    ]
+    table = {key: [row[key] for row in rows] for key in rows[0]}
+    table["image"] = [Image.new("RGB", (6, 6), (row["image_id"], 0, 0)) for row in rows]
+    folder.mkdir()
+    made = datasets.Dataset.from_dict(table | columns).cast_column("image", datasets.Image())
+    made.to_parquet(folder / "train.parquet")
+    return folder
+
+
+def test_a_parquet_copy_holds_out_pictures_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    train, sets = make_data(Config(data=f"hub:{parquet(tmp_path / 'set')}"))
+    shown = [{s.get(0, i).images[0].tobytes() for i in range(len(s))} for s in (train, *sets.values())]
+    assert [len(s) for s in (train, *sets.values())] == [18, 2] and shown[0].isdisjoint(shown[1])
+    assert train.fingerprint() != make_data(Config(data=f"hub:{tmp_path / 'set'}", seed=1))[0].fingerprint()
+
+
+def test_a_data_set_that_brings_code_is_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="give a parquet data set") as caught:
+        read_hub(str(tmp_path / "set"), "train")
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
 def test_a_parquet_copy_is_read_through_datasets(tmp_path, monkeypatch):
