@@ -178,7 +178,7 @@ def whole_or_nothing(folder):
 def seal(folder: Path):
     """Note the SHA-256 of every file under `folder` in its files.json: neither safetensors nor torch would see a
     flipped bit among weights. The last thing to be written into it."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != SEAL)
     write_json(Path(folder, SEAL), {str(file.relative_to(folder)): _sha256(file) for file in files})
 
 

@@ -122,6 +122,8 @@ class PaliGemmaConfig:
     def from_dict(cls, data: dict) -> "PaliGemmaConfig":
         if data.get("model_type") != "paligemma":
             raise UserError(f"model type {data.get('model_type')!r} is unknown here: config.json must say 'paligemma'")
+        if "auto_map" in data:
+            raise UserError("config.json asks to run code of its own (auto_map): refused, take a model without")
         text, vision = data.get("text_config", {}), data.get("vision_config", {})
         names = ("pad_token_id", "eos_token_id", "bos_token_id")  # version 5 writes them inside text_config
         ids = {name: text.get(name) if data.get(name) is None else data[name] for name in names}

@@ -4,6 +4,7 @@ run.json (every hyperparameter, base model, versions, commit, device), metrics.j
 checkpoints/step-*/, best/, final/, plots/.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from checkpoint import check_seal, hub_revision, read_json, resolve_run, write_j
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
+LOCK = ".lock"
 # a run may continue with these changed: they say how it is watched and fitted into memory, not what it computes
 WATCHING = {
     "output_dir",
@@ -65,6 +67,7 @@ class Run:
     strict: bool = False  # a bad row ends the run
     skipped: set[str] = field(default_factory=set, repr=False)  # rows that could not be used, each named once
     signal: int = 0  # that asked to stop
+    lock: object = None  # held while the main process lives
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +222,7 @@ def start_folder(run: Run, faults: list[str]):
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
+            run.lock = lock(run.folder)
             if run.resume is None:
                 empty_folder(run.folder)
         except OSError as error:
@@ -260,9 +264,23 @@ def start_tracker(run: Run, config):
     run.tracker.start()
 
 
+def lock(folder: Path):
+    """An open file that no other process can lock while this one lives. Raises UserError if one has."""
+    file = open(folder / LOCK, "w")  # noqa: SIM115, closed when the process ends
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{folder}: another process is training into it: let it end, or give another --output_dir"
+        ) from error
+    except OSError:  # some network disks know no locks
+        pass
+    return file
+
+
 def empty_folder(folder: Path):
     """Delete the contents of a run folder, and of no other; the folder itself may be a link or a mount."""
-    entries = list(folder.iterdir())
+    entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
     if entries and not (folder / "run.json").exists():
         raise UserError(f"{folder} holds files that are no run: give another --output_dir")
     for entry in entries:

@@ -109,8 +109,8 @@ def test_a_full_disk_is_one_line(story, act):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tiny_model, tmp_path):
     rng = random.Random(5)
-    kills = [{"folder": "cut", "after": rng.uniform(0.5, 8), "deed": "SIGKILL"} for _ in range(20)]
-    change = dict(max_steps=400, save_every=7, eval_every=20)
+    kills = [{"folder": "cut", "after": rng.uniform(0.3, 4), "deed": "SIGKILL"} for _ in range(20)]
+    change = dict(max_steps=600, save_every=7, eval_every=20)
     whole, *starts, last = run(tmp_path, tiny_model, [{"folder": "whole"}, *kills, {"folder": "cut"}], **change)
     assert whole[0] == last[0] == 0, last[1]
     assert [start[0] for start in starts].count(-9) == 20

@@ -1,21 +1,26 @@
 """The training loop: its arithmetic, its run folder, what it saves, and that nothing is lost when it is cut off."""
 
+import importlib.machinery
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from test_data import parquet, vqav2
 
 import run_folder
 import training
+from checkpoint import resolve_run, seal
 from data import loader, make_data
 from errors import UserError
 from finetune_original import Config, finetune
@@ -219,10 +224,179 @@ def test_a_finished_run_says_so_and_overwrite_starts_anew(config, capsys):
 
 def test_another_configuration_is_refused(config):
     finetune(config, "original")
-    with pytest.raises(UserError, match="lr 0.002 -> 0.1"):
+    with pytest.raises(UserError, match="steps made so far: lr 0.002 -> 0.1"):
         finetune(replace(config, lr=0.1), "original")
     with pytest.raises(UserError, match="arm original -> diff"):
         finetune(config, "diff")
+
+
+def test_what_was_changed_is_said_before_anything_else(config, capsys):
+    """What only watches may change under a run; the rest is refused, each by its reason."""
+    interrupt(config, 4)
+    capsys.readouterr()
+    changed = replace(config, log_every=2, lora_rank=8, batch_size=2, lr=0.1)
+    before = sorted((p, p.stat().st_mtime_ns) for p in Path(config.output_dir).rglob("*"))
+    with pytest.raises(UserError) as caught:
+        finetune(changed, "original")
+    told = str(caught.value)
+    for part in (
+        "order of the data: batch_size 4 -> 2",
+        "shapes of what is saved: lora_rank 16 -> 8",
+        "lr 0.002 -> 0.1",
+    ):
+        assert part in told
+    assert "log_every" not in told and "model" not in capsys.readouterr().out
+    assert sorted((p, p.stat().st_mtime_ns) for p in Path(config.output_dir).rglob("*")) == before
+    finetune(replace(config, gradient_checkpointing=True, eval_batch_size=4, log_every=2), "original")
+    told = capsys.readouterr().out
+    assert "changed since: log_every 1 -> 2" in told and "changed since: gradient_checkpointing False -> True" in told
+    assert [step for step, _ in metrics(config)] == [1, 2, 3, 4, 6]
+
+
+def interrupt(config, step: int, arm="original"):
+    """A run that is asked to stop in the update after `step` others."""
+    real = training.train_step
+
+    def stops(run, *rest):
+        run.signal = signal.SIGTERM if rest[-1] == step - 1 else 0
+        return real(run, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training, "train_step", stops)
+        finetune(config, arm)
+
+
+def test_data_that_changed_under_a_run_is_noticed(config, tmp_path):
+    shutil.copytree(ROOT / "assets" / "sample", tmp_path / "rows")
+    config = replace(config, data=str(tmp_path / "rows" / "rows.jsonl"), batch_size=2)
+    interrupt(config, 3)
+    text = (tmp_path / "rows" / "rows.jsonl").read_text()
+    (tmp_path / "rows" / "rows.jsonl").write_text(text.replace("banana", "orange"))
+    before = metrics(config)
+    with pytest.raises(UserError, match="rows.jsonl has changed since this run began"):
+        finetune(config, "original")
+    (tmp_path / "rows" / "rows.jsonl").write_text(text + "\n\n")
+    finetune(config, "original")
+    assert metrics(config)[: len(before)] == before and len(metrics(config)) == 6
+
+
+def test_bad_rows_are_counted_and_named_or_refused(config, tmp_path, capsys):
+    """One bad when it is read, one when it is opened: training and evaluation go on without them."""
+    shutil.copytree(ROOT / "assets" / "sample", tmp_path / "rows")
+    good = json.loads((tmp_path / "rows" / "rows.jsonl").read_text().splitlines()[0])
+    rows = [good, good | {"suffix": ""}, good | {"image": "broken.png"}, good]
+    (tmp_path / "rows" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "rows" / "some.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = str(tmp_path / "rows" / "some.jsonl")
+    config = replace(config, data=data, eval_data=data, batch_size=1, max_steps=6)
+    with pytest.raises(UserError, match="some.jsonl:2: suffix"):
+        finetune(replace(config, strict_data=True), "original")
+    assert not Path(config.output_dir).exists()
+    finetune(config, "original")
+    told = capsys.readouterr().out
+    assert "1 rows cannot be used" in told and told.count("some.jsonl:3: broken.png: broken picture") == 1
+    named = (Path(config.output_dir) / "skipped.txt").read_text()
+    assert [line.partition("some.jsonl:")[2][0] for line in named.splitlines()] == ["2", "3"]
+    assert metrics(config, "eval")[0][1] == {"some.jsonl": [0, 2]}
+    losses = dict(metrics(config))
+    assert len(losses) == 6 and sum(loss == 0 for loss in losses.values()) == 2  # alone in its batch, it weighs nothing
+
+
+def test_vqav2_from_its_official_files(config, tmp_path):
+    """The path of the documented GPU command, on a data set of the same columns."""
+    vqav2(tmp_path / "vqa", "train", pictures=6)
+    vqav2(tmp_path / "vqa", "val", pictures=2)
+    spec = f"vqav2:{tmp_path / 'vqa'}"
+    config = replace(config, data=spec, eval_data=spec, max_steps=20, lr=1e-2, eval_every=100)
+    finetune(config, "original")
+    losses = [loss for _, loss in metrics(config)]
+    assert losses[-1] < losses[0] - 0.4
+    assert metrics(config, "eval")[-1][1].keys() == {"vqav2-val"}
+    sample = json.loads((Path(config.output_dir) / "samples.jsonl").read_text().splitlines()[0])
+    assert (sample["prompt"], sample["answer"]) == ("answer en What is 0?", "red 0")
+
+
+def test_vqav2_from_a_parquet_copy(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    config = replace(config, data=f"hub:{parquet(tmp_path / 'set')}", max_steps=3)
+    finetune(config, "original")
+    assert len(metrics(config)) == 3 and metrics(config, "eval")[-1][1]["held out"][1] == 2
+
+
+def test_a_model_that_brings_code_is_refused(config, tmp_path):
+    shutil.copytree(config.model, tmp_path / "model")
+    told = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(told | {"auto_map": {"AutoModel": "model.Model"}}))
+    with pytest.raises(UserError, match="code of its own"):
+        finetune(replace(config, model=str(tmp_path / "model")), "original")
+
+
+def test_nothing_here_runs_code_from_a_disk():
+    text = {file.name: file.read_text() for file in ROOT.glob("*.py")}
+    assert not [
+        name for name, code in text.items() if re.search(r"trust_remote_code|pickle\.|(?<![.\w])(eval|exec)\(", code)
+    ]
+    loads = [line for code in text.values() for line in code.splitlines() if "torch.load(" in line]
+    assert loads and all("weights_only=True" in line for line in loads)
+
+
+def test_the_revision_of_a_hub_model_is_noted_and_used(config, tmp_path, monkeypatch):
+    """From a cache with two revisions: the run goes on with, and its folder stands for, the one it began with."""
+    import huggingface_hub
+
+    revisions = {"main": "a" * 40, "later": "b" * 40}
+    for commit in revisions.values():
+        shutil.copytree(config.model, tmp_path / "snapshots" / commit)
+
+    def snapshot(name, revision=None, allow_patterns=None):
+        assert name == "org/name"
+        return str(tmp_path / "snapshots" / revisions.get(revision or "main", revision))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    config = replace(config, model="org/name", max_steps=4)
+    interrupt(config, 3)
+    record = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert (record["base_model"], record["base_revision"]) == ("org/name", "a" * 40)
+    monkeypatch.setitem(revisions, "main", "b" * 40)
+    with pytest.raises(UserError, match=f"base_revision {'a' * 40} -> {'b' * 40}"):
+        finetune(config, "original")
+    monkeypatch.setitem(revisions, "main", "a" * 40)
+    finetune(config, "original")
+    assert resolve_run(config.output_dir)[0] == "org/name@" + "a" * 40
+    shutil.rmtree(tmp_path / "snapshots" / ("b" * 40))
+    monkeypatch.setitem(revisions, "main", "b" * 40)
+    PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
+
+
+# ---- trackers
+def test_tensorboard_has_every_number_of_the_log(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finetune(config, "original")
+    events = EventAccumulator(str(Path(config.output_dir) / "tensorboard"))
+    events.Reload()
+    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(dict(metrics(config)), rel=1e-6)
+    assert [e.step for e in events.Scalars("exact/2x2")] == [0, 4, 6]
+
+
+def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
+    """Told to a stand-in for the package; the run folder holds the same."""
+    with pytest.raises(UserError, match="pip install wandb"):
+        finetune(replace(config, tracker="wandb"), "original")
+    assert not Path(config.output_dir).exists()
+    told = []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    service = types.SimpleNamespace(
+        log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end")
+    )
+    wandb.init = lambda **kwargs: told.append(kwargs) or service
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    finetune(replace(config, tracker="wandb"), "original")
+    start, *lines, end = told
+    assert start["id"] == "run" and start["config"]["max_steps"] == 6 and end == "end"
+    assert [(step, v["loss"]) for step, v in lines if "loss" in v] == metrics(config)
+    assert not (Path(config.output_dir) / "tensorboard").exists()
 
 
 @pytest.mark.parametrize("field", ["eval_every", "log_every", "save_every", "accumulation", "keep_checkpoints"])
@@ -316,12 +490,47 @@ def test_a_damaged_checkpoint_is_passed_over(config, capsys):
     assert metrics(config) == expected
 
 
+@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "trainer.pt", "run.json"])
+def test_one_flipped_bit_is_damage(config, capsys, file):
+    """Neither safetensors nor torch would tell: the weights would be loaded in silence."""
+    finetune(config, "original")
+    expected, weights = metrics(config), adapter(config)
+    folder = Path(config.output_dir)
+    shutil.rmtree(folder / "final")
+    damaged = folder / "checkpoints" / "step-000006" / file
+    data = bytearray(damaged.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    damaged.write_bytes(data)
+    finetune(config, "original")
+    told = capsys.readouterr().out
+    assert f"step-000006/{file}: damaged" in told and "step-000004" in told.partition("continues from")[2]
+    assert metrics(config) == expected and all(torch.equal(weights[n], t) for n, t in adapter(config).items())
+
+
+def test_a_checkpoint_after_a_damaged_one_is_kept(config):
+    """The damaged one has the higher number and must not push the good ones out."""
+    finetune(replace(config, keep_checkpoints=1, save_every=6), "original")
+    folder = Path(config.output_dir)
+    shutil.rmtree(folder / "final")
+    shutil.copytree(folder / "checkpoints" / "step-000006", folder / "checkpoints" / "step-000009")
+    (folder / "checkpoints" / "step-000009" / "trainer.pt").write_bytes(b"rubbish")
+    (folder / "checkpoints" / "step-000006").rename(folder / "checkpoints" / "step-000003")
+    state = torch.load(folder / "checkpoints" / "step-000003" / "trainer.pt", weights_only=True)
+    torch.save(state | {"step": 3}, folder / "checkpoints" / "step-000003" / "trainer.pt")
+    seal(folder / "checkpoints" / "step-000003")
+    finetune(replace(config, keep_checkpoints=1, save_every=5), "original")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000006", "step-000009"]
+
+
 def test_a_killed_process_continues_from_its_last_whole_checkpoint(config, tmp_path):
     config = replace(config, max_steps=40)
     finetune(config, "original")
     killed = replace(config, output_dir=str(tmp_path / "killed"))
     process = script("finetune_original.py", *flags(killed))
     wait_for(tmp_path / "killed" / "checkpoints" / "step-000006", process)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(UserError, match="another process is training into it"):
+        finetune(killed, "original")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed" / "final").exists()
