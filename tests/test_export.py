@@ -1,0 +1,159 @@
+"""What is trained here is used elsewhere: merged folders, their cards, and what would go to the hub."""
+
+import json
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import export
+import finetune_diff
+from data import loader, make_data
+from differential_attention import DifferentialConfig
+from finetune_original import Config, finetune
+from modeling_gemma import PaliGemmaForConditionalGeneration
+from processing_paligemma import PaliGemmaProcessor
+
+SHORT = dict(max_steps=3, batch_size=4, lr=0.02, eval_samples=2, eval_batch_size=4, max_new_tokens=3, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    """A finished run of either arm."""
+    folder = tmp_path_factory.mktemp("runs")
+    finetune(Config(model=str(tiny_model), output_dir=str(folder / "original"), **SHORT), "original")
+    v2 = DifferentialConfig("v2")  # far from standard attention from the first step on
+    diff = finetune_diff.Config(model=str(tiny_model), output_dir=str(folder / "diff"), differential=v2, **SHORT)
+    finetune(diff, "diff", diff.differential)
+    return folder
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+    try:
+        export.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model):
+    source, _ = make_data(Config())
+    ((_, batch),) = loader(source, PaliGemmaProcessor.from_pretrained(tiny_model), [[(0, 0), (0, 1)]], with_suffix=True)
+    return {key: tensor for key, tensor in batch.items() if key != "labels"}
+
+
+def logits(model, batch):
+    return model.eval()(**batch).logits[batch["attention_mask"].bool()].detach()
+
+
+def test_the_standard_arm_is_a_paligemma_of_transformers(runs, batch, tiny_model, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    assert run(monkeypatch, f"--model={runs / 'original'}", f"--output={folder}") == 0
+    expected = logits(PaliGemmaForConditionalGeneration.from_pretrained(runs / "original"), batch)
+    for family in (transformers.PaliGemmaForConditionalGeneration, PaliGemmaForConditionalGeneration):
+        found = logits(family.from_pretrained(folder), batch)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    untuned = logits(PaliGemmaForConditionalGeneration.from_pretrained(tiny_model), batch)
+    assert (untuned - expected).abs().max() > 1e-2  # it learned something that could get lost
+
+
+@pytest.mark.parametrize("part", ["", "best", "checkpoints/step-000003"])
+def test_the_differential_arm_stands_alone(runs, batch, tiny_model, tmp_path, monkeypatch, part):
+    """Weights, differential attention and processor are in the folder, and nothing in it points back."""
+    folder = tmp_path / "out"
+    assert run(monkeypatch, f"--model={runs / 'diff' / part}", f"--output={folder}") == 0
+    expected = logits(PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff" / part), batch)
+    torch.testing.assert_close(
+        logits(PaliGemmaForConditionalGeneration.from_pretrained(folder), batch), expected, atol=1e-5, rtol=0
+    )
+    (folder / "differential.safetensors").rename(tmp_path / "aside")
+    assert (logits(PaliGemmaForConditionalGeneration.from_pretrained(folder), batch) - expected).abs().max() > 1e-3
+    here = str(tiny_model.parent)
+    assert not [file for file in folder.iterdir() if here in file.read_bytes().decode("latin-1")]
+    ours, theirs = (PaliGemmaProcessor.from_pretrained(place) for place in (folder, tiny_model))
+    assert ours.encode("answer en where is tent?") == theirs.encode("answer en where is tent?")
+    assert (ours.image_size, ours.resample) == (theirs.image_size, theirs.resample)
+    assert {"config.json", "model.safetensors", "README.md"} < {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("arm", ["original", "diff"])
+def test_the_card_says_what_it_is(runs, tmp_path, monkeypatch, arm):
+    folder = tmp_path / f"my-{arm}"
+    assert run(monkeypatch, f"--model={runs / arm}", f"--output={folder}", "--license=mit") == 0
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and card.data.pipeline_tag == "image-text-to-text"
+    assert ("differential-attention" in card.data.tags) == (arm == "diff")
+    log = [json.loads(line) for line in (runs / arm / "metrics.jsonl").read_text().splitlines()]
+    found = {result.dataset_config: result.metric_value for result in card.data.eval_results}
+    expected = [line["eval"] for line in log if "eval" in line][-1]
+    assert found == {rows: 100 * right / n for rows, (right, n) in expected.items()}
+    for part in (f"arm `{arm}`, step 3", "| lr | `0.02` |", "| seed | `0` |", "torch 2", "differential.safetensors"):
+        assert (part in card.text) == (part != "differential.safetensors" or arm == "diff")
+
+
+def test_the_base_model_s_name_and_licence_are_metadata():
+    config = export.Config(model="", output="out")
+    record = {"arm": "original", "base_model": "google/paligemma-3b-pt-224", "base_revision": "a" * 40}
+    text = export.card(config, record | {"config": {"data": "hub:org/set"}, "step": 1}, {}, None)
+    data = huggingface_hub.ModelCard(text).data
+    assert (data.base_model, data.license, data.datasets) == ("google/paligemma-3b-pt-224", "gemma", ["org/set"])
+    assert "google/paligemma-3b-pt-224@" + "a" * 40 in text
+    assert export.known_license("assets/paligemma-nano") == "apache-2.0" and export.known_license("/x") is None
+
+
+def test_bfloat16_halves_the_folder(runs, batch, tmp_path, monkeypatch):
+    for dtype in ("float32", "bfloat16"):
+        assert run(monkeypatch, f"--model={runs / 'diff'}", f"--output={tmp_path / dtype}", f"--dtype={dtype}") == 0
+    whole, half = ((tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("float32", "bfloat16"))
+    assert 0.49 < half / whole < 0.52
+    added = [load_file(tmp_path / dtype / "differential.safetensors") for dtype in ("float32", "bfloat16")]
+    assert all(torch.equal(added[0][key], added[1][key]) for key in added[0])
+
+
+class Hub:
+    """Stands in for HfApi and notes what is asked of it."""
+
+    asked: list = []
+    fault = None
+
+    def create_repo(self, name, **kwargs):
+        if self.fault:
+            raise self.fault
+        self.asked.append((name, kwargs))
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.asked.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
+
+
+def test_push_to_hub(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    arguments = [f"--model={runs / 'diff'}", f"--output={tmp_path / 'out'}", "--push_to_hub=me/mine"]
+    monkeypatch.setattr(Hub, "fault", OSError("no\ntoken"))
+    assert run(monkeypatch, *arguments) == 2
+    assert "--push_to_hub=me/mine: no token: run `hf auth login`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # refused before the work
+    monkeypatch.setattr(Hub, "fault", None)
+    assert run(monkeypatch, *arguments) == 0
+    (created, kwargs), (uploaded, files) = Hub.asked
+    assert created == uploaded == "me/mine" and kwargs == {"private": True, "exist_ok": True}
+    assert {"README.md", "config.json", "differential.safetensors", "model.safetensors", "tokenizer.json"} <= set(files)
+
+
+def test_what_a_user_gets_wrong(runs, tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    for model, output, told in (
+        (tiny_model, tmp_path / "out", "no run"),
+        (runs / "diff", tmp_path / "mine", "is there already"),
+        (tmp_path / "gone", tmp_path / "out", "gone"),
+    ):
+        assert run(monkeypatch, f"--model={model}", f"--output={output}") == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and told in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists() and (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
