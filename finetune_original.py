@@ -15,7 +15,7 @@ import tyro
 
 import plots
 import training
-from checkpoint import resolve_run
+from checkpoint import resolve_run, writing
 from data import make_data
 from differential_attention import differential_config
 from errors import UserError, one_line_errors
@@ -33,7 +33,9 @@ class Config:
     lora_dropout: float = 0.0  # share of LoRA inputs dropped in training
     # linear layers of the language model that get LoRA
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; adapters are float32 always
+    # of the frozen base; adapters are float32 always; nf4: 4-bit (QLoRA), on a CUDA card, with bitsandbytes installed
+    dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
+    shard: bool = False  # FSDP2: torchrun's processes share the frozen layers' weights out among them
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
     # --- data
     data: str = "haystack"  # haystack, a .jsonl file, vqav2:FOLDER, or hub:NAME
@@ -77,9 +79,13 @@ def finetune(config: Config, arm: str, differential=None):
     # --- the frozen base, and LoRA in its language model
     processor = PaliGemmaProcessor.from_pretrained(config.model)
     base, _ = resolve_run(config.model)  # an adapter is put in below
-    model = PaliGemmaForConditionalGeneration.from_pretrained(base, run.dtype, run.device, differential)
+    quantized = config.dtype == "nf4"
+    home = "cpu" if quantized else run.device
+    model = PaliGemmaForConditionalGeneration.from_pretrained(base, run.dtype, home, differential)
     if differential is None and differential_config(model) is not None:
         raise UserError(f"{config.model} holds differential attention: train it with finetune_diff.py")
+    if quantized:
+        model = training.quantize(model, run.device)
     adapted = training.add_lora(run, config, model)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
 
@@ -92,7 +98,8 @@ def finetune(config: Config, arm: str, differential=None):
     else:
         training.train(run, config, model, adapted, processor, source, eval_sets)
         if run.is_main:
-            plots.draw_run(run.folder)
+            with writing(run.folder / "plots"):
+                plots.draw_run(run.folder)
 
 
 @one_line_errors

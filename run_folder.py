@@ -37,6 +37,7 @@ WATCHING = {
     "keep_checkpoints",
     "workers",
     "gradient_checkpointing",
+    "shard",
     "strict_data",
     "tracker",
 }
@@ -289,6 +290,10 @@ def empty_folder(folder: Path):
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """bfloat16 where the card has it, else float32; never float16, in which Gemma overflows."""
+    if wanted == "nf4":
+        if device.type != "cuda":
+            raise UserError("--dtype=nf4: 4-bit weights need a CUDA card: use float32 or bfloat16 here")
+        return torch.bfloat16, "4-bit weights compute in it"
     if wanted != "auto":
         return getattr(torch, wanted), "the configuration says so"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):

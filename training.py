@@ -17,6 +17,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import (
@@ -29,6 +32,7 @@ from checkpoint import (
     stored_differential,
     whole_or_nothing,
     write_json,
+    writing,
 )
 from data import batch_order, loader
 from diagnostics import answer_attention, diagnostics, lambda_values, select_heads
@@ -93,6 +97,58 @@ def new_lora(config, model):
         raise UserError(f"lora_targets {config.lora_targets} do not fit the language model: {reason}") from error
 
 
+def quantize(model, device: torch.device):
+    """QLoRA (arXiv 2305.14314): the language model's frozen linears as 4-bit NF4 with doubly quantised scales, which
+    compute in bfloat16; embedding, head, vision tower and what differential attention added stay as they are.
+
+    `model` is on the CPU and goes to `device` piece by piece; returns it. Raises UserError without bitsandbytes.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise UserError("--dtype=nf4: bitsandbytes is not installed: pip install bitsandbytes") from error
+    for layer in model.model.language_model.layers:
+        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]:
+            small = Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            layer.set_submodule(name, small.to(device))  # quantised on the way
+    model.is_loaded_in_4bit = True  # so peft knows
+    return model.to(device)
+
+
+def shard(run: Run, model, adapted):
+    """FSDP2: each process keeps its share of the frozen layers' weights and gathers a layer when it acts.
+
+    What trains is small: it stays whole on each process and goes the way of DDP, as without shares. Accelerate's own
+    FSDP would cut it too, and does not run on a CPU.
+    """
+    whole = {p for n, p in adapted.named_parameters() if p.requires_grad or ".differential." in n}
+    if run.accelerator.num_processes == 1:
+        raise UserError("--shard=True: one process has no one to share with: start several with torchrun")
+    mesh = init_device_mesh(run.device.type, (run.accelerator.num_processes,))
+    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    frozen = [name for name, p in adapted.named_parameters() if not p.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, frozen)
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Whole layers on every process while each works at its own pace: outside, they gather in step."""
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+
+
 def make_optimizer(config, adapted) -> torch.optim.AdamW:
     """AdamW; what differential attention added takes no weight decay, which would move it without a gradient."""
     differential = differential_config(adapted)
@@ -152,6 +208,8 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     # --- what can be refused is refused before anything is written
     steps = total_steps(config, source)
     optimizer, state = take_up(run, config, adapted)
+    if config.shard:
+        shard(run, model, adapted)
     wrapped, optimizer = run.accelerator.prepare(adapted, optimizer)
     describe(run, config, adapted, processor, source, steps)
     check_same_data(run, {"train": source, **eval_sets})
@@ -255,14 +313,16 @@ def fixed_batch(run: Run, processor, source) -> dict:
 def save_attention(run: Run, model, processor, eval_sets: dict):
     """What answers pay to picture patches, for three needles of each size of grid, into attention.safetensors."""
     tensors = {}
-    for name, source in eval_sets.items():
-        if run.is_main and getattr(source, "chance", None) and "unseen" not in name:
-            rows = [[(0, i) for i in range(min(3, len(source)))]]
-            ((_, batch),) = loader(source, processor, rows, with_suffix=True, skip=run.skip)
-            batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
-            tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
+    with gathered(model):
+        for name, source in eval_sets.items():
+            if run.is_main and getattr(source, "chance", None) and "unseen" not in name:
+                rows = [[(0, i) for i in range(min(3, len(source)))]]
+                ((_, batch),) = loader(source, processor, rows, with_suffix=True, skip=run.skip)
+                batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
+                tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
     if tensors:
-        safetensors.torch.save_file(tensors, run.folder / "attention.safetensors")
+        with writing(run.folder / "attention.safetensors"):
+            safetensors.torch.save_file(tensors, run.folder / "attention.safetensors")
 
 
 def differential_line(config, model, norm: float) -> dict:
@@ -370,33 +430,35 @@ def keep(run: Run, adapted, folder: Path, more: dict):
 def evaluate(run: Run, config, model, processor, eval_sets: dict, limit: int | None = None) -> dict[str, dict]:
     """Exact answers of each set, the first `limit` rows of each or all: {name: {right, n, answers}}.
 
-    Generation is greedy and scored by MMNeedle's strict rule; rows are shared among processes, each answered once. A
-    row that cannot be used is named and not counted. Raises Stopped.
+    Generation is greedy and scored by MMNeedle's strict rule. A row that cannot be used is named and not counted.
+    Raises Stopped.
     """
     model.eval()
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
     scores = {}
     for name, source in eval_sets.items():
-        rows = range(len(source))[:limit][rank::world]
-        batches = [
-            [(0, i) for i in rows[b : b + config.eval_batch_size]] for b in range(0, len(rows), config.eval_batch_size)
-        ]
-        answers = []
-        for examples, batch in loader(source, processor, batches, False, workers(config, run), run.skip):
-            if run.signal or not examples:
-                continue
-            batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
-            with run.autocast():
-                ids = model.generate(**batch, max_new_tokens=config.max_new_tokens)
-            told = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :])
-            answers += [(e.index, e.id, e.prefix, e.suffix, text) for e, text in zip(examples, told, strict=True)]
-        run.heed()
-        answers = [answer for _, *answer in sorted(gather_object(answers))]  # as they stand in the set
+        answers = answer_rows(run, config, model, processor, source, range(len(source))[:limit])
         if not answers:
             raise UserError(f"{name}: none of its rows can be used: look at its pictures")
         right = sum(is_exact(text, suffix) for _, _, suffix, text in answers)
         scores[name] = {"right": right, "n": len(answers), "answers": answers}
     return scores
+
+
+def answer_rows(run: Run, config, model, processor, source, rows: range) -> list[list[str]]:
+    """[id, prompt, answer, response] of every row, each answered by one of the processes, in the order of the rows."""
+    rows, size = rows[run.accelerator.process_index :: run.accelerator.num_processes], config.eval_batch_size
+    batches = [[(0, i) for i in rows[start : start + size]] for start in range(0, len(rows), size)]
+    answers = []
+    with gathered(model), run.autocast():
+        for examples, batch in loader(source, processor, batches, False, workers(config, run), run.skip):
+            if run.signal or not examples:
+                continue
+            batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
+            ids = model.generate(**batch, max_new_tokens=config.max_new_tokens)
+            told = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :])
+            answers += [(e.index, e.id, e.prefix, e.suffix, text) for e, text in zip(examples, told, strict=True)]
+    run.heed()
+    return [answer for _, *answer in sorted(gather_object(answers))]
 
 
 def headline_rate(scores: dict[str, dict], eval_sets: dict, config) -> float:

@@ -10,9 +10,12 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_training import adapter, flags, metrics, script, wait_for
 
 from data import batch_order
+from differential_attention import DifferentialConfig
+from errors import UserError
 from finetune_original import Config, finetune
 
 COLOURS = ["red", "green", "blue", "yellow", "white", "black", "orange", "purple", "brown", "grey", "pink", "cyan"]
@@ -50,8 +53,8 @@ def config(tiny_model, tmp_path):
     )
 
 
-def launch(config, *arguments: str):
-    return script("-m", "torch.distributed.run", *arguments, "finetune_original.py", *flags(config))
+def launch(config, *arguments: str, scriptname="finetune_original.py"):
+    return script("-m", "torch.distributed.run", *arguments, scriptname, *flags(config))
 
 
 def ends_well(*processes):
@@ -95,6 +98,19 @@ def test_a_fault_of_one_process_ends_all_with_one_line(config, tmp_path):
     (line,) = [line for line in err.splitlines() if "error: " in line]  # beside the other's bar
     assert f"more.jsonl:{broken + 1}" in line
     assert "in train_step" not in err and "Connection closed" not in err  # torchrun's own report is all that follows
+
+
+def test_shards_of_the_frozen_layers_train_as_the_whole(config, tmp_path):
+    """FSDP2 on two processes, with recomputed layers, in the differential arm; what is saved is whole."""
+    finetune(config, "diff", DifferentialConfig().resolve())
+    sharded = replace(config, output_dir=str(tmp_path / "sharded"), shard=True, gradient_checkpointing=True)
+    ends_well(launch(sharded, "--standalone", "--nproc-per-node=2", scriptname="finetune_diff.py"))
+    check_same(sharded, config)
+    added, expected = (load_file(Path(c.output_dir) / "final" / "differential.safetensors") for c in (sharded, config))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(added[name], tensor, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="--shard=True.*torchrun"):
+        finetune(replace(config, output_dir=str(tmp_path / "one"), shard=True), "original")
 
 
 @pytest.mark.slow

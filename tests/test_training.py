@@ -101,6 +101,32 @@ def test_accumulation_keeps_the_token_mean_exact(config):
         torch.testing.assert_close(grad, grads_again[name], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"batch_size": 2, "accumulation": 2}])
+def test_recomputing_and_accumulating_save_memory_and_change_no_result(config, tmp_path, change):
+    """Losses, adapters and answers are those of the plain run; a backward pass keeps fewer bytes."""
+
+    def peak_kept(config) -> int:
+        run, _, adapted, processor = parts(config)
+        source, _ = make_data(config)
+        _, batch = next(training.training_batches(run, config, processor, source, 0))
+        adapted.base_model.model.gradient_checkpointing_enable(config.gradient_checkpointing)
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+            adapted.train()(**batch)
+        return sum(t.nbytes for t in kept.values())
+
+    config = replace(config, max_steps=3)
+    changed = replace(config, output_dir=str(tmp_path / "changed"), **change)
+    assert peak_kept(changed) < 0.8 * peak_kept(config)
+    finetune(config, "original")
+    finetune(changed, "original")
+    assert dict(metrics(changed)) == pytest.approx(dict(metrics(config)), abs=1e-5)
+    assert metrics(changed, "eval") == metrics(config, "eval")
+    expected = adapter(config)
+    for name, tensor in adapter(changed).items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=1e-4)
+
+
 def test_the_learning_rate_warms_up_from_above_zero_and_ends_at_zero():
     config = Config(lr=1.0, warmup_steps=4)
     rates = [training.learning_rate(config, step, 20) for step in range(21)]
@@ -128,6 +154,58 @@ def test_a_non_finite_loss_stops_with_step_and_rows(config):
     with pytest.raises(UserError, match="step 8.*train/0/0/3"):
         training.train_step(run, config, adapted, optimizer, batch, step=7)
     assert all(torch.equal(before[n], p) for n, p in adapted.named_parameters() if p.requires_grad)
+
+
+# ---- 4-bit bases
+def small_linear(told: list):
+    """A stand-in for bitsandbytes' layer, which notes how it was made."""
+
+    class Linear4bit(torch.nn.Linear):
+        def __init__(self, *shape, **kwargs):
+            told.append(kwargs)
+            super().__init__(*shape, bias=kwargs["bias"])
+
+    return Linear4bit
+
+
+def test_a_4_bit_base_computes_in_bfloat16(config, monkeypatch):
+    """The name of the compute type is easily misspelt, and swallowed: then all is computed in float32."""
+    with pytest.raises(UserError, match="--dtype=nf4: 4-bit weights need a CUDA card"):
+        finetune(replace(config, dtype="nf4"), "original")
+    assert run_folder.choose_dtype("nf4", torch.device("cuda"))[0] == torch.bfloat16
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, torch.bfloat16)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        training.quantize(model, torch.device("cpu"))
+    told = []
+    stand_in = types.ModuleType("bitsandbytes.nn")
+    stand_in.Linear4bit, stand_in.Params4bit = (
+        small_linear(told),
+        lambda data, **kwargs: torch.nn.Parameter(data, False),
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", stand_in)
+    training.quantize(model, torch.device("cpu"))
+    assert told == [{"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}] * 14
+
+
+def test_a_4_bit_base_trains(config):
+    """With bitsandbytes itself, which has kernels for the CPU too."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run = run_folder.open_run(config, "original")
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, torch.bfloat16)
+    training.quantize(model, torch.device("cpu"))
+    small = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(small) == 14 and all(m.compute_dtype == torch.bfloat16 for m in small)
+    assert all(m.weight.quant_type == "nf4" and m.weight.quant_state is not None for m in small)
+    adapted = training.add_lora(run, config, model)
+    source, _ = make_data(config)
+    processor = PaliGemmaProcessor.from_pretrained(config.model)
+    batch = list(loader(source, processor, [[(0, i) for i in range(4)]], with_suffix=True))
+    optimizer = training.make_optimizer(replace(config, lr=0.01), adapted)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [training.train_step(run, config, adapted, optimizer, batch, step)[0] for step in range(15)]
+    assert losses[-1] < losses[0] - 0.2
 
 
 # ---- adapters
