@@ -99,7 +99,7 @@ class Run:
                 self.tracker.log(flat_numbers(values), step=step)
 
     def skip(self, fault: UserError):
-        """Name a row that cannot be used, on the terminal and in skipped.txt, and go on without it; or raise it."""
+        """Name a row that cannot be used, on the terminal and in skipped.log, and go on without it; or raise it."""
         if self.strict:
             raise fault
         if str(fault) not in self.skipped:
@@ -107,7 +107,7 @@ class Run:
             tqdm.write(f"skipped: {fault}")
             if not self.folder.is_dir():  # it is made when nothing can be refused any more
                 return
-            with writing(self.folder), open(self.folder / "skipped.txt", "a", encoding="utf-8") as log:
+            with writing(self.folder), open(self.folder / "skipped.log", "a", encoding="utf-8") as log:
                 log.write(f"{fault}\n")  # by the process that met it
 
     def heed(self):
@@ -218,7 +218,7 @@ def check_numbers(config):
 def start_folder(run: Run, faults: list[str]):
     """Make the run folder or take up an interrupted one; called when all that can be refused has been read.
 
-    `faults`: what is wrong with the rows that were left out, all noted in skipped.txt.
+    `faults`: what is wrong with the rows that were left out, all noted in skipped.log.
     """
     if run.is_main:
         try:
@@ -240,8 +240,8 @@ def start_folder(run: Run, faults: list[str]):
 
 
 def note_skipped(run: Run, faults: list[str]):
-    """Count the rows that were left out and name the first; skipped.txt names all, also those met before a kill."""
-    faults, file = list(dict.fromkeys(faults)), run.folder / "skipped.txt"
+    """Count the rows that were left out and name the first; skipped.log names all, also those met before a kill."""
+    faults, file = list(dict.fromkeys(faults)), run.folder / "skipped.log"
     if faults:
         run.say(f"{len(faults)} rows cannot be used and are left out, all named in {file}:", *faults[:3])
     earlier = file.read_text(encoding="utf-8").splitlines() if file.exists() else []

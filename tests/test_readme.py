@@ -1,11 +1,14 @@
 """The README's commands run as they stand, made short by flags."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import tyro
 
 from differential_attention import PRESETS
 
@@ -22,9 +25,10 @@ def commands() -> list[str]:
 def test_every_command_runs(tmp_path):
     ran = []
     for command in commands():
-        if "google/" in command or "benchmarks/" in command:  # needs a licence, a download and a GPU; takes minutes
+        if any(part in command for part in ("google/", "benchmarks/", "$")):  # a licence and a GPU; minutes; a loop
             continue
         words = command.split("#")[0].replace("runs/", f"{tmp_path}/").replace("boxes.png", f"{tmp_path}/boxes.png")
+        words = words.replace("exported/", f"{tmp_path}/exported/")
         arguments = [sys.executable, *re.findall(r'(?:[^\s"]|"[^"]*")+', words)[1:]]
         arguments = [a.replace('"', "") for a in arguments]
         if arguments[1].startswith("finetune"):
@@ -39,8 +43,40 @@ def test_every_command_runs(tmp_path):
         )
         assert told.returncode == 0, f"{command}: {told.stderr}"
         ran.append(arguments[1])
-    assert {"finetune_original.py", "finetune_diff.py", "generate.py", "plots.py"} <= set(ran)
+    assert {"finetune_original.py", "finetune_diff.py", "generate.py", "plots.py", "export.py"} <= set(ran)
     assert (tmp_path / "boxes.png").stat().st_size > 1000
+
+
+def test_flags_of_the_commands_that_need_a_gpu_or_several_processes_are_known():
+    lines = [
+        line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.replace("\\\n", " ").splitlines()
+    ]
+    found = [match for line in lines if (match := re.search(r"(finetune_\w+)\.py (--.*)", line)) and "$" not in line]
+    assert len([match for match in found if "google/" in match[0]]) == 5
+    for script, flags in (match.groups() for match in found):
+        made = tyro.cli(
+            importlib.import_module(script).Config,
+            args=flags.partition("#")[0].split(),
+            config=(tyro.conf.FlagConversionOff,),
+            use_underscores=True,
+        )
+        assert made.lr > 0
+
+
+def test_the_sweep_starts_every_seed_of_either_arm_once(tmp_path):
+    """The loop as it stands, `python` noting what it is asked for."""
+    (block,) = [block for block in re.findall(r"```\n(.*?)```", README, re.S) if "for seed in" in block]
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", block], check=True, env=environment, cwd=tmp_path)
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    configs = [
+        tyro.cli(importlib.import_module(script.removesuffix(".py")).Config, args=flags, use_underscores=True)
+        for script, *flags in asked
+    ]
+    assert [config.seed for config in configs] == [0, 0, 1, 1, 2, 2]
+    assert len({config.output_dir for config in configs}) == 6
 
 
 def test_the_files_it_names_exist():
