@@ -178,15 +178,16 @@ def open_run(config, arm: str) -> Run | None:
     }
     folder = Path(config.output_dir or f"runs/{arm}_seed{config.seed}")
     run = Run(folder, accelerator, dtype, record, strict=config.strict_data)
+    finished = False
     if not config.eval_only and not config.overwrite and (run.folder / "run.json").exists():
         check_same_config(run)
         finished = (run.folder / "final").exists()
         run.resume = None if finished else newest_checkpoint(run)
-        if len(set(gather_object([(finished, str(run.resume))]))) > 1:
-            raise UserError(f"{run.folder}: not the same on every node: give an --output_dir on a disk that all share")
-        if finished:
-            run.say(f"{run.folder} is finished: use {run.folder / 'final'}, or start anew with --overwrite=True")
-            return None
+    if len(set(gather_object([(finished, str(run.resume))]))) > 1:
+        raise UserError(f"{run.folder}: not the same on every node: give an --output_dir on a disk that all share")
+    if finished:
+        run.say(f"{run.folder} is finished: use {run.folder / 'final'}, or start anew with --overwrite=True")
+        return None
     run.say(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
     run.say(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {why}")
     return run
@@ -211,6 +212,8 @@ def check_numbers(config):
             raise UserError(f"--{name}={getattr(config, name)}: must be at least 1")
     if config.clip <= 0 or config.lr <= 0:
         raise UserError(f"--clip={config.clip} --lr={config.lr}: must be above 0")
+    if config.shard and config.dtype == "nf4":
+        raise UserError("--shard=True --dtype=nf4: layers in 4 bits are not cut: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
 

@@ -451,7 +451,9 @@ def answer_rows(run: Run, config, model, processor, source, rows: range) -> list
     answers = []
     with gathered(model), run.autocast():
         for examples, batch in loader(source, processor, batches, False, workers(config, run), run.skip):
-            if run.signal or not examples:
+            if run.signal:
+                break
+            if not examples:
                 continue
             batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
             ids = model.generate(**batch, max_new_tokens=config.max_new_tokens)
