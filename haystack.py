@@ -1,11 +1,10 @@
-"""Needle in a haystack: picture pools, stitched grids, prompts, scores and intervals.
+"""Needle in a haystack: picture pools, stitched grids, questions and scores.
 
 The task is MMNeedle's (Wang et al., arXiv 2406.11230): M stitched pictures of N x N cells, a caption, and the question
 which cell it describes. "index, row, column" count from 1; "-1" says that no cell does.
 """
 
 import io
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +114,26 @@ class PicturePool:
         return self._drawn[index, side]
 
 
+# ---- questions
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark. `images` are paths of picture files, in prompt order; `truth` as the benchmark
+    writes it, json-able; `setting` names what is scored apart; `told` goes into the answer file as it is.
+
+    Its answer is one json object a line: {"id", "setting", "prompt", "response", "ground_truth", "images", "seconds",
+    **told}. `response` is None where a picture or the row was broken ("error" says why): wrong, and in every
+    denominator. All scores are computed from such rows alone.
+    """
+
+    id: str
+    setting: str
+    images: tuple[str, ...]
+    prompt: str
+    truth: object
+    max_new_tokens: int
+    told: dict
+
+
 # ---- scores
 def normalise(response: str) -> str:
     """MMNeedle's normalisation: newlines deleted, blanks and full stops stripped."""
@@ -124,14 +143,3 @@ def normalise(response: str) -> str:
 def is_exact(response: str, answer: str) -> bool:
     """MMNeedle's strict exact match for one needle; a negative's answer is "-1". Other answers go by the same rule."""
     return normalise(response) == normalise(answer)
-
-
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a rate, 95 % by default (Wilson 1927); (0, 1) for no sample."""
-    if not total:
-        return 0.0, 1.0
-    rate = right / total
-    centre = rate + z * z / (2 * total)
-    spread = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    low, high = ((centre + side) / (1 + z * z / total) for side in (-spread, spread))
-    return max(0.0, min(low, rate)), min(1.0, max(high, rate))  # rounding must not leave the rate outside

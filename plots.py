@@ -20,7 +20,8 @@ from matplotlib.patches import Rectangle
 from checkpoint import read_json
 from data import make_data
 from errors import UserError, one_line_errors
-from haystack import normalise, wilson
+from haystack import normalise
+from intervals import wilson
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
