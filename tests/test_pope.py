@@ -82,7 +82,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="random.json: holds no question"):
         read_pope(tmp_path, "x", splits=["random"])
     packed = gzip.compress(b"{}" * 100)
-    for broken in (b"plain", packed[:-9], packed[:12] + b"\xff\xff" + packed[14:]):
+    for broken in (b"plain", packed[:-9], packed[:10] + b"\xff" + packed[11:]):
         (tmp_path / "coco_pope_popular.json.gz").write_bytes(broken)
         with pytest.raises(UserError, match="popular.json.gz: cannot be read"):
             read_pope(tmp_path, "x", splits=["popular"])
