@@ -58,9 +58,7 @@ def _files(path: Path, tasks: tuple[str, ...]) -> dict[str, Path]:
         return {task: path / f"{task}.jsonl" for task in tasks}
     named = [task for task in tasks if path.name.startswith(task)]
     if not named:
-        raise UserError(
-            f"{path}: its name starts with none of the tasks {', '.join(tasks)}: rename it or give its task"
-        )
+        raise UserError(f"{path}: its name starts with no task of {', '.join(tasks)}: rename it or give its task")
     return {named[0]: path}
 
 
@@ -195,12 +193,10 @@ CONTRACTED = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-CONTRACTIONS = (
-    {  # a form that lacks one apostrophe gets it back
-        word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
-    }
-    | {"somebody'd": "somebodyd"}
-)  # the one that the official table has the wrong way round
+CONTRACTIONS = {  # a form that lacks one apostrophe gets it back
+    word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
+}
+CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the wrong way round
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
@@ -396,15 +392,9 @@ def _mini_row(task: str, number: int, seed: int, studio: _Studio) -> dict:
     depths = sorted((number % DEPTH_BINS + rng.random()) / DEPTH_BINS for _ in needles)
     if task == "counting-image":
         depths[0] = 0.0  # the pattern to count opens the document
-    placed = [(depth, *needle) for depth, needle in zip(depths, needles, strict=True)]
-    more = size - sum(picture is not None for _, picture in needles)
-    placed += [(rng.random(), MARK, studio.show(caption)) for caption in captions[6:][:more]]
-    sentences = _sentences(rng, captions[6:])
-    placed += [(i / len(sentences), sentence, None) for i, sentence in enumerate(sentences)]
-    placed.sort(key=lambda piece: piece[0])
-    context = "\n".join(text for _, text, _ in placed)
-    images = [picture for _, _, picture in placed if picture]
-    depths = depths[1:] if task == "counting-image" else depths
+    context, images = _document(rng, list(zip(depths, needles, strict=True)), captions[6:], studio, size)
+    if task == "counting-image":
+        del depths[0]  # and is not to be found
     text_length, image_length = len(context.replace(MARK, "").split()), PICTURE_TOKENS * len(images)
     meta = {
         "placed_depth": depths if len(depths) > 1 else depths[0],
@@ -427,6 +417,20 @@ def _mini_row(task: str, number: int, seed: int, studio: _Studio) -> dict:
     }
 
 
+def _document(rng, placed: list[tuple], captions: list[str], studio: _Studio, size: int) -> tuple[str, list[str]]:
+    """Text and pictures of a document that holds (depth, (text, picture)) pieces among sentences and other pictures."""
+    sentences = _sentences(rng, captions)
+    more = size - sum(picture is not None for _, (_, picture) in placed)
+    pieces = [
+        *placed,
+        *((rng.random(), (MARK, studio.show(caption))) for caption in captions[:more]),
+        *((i / len(sentences), (sentence, None)) for i, sentence in enumerate(sentences)),
+    ]
+    pieces.sort(key=lambda piece: piece[0])
+    texts, pictures = zip(*(piece for _, piece in pieces), strict=True)
+    return "\n".join(texts), [picture for picture in pictures if picture]
+
+
 def _sentences(rng: random.Random, captions: list[str]) -> list[str]:
     sentences, words = [], 0
     while words < WORDS:
@@ -438,20 +442,14 @@ def _sentences(rng: random.Random, captions: list[str]) -> list[str]:
 # A maker returns the needles in order as (text, None) or (MARK, picture), the question, the answer, and its choices.
 def _retrieval_text(rng, captions, studio, size):
     person, thing = captions[:2]
-    return (
-        [(f"The secret word of the {person} is {thing}.", None)],
-        f"What is the secret word of the {person}?",
-        thing,
-        {},
-    )
+    needle = f"The secret word of the {person} is {thing}."
+    return [(needle, None)], f"What is the secret word of the {person}?", thing, {}
 
 
 def _counting_text(rng, captions, studio, size):
     counts = rng.sample(range(2, 10), 3)
     needles = [(f"That day the keeper saw the {captions[0]} {count} times.", None) for count in counts]
-    question = (
-        f"How many times did the keeper see the {captions[0]} each day? Give a list in the order of the text: [4, 2]"
-    )
+    question = f"How many times did the keeper see the {captions[0]} each day? Give a list in the text's order: [4, 2]"
     return needles, question, counts, {}
 
 

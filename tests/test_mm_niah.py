@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from errors import UserError
 from haystack import read_pool
@@ -139,7 +139,7 @@ def test_other_faults_are_named(tmp_path):
         read_mm_niah(tmp_path / "nowhere", "x")
     with pytest.raises(UserError, match="no task 'needles'"):
         read_mm_niah(tmp_path, "x", ["needles"])
-    with pytest.raises(UserError, match="mine.jsonl: its name starts with none of the tasks"):
+    with pytest.raises(UserError, match="mine.jsonl: its name starts with no task of"):
         read_mm_niah(write(tmp_path / "mine.jsonl", ROW), "x")
     with pytest.raises(UserError, match="mm-niah/retrieval-text/3 stands there more than once"):
         read_mm_niah(write(tmp_path / "retrieval-text.jsonl", ROW, ROW), "x")
@@ -173,6 +173,7 @@ def test_the_official_rule(truth, response, score):
         ("0.5 m. of it...", "0.5 m of it"),
         ("dont couldntve couldn'tve wouldnt", "don't couldntve couldn't've wouldn't"),
         ("somebody'd", "somebodyd"),
+        ("x" + "." * 40, "x" + "." * 8),  # no more than 32 full stops go
         ("An A the Twenty seventeen", "20 17"),
     ],
 )
@@ -248,8 +249,11 @@ def test_soft_scores_and_no_rows():
     assert counted["mean"]["rate"] == counted["cells"][0][0]["rate"] == 0.5
     assert score_mm_niah([]) == {"tasks": {}, "overall": None}
     assert mm_niah_table(score_mm_niah([]))
-    with pytest.raises(UserError, match="pope/random/1: no answer to an MM-NIAH question"):
-        score_mm_niah([{"id": "pope/random/1", "setting": "random", "response": "yes", "ground_truth": "yes"}])
+    row = answer("retrieval-text", "oak")
+    lacking = [{k: row[k] for k in row if k != name} for name in ("context_length", "placed_depth")]
+    for other in (row | {"setting": "random"}, *lacking):
+        with pytest.raises(UserError, match="mm-niah/retrieval-text/7: no answer to an MM-NIAH question"):
+            score_mm_niah([other])
 
 
 def test_the_table():
@@ -336,6 +340,10 @@ def test_the_needles_are_where_and_what_the_rows_say(mini):
                 assert [p in row["images_list"] for p in meta["choices_image_path"]].index(True) == row["answer"]
             if task == "counting-image":
                 assert row["images_list"][0] == meta["needles"][0] and len(row["answer"]) == meta["num_images"] - 1
+                assert row["context"].startswith("<image>\n")
+            if task == "reasoning-text":
+                assert f"The {row['answer']} is taller than" in row["context"]
+                assert f"than the {row['answer']}." not in row["context"]
 
 
 def test_counted_patterns_can_be_counted_again(mini):
@@ -351,6 +359,14 @@ def test_counted_patterns_can_be_counted_again(mini):
             assert sum(picture.crop(cell).tobytes() == small for cell in cells) == count
             checked += count
     assert checked > 20
+
+
+def test_a_thing_moves_where_the_answer_says(mini):
+    for line in (mini / "reasoning-image.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        pictures = [open_image(mini / "images" / name) for name in row["meta"]["needles"]]
+        left = [ImageChops.invert(picture).getbbox()[0] for picture in pictures]  # of all that is not white
+        assert row["meta"]["choices"][row["answer"]] == ("to the right" if left[0] < left[1] else "to the left")
 
 
 POOL = {picture.caption: picture for picture in read_pool(splits=("train",))}
