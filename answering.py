@@ -8,7 +8,7 @@ run that was cut off, or several processes, give the answers of one run.
 import json
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -42,16 +42,24 @@ class Answerer:
 
 
 # ---- the plan
-def check_budget(questions: list[Question], processor: PaliGemmaProcessor, limit: int):
-    """Raise UserError, with the numbers, when the longest question does not fit the model's `limit` positions."""
-    longest = max(questions, key=lambda q: len(q.images) * processor.num_image_tokens + q.max_new_tokens)
-    pictures, tokens = len(longest.images), processor.num_image_tokens
-    if pictures * tokens + longest.max_new_tokens >= limit:
-        raise UserError(
-            f"{longest.setting}: {pictures} pictures of {tokens} tokens ({processor.image_size} px) and "
-            f"{longest.max_new_tokens} to answer need {pictures * tokens + longest.max_new_tokens} positions and more, "
-            f"the model has {limit:,}: take fewer pictures or a model of lower resolution"
-        )
+def mark_too_long(questions: list[Question], processor: PaliGemmaProcessor, limit: int) -> list[Question]:
+    """The questions, those that with their longest answer do not fit `limit` positions marked as broken."""
+    marked = []
+    for question in questions:
+        try:
+            prompt = processor.encode(question.prompt, None, len(question.images))[0]
+        except UserError:  # named when its turn comes
+            prompt = []
+        need = len(prompt) + question.max_new_tokens
+        if need > limit:
+            fault = (
+                f"{len(question.images)} pictures of {processor.num_image_tokens:,} tokens ({processor.image_size} px),"
+                f" text and {question.max_new_tokens} to answer need {need:,} positions, the model has {limit:,}: take "
+                "fewer pictures or a model of lower resolution"
+            )
+            question = replace(question, told={**question.told, "error": fault})
+        marked.append(question)
+    return marked
 
 
 def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
@@ -91,7 +99,9 @@ def answer(answerer: Answerer, questions: list[Question], file: Path, judge) -> 
     "error" and response None. Raises UserError when `file` holds answers to other questions.
     """
     main = answerer.accelerator.is_main_process
-    rows = read_answers(file, questions, mend=main)
+    with answerer.accelerator.main_process_first():
+        rows = read_answers(file, questions, mend=main)
+    answerer.accelerator.wait_for_everyone()  # all plan from the same file, before anybody writes
     batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
     broken = [row_of(q, None, 0.0) for q in questions if "error" in q.told and q.id not in rows]
     log = Log(file, rows, len(questions), judge) if main else None

@@ -15,9 +15,10 @@ Which benchmark ran stands in every file: `mmneedle` is arXiv 2406.11230 (and ot
 import glob
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,14 +30,14 @@ import mm_niah
 import plots
 import pope
 import scoring
-from answering import Answerer, answer, check_budget, encode_pictures
-from checkpoint import locate, read_json, resolve_run, write_json
+from answering import Answerer, answer, encode_pictures, mark_too_long
+from checkpoint import locate, read_json, resolve_run, whole_or_nothing, write_json
 from diagnostics import answer_attention, needle_share
 from errors import UserError, one_line_errors
 from haystack import PicturePool, Question, read_pictures, read_pool
 from intervals import mean_over_seeds, paired_over_seeds
 from mmneedle import build, cache_folder, candidates, read_questions, settings, write_responses
-from modeling_gemma import PaliGemmaForConditionalGeneration
+from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor, open_image
 from run_folder import choose_dtype, device_name, git_commit, make_accelerator, portable_path, versions
 
@@ -76,6 +77,8 @@ class Config:
 def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
     """The questions of a benchmark, in their own order. Raises UserError when its files are missing or empty."""
     if config.benchmark == "pope":
+        if config.data == "haystack" or not config.pictures:
+            raise UserError("POPE needs --data, the folder of its files, and --pictures, that of COCO val2014")
         questions = pope.read_pope(config.data, config.pictures, prefix=config.prefix, limit=config.samples or None)
     elif config.benchmark == "mm-niah":
         questions = mm_niah_questions(config, accelerator)
@@ -92,6 +95,7 @@ def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
         ]
     if not questions:
         raise UserError(f"{config.data}: holds no question for these settings")
+    check_pictures(config, questions)
     return questions
 
 
@@ -116,13 +120,28 @@ def mmneedle_folder(config: Config, asked: list) -> Path:
 
 
 def mm_niah_questions(config: Config, accelerator: Accelerator) -> list[Question]:
+    """The benchmark's questions, or with --data=haystack those of a small generated set."""
     if config.data != "haystack":
-        return mm_niah.read_mm_niah(config.data, config.pictures or config.data, limit=config.samples or None)
-    folder = Path("runs/haystacks/mm-niah-mini")
-    with accelerator.main_process_first():
-        if not folder.exists():
-            mm_niah.make_mini_set(folder, read_pool(splits=("test_style",)), config.seed, config.samples or 20)
-    return mm_niah.read_mm_niah(folder, folder)
+        questions = mm_niah.read_mm_niah(config.data, config.pictures or config.data, limit=config.samples or None)
+    else:
+        pictures, rows = read_pool(splits=("test_style",)), config.samples or 15
+        folder = cache_folder(Path("runs/haystacks"), "mm-niah-mini", pictures, config.seed, rows)
+        with accelerator.main_process_first():
+            if not folder.exists():
+                with whole_or_nothing(folder) as new:
+                    mm_niah.make_mini_set(new, pictures, config.seed, rows)
+        questions = mm_niah.read_mm_niah(folder, folder / "images")
+    return [replace(q, prompt=config.prefix + mm_niah.flatten_prompt(q.prompt)) for q in questions]
+
+
+def check_pictures(config: Config, questions: list[Question]):
+    """Raise UserError when there is none of the pictures at all; single ones that lack are told with their answers."""
+    paths = {path for question in questions for path in question.images}
+    if paths and not any(Path(path).is_file() for path in paths):
+        raise UserError(
+            f"{min(paths)}: none of {len(paths):,} pictures is there: "
+            + ("give their folder by --pictures" if config.benchmark != "mmneedle" else "complete the data folder")
+        )
 
 
 # ---- a model's answers
@@ -130,22 +149,48 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     """Answer `questions` with the model `name`; the folder of its eval.json, answers.jsonl and scores.json."""
     folder = output_folder(config, name)
     dtype, _ = choose_dtype(config.dtype, accelerator.device)
+    processor = PaliGemmaProcessor.from_pretrained(name)
+    limit = PaliGemmaConfig.from_pretrained(name).text_config.max_position_embeddings
+    questions = fitting(config, questions, processor, limit)
     record = record_of(config, accelerator, name, dtype, len(questions))
     if accelerator.is_main_process:
         open_folder(folder, record, config.overwrite)
+        print(describe(config, record, processor, questions), flush=True)
     accelerator.wait_for_everyone()
-    processor = PaliGemmaProcessor.from_pretrained(name)
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, dtype, accelerator.device)
-    check_budget(questions, processor, model.config.text_config.max_position_embeddings)
     answerer = Answerer(model, processor, accelerator, dtype, config.batch_size, config.workers)
     if config.benchmark == "mmneedle" and config.protocol == "rank":
         answerer.candidates = {str(s): candidates(s) for s in settings(config.images, config.grids, config.needles)}
     answer(answerer, questions, folder / "answers.jsonl", BENCHMARKS[config.benchmark].judge)
     if accelerator.is_main_process and config.attention and config.benchmark == "mmneedle":
-        shares = attention_on_needles(answerer, questions, config.attention)
-        write_json(folder / "attention.json", shares)
+        write_json(folder / "attention.json", attention_on_needles(answerer, questions, config.attention))
     accelerator.wait_for_everyone()
     return folder
+
+
+def fitting(config: Config, questions: list[Question], processor: PaliGemmaProcessor, limit: int) -> list[Question]:
+    """Questions that do not fit the model are refused; MM-NIAH's, of up to 72k tokens, count as wrong."""
+    marked = mark_too_long(questions, processor, limit)
+    long = [new for new, old in zip(marked, questions, strict=True) if new is not old]
+    if long and config.benchmark != "mm-niah":
+        raise UserError(f"{long[0].id} and {len(long) - 1:,} other questions do not fit: {long[0].told['error']}")
+    return marked
+
+
+def describe(config: Config, record: dict, processor: PaliGemmaProcessor, questions: list[Question]) -> str:
+    """What runs, in one paragraph, with the first prompt."""
+    told = (
+        f"{record['model']}: benchmark {config.benchmark}, {len(questions):,} questions, {record['decoding']} answers, "
+        f"{processor.image_size} px in {processor.num_image_tokens:,} tokens a picture, {record['dtype']} on "
+        f"{record['device']}, weights {record['weights']}\nfirst prompt: {questions[0].prompt[:300]!r}"
+    )
+    if config.benchmark == "mmneedle":
+        patches = math.isqrt(processor.num_image_tokens)
+        cells = ", ".join(f"{n}x{n}: {processor.image_size // n} px, {patches / n:g} patches" for n in config.grids)
+        told = f"{told}\nprotocol {config.protocol}; a cell's side: {cells}"
+        if max(config.images) > 1:
+            told += "\nseveral pictures a prompt: the base models saw one, so this is outside their pre-training"
+    return told
 
 
 def output_folder(config: Config, name: str) -> Path:
@@ -309,6 +354,8 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
         plots.draw_haystacks(scores, folder / "plots")
     else:
         scores = BENCHMARKS[record["benchmark"]].score(rows)
+    if record["benchmark"] == "mm-niah":
+        write_mm_niah_outputs(rows, folder / "response", slug(record["model"]))
     attention = read_json(folder / "attention.json") if (folder / "attention.json").exists() else None
     broken = [f"{row['id']}: {row['error']}" for row in rows if "error" in row]
     write_json(
@@ -316,6 +363,15 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
         told | {"broken": broken, "scores": scores} | ({"attention on the needle": attention} if attention else {}),
     )
     return record, scores | ({"attention": attention} if attention else {})
+
+
+def write_mm_niah_outputs(rows: list[dict], folder: Path, model: str):
+    """One file a task, as the benchmark's own scorer reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in dict.fromkeys(row["setting"] for row in rows):
+        lines = mm_niah.output_rows(row for row in rows if row["setting"] == task)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / mm_niah.output_name(model, task, "val")).write_text(text, encoding="utf-8")
 
 
 def report(folders: list[Path], skip_none: bool) -> list[str]:
@@ -331,6 +387,8 @@ def report(folders: list[Path], skip_none: bool) -> list[str]:
         by_name = {slug(record["model"]): scores for record, scores in scored}
         plots.draw_side_by_side(by_name, folders[-1] / "plots" / "accuracy.png")
         return [*lines, *scoring.table(by_name)]
+    if benchmark == "mm-niah" and config["data"] == "haystack":
+        lines[0] += ": a small generated set in its schema, no score of the benchmark"
     for record, scores in scored:
         lines += [f"\n{record['model']}", *BENCHMARKS[benchmark].table(scores)]
     return lines

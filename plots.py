@@ -37,8 +37,9 @@ STYLE = {
     "grid.alpha": 0.3,
     "font.size": 9,
 }
-NEEDLE_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
-NEEDLE_COLOURS.set_bad("0.85")
+NEEDLE_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
+    "needle", ["#F0496E", "#EBB839", "#0CD79F"], bad="0.85"
+)
 COLOURS = ["#1f5aa6", "#d1495b", "#2e8b57", "#8a5fb0", "#c77d1a", "#4a4a4a"]
 
 
@@ -268,7 +269,7 @@ def draw_depths(found: dict[str, dict], path: Path):
 
 def heat_map(panel, rates: torch.Tensor):
     """Rates [rows, columns] in the benchmark's colours from 0 to 1, numbers in the cells, grey where there is none."""
-    image = panel.imshow(rates, cmap=NEEDLE_COLOURS, vmin=0, vmax=1, aspect="auto")
+    image = panel.imshow(rates.numpy(), cmap=NEEDLE_COLOURS, vmin=0, vmax=1, aspect="auto")
     size = 10 if max(rates.shape) <= 4 else 7
     for (row, column), value in zip(np.ndindex(*rates.shape), rates.flatten().tolist(), strict=True):
         told = "-" if math.isnan(value) else f"{100 * value:.0f}"
