@@ -202,6 +202,18 @@ def test_mm_niah_on_the_generated_set(tiny_model, folder, capsys):
     assert len(list((folder / "out" / "response").glob("*_*-val.jsonl"))) == 6
 
 
+def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
+    """What was built for the embedded pictures has the release's files: given as --data it is the same benchmark."""
+    flags = (f"--model={tiny_model}", "--samples=5", "--grids=2", "--protocol=official")
+    evaluate(*flags, "--output_dir=built")
+    release = next((folder / "runs" / "haystacks").iterdir())
+    shutil.move(release, folder / "release")
+    out = evaluate(*flags, "--data=release", "--output_dir=read", capsys=capsys)
+    told = [[(r["id"], r["response"], r["ground_truth"]) for r in rows_of(folder / name)] for name in ("built", "read")]
+    assert told[0] == told[1] and "data release" in out
+    assert rows_of(folder / "read")[0]["images"][0].startswith("release/images_stitched/2_2/")
+
+
 # ---- continuing, processes
 NANO = [sys.executable, str(ROOT / "eval_mmnih.py"), "--samples=24", "--grids=2", "--batch_size=4"]
 
