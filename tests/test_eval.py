@@ -100,7 +100,9 @@ def test_every_protocol(tiny_model, folder, capsys, protocol, count, prompt):
 
 def test_several_pictures_and_needles(tiny_model, folder, capsys):
     flags = ("--images", "1", "3", "--grids", "2", "--needles", "1", "2", "--samples=4")
-    out = evaluate(f"--model={tiny_model}", *flags, "--output_dir=out", capsys=capsys)
+    out = evaluate(f"--model={tiny_model}", *flags, "--attention=2", "--output_dir=out", capsys=capsys)
+    told = read_json(folder / "out" / "attention.json")
+    assert set(told) == {"1x2x2", "3x2x2"} and told["3x2x2"]["even"] == 1 / 12 and told["3x2x2"]["n"] == 2
     assert "several pictures a prompt: the base models saw one" in out and "individual exact" in out
     scores = read_json(folder / "out" / "scores.json")["scores"]
     assert list(scores) == ["1x2x2", "1x2x2 K=2", "3x2x2", "3x2x2 K=2"]
