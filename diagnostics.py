@@ -4,6 +4,7 @@ Shapes: B batch, L sequence, S keys, H heads. Maps come from the explicit refere
 its output and nothing else.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -118,6 +119,19 @@ def answer_attention(model: nn.Module, batch: dict) -> Tensor:
         for handle in handles:
             handle.remove()
     return torch.stack(found)
+
+
+def needle_share(paid: Tensor, place: tuple[int, int, int], images: int, grid: int) -> Tensor:
+    """The needle's share of what is paid to the patches of all pictures: [..., M N] -> [...].
+
+    `place` is (picture, row, column) from 0, N patches of each of M = `images` pictures lie row by row; a patch counts
+    to the cell that holds its centre. Shares are of absolute values: a differential map has negative entries.
+    """
+    maps = paid.unflatten(-1, (images, -1)).abs()
+    side = math.isqrt(maps.shape[-1])
+    cell = ((torch.arange(side, device=paid.device) + 0.5) * grid / side).long()
+    inside = (cell[:, None] == place[1]) & (cell[None, :] == place[2])
+    return maps[..., place[0], :][..., inside.flatten()].sum(-1) / maps.sum((-1, -2))
 
 
 def acting_map(attend: nn.Module, x: Tensor, rotary, mask) -> Tensor:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HTTPError
 from checkpoint import is_hub_id, locate, read_json, resolve_run, whole_or_nothing
 from differential_attention import differential_config
 from errors import UserError, one_line_errors
-from haystack import wilson
+from intervals import wilson
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from run_folder import comparable
 

@@ -1,11 +1,11 @@
-"""Needle in a haystack: picture pools, stitched grids, prompts, scores and intervals.
+"""Needle in a haystack: captioned pictures, stitched grids, questions, and when an answer is exact.
 
 The task is MMNeedle's (Wang et al., arXiv 2406.11230): M stitched pictures of N x N cells, a caption, and the question
 which cell it describes. "index, row, column" count from 1; "-1" says that no cell does.
 """
 
-import io
-import math
+import hashlib
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +13,35 @@ from pathlib import Path
 import pyarrow.parquet
 from PIL import Image
 
+from checkpoint import read_json
 from errors import UserError
+from processing_paligemma import open_image
 
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One captioned picture of a pool; `concept` names what several styles draw."""
+    """One captioned picture of a pool; `concept` names what several styles draw. `data`: its bytes, or its file."""
 
-    data: bytes
+    data: bytes | Path
     caption: str
     concept: str
     style: str
     split: str
 
     def open(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.data)).convert("RGBA")
+        """RGBA where there is something to see through, else RGB. Raises UserError for a broken file."""
+        picture = open_image(self.data, name=f"{self.style}/{self.concept}" if isinstance(self.data, bytes) else None)
+        return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+
+    def fingerprint(self) -> bytes:
+        """Changes with the picture or its caption; of a file size and time stand for the contents."""
+        told = self.data
+        if isinstance(told, Path):
+            stat = told.stat()
+            told = f"{told.name} {stat.st_size} {stat.st_mtime_ns}".encode()
+        return hashlib.sha256(told).digest() + self.caption.encode()
 
 
 def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) -> list[Picture]:
@@ -40,6 +52,51 @@ def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) ->
         raise UserError(f"{path}: not a readable picture pool ({error}); see assets/haystack-pool/README.md") from error
     pictures = [Picture(*row.values()) for row in table.to_pylist()]
     return [p for p in pictures if splits is None or p.split in splits]
+
+
+def read_pictures(source: str | Path) -> list[Picture]:
+    """Captioned pictures of a jsonl file of {image, caption}, paths relative to it, or of a folder: sorted by path.
+
+    A folder holds captions.json, {file name: caption}, or beside every picture its caption, cat.txt beside cat.jpg.
+    Captions of two pictures may be equal: they then are two drawings of one thing. Raises UserError for the first
+    picture or caption that is missing. A caption's split, "train" or, for a fifth of them, "test", follows from its
+    text alone: training and evaluation never share one, and a larger folder moves none.
+    """
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    captions = _captions_in(source)
+    if not captions:
+        raise UserError(f"{source}: no captioned picture: give captions.json, a .txt beside each picture, or a .jsonl")
+    pictures = []
+    for name, caption in sorted(captions.items()):
+        if not (folder / name).is_file():
+            raise UserError(f"{source}: picture {folder / name} does not exist: mend its caption's entry")
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(f"{source}: picture {name} has no caption: write one or remove it")
+        split = "test" if hashlib.sha256(caption.strip().encode()).digest()[0] < 51 else "train"
+        pictures.append(Picture(folder / name, caption.strip(), name, source.stem, split))
+    return pictures
+
+
+def _captions_in(source: Path) -> dict[str, str]:
+    if source.is_dir():
+        if (source / "captions.json").is_file():
+            return read_json(source / "captions.json")
+        files = [file for file in source.rglob("*") if file.suffix.lower() in Image.registered_extensions()]
+        texts = {str(file.relative_to(source)): file.with_suffix(".txt") for file in files}
+        return {name: text.read_text(encoding="utf-8") for name, text in texts.items() if text.is_file()}
+    captions = {}
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: cannot be read ({error}): give a folder or a jsonl file of pictures") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            captions[row["image"]] = row["caption"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{source}:{number}: not a json object of image and caption: mend the line") from error
+    return captions
 
 
 # ---- haystacks
@@ -66,7 +123,7 @@ def needle_prompt(caption: str) -> str:
 
 
 class PicturePool:
-    """Captioned pictures, drawn into cells of one size once and kept."""
+    """Captioned pictures, drawn into cells of one size once and kept, the newest 4,096 of them."""
 
     def __init__(self, pictures: list[Picture]):
         self.pictures = pictures
@@ -95,24 +152,53 @@ class PicturePool:
         return Haystack(shape, needle, inside[place] if positive else outside)
 
     def stitch(self, key: str, cells: tuple[tuple[int, ...], ...], cell: int) -> Image.Image:
-        """One grid as an RGB picture, `cell` pixels a cell, row-major, each drawing on a plain colour of its own."""
+        """One grid as an RGB picture, `cell` pixels a cell, row-major.
+
+        A picture that can be seen through stands on a plain colour of its cell's own, any other fills its cell without
+        regard to its aspect, as MMNeedle's do.
+        """
         rng = random.Random(key)
         grid = len(cells)
         picture = Image.new("RGB", (grid * cell, grid * cell))
-        side = cell * 7 // 8
         for row, indices in enumerate(cells):
             for col, index in enumerate(indices):
                 x, y = col * cell, row * cell
                 least = rng.choice((0, 178))  # any colour or a light one
                 picture.paste(tuple(rng.randint(least, 255) for _ in range(3)), (x, y, x + cell, y + cell))
-                drawing = self.drawing(index, side)
-                picture.paste(drawing, (x + (cell - side) // 2, y + (cell - side) // 2), drawing)
+                drawing = self.drawing(index, cell)
+                margin = (cell - drawing.width) // 2
+                picture.paste(drawing, (x + margin, y + margin), drawing if drawing.mode == "RGBA" else None)
         return picture
 
-    def drawing(self, index: int, side: int) -> Image.Image:
-        if (index, side) not in self._drawn:
-            self._drawn[index, side] = self.pictures[index].open().resize((side, side), Image.Resampling.LANCZOS)
-        return self._drawn[index, side]
+    def drawing(self, index: int, cell: int) -> Image.Image:
+        """What stands in a cell: RGB of its size, or RGBA with a margin left."""
+        if (index, cell) not in self._drawn:
+            if len(self._drawn) >= 4096:
+                self._drawn.pop(next(iter(self._drawn)))
+            picture = self.pictures[index].open()
+            side = cell * 7 // 8 if picture.mode == "RGBA" else cell
+            self._drawn[index, cell] = picture.resize((side, side), Image.Resampling.LANCZOS)
+        return self._drawn[index, cell]
+
+
+# ---- questions
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark. `images` are paths of picture files, in prompt order; `truth` as the benchmark
+    writes it, json-able; `setting` names what is scored apart; `told` goes into the answer file as it is.
+
+    Its answer is one json object a line: {"id", "setting", "prompt", "response", "ground_truth", "images", "seconds",
+    **told}. `response` is None where a picture or the row was broken ("error" says why): wrong, and in every
+    denominator. All scores are computed from such rows alone.
+    """
+
+    id: str
+    setting: str
+    images: tuple[str, ...]
+    prompt: str
+    truth: object
+    max_new_tokens: int
+    told: dict
 
 
 # ---- scores
@@ -124,14 +210,3 @@ def normalise(response: str) -> str:
 def is_exact(response: str, answer: str) -> bool:
     """MMNeedle's strict exact match for one needle; a negative's answer is "-1". Other answers go by the same rule."""
     return normalise(response) == normalise(answer)
-
-
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a rate, 95 % by default (Wilson 1927); (0, 1) for no sample."""
-    if not total:
-        return 0.0, 1.0
-    rate = right / total
-    centre = rate + z * z / (2 * total)
-    spread = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    low, high = ((centre + side) / (1 + z * z / total) for side in (-spread, spread))
-    return max(0.0, min(low, rate)), min(1.0, max(high, rate))  # rounding must not leave the rate outside

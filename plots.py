@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -19,8 +20,10 @@ from matplotlib.patches import Rectangle
 
 from checkpoint import read_json
 from data import make_data
+from diagnostics import needle_share
 from errors import UserError, one_line_errors
-from haystack import normalise, wilson
+from haystack import normalise
+from intervals import wilson
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
@@ -34,6 +37,9 @@ STYLE = {
     "grid.alpha": 0.3,
     "font.size": 9,
 }
+NEEDLE_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
+    "needle", ["#F0496E", "#EBB839", "#0CD79F"], bad="0.85"
+)
 COLOURS = ["#1f5aa6", "#d1495b", "#2e8b57", "#8a5fb0", "#c77d1a", "#4a4a4a"]
 
 
@@ -41,7 +47,7 @@ def read_lines(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give a run folder") from error
+        raise UserError(f"{path}: cannot be read ({error}): give a folder that a script here wrote") from error
 
 
 def draw_run(folder: str | Path):
@@ -186,10 +192,10 @@ def draw_attention(runs: list[Path], path: Path, token: int = 0):
             outline(panel, example.suffix, sets[name].cell, "#35d04b")
     for panels, run, tensors in zip(axes[1:], runs, stored, strict=True):
         maps = [square(tensors[name][:, row, token]) for name, row in places]
-        shares = [
-            needle_share(m, sets[name].get(0, row).suffix, sets[name].grids[0])
-            for m, (name, row) in zip(maps, places, strict=True)
-        ]
+        shares = []
+        for name, row in places:
+            place = [int(n) - 1 for n in sets[name].get(0, row).suffix.split(", ")]
+            shares.append(needle_share(tensors[name][:, row, token], place, 1, sets[name].grids[0]))
         layer = int(torch.stack(shares).mean(0).argmax())
         arm = read_json(run / "run.json")["arm"]
         for panel, m, share in zip(panels, maps, shares, strict=True):
@@ -216,12 +222,107 @@ def square(maps: torch.Tensor) -> torch.Tensor:
     return maps.unflatten(-1, (side, side))
 
 
-def needle_share(maps: torch.Tensor, answer: str, grid: int) -> torch.Tensor:
-    """Share of each map [layers, side, side], by absolute value, that lies in the answer's cell: [layers]."""
-    _, row, column = (int(n) - 1 for n in answer.split(", "))
-    cell = maps.shape[-1] // grid
-    inside = maps[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
-    return inside.abs().sum((1, 2)) / maps.abs().sum((1, 2))
+# ---- evaluations
+def draw_haystacks(scores: dict[str, dict], folder: Path):
+    """cells.png, exact answers by the needle's cell; with several pictures depths.png, by the needle's picture."""
+    found = {name: told["positive"] for name, told in scores.items() if "positive" in told}
+    if not found:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        draw_cells(found, folder / "cells.png")
+        deep = {name: told for name, told in found.items() if len(told["depths"]) > 1}
+        if deep:
+            draw_depths(deep, folder / "depths.png")
+
+
+def draw_cells(found: dict[str, dict], path: Path):
+    """One map a setting: a square for every cell of the grid, in it the percentage of its needles that were found."""
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(3.1 * len(found) + 0.7, 3.2), layout="constrained", squeeze=False
+    )
+    for panel, (name, told) in zip(axes[0], found.items(), strict=True):
+        side = math.isqrt(len(told["cells"]))
+        rates = torch.tensor([cell["rate"] if cell["n"] else math.nan for cell in told["cells"]]).view(side, side)
+        image = heat_map(panel, rates)
+        panel.set(xlabel="column", ylabel="row", title=f"{name}, n = {told['n']:,}")
+    figure.colorbar(image, ax=axes, label="exact answers", format=matplotlib.ticker.PercentFormatter(1.0))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_depths(found: dict[str, dict], path: Path):
+    """Which of the pictures holds the needle, downwards, against the setting, to the right."""
+    deepest = max(len(told["depths"]) for told in found.values())
+    rates = torch.full((deepest, len(found)), math.nan)
+    for at, told in enumerate(found.values()):
+        for depth, entry in enumerate(told["depths"]):
+            rates[depth, at] = math.nan if entry["rate"] is None else entry["rate"]
+    figure, panel = plt.subplots(figsize=(1.6 + 1.0 * len(found), 1.2 + 0.34 * deepest), layout="constrained")
+    image = heat_map(panel, rates)
+    panel.set(xlabel="pictures x cells", ylabel="needle in picture")
+    panel.set_xticks(range(len(found)), list(found))
+    figure.colorbar(image, ax=panel, label="exact answers", format=matplotlib.ticker.PercentFormatter(1.0))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def heat_map(panel, rates: torch.Tensor):
+    """Rates [rows, columns] in the benchmark's colours from 0 to 1, numbers in the cells, grey where there is none."""
+    image = panel.imshow(rates.numpy(), cmap=NEEDLE_COLOURS, vmin=0, vmax=1, aspect="auto")
+    size = 10 if max(rates.shape) <= 4 else 7
+    for (row, column), value in zip(np.ndindex(*rates.shape), rates.flatten().tolist(), strict=True):
+        told = "-" if math.isnan(value) else f"{100 * value:.0f}"
+        panel.text(column, row, told, ha="center", va="center", fontsize=size, color="black")
+    panel.set_yticks(range(rates.shape[0]), range(1, rates.shape[0] + 1))
+    panel.set_xticks(range(rates.shape[1]), range(1, rates.shape[1] + 1))
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    return image
+
+
+def draw_side_by_side(by_name: dict[str, dict], path: Path):
+    """Exact answers, and existence where the caption is absent, by setting for several models: 95 % Wilson intervals,
+    dashes at what a uniform guess reaches."""
+    kinds = {
+        "positive": ("exact", "caption present: exact answers"),
+        "negative": ("existence", "caption absent: said so"),
+    }
+    settings = [name for name in next(iter(by_name.values())) if name != "attention"]
+    shown = [kind for kind in kinds if any(kind in by_name[n][s] for n in by_name for s in settings)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        width = (1.6 + 1.5 * len(settings)) * len(shown)
+        figure, axes = plt.subplots(
+            1, len(shown), figsize=(width, 3.4), layout="constrained", squeeze=False, sharey=True
+        )
+        for panel, kind in zip(axes[0], shown, strict=True):
+            metric, title = kinds[kind]
+            for at, (name, scores) in enumerate(by_name.items()):
+                shift = 0.16 * (at - (len(by_name) - 1) / 2)
+                told = {
+                    s: scores[settings[s]][kind][metric] for s in range(len(settings)) if kind in scores[settings[s]]
+                }
+                bars = [[t["rate"] - t["low"], t["high"] - t["rate"]] for t in told.values()]
+                panel.errorbar(
+                    [s + shift for s in told],
+                    [t["rate"] for t in told.values()],
+                    yerr=np.array(bars).T,
+                    color=COLOURS[at % len(COLOURS)],
+                    fmt="o",
+                    capsize=3,
+                    label=name,
+                )
+            if kind == "positive":
+                chance = [by_name[next(iter(by_name))][s]["baselines"]["uniform"]["exact"] for s in settings]
+                span = [s - 0.35 for s in range(len(settings))], [s + 0.35 for s in range(len(settings))]
+                panel.hlines(chance, *span, colors="0.4", linestyles="dashed", linewidth=1, label="uniform guess")
+            panel.set(title=title, xlim=(-0.5, len(settings) - 0.5), ylim=(-0.02, 1.02))
+            panel.set_xticks(range(len(settings)), settings)
+            panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes[0, 0].legend(frameon=False, fontsize=8, loc="best")
+        figure.savefig(path)
+        plt.close(figure)
 
 
 @dataclass

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from checkpoint import write_json
 from errors import one_line_errors
-from haystack import Picture, read_pool, wilson
+from haystack import Picture, read_pool
+from intervals import wilson
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig
 from processing_paligemma import PaliGemmaProcessor

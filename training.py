@@ -43,7 +43,8 @@ from differential_attention import (
     unfreeze_differential,
 )
 from errors import UserError
-from haystack import is_exact, wilson
+from haystack import is_exact
+from intervals import wilson
 from run_folder import (
     WATCHING,
     Run,

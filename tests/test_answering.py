@@ -1,0 +1,158 @@
+"""Answers: the plan, pictures encoded once, broken ones told apart, ranking against a full forward pass, continuing."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from answering import Answerer, answer, answer_batches, mark_too_long, plan_batches, plan_pictures
+from errors import UserError
+from haystack import PicturePool, read_pool
+from mmneedle import Setting, build, candidates, read_questions
+from modeling_gemma import PaliGemmaForConditionalGeneration
+from processing_paligemma import PaliGemmaProcessor, open_image
+from scoring import judge
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("haystacks")
+    pool = PicturePool(read_pool(splits=("test_style",)))
+    for setting in (Setting(1, 2), Setting(3, 2)):
+        build(pool, folder, setting, samples=6, seed=0, cell=16)
+    return [q for s in (Setting(1, 2), Setting(3, 2)) for q in read_questions(folder, s, "finetuned", samples=6)]
+
+
+@pytest.fixture
+def answerer(tiny_model):
+    model, processor = (c.from_pretrained(tiny_model) for c in (PaliGemmaForConditionalGeneration, PaliGemmaProcessor))
+    with torch.no_grad():  # random weights of the usual size answer alike whatever they are asked
+        for name, p in model.named_parameters():
+            p.mul_(8 if p.ndim > 1 and "embed" not in name else 1)
+    return Answerer(model, processor, Accelerator(cpu=True), torch.float32, batch_size=4)
+
+
+def timeless(rows) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_batches_hold_every_question_once(questions):
+    broken = [replace(questions[0], id="broken", told={**questions[0].told, "error": "lost"})]
+    batches = plan_batches(questions + broken, size=5)
+    assert Counter(q.id for batch in batches for q in batch) == Counter(q.id for q in questions)
+    assert all(len({(q.setting, len(q.images)) for q in batch}) == 1 and len(batch) <= 5 for batch in batches)
+    for batch in batches:
+        assert [len(q.prompt) for q in batch] == sorted(len(q.prompt) for q in batch)
+    assert plan_batches(questions[::-1], 5) != [] and plan_batches([], 5) == []
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 3, 1000])
+def test_every_picture_is_there_when_it_is_needed(questions, capacity):
+    batches = plan_batches(questions, size=4)
+    kept, encoded = set(), 0
+    for batch, (new, dropped) in zip(batches, plan_pictures(batches, capacity), strict=True):
+        assert not kept & set(new)
+        kept |= set(new)
+        encoded += len(new)
+        wanted = {path for q in batch for path in q.images}
+        assert wanted <= kept
+        kept -= set(dropped)
+        assert len(kept) <= max(capacity, len(wanted))
+    pictures = {path for q in questions for path in q.images}
+    assert encoded == len(pictures) if capacity == 1000 else encoded > len(pictures)
+
+
+def test_answers_are_those_of_processor_and_generate(answerer, questions, tmp_path):
+    rows = answer(answerer, questions, tmp_path / "answers.jsonl", judge)
+    assert [row["id"] for row in rows] == [q.id for q in questions]
+    for question, row in zip(questions, rows, strict=True):
+        batch = answerer.processor([[open_image(path) for path in question.images]], [question.prompt])
+        ids = answerer.model.generate(**batch, max_new_tokens=question.max_new_tokens)
+        assert row["response"] == answerer.processor.decode(ids[0, batch["input_ids"].shape[1] :])
+        assert row["prompt"] == question.prompt and row["ground_truth"] == question.truth and row["seconds"] > 0
+    assert len({row["response"] for row in rows}) > 3, "a model that always says the same would prove little"
+
+
+def test_the_vision_tower_sees_every_picture_once(answerer, questions, monkeypatch):
+    seen = []
+    encode = answerer.model.model.image_features
+    monkeypatch.setattr(
+        answerer.model.model, "image_features", lambda pixels: seen.append(len(pixels)) or encode(pixels)
+    )
+    list(answer_batches(answerer, plan_batches(questions, 4)))
+    assert sum(seen) == len({path for q in questions for path in q.images})
+
+
+def test_a_broken_picture_costs_its_own_questions_alone(answerer, questions, tmp_path):
+    whole = answer(answerer, questions, tmp_path / "whole.jsonl", judge)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    images = questions[0].images
+    changed = [replace(q, images=tuple(str(bad) if p == images[0] else p for p in q.images)) for q in questions]
+    changed[3] = replace(changed[3], prompt="<image> in the text")
+    rows = answer(answerer, changed, tmp_path / "answers.jsonl", judge)
+    hit = {i for i, q in enumerate(changed) if str(bad) in q.images} | {3}
+    assert len(hit) >= 3, "a positive, a negative, and the prompt"
+    for i, (row, before) in enumerate(zip(rows, whole, strict=True)):
+        if i in hit:
+            assert row["response"] is None and ("bad.png" in row["error"] or "<image>" in row["error"])
+        else:
+            assert row["response"] == before["response"]
+
+
+def test_ranking_is_the_likelihood_of_a_full_forward_pass(answerer, questions, tmp_path):
+    """Mean log-probability of the answer's tokens and `<eos>`, prompt and candidate in one row, no cache."""
+    asked = questions[::5]
+    answerer.candidates = {str(s): candidates(s) for s in (Setting(1, 2), Setting(3, 2))}
+    rows = answer(answerer, asked, tmp_path / "answers.jsonl", judge)
+    for question, row in zip(asked, rows, strict=True):
+        images, told = [open_image(path) for path in question.images], {}
+        for text in answerer.candidates[question.setting]:
+            batch = answerer.processor([images], [question.prompt], [text])
+            with torch.no_grad():
+                told[text] = -answerer.model(**batch).loss.item()
+        assert row["response"] == max(told, key=told.get)
+    assert len({row["response"] for row in rows}) > 1
+
+
+def test_a_run_that_was_cut_off_continues_to_the_same_file(answerer, questions, tmp_path):
+    file, cut = tmp_path / "answers.jsonl", tmp_path / "cut.jsonl"
+    whole = answer(answerer, questions, file, judge)
+    lines = [json.dumps(row) for row in whole[4:9]]
+    cut.write_text("\n".join(lines) + "\n" + json.dumps(whole[0])[:40])  # killed in the middle of a line
+    asked = []
+    generate = answerer.model.generate
+    answerer.model.generate = lambda **batch: asked.append(len(batch["input_ids"])) or generate(**batch)
+    rows = answer(answerer, questions, cut, judge)
+    assert timeless(rows) == timeless(whole) and sum(asked) < len(questions) + 4
+    assert timeless(map(json.loads, cut.read_text().splitlines())) == timeless(whole)
+    asked.clear()
+    answer(answerer, questions, cut, judge)
+    assert not asked, "a finished run answers nothing again"
+
+
+def test_answers_to_other_questions_are_refused(answerer, questions, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    answer(answerer, questions[:2], file, judge)
+    with pytest.raises(UserError, match="answers another question"):
+        answer(answerer, [replace(q, prompt=q.prompt + "?") for q in questions[:2]], file, judge)
+    file.write_text("{}\n")
+    with pytest.raises(UserError, match=r"answers.jsonl:1: no answer row"):
+        answer(answerer, questions[:2], file, judge)
+
+
+def test_what_does_not_fit_the_model_is_marked_with_the_numbers(answerer, questions):
+    marked = mark_too_long(questions, answerer.processor, limit=50)
+    long = [q for q in marked if "error" in q.told]
+    assert {q.setting for q in long} == {"3x2x2"} and len(long) == 12
+    assert "3 pictures of 16 tokens (32 px), text and 12 to answer need" in long[0].told["error"]
+    assert "the model has 50" in long[0].told["error"]
+    assert mark_too_long(questions, answerer.processor, limit=500) == questions
+
+
+def test_haystacks_exist_on_disk(questions):
+    assert all(Path(path).is_file() for q in questions for path in q.images)

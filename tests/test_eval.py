@@ -1,0 +1,313 @@
+"""eval_mmnih.py as it is run: three benchmarks, several models and processes, cut off and continued, compared."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_answering import timeless
+
+import eval_mmnih
+from checkpoint import read_json, write_json
+from diagnostics import needle_share
+from errors import UserError
+from eval_mmnih import Config
+from haystack import read_pool
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def evaluate(*flags: str, capsys=None) -> str:
+    """The script's main in this process; what it prints."""
+    argv, sys.argv = sys.argv, ["eval_mmnih.py", *map(str, flags)]
+    try:
+        eval_mmnih.main()
+    finally:
+        sys.argv = argv
+    return capsys.readouterr().out if capsys else ""
+
+
+def refused(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(*flags)
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and told.startswith("error: "), told
+    return told
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_mmneedle_on_the_embedded_pictures(tiny_model, folder, capsys):
+    out = evaluate(f"--model={tiny_model}", "--samples=6", "--output_dir=out", "--attention=2", capsys=capsys)
+    assert "benchmark mmneedle, data haystack" in out and "protocol finetuned" in out and "caption absent, n = 6" in out
+    assert "first prompt: 'answer en where is " in out and "2x2: 16 px, 2 patches" in out
+    rows, scores = rows_of(folder / "out"), read_json(folder / "out" / "scores.json")
+    assert [row["setting"] for row in rows] == ["1x2x2"] * 12 + ["1x4x4"] * 12
+    assert scores["benchmark"] == "mmneedle" and scores["config"]["protocol"] == "finetuned"
+    assert {row["benchmark"] for row in rows} == {"mmneedle"} and {row["protocol"] for row in rows} == {"finetuned"}
+    positive = scores["scores"]["1x4x4"]["positive"]
+    assert (
+        positive["n"] == 6 and len(positive["cells"]) == 16 and {"right", "n", "low", "high"} <= set(positive["exact"])
+    )
+    shares = scores["attention on the needle"]["1x2x2"]
+    assert len(shares["share"]) == 2 and shares["even"] == 0.25 and all(0 < s < 1 for s in shares["share"])
+    for name in ("cells.png", "accuracy.png"):
+        assert Image.open(folder / "out" / "plots" / name).size[0] > 300
+    assert sorted(f.parent.name for f in (folder / "out" / "response").rglob("*_1_4_4.json")) == [
+        "COCO_val2014_0_5", "COCO_val2014_5000_5005",
+    ]  # fmt: skip
+    before = (folder / "out" / "scores.json").read_text()
+    assert evaluate("--score=out", capsys=capsys).split("1x2x2", 1)[1] in out, "the same table from the files alone"
+    assert (folder / "out" / "scores.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("protocol", "count", "prompt"),
+    [
+        ("official", 12, "Given 1 image indexed from 1 to 1, each divided into 2*2 subimages, identify"),
+        ("rank", 12, "answer en where is"),
+        ("quadrant", 12, "Caption: "),
+        ("detect", 12, "detect "),
+    ],
+)
+def test_every_protocol(tiny_model, folder, capsys, protocol, count, prompt):
+    out = evaluate(
+        f"--model={tiny_model}", f"--protocol={protocol}", "--samples=6", "--grids=2", "--output_dir=out", capsys=capsys
+    )
+    rows, scores = rows_of(folder / "out"), read_json(folder / "out" / "scores.json")["scores"]["1x2x2"]
+    assert len(rows) == count and all(row["prompt"].startswith(prompt) for row in rows)
+    assert f"protocol {protocol}" in out and scores["positive"]["n"] == 6
+    if protocol == "rank":
+        assert {row["response"] for row in rows} <= {"1, 1, 1", "1, 1, 2", "1, 2, 1", "1, 2, 2", "-1"}
+    assert ("negative" in scores) == (protocol != "quadrant")
+
+
+def test_several_pictures_and_needles(tiny_model, folder, capsys):
+    flags = ("--images", "1", "3", "--grids", "2", "--needles", "1", "2", "--samples=4")
+    out = evaluate(f"--model={tiny_model}", *flags, "--attention=2", "--output_dir=out", capsys=capsys)
+    told = read_json(folder / "out" / "attention.json")
+    assert set(told) == {"1x2x2", "3x2x2"} and told["3x2x2"]["even"] == 1 / 12 and told["3x2x2"]["n"] == 2
+    assert "several pictures a prompt: the base models saw one" in out and "individual exact" in out
+    scores = read_json(folder / "out" / "scores.json")["scores"]
+    assert list(scores) == ["1x2x2", "1x2x2 K=2", "3x2x2", "3x2x2 K=2"]
+    assert (
+        len(scores["3x2x2"]["positive"]["depths"]) == 3 and scores["3x2x2"]["baselines"]["uniform"]["exact"] == 1 / 12
+    )
+    assert Image.open(folder / "out" / "plots" / "depths.png").size[0] > 200
+    rows = rows_of(folder / "out")
+    assert {len(row["images"]) for row in rows if row["setting"].startswith("3x")} == {3}
+    assert all(row["ground_truth"].count("; ") == 1 for row in rows if row["setting"].endswith("K=2"))
+
+
+def test_models_side_by_side_and_compared(tiny_model, folder, capsys):
+    models = [tiny_model, ROOT / "assets" / "paligemma-nano"]
+    out = evaluate(
+        "--model", *models, "--protocol=detect", "--samples=12", "--grids=2", "--output_dir=out", capsys=capsys
+    )
+    places = [folder / "out" / eval_mmnih.slug(str(model)) for model in models]
+    assert all((place / "answers.jsonl").exists() for place in places) and "paligemma-nano" in out
+    told = evaluate("--compare", *places, capsys=capsys)
+    found = read_json(places[1] / "comparison.json")["by pair"][0]["1x2x2 positive"]
+    assert found["second"]["right"] >= 8 > found["first"]["right"], "the embedded model finds, a random one does not"
+    assert found["only second"] - found["only first"] == found["second"]["right"] - found["first"]["right"]
+    assert found["p"] < 0.05 and found["difference"]["low"] > 0 and "McNemar p = " in told
+
+
+def seeded_run(root: Path, arm: str, seed: int, right: int):
+    """A run folder as `--compare` meets it: run.json and one evaluation."""
+    run = root / f"{arm}_seed{seed}"
+    place = run / "eval" / "mmneedle-finetuned-haystack"
+    place.mkdir(parents=True)
+    write_json(run / "run.json", {"config": {"seed": seed}})
+    write_json(place / "eval.json", {"benchmark": "mmneedle"})
+    row = {
+        "setting": "1x2x2",
+        "kind": "positive",
+        "protocol": "finetuned",
+        "shape": [1, 2, 1],
+        "ground_truth": "1, 1, 1",
+    }
+    lines = [json.dumps(row | {"id": str(i), "response": "1, 1, 1" if i < right else "-1"}) for i in range(20)]
+    (place / "answers.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_arms_are_compared_over_seeds(folder, capsys):
+    for seed, (a, b) in enumerate([(10, 12), (8, 12), (12, 13)]):
+        seeded_run(folder, "original", seed, a)
+        seeded_run(folder, "diff", seed, b)
+    out = evaluate("--compare", "original_seed*", "diff_seed*", capsys=capsys)
+    told = read_json(folder / "diff_seed2/eval/mmneedle-finetuned-haystack/comparison.json")
+    over = told["over seeds"]["1x2x2 positive"]
+    assert [Path(a).parts[0] for a, _ in told["pairs"]] == ["original_seed0", "original_seed1", "original_seed2"]
+    assert over["first"]["mean"] == pytest.approx(0.5) and over["difference"]["mean"] == pytest.approx(7 / 60)
+    # differences .1, .2, .05: mean .11667, sd .07638, t = 2.646 on 2 degrees of freedom
+    assert over["difference"]["p"] == pytest.approx(0.1181, abs=2e-4) and "over 3 seeds" in out
+    (folder / "diff_seed2").rename(folder / "diff_seed7")
+    assert "seeds [0, 1, 2] and [0, 1, 2]" not in refused(capsys, "--compare", "original_seed?", "nothing*")
+    write_json(folder / "diff_seed7" / "run.json", {"config": {"seed": 7}})
+    assert "seeds [0, 1, 2] and [0, 1, 7] cannot be paired" in refused(
+        capsys, "--compare", "original_seed*", "diff_seed*"
+    )
+
+
+def test_pope(tiny_model, folder, capsys):
+    (folder / "pictures").mkdir()
+    for picture in read_pool(splits=("test_style",))[:3]:
+        picture.open().convert("RGB").save(folder / "pictures" / f"{picture.concept}.jpg")
+    names = sorted(path.name for path in (folder / "pictures").iterdir())
+    for split in ("random", "popular", "adversarial"):
+        rows = [
+            {
+                "question_id": i,
+                "image": names[i % 3],
+                "text": f"Is there a cat in the image? {i}",
+                "label": ["yes", "no"][i % 2],
+            }
+            for i in range(8)
+        ]
+        rows[7]["image"] = "lost.jpg"
+        (folder / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    out = evaluate(f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=pictures", capsys=capsys)
+    place = folder / "runs" / "eval" / eval_mmnih.slug(str(tiny_model)) / "pope"
+    told = read_json(place / "scores.json")
+    assert told["benchmark"] == "pope" and told["scores"]["popular"]["n"] == 8 and len(told["broken"]) == 3
+    assert "lost.jpg" in told["broken"][0] and told["scores"]["popular"]["broken"] == 1 and "always yes" in out
+    assert "--pictures" in refused(capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.")
+    (folder / "none").mkdir()
+    told = refused(capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=none", "--output_dir=x")
+    assert "none of 4 pictures is there" in told and not (folder / "x").exists()
+
+
+def test_mm_niah_on_the_generated_set(tiny_model, folder, capsys):
+    out = evaluate(f"--model={tiny_model}", "--benchmark=mm-niah", "--samples=1", "--output_dir=out", capsys=capsys)
+    rows, told = rows_of(folder / "out"), read_json(folder / "out" / "scores.json")
+    assert told["benchmark"] == "mm-niah" and len(rows) == 6 and "no score of the benchmark" in out
+    assert not any("<image>" in row["prompt"] for row in rows) and set(told["scores"]["tasks"]) == {
+        r["setting"] for r in rows
+    }
+    assert len(list((folder / "out" / "response").glob("*_*-val.jsonl"))) == 6
+
+
+def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
+    """What was built for the embedded pictures has the release's files: given as --data it is the same benchmark."""
+    flags = (f"--model={tiny_model}", "--samples=5", "--grids=2", "--protocol=official")
+    evaluate(*flags, "--output_dir=built")
+    release = next((folder / "runs" / "haystacks").iterdir())
+    shutil.move(release, folder / "release")
+    out = evaluate(*flags, "--data=release", "--output_dir=read", capsys=capsys)
+    told = [[(r["id"], r["response"], r["ground_truth"]) for r in rows_of(folder / name)] for name in ("built", "read")]
+    assert told[0] == told[1] and "data release" in out
+    assert rows_of(folder / "read")[0]["images"][0].startswith("release/images_stitched/2_2/")
+
+
+# ---- continuing, processes
+NANO = [sys.executable, str(ROOT / "eval_mmnih.py"), "--samples=24", "--grids=2", "--batch_size=4"]
+
+
+def test_killed_and_continued_or_on_two_processes_the_answers_are_the_same(folder):
+    def run(*flags: str, launcher=NANO[:1]):
+        return subprocess.Popen([*launcher, *NANO[1:], *flags], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+
+    assert run("--output_dir=whole").wait(300) == 0
+    whole = rows_of(folder / "whole")
+    killed = run("--output_dir=killed")
+    file = folder / "killed" / "answers.jsonl"
+    while killed.poll() is None and not (file.exists() and file.read_text().count("\n") >= 8):
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    held = file.read_text().count("\n")
+    assert 8 <= held < 48, "killed in the middle"
+    assert run("--output_dir=killed").wait(300) == 0
+    assert timeless(rows_of(folder / "killed")) == timeless(whole)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert run("--output_dir=two", launcher=torchrun).wait(300) == 0
+    assert timeless(rows_of(folder / "two")) == timeless(whole)
+    scores = [read_json(folder / name / "scores.json")["scores"] for name in ("whole", "killed", "two")]
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_another_evaluation_is_not_overwritten_unasked(tiny_model, folder, capsys):
+    flags = (f"--model={tiny_model}", "--samples=2", "--grids=2", "--output_dir=out")
+    evaluate(*flags)
+    kept = (folder / "out" / "answers.jsonl").read_bytes()
+    assert "protocol" in refused(capsys, *flags, "--protocol=official")
+    assert (folder / "out" / "answers.jsonl").read_bytes() == kept
+    evaluate(*flags, "--protocol=official", "--overwrite=True")
+    assert rows_of(folder / "out")[0]["protocol"] == "official"
+
+
+def test_trained_again_is_another_model(tiny_model, folder):
+    run = folder / "run" / "final"
+    (run / "adapter").mkdir(parents=True)
+    write_json(run / "adapter" / "adapter_config.json", {"base_model_name_or_path": str(tiny_model)})
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"one")
+    write_json(run / "run.json", {"base_model": str(tiny_model)})
+    before = eval_mmnih.weights_digest(str(run))
+    assert before == eval_mmnih.weights_digest(str(run))
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"two")
+    assert eval_mmnih.weights_digest(str(run)) != before
+    assert eval_mmnih.output_folder(Config(), str(folder / "run")) == folder / "run/eval/mmneedle-finetuned-haystack"
+
+
+def test_faults_are_one_line(tiny_model, folder, capsys):
+    model = f"--model={tiny_model}"
+    assert "metadata_stitched/annotations_1_2_2.json" in refused(capsys, model, "--data=nowhere")
+    shutil.copytree(tiny_model, "short")
+    config = read_json("short/config.json")
+    config["text_config"]["max_position_embeddings"] = 100
+    write_json("short/config.json", config)
+    told = refused(capsys, "--model=short", "--images=10", "--grids=2", "--samples=10", "--output_dir=out")
+    assert "10x2x2/0 and 19 other questions do not fit: 10 pictures of 16 tokens (32 px)" in told
+    assert "the model has 100: take fewer pictures" in told
+    assert not (folder / "out").exists(), "refused before anything is written"
+    assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant")
+    assert "takes two runs" in refused(capsys, "--compare", "a", "b", "c")
+    assert "there is no such folder" in refused(capsys, "--compare", "a", "b")
+    assert "eval.json" in refused(capsys, "--score=.")
+
+
+# ---- attention on the needle
+def test_the_needle_s_share_of_a_made_map():
+    paid = torch.zeros(2, 3, 2 * 16)  # layers, tokens, two pictures of 4 x 4 patches
+    paid[0, :, 16 + 4 * 1 + 3] = 0.6  # second picture, patch (1, 3): cell (0, 1) of 2 x 2
+    paid[0, :, 0] = -0.2
+    paid[1] = 1.0
+    share = needle_share(paid, (1, 0, 1), images=2, grid=2)
+    assert share.shape == (2, 3)
+    torch.testing.assert_close(share[0], torch.full((3,), 0.75))
+    torch.testing.assert_close(share[1], torch.full((3,), 1 / 8))
+    assert needle_share(paid, (0, 0, 0), 2, 2)[0, 0] == pytest.approx(0.25)
+
+
+def test_pictures_of_one_s_own(tiny_model, folder, capsys):
+    (folder / "mine").mkdir()
+    captions = {}
+    for i, picture in enumerate(read_pool(splits=("train",))[:120]):
+        picture.open().convert("RGB").save(folder / "mine" / f"{i}.png")
+        captions[f"{i}.png"] = f"{picture.caption} {i}"
+    (folder / "mine" / "captions.json").write_text(json.dumps(captions))
+    evaluate(
+        f"--model={tiny_model}", "--data=haystack:mine", "--samples=3", "--grids=2", "--cell=32", "--output_dir=out"
+    )
+    rows = rows_of(folder / "out")
+    assert len(rows) == 6 and Image.open(rows[0]["images"][0]).size == (64, 64)
+    with pytest.raises(UserError, match="lost.png"):
+        (folder / "mine" / "captions.json").write_text(json.dumps({"lost.png": "x"}))
+        eval_mmnih.mmneedle_folder(Config(data="haystack:mine"), [])

@@ -1,0 +1,405 @@
+"""MM-NIAH: reader, prompts, the official scoring rule and bins by golden cases, and the generated set.
+
+The golden cases come from the official is_correct and get_input (OpenGVLab/MM-NIAH, arXiv 2406.07230).
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from errors import UserError
+from haystack import read_pool
+from mm_niah import (
+    CONTRACTIONS,
+    TASKS,
+    context_bin,
+    depth_bin,
+    flatten_prompt,
+    make_mini_set,
+    mm_niah_table,
+    output_name,
+    output_rows,
+    read_mm_niah,
+    score_answer,
+    score_mm_niah,
+    vqa_normalise,
+)
+from processing_paligemma import PaliGemmaProcessor, open_image
+
+NANO = Path(__file__).parent.parent / "assets" / "paligemma-nano"
+META = {"placed_depth": [0.2, 0.6], "context_length": 1023, "choices": None, "choices_image_path": None}
+ROW = {
+    "id": 3,
+    "images_list": ["a.jpg", "b.jpg"],
+    "context": "One.\n<image>\nTwo. <image>",
+    "question": "Which tree?",
+    "answer": "oak",
+    "meta": META,
+}
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read_one(tmp_path, row, task="retrieval-text"):
+    return read_mm_niah(write(tmp_path / f"{task}.jsonl", row), "pictures")[0]
+
+
+# ---- reading
+def test_an_open_question(tmp_path):
+    question = read_one(tmp_path, ROW)
+    assert (question.id, question.setting, question.max_new_tokens) == (
+        "mm-niah/retrieval-text/3",
+        "retrieval-text",
+        16,
+    )
+    asked = "Which tree?\nAnswer the question using a single word or phrase."
+    assert question.prompt == f"One.\n<image>\nTwo. <image>\n{asked}"
+    assert question.images == ("pictures/a.jpg", "pictures/b.jpg") and question.truth == "oak"
+    assert question.told == {
+        "question_id": 3,
+        "context_length": 1023,
+        "placed_depth": [0.2, 0.6],
+        "question": asked,
+        "answer": "oak",
+    }
+    assert flatten_prompt(question.prompt) == f"One.\n\nTwo. \n{asked}"
+    json.dumps(asdict(question))
+
+
+def test_choices_of_text(tmp_path):
+    row = ROW | {"answer": 1, "meta": META | {"choices": ["left", "right"]}}
+    question = read_one(tmp_path, row, "reasoning-image")
+    assert question.prompt.endswith(
+        "\nWhich tree?\nA. left\nB. right\nAnswer with the option's letter from the given choices directly."
+    )
+    assert question.truth == 1 and len(question.images) == 2
+
+
+def test_choices_of_pictures(tmp_path):
+    row = ROW | {"answer": 0, "meta": META | {"choices_image_path": ["c.jpg", "d.jpg"]}}
+    question = read_one(tmp_path, row, "retrieval-image")
+    assert question.prompt.endswith(
+        "\nWhich tree?\nA. <image>\nB. <image>\nAnswer with the option's letter from the given choices directly."
+    )
+    assert question.images == tuple(f"pictures/{name}.jpg" for name in "abcd")
+
+
+def test_counts_may_be_a_string(tmp_path):
+    for answer in ([1, 3, 2], "[1, 3, 2]"):
+        question = read_one(tmp_path, ROW | {"answer": answer}, "counting-text")
+        assert question.truth == question.told["answer"] == [1, 3, 2] and question.max_new_tokens == 32
+
+
+def test_a_folder_or_a_file_and_the_limit_is_per_task(tmp_path):
+    for task, answer in (("retrieval-text", "oak"), ("counting-text", [1])):
+        write(tmp_path / f"{task}.jsonl", *(ROW | {"id": i, "answer": answer} for i in range(3)))
+    settings = [q.setting for q in read_mm_niah(tmp_path, "x", ["retrieval-text", "counting-text"], limit=2)]
+    assert settings == ["retrieval-text"] * 2 + ["counting-text"] * 2
+    easy = (tmp_path / "counting-text.jsonl").rename(tmp_path / "counting-text-easy.jsonl")
+    assert len(read_mm_niah(easy, "x")) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("{", "jsonl:1: no MM-NIAH row"),
+        ("[]", "jsonl:1: no MM-NIAH row"),
+        ({k: v for k, v in ROW.items() if k != "meta"}, "KeyError: 'meta'"),
+        (ROW | {"images_list": ["a.jpg"]}, "jsonl:1: 2 <image> marks for 1 pictures"),
+        (ROW | {"question": "Which <image>?"}, "jsonl:1: 3 <image> marks for 2 pictures"),
+        (ROW | {"images_list": [1, 2]}, "jsonl:1: no MM-NIAH row"),
+        (ROW | {"context": None}, "jsonl:1: no MM-NIAH row"),
+        (ROW | {"answer": 1}, "answer 1 is none for retrieval-text with 0 choices"),
+        (ROW | {"answer": ""}, "answer '' is none"),
+        (ROW | {"answer": 2, "meta": META | {"choices": ["a", "b"]}}, "answer 2 is none for retrieval-text with 2"),
+        (ROW | {"meta": META | {"choices": ["a"], "choices_image_path": ["b"]}}, "exclude each other"),
+        (ROW | {"meta": META | {"placed_depth": 1.2}}, r"placed_depth 1.2 lies outside \[0, 1\]"),
+        (ROW | {"meta": META | {"placed_depth": []}}, "ZeroDivisionError"),
+        (ROW | {"meta": META | {"context_length": "long"}}, "jsonl:1: no MM-NIAH row"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, told):
+    with pytest.raises(UserError, match=told):
+        read_one(tmp_path, row)
+
+
+def test_other_faults_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"\[1, 'two'\] is none for counting-text"):
+        read_one(tmp_path, ROW | {"answer": [1, "two"]}, "counting-text")
+    with pytest.raises(UserError, match=r"answer \[\] is none for counting-image"):
+        read_one(tmp_path, ROW | {"answer": []}, "counting-image")
+    with pytest.raises(UserError, match="retrieval-text.jsonl: cannot be read"):
+        read_mm_niah(tmp_path / "nowhere", "x")
+    with pytest.raises(UserError, match="no task 'needles'"):
+        read_mm_niah(tmp_path, "x", ["needles"])
+    with pytest.raises(UserError, match="mine.jsonl: its name starts with no task of"):
+        read_mm_niah(write(tmp_path / "mine.jsonl", ROW), "x")
+    with pytest.raises(UserError, match="mm-niah/retrieval-text/3 stands there more than once"):
+        read_mm_niah(write(tmp_path / "retrieval-text.jsonl", ROW, ROW), "x")
+    with pytest.raises(UserError, match="retrieval-text.jsonl: holds no question"):
+        read_mm_niah(write(tmp_path / "retrieval-text.jsonl"), "x")
+
+
+# ---- the official scoring rule
+@pytest.mark.parametrize(
+    ("truth", "response", "score"),
+    [(1, r, 1) for r in ("B", "b", "B.", "1", "The answer is B.", "**B**", "B. cat", "the camera is moving right")]
+    + [(0, "The camera is moving left.", 1), (1, "the camera is moving left", 0)]
+    + [(1, r, 0) for r in ("(B)", "Answer: B", "B, because", "2", "None", "", None, "²", "1" * 5000)]
+    + [("banana", r, 1) for r in ("A banana.", "not a banana", "BANANA", "one\nbanana")]
+    + [("three", "3", 1), ("3", "There are three", 1), ("ice-cream", "ice cream", 1), ("12", "twelve", 1)]
+    + [("banana", "Bananas", 0), ("Region C", "C", 0), ("compass", "", 0), ("compass", None, 0)]
+    + [([1, 3, 2], "[1,3,2,9]", 1), ([1, 3, 2], " [1, 3, 2].", 1)]
+    + [([1, 3, 2], r, 2 / 3) for r in ("[1,3]", "```json\n[1, 0, 2]\n```", '{"little_penguin":[1,3,5]}')]
+    + [([1, 3, 2], r, 0) for r in ("1,3,2", '{"a":1}', '["1","3","2"]', "", None, "7", "[" * 100_000)],
+)
+def test_the_official_rule(truth, response, score):
+    assert score_answer(response, truth) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The ice-cream,  a cone!", "ice cream cone"),
+        ("well - known / or/other", "well known orother"),  # a mark beside a blank anywhere is deleted everywhere
+        ("1,000 cats (big-ones)", "1000 cats bigones"),  # so are all marks where digits hold a comma
+        ("0.5 m. of it...", "0.5 m of it"),
+        ("dont couldntve couldn'tve wouldnt", "don't couldntve couldn't've wouldn't"),
+        ("somebody'd", "somebodyd"),
+        ("x" + "." * 40, "x" + "." * 8),  # no more than 32 full stops go
+        ("An A the Twenty seventeen", "20 17"),
+    ],
+)
+def test_the_vqa_normalisation(text, normal):
+    assert vqa_normalise(text) == normal
+
+
+def test_the_contractions_are_the_official_ones():
+    """The digest is of the official table, without its entries in capitals or unchanged, which never act."""
+    assert len(CONTRACTIONS) == 114
+    lines = "\n".join(f"{wrong} {right}" for wrong, right in sorted(CONTRACTIONS.items()))
+    digest = "f2c800b1132e79302dd72686ce8bba16120f1873f98a85561222e89317336e7a"
+    assert hashlib.sha256(lines.encode()).hexdigest() == digest
+
+
+# ---- bins
+@pytest.mark.parametrize(
+    ("length", "place"),
+    [(650, None), (999, None), (1000, 0), (1999, 0), (2000, 1), (63999, 9), (64000, 10), (72000, 10)],
+)
+def test_context_bins(length, place):
+    assert context_bin(length) == place
+
+
+@pytest.mark.parametrize(
+    ("depth", "place"),
+    [(0, 0), (0.2, 1), (0.4, 2), (0.6, 2), (0.8, 4), (0.99, 4), (1.0, 4), ([0.1, 0.5], 1), ([1.0], 4)],
+)
+def test_depth_bins(depth, place):
+    assert depth_bin(depth) == place
+    assert depth_bin(1 - 2**-53) == 4
+
+
+# ---- scores
+def answer(task, response, truth="oak", length=1500, depth=0.1):
+    told = {"question_id": 7, "question": "Which?", "answer": truth, "context_length": length, "placed_depth": depth}
+    return {"id": f"mm-niah/{task}/7", "setting": task, "response": response, "ground_truth": truth, **told}
+
+
+def test_empty_cells_count_nothing_officially():
+    rows = [
+        answer("retrieval-text", "oak"),
+        answer("retrieval-text", "elm"),
+        answer("retrieval-text", "oak", depth=0.9),
+        answer("retrieval-text", None, length=2000),
+        answer("retrieval-text", "oak", length=999),
+    ]
+    scores = score_mm_niah(rows)
+    found = scores["tasks"]["retrieval-text"]
+    assert (found["n"], found["dropped"], found["broken"]) == (4, 1, 1)
+    assert found["by_context"] == [pytest.approx(1.5 / 5)] + [0.0] * 10
+    assert found["official"] == pytest.approx(0.3 / 11)
+    assert (found["mean"]["right"], found["mean"]["n"]) == (2, 4)
+    assert [found["cells"][0][d]["rate"] for d in range(5)] == [0.5, None, None, None, 1.0]
+    assert found["cells"][1][0]["rate"] == 0.0
+    assert scores["overall"] is None and json.dumps(scores)
+
+
+def test_overall_needs_all_six_tasks():
+    rows = [answer(task, "oak") for task in TASKS[:5]] + [answer(TASKS[5], "B", truth=0)]
+    overall = score_mm_niah(rows)["overall"]
+    assert overall["by_context"][0] == pytest.approx(5 / 6 / 5)
+    assert overall["official"] == pytest.approx(5 / 6 / 5 / 11) and overall["mean"] == pytest.approx(5 / 6)
+    five = score_mm_niah(rows[:5])
+    assert five["overall"] is None
+    assert mm_niah_table(five)[-1] == "no overall score: 5 of 6 tasks"
+    short = score_mm_niah([*rows[:5], answer(TASKS[5], "A", truth=0, length=10)])
+    assert short["overall"]["mean"] is None and mm_niah_table(short)[-1].split()[:2] == ["overall", "1.5"]
+
+
+def test_soft_scores_and_no_rows():
+    counted = score_mm_niah([answer("counting-text", "[1, 3]", truth=[1, 3, 2, 2])])["tasks"]["counting-text"]
+    assert counted["mean"]["rate"] == counted["cells"][0][0]["rate"] == 0.5
+    assert score_mm_niah([]) == {"tasks": {}, "overall": None}
+    assert mm_niah_table(score_mm_niah([]))
+    row = answer("retrieval-text", "oak")
+    lacking = [{k: row[k] for k in row if k != name} for name in ("context_length", "placed_depth")]
+    for other in (row | {"setting": "random"}, *lacking):
+        with pytest.raises(UserError, match="mm-niah/retrieval-text/7: no answer to an MM-NIAH question"):
+            score_mm_niah([other])
+
+
+def test_the_table():
+    line = mm_niah_table(
+        score_mm_niah([answer("reasoning-text", "oak"), answer("reasoning-text", "elm", length=4000)])
+    )[1]
+    assert line.split()[:4] == ["reasoning-text", "2", "0", "1.8"] and "50.0 [9.5, 90.5]" in line
+    assert line.split()[-11:] == ["20.0", "-", "0.0"] + ["-"] * 8
+
+
+# ---- the official form
+def test_what_the_official_scorer_reads():
+    assert output_name("nano_diff", "counting-text", "val") == "nano_diff_counting-text-val.jsonl"
+    rows = output_rows([answer("retrieval-text", "oak"), answer("retrieval-text", None)])
+    assert rows[0] == {
+        "question_id": 7,
+        "question": "Which?",
+        "answer": "oak",
+        "response": "oak",
+        "context_length": 1500,
+        "placed_depth": 0.1,
+    }
+    assert rows[1]["response"] == "None"
+    for bad in (("a/b", TASKS[0], "val"), ("a", "needles", "val"), ("a", TASKS[0], "train")):
+        with pytest.raises(UserError, match="needs a model without a slash"):
+            output_name(*bad)
+
+
+# ---- the generated set
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mini")
+    make_mini_set(folder, read_pool(splits=("train",)), seed=0, rows_per_task=15)
+    return folder
+
+
+def test_the_same_arguments_give_the_same_bytes(tmp_path):
+    pool = read_pool(splits=("train",))
+    trees = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_mini_set(tmp_path / name, pool, seed, rows_per_task=2)
+        files = sorted(f for f in (tmp_path / name).rglob("*") if f.is_file())
+        trees.append({str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files})
+    assert trees[0] == trees[1] and len(trees[0]) > len(TASKS)
+    assert all(trees[2][f"{task}.jsonl"] != trees[0][f"{task}.jsonl"] for task in TASKS)
+
+
+def test_every_row_is_read_and_every_cell_met(mini):
+    questions = read_mm_niah(mini, mini / "images")
+    assert len(questions) == len({q.id for q in questions}) == 90
+    met = {task: set() for task in TASKS}
+    for q in questions:
+        met[q.setting].add((context_bin(q.told["context_length"]), depth_bin(q.told["placed_depth"])))
+    for task, cells in met.items():
+        assert cells == {(c, d) for c in range(2 if task == "counting-image" else 3) for d in range(5)}, task
+    for name in {name for q in questions for name in q.images}:
+        assert open_image(name).size == (128, 128)
+
+
+def test_it_fits_the_embedded_models_positions(mini):
+    """2,048 positions with 64 tokens a picture; so PaliGemma's 8,192 with 256 and far fewer for the words."""
+    processor = PaliGemmaProcessor.from_pretrained(NANO)
+    for q in read_mm_niah(mini, mini / "images"):
+        ids, _ = processor.encode(flatten_prompt(q.prompt), None, len(q.images))
+        assert len(ids) + q.max_new_tokens <= 2048
+        assert 256 * len(q.images) + len(ids) - 64 * len(q.images) <= 8192
+
+
+def test_the_needles_are_where_and_what_the_rows_say(mini):
+    for task in TASKS:
+        for line in (mini / f"{task}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            meta = row["meta"]
+            lines, pictures = row["context"].split("\n"), iter(row["images_list"])
+            pieces = [next(pictures) if text == "<image>" else text for text in lines]
+            depths = meta["placed_depth"] if isinstance(meta["placed_depth"], list) else [meta["placed_depth"]]
+            needles = meta["needles"][1:] if task == "counting-image" else meta["needles"]
+            texts = [i for i, text in enumerate(lines) if text != "<image>" and text not in meta["needles"]]
+            for needle, depth in zip(needles, depths, strict=True):
+                if task != "counting-image":  # two of its pictures can be the same
+                    before = sum(i < pieces.index(needle) for i in texts)
+                    assert abs(before / len(texts) - depth) <= 1 / len(texts)
+            if task == "retrieval-image":
+                assert [p in row["images_list"] for p in meta["choices_image_path"]].index(True) == row["answer"]
+            if task == "counting-image":
+                assert row["images_list"][0] == meta["needles"][0] and len(row["answer"]) == meta["num_images"] - 1
+                assert row["context"].startswith("<image>\n")
+            if task == "reasoning-text":
+                assert f"The {row['answer']} is taller than" in row["context"]
+                assert f"than the {row['answer']}." not in row["context"]
+
+
+def test_counted_patterns_can_be_counted_again(mini):
+    """The pattern, small, stands in each picture as often as the answer says."""
+    checked = 0
+    for line in (mini / "counting-image.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        caption = pattern_of(mini, row["images_list"][0])
+        small = on_white(caption, 32).tobytes()
+        for name, count in zip(row["images_list"][1:], row["answer"], strict=True):
+            picture = open_image(mini / "images" / name)
+            cells = [(x, y, x + 32, y + 32) for y in range(0, 128, 32) for x in range(0, 128, 32)]
+            assert sum(picture.crop(cell).tobytes() == small for cell in cells) == count
+            checked += count
+    assert checked > 20
+
+
+def test_a_thing_moves_where_the_answer_says(mini):
+    for line in (mini / "reasoning-image.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        pictures = [open_image(mini / "images" / name) for name in row["meta"]["needles"]]
+        left = [ImageChops.invert(picture).getbbox()[0] for picture in pictures]  # of all that is not white
+        assert row["meta"]["choices"][row["answer"]] == ("to the right" if left[0] < left[1] else "to the left")
+
+
+POOL = {picture.caption: picture for picture in read_pool(splits=("train",))}
+
+
+def on_white(caption, side):
+    canvas = Image.new("RGB", (side, side), "white")
+    drawing = POOL[caption].open().resize((side, side), Image.Resampling.LANCZOS)
+    canvas.paste(drawing, (0, 0), drawing)
+    return canvas
+
+
+def pattern_of(mini, name):
+    picture = open_image(mini / "images" / name).tobytes()
+    return next(caption for caption in POOL if on_white(caption, 128).tobytes() == picture)
+
+
+def test_an_oracle_scores_all_and_a_mute_nothing(mini):
+    questions = read_mm_niah(mini, mini / "images")
+    told = [q.truth if isinstance(q.truth, str) else json.dumps(q.truth) for q in questions]
+    rows = [
+        {"id": q.id, "setting": q.setting, "response": r, "ground_truth": q.truth} | q.told
+        for q, r in zip(questions, told, strict=True)
+    ]
+    oracle, mute = score_mm_niah(rows), score_mm_niah([row | {"response": None} for row in rows])
+    assert oracle["overall"]["mean"] == 1.0 and mute["overall"]["mean"] == 0.0
+    assert oracle["tasks"]["retrieval-text"]["official"] == pytest.approx(3 / 11)
+    assert mute["tasks"]["retrieval-text"]["broken"] == 15
+
+
+def test_a_mini_set_that_cannot_be_made(tmp_path):
+    with pytest.raises(UserError, match="the pool has 3 captions, a document needs 24"):
+        make_mini_set(tmp_path, read_pool(splits=("train",))[:6], 0, 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot be written"):
+        make_mini_set(tmp_path / "file", read_pool(splits=("train",)), 0, 1)

@@ -1,0 +1,334 @@
+"""MMNeedle's schema, prompts and response files; haystacks built in the same schema; the release itself, if at hand."""
+
+import io
+import json
+import os
+import pickle
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmneedle
+from errors import UserError
+from haystack import Picture, PicturePool, read_pictures, read_pool
+from mmneedle import Setting, build, candidates, ground_truth, official_prompt, read_questions, settings
+from scoring import answers, score
+
+RELEASE = Path(os.environ.get("MMNEEDLE_DATA", ""))
+released = pytest.mark.skipif("MMNEEDLE_DATA" not in os.environ, reason="MMNEEDLE_DATA is not set")
+
+
+def png(colour) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (20, 12), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def flat_pool(count: int = 40) -> PicturePool:
+    """Pictures of one opaque colour each: what a cell shows can be read off a pixel."""
+    colours = [(i, (i * 37) % 256, (i * 91) % 256) for i in range(count)]
+    return PicturePool([Picture(png(c), f"colour {i}", str(i), "flat", "test") for i, c in enumerate(colours)])
+
+
+def oracle(questions, change=lambda truth: truth) -> list[dict]:
+    return [
+        {"id": q.id, "setting": q.setting, "response": change(q.truth), "ground_truth": q.truth, **q.told}
+        for q in questions
+    ]
+
+
+def absent_as_minus_one(truth: str) -> str:
+    return "-1" if truth.startswith("0") else truth
+
+
+# ---- prompts
+def test_official_prompts_word_for_word():
+    assert official_prompt(Setting(1, 2), ["A clock that is standing on a table."]) == (
+        "Given 1 image indexed from 1 to 1, each divided into 2*2 subimages, identify the subimage that best matches "
+        "the provided caption. Respond with 'index, row, column' and nothing else. For example, '1, 2, 3' indicates "
+        "the subimage in the first image, second row, and third column. If no match is found, respond only with '-1'."
+        "\nCaption: A clock that is standing on a table."
+    )
+    assert official_prompt(Setting(10, 1, 2), ["a ", "b"]) == (
+        "Given 10 images indexed from 1 to 10, each divided into 1*1 subimage, identify the subimages that best match "
+        "the provided 2 captions. Respond in the format: index_1, row_1, column_1; index_2, row_2, column_2. Only "
+        "provide this information. For example, '1, 2, 3' indicates the subimage in the first image, second row, and "
+        "third column. If no subimage matches a caption, respond with '-1' for that caption.\nCaption_1: a \n"
+        "Caption_2: b"
+    )
+
+
+def test_short_prompts_are_those_of_training():
+    assert mmneedle.short_prompt(["red apple"]) == "answer en where is red apple?"
+    assert mmneedle.short_prompt([" A dog\nruns. ", "A cat"]) == "answer en where is A dog runs; A cat?"
+    asked = mmneedle.quadrant_prompts("A cat.")
+    assert asked["rows"] == "Caption: A cat.. Where is the caption? Top or Bottom?"
+    assert asked["columns"] == "Caption: A cat.. Where is the caption? Left or Right?"
+
+
+def test_candidates_are_every_cell_and_none():
+    assert candidates(Setting(1, 2)) == ["1, 1, 1", "1, 1, 2", "1, 2, 1", "1, 2, 2", "-1"]
+    assert len(candidates(Setting(10, 8))) == 641 and candidates(Setting(10, 8))[-2] == "10, 8, 8"
+
+
+def test_settings():
+    assert [str(s) for s in settings((1, 10), (1, 2), (1, 2))] == [
+        "1x2x2", "1x2x2 K=2", "10x1x1", "10x1x1 K=2", "10x2x2", "10x2x2 K=2",
+    ]  # fmt: skip
+    assert Setting(10, 4, 5).annotations == "5_annotations_10_4_4.json"
+    with pytest.raises(UserError, match="not 1 x 1 alone"):
+        settings((1,), (1,), (1,))
+    for protocol, setting in (("quadrant", Setting(1, 4)), ("detect", Setting(2, 2)), ("rank", Setting(1, 2, 2))):
+        with pytest.raises(UserError, match=f"--protocol={protocol} asks"):
+            mmneedle.check_protocol(protocol, setting)
+
+
+# ---- the schema
+@pytest.mark.parametrize("shape", [(1, 2, 1), (1, 4, 1), (3, 2, 1), (10, 1, 1), (2, 3, 2), (10, 4, 1), (1, 4, 5)])
+def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
+    """Row-major, 0-based, the needle where the annotation says, its caption nowhere else; a negative's in no cell."""
+    pool, setting = flat_pool(250 if shape[0] == 10 else 40), Setting(*shape)
+    build(pool, tmp_path, setting, samples=12, seed=3, cell=8)
+    metadata = json.loads((tmp_path / "metadata_stitched" / f"{shape[1]}_{shape[1]}.json").read_text())
+    colours = {mmneedle.name_of(p): p.open().getpixel((0, 0)) for p in pool.pictures}
+    captions = {mmneedle.name_of(p): p.caption for p in pool.pictures}
+    for name, cells in metadata.items():
+        pixels = np.asarray(Image.open(tmp_path / f"images_stitched/{shape[1]}_{shape[1]}" / name))
+        assert pixels.shape == (8 * shape[1], 8 * shape[1], 3)
+        for place, shown in cells.items():
+            row, col = map(int, place.split("_"))
+            assert tuple(pixels[8 * row + 4, 8 * col + 4]) == colours[shown]
+            assert tuple(pixels[8 * row, 8 * col]) == colours[shown], "an opaque picture fills its cell"
+    questions = read_questions(tmp_path, setting, "official", samples=12)
+    rows = json.loads((tmp_path / "metadata_stitched" / setting.annotations).read_text())
+    assert len(questions) == 24 and [row["id"] for row in rows] == [*range(12), *range(5000, 5012)]
+    for row, question in zip(rows, questions, strict=True):
+        inside = [list(metadata[Path(path).name].values()) for path in row["image_ids"]]
+        shown = [captions[name] for cells in inside for name in cells]
+        assert len(question.images) == shape[0] and all(Path(path).is_file() for path in question.images)
+        targets = row["target"] if shape[2] > 1 else [row["target"]]
+        assert [captions[target] for target in targets] == question.told["caption"]
+        if row["id"] >= 5000:
+            assert question.truth == "; ".join(["0, 0, 0"] * shape[2]) and question.told["kind"] == "negative"
+            assert not set(question.told["caption"]) & set(shown)
+            continue
+        for truth, target in zip(question.truth.split("; "), targets, strict=True):
+            m, r, c = (int(n) - 1 for n in truth.split(", "))
+            assert metadata[Path(row["image_ids"][m]).name][f"{r}_{c}"] == target
+            assert shown.count(captions[target]) == 1
+    assert score(oracle(questions, absent_as_minus_one))[str(setting)]["positive"]["exact"]["rate"] == 1
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        build(PicturePool(flat_pool().pictures), tmp_path / name, Setting(1, 2), samples=5, seed=1, cell=8)
+    build(flat_pool(), tmp_path / "c", Setting(1, 2), samples=5, seed=2, cell=8)
+    files = [
+        {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*") if f.is_file()} for n in "abc"
+    ]
+    assert files[0] == files[1] and files[0] != files[2]
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*.png")}
+    build(flat_pool(), tmp_path / "a", Setting(1, 2, 2), samples=5, seed=1, cell=8)
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*.png")}, "pictures are stitched once"
+
+
+def test_a_pool_too_small_is_refused(tmp_path):
+    with pytest.raises(UserError, match="need 65 captions, the pool has 40"):
+        build(flat_pool(), tmp_path, Setting(1, 8), samples=2, seed=0, cell=4)
+    with pytest.raises(UserError, match="4 captions are in one cell alone"):
+        build(flat_pool(), tmp_path, Setting(1, 2, 5), samples=2, seed=0, cell=4)
+    with pytest.raises(UserError, match="needs at least 10 stitched pictures"):
+        build(flat_pool(), tmp_path, Setting(10, 2), samples=2, seed=0, cell=4)
+
+
+def test_other_pictures_lie_in_another_folder(tmp_path):
+    pool = flat_pool().pictures
+    folders = {mmneedle.cache_folder(tmp_path, "x", pictures, seed) for pictures in (pool, pool[1:]) for seed in (0, 1)}
+    assert len(folders) == 4
+
+
+def write_release(folder: Path, rows: list, captions: dict, name="annotations_1_2_2.json"):
+    (folder / "metadata_stitched").mkdir()
+    (folder / "metadata_stitched" / name).write_text(json.dumps(rows))
+    (folder / "annotations_trainval").mkdir()
+    (folder / "annotations_trainval" / "file_to_caption.pkl").write_bytes(pickle.dumps(captions))
+
+
+GOOD = {"id": 0, "image_ids": ["images_stitched/2_2/s.jpg"], "index": 0, "row": 1, "col": 0, "target": "val2014/a.jpg"}
+
+
+def test_broken_rows_become_questions_that_count_as_wrong(tmp_path):
+    rows = [
+        GOOD,
+        GOOD | {"id": 1, "target": "val2014/lost.jpg"},
+        GOOD | {"id": 2, "row": 2},
+        {key: value for key, value in GOOD.items() if key != "image_ids"} | {"id": 3},
+        GOOD | {"id": 4, "image_ids": ["a", "b"]},
+        GOOD | {"id": 5000, "index": -1, "row": -1, "col": -1},
+    ]
+    write_release(tmp_path, rows, {"a.jpg": " A cat. "})
+    questions = read_questions(tmp_path, Setting(1, 2), "official", samples=10)
+    assert [q.told["kind"] for q in questions] == ["positive"] * 5 + ["negative"]
+    assert ["error" in q.told for q in questions] == [False, True, True, True, True, False]
+    assert "id 1: KeyError 'lost.jpg'" in questions[1].told["error"] and "outside 1x2x2" in questions[2].told["error"]
+    assert questions[0].truth == "1, 2, 1" and questions[0].prompt.endswith("Caption:  A cat. ")
+    assert questions[0].images == (str(tmp_path / "images_stitched/2_2/s.jpg"),)
+
+
+def test_a_pickle_that_could_run_code_is_refused(tmp_path):
+    write_release(tmp_path, [GOOD], {"a.jpg": "A cat"})
+    file = tmp_path / "annotations_trainval" / "file_to_caption.pkl"
+
+    class Bad:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    file.write_bytes(pickle.dumps({"a.jpg": Bad()}))
+    with pytest.raises(UserError, match="file_to_caption.pkl: refused"):
+        read_questions(tmp_path, Setting(1, 2), "official")
+    assert not (tmp_path / "ran").exists()
+    file.write_bytes(pickle.dumps({"a.jpg": 3}))
+    with pytest.raises(UserError, match="holds no file names and captions"):
+        read_questions(tmp_path, Setting(1, 2), "official")
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match="has no metadata_stitched/annotations_1_4_4.json"):
+        read_questions(tmp_path, Setting(1, 4), "official")
+    write_release(tmp_path, [{"row": 1}], {})
+    with pytest.raises(UserError, match="annotations_1_2_2.json, row 1 has no id or index"):
+        read_questions(tmp_path, Setting(1, 2), "official")
+
+
+def test_so_many_of_every_cell(tmp_path):
+    build(flat_pool(), tmp_path, Setting(1, 2), samples=40, seed=0, cell=4)
+    questions = read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=3)
+    assert len(questions) == 24 and {q.told["kind"] for q in questions} == {"positive"}
+    assert set(Counter(q.truth for q in questions).values()) == {6}
+    with pytest.raises(UserError, match="a cell has .* positives, not 40"):
+        read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=40)
+
+
+# ---- pictures of one's own
+def test_pictures_of_a_folder_and_of_a_jsonl(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i:02}.png").write_bytes(png((i, i, i)))
+        (tmp_path / f"{i:02}.txt").write_text(f"a grey number {i}\n")
+    pictures = read_pictures(tmp_path)
+    assert [p.caption for p in pictures] == [f"a grey number {i}" for i in range(60)]
+    train, test = ([p.caption for p in pictures if p.split == split] for split in ("train", "test"))
+    assert len(train) + len(test) == 60 and 4 <= len(test) <= 22 and not set(train) & set(test)
+    (tmp_path / "captions.json").write_text(json.dumps({"07.png": "seven", "03.png": "three"}))
+    assert [p.caption for p in read_pictures(tmp_path)] == ["three", "seven"]
+    (tmp_path / "rows.jsonl").write_text('{"image": "05.png", "caption": "five"}\n')
+    assert read_pictures(tmp_path / "rows.jsonl")[0].open().getpixel((0, 0)) == (5, 5, 5)
+    (tmp_path / "rows.jsonl").write_text('{"image": "05.png"}\n')
+    with pytest.raises(UserError, match="rows.jsonl:1: not a json object of image and caption"):
+        read_pictures(tmp_path / "rows.jsonl")
+    (tmp_path / "captions.json").write_text(json.dumps({"lost.png": "gone"}))
+    with pytest.raises(UserError, match="lost.png does not exist"):
+        read_pictures(tmp_path)
+
+
+def test_the_embedded_pool_is_drawn_on_colours():
+    pool = PicturePool(read_pool(splits=("test_style",)))
+    assert pool.drawing(0, 64).mode == "RGBA" and pool.drawing(0, 64).size == (56, 56)
+
+
+# ---- response files
+def official_scores(file: Path) -> dict:
+    """An independent reading of a response file by the released scorer's rules, one needle."""
+    index = exact = exist = n = 0
+    for entry in json.loads(file.read_text()):
+        if entry["response"] is None:
+            continue
+        n += 1
+        told = entry["response"].replace("\n", "").strip().strip(".").strip()
+        truth = "-1" if entry["ground_truth"] == "0, 0, 0" else entry["ground_truth"]
+        index += told.split(", ")[0] == entry["ground_truth"].split(", ")[0]
+        exact += told == truth
+        exist += (truth == "-1") == (told == "-1")
+    return {"index": index, "exact": exact, "existence": exist, "n": n}
+
+
+def test_response_files_are_scored_alike_by_the_official_rule(tmp_path):
+    build(flat_pool(), tmp_path, Setting(1, 2), samples=30, seed=0, cell=4)
+    rng = random.Random(0)
+    rows = oracle(
+        read_questions(tmp_path, Setting(1, 2), "official", samples=30),
+        lambda truth: rng.choice([truth, "-1", "1, 1, 1.", "1", "", "No match", None, "-1, -1, -1"]),
+    )
+    mmneedle.write_responses(answers(rows), tmp_path / "response", "my_model/v2")
+    told = score(rows, skip_none=True)["1x2x2"]
+    for kind, folder in (("positive", "COCO_val2014_0_29"), ("negative", "COCO_val2014_5000_5029")):
+        file = tmp_path / "response" / folder / "paligemma_my-model-v2_1_2_2.json"
+        assert len(file.stem.split("_")) == 5
+        theirs = official_scores(file)
+        assert theirs["n"] == told[kind]["n"] < 30 and theirs["existence"] == told[kind]["existence"]["right"]
+        if kind == "positive":
+            assert [theirs[k] for k in ("index", "exact")] == [told[kind][k]["right"] for k in ("index", "exact")]
+    entry = json.loads(file.read_text())[0]
+    assert set(entry) == {"id", "response", "ground_truth", "target_path", "caption"} and entry["id"] == 5000
+
+
+# ---- the release
+@released
+def test_the_released_rows_read_as_they_are():
+    golden = {
+        0: ("7687", "1, 2, 2", "A clock that is standing on a table."),
+        1: ("9999", "1, 2, 2", "Four bowls of different kinds of foods are shown. "),
+        2: ("3909", "1, 1, 1", "A plate with two slices of pizza on a table with another plate and glass."),
+        5000: ("1534", "0, 0, 0", "She is well prepared to participate in the tennis match."),
+    }
+    questions = read_questions(RELEASE, Setting(1, 2), "official", samples=5000)
+    assert len(questions) == 10_000 and not any("error" in q.told for q in questions)
+    by_id = {q.told["row"]: q for q in questions}
+    for number, (stitched, truth, caption) in golden.items():
+        assert by_id[number].images[0].endswith(f"images_stitched/2_2/COCO_val2014_stitched_{stitched}.jpg")
+        assert (by_id[number].truth, by_id[number].told["caption"]) == (truth, [caption])
+    for grid, (stitched, truth) in {4: ("4220", "1, 4, 1"), 8: ("8484", "1, 7, 2")}.items():
+        first = read_questions(RELEASE, Setting(1, grid), "official", samples=1)[0]
+        assert stitched in first.images[0] and first.truth == truth
+
+
+@released
+def test_the_released_needles_lie_where_the_metadata_says():
+    cells = mmneedle.read_release(RELEASE, "2_2.json")
+    captions = mmneedle.read_captions(RELEASE)
+    for row in mmneedle.read_release(RELEASE, "annotations_1_2_2.json"):
+        shown = cells[Path(row["image_ids"][0]).name]
+        caption = captions[Path(row["target"]).name]
+        if row["index"] == -1:
+            assert row["target"] not in shown.values() and ground_truth(row, Setting(1, 2)) == "0, 0, 0"
+        else:
+            assert shown[f"{row['row']}_{row['col']}"] == row["target"]
+            assert [captions[Path(name).name] for name in shown.values()].count(caption) == 1
+
+
+@released
+@pytest.mark.parametrize(("grid", "swapped", "constant"), [(2, 51.7, 26.8), (4, 24.0, 7.1), (8, 14.2, 2.7)])
+def test_oracles_and_constants_on_the_first_thousand(grid, swapped, constant):
+    """The truth scores 100; with row and column swapped only the diagonal is right; the best constant is the paper's
+    data's own."""
+
+    def swap(truth: str) -> str:
+        index, row, column = truth.split(", ")
+        return f"{index}, {column}, {row}"
+
+    questions = read_questions(RELEASE, Setting(1, grid), "official")
+    assert len(questions) == 2000
+    told = score(oracle(questions, absent_as_minus_one))[f"1x{grid}x{grid}"]
+    assert told["positive"]["exact"]["rate"] == told["negative"]["existence"]["rate"] == 1
+    assert told["balanced existence"]["rate"] == 1 and told["positive"]["format failures"]["rate"] == 0
+    told = score(oracle(questions, swap))[f"1x{grid}x{grid}"]["positive"]
+    assert round(100 * told["exact"]["rate"], 1) == swapped
+    told = score(oracle(questions, absent_as_minus_one))[f"1x{grid}x{grid}"]["baselines"]
+    assert round(100 * told["best constant"]["exact"], 1) == constant
+    if grid == 2:
+        assert told["best constant"]["answer"] == "1, 1, 1"
+        per_cell = score(oracle(questions))["1x2x2"]["positive"]["cells"]
+        assert [cell["n"] for cell in per_cell] == [268, 235, 248, 249]

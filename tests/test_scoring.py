@@ -1,0 +1,210 @@
+"""MMNeedle's official rule by its golden cases, and what is ours beside it."""
+
+import pytest
+
+import scoring
+from errors import UserError
+from scoring import answers, lenient, score, strict, table, well_formed
+
+ONE = "1, 2, 1"
+TWO = "1, 2, 1; 1, 1, 2"
+NONE = "0, 0, 0"
+
+
+def row(response, truth=ONE, needles=1, name="0", protocol="finetuned", shape=None, **more) -> dict:
+    kind = "negative" if truth.startswith("0") else "positive"
+    shape = shape or (1, 2, needles)
+    told = {"id": name, "setting": "1x2x2", "response": response, "ground_truth": truth, "kind": kind, "shape": shape}
+    return told | {"protocol": protocol, "row": 0, "target": "x.jpg", "caption": ["a cat"]} | more
+
+
+# ---- golden tables: the released scorer's verdicts
+def cases(truth, index, exact, exist, texts):
+    return [(truth, text, (index, exact, exist)) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("truth", "response", "verdict"),
+    cases(ONE, 1, 1, 1, ["1, 2, 1", "1, 2, 1.", " 1, 2, 1\n", ".1, 2, 1"])
+    + cases(ONE, 0, 0, 1, ["1,2,1", "1,\n2, 1", "(1, 2, 1)", "'1, 2, 1'", "Answer: 1, 2, 1", "01, 2, 1"])
+    + cases(ONE, 1, 0, 1, ["1", "1, 2", "1, 1, 2", "1, 2, 1, 1", "1, 2, 1\n\n1, 2, 1"])
+    + cases(ONE, 0, 0, 0, ["-1", "-1."])
+    + cases(ONE, 0, 0, 1, ["-1, -1, -1", ""])
+    + cases(NONE, 0, 1, 1, ["-1", "-1.", "-1\n"])
+    + cases(NONE, 0, 0, 0, ["-1, -1, -1", "", "No match", "- 1", "1, 1, 1"])
+    + cases(NONE, 1, 0, 0, ["0, 0, 0"]),
+)
+def test_one_needle(truth, response, verdict):
+    told = strict(response, truth, 1)
+    assert (told["index"], told["exact"], told["existence"]) == tuple(map(bool, verdict))
+
+
+@pytest.mark.parametrize(
+    ("truth", "response", "index", "exact", "first", "each_index", "each_exact", "exist"),
+    [
+        (TWO, TWO, 1, 1, (1, 1), [1, 1], [1, 1], 1),
+        (TWO, "1, 2, 1", 0, 0, (1, 1), [1], [1], 1),
+        (TWO, "1, 1, 2; 1, 2, 1", 1, 0, (1, 0), [1, 1], [0, 0], 1),
+        (TWO, "1, 2, 1;1, 1, 2", 0, 0, (1, 0), [1], [0], 1),
+        (TWO, "1, 2, 1\n1, 1, 2", 0, 0, (1, 0), [1], [0], 1),
+        (TWO, "1, 2, 1; -1", 0, 0, (1, 1), [1, 0], [1, 0], 1),
+        (TWO, "1, 2, 1; 1, 1, 2; 1, 1, 1", 0, 0, (1, 1), [1, 1], [1, 1], 1),
+        (TWO, "-1", 0, 0, (0, 0), [0], [0], 0),
+        (TWO, "-1; -1", 0, 0, (0, 0), [0, 0], [0, 0], 0),
+        (f"{NONE}; {NONE}", "-1", 0, 1, (0, 0), [0], [0], 1),
+        (f"{NONE}; {NONE}", "-1; -1", 0, 0, (0, 0), [0, 0], [0, 0], 1),
+        (f"{NONE}; {NONE}", "-1, -1", 0, 0, (0, 0), [0], [0], 1),
+        (f"{NONE}; {NONE}", "-1\n-1", 0, 0, (0, 0), [0], [0], 1),
+        (f"{NONE}; {NONE}", "-1, -1, -1; -1, -1, -1", 0, 0, (0, 0), [0, 0], [0, 0], 1),
+        (f"{NONE}; {NONE}", "-1;-1", 0, 0, (0, 0), [0], [0], 0),
+        (f"{NONE}; {NONE}", "-1; 1, 1, 1", 0, 0, (0, 0), [0, 0], [0, 0], 0),
+        (f"{NONE}; {NONE}", "", 0, 0, (0, 0), [0], [0], 0),
+    ],
+)
+def test_two_needles(truth, response, index, exact, first, each_index, each_exact, exist):
+    told = strict(response, truth, 2)
+    assert (told["index"], told["exact"], told["existence"]) == (bool(index), bool(exact), bool(exist))
+    assert told["first"] == tuple(map(bool, first))
+    assert [pair[0] for pair in told["each"]] == each_index and [pair[1] for pair in told["each"]] == each_exact
+
+
+@pytest.mark.parametrize(
+    ("response", "needles", "meant"),
+    [
+        ("1, 2, 1", 1, "1, 2, 1"),
+        ("(1,2,1)", 1, "1, 2, 1"),
+        ("1-2-1", 1, "1, 2, 1"),
+        ("The image is 1, row 02, column 1.", 1, "1, 2, 1"),
+        ("-1", 1, "-1"),
+        ("Answer: -1, there is none", 1, "-1"),
+        ("-1, -1, -1", 1, "-1"),
+        ("1, 2", 1, None),
+        ("", 1, None),
+        (None, 1, None),
+        ("1, 2, 1;1, 1, 2", 2, "1, 2, 1; 1, 1, 2"),
+        ("1, 2, 1; -1", 2, "1, 2, 1; -1"),
+        ("-1", 2, "-1; -1"),
+        ("-1\n-1", 2, "-1; -1"),
+        ("1, 2, 1", 2, None),
+    ],
+)
+def test_the_lenient_reading(response, needles, meant):
+    assert lenient(response, needles) == meant
+
+
+def test_format_failures_are_told_apart_from_wrong_answers():
+    assert all(well_formed(text) for text in ("1, 2, 1", "2, 9, 9.", "-1"))
+    assert not any(well_formed(text) for text in ("1,2,1", "", "red apple", "-1, -1, -1", "(1, 2, 1)"))
+    assert well_formed(TWO, 2) and well_formed("1, 2, 1; -1", 2) and well_formed("-1, -1", 2)
+    assert not well_formed("1, 2, 1", 2)
+
+
+# ---- rates
+def test_broken_answers_stay_in_the_denominator_unless_the_official_rule_is_asked_for():
+    rows = [row("1, 2, 1", name="0"), row(None, name="1"), row("1, 1, 1", name="2"), row(None, NONE, name="3")]
+    told = score(rows)["1x2x2"]
+    assert (told["positive"]["exact"]["right"], told["positive"]["exact"]["n"], told["positive"]["broken"]) == (1, 3, 1)
+    assert told["positive"]["existence"]["right"] == 2 and told["negative"]["existence"]["right"] == 0
+    assert told["positive"]["format failures"]["right"] == 0
+    told = score(rows, skip_none=True)["1x2x2"]
+    assert told["positive"]["exact"]["n"] == 2 and "negative" not in told and "balanced existence" not in told
+
+
+def test_positives_and_negatives_never_share_a_number():
+    rows = [row("-1", name=str(i)) for i in range(10)] + [row("-1", NONE, name=str(10 + i)) for i in range(30)]
+    told = score(rows)["1x2x2"]
+    assert told["positive"]["existence"]["rate"] == 0 and told["negative"]["existence"]["rate"] == 1
+    assert told["balanced existence"]["rate"] == 0.5, "the mean of both, whatever their sizes"
+    assert told["balanced existence"]["low"] < 0.5 < told["balanced existence"]["high"]
+
+
+def test_depths_are_counted_each_for_itself():
+    """The released scorer aliases one list, and so gives every depth the same accuracy."""
+    rows = [row(f"{m}, 1, 1", f"{m}, 1, 1", name=f"a{m}", shape=(3, 2, 1)) for m in (1, 2, 3)]
+    rows += [row("1, 1, 1", f"{m}, 1, 1", name=f"b{m}", shape=(3, 2, 1)) for m in (1, 2, 3)]
+    told = score(rows)["1x2x2"]["positive"]
+    assert [entry["rate"] for entry in told["depths"]] == [1.0, 0.5, 0.5]
+    assert [cell["n"] for cell in told["cells"]] == [6, 0, 0, 0] and told["cells"][1]["rate"] is None
+
+
+def test_missing_answers_are_charged_and_the_official_pooling_stands_beside():
+    rows = [row(TWO, TWO, 2, "0"), row("1, 2, 1", TWO, 2, "1"), row("-1", TWO, 2, "2")]
+    told = score(rows)["1x2x2"]["positive"]
+    assert (told["individual exact"]["right"], told["individual exact"]["n"]) == (3, 6)
+    pooled = told["individual exact, official pooling"]
+    assert (pooled["right"], pooled["n"]) == (3, 4)
+    assert told["first exact"]["right"] == 2 and sum(cell["n"] for cell in told["cells"]) == 6
+
+
+def test_baselines():
+    truths = ["1, 1, 1"] * 3 + ["1, 2, 2"] * 2
+    told = score([row("x", truth, name=str(i)) for i, truth in enumerate(truths)])["1x2x2"]["baselines"]
+    assert told["uniform"] == {"exact": 0.25, "index": 1.0}
+    assert told["best constant"] == {"answer": "1, 1, 1", "exact": 0.6, "index": 1.0}
+    assert told["always -1"]["existence, negatives"] == 1.0 and told["always -1"]["balanced existence"] == 0.5
+
+
+# ---- other protocols, one rule
+def test_the_centre_of_a_box_is_its_cell():
+    def told(response, grid=4):
+        return answers([row(response, protocol="detect", shape=(1, grid, 1))])[0]["response"]
+
+    assert told("<loc0000><loc0256><loc0255><loc0511> red apple") == "1, 1, 2"
+    assert told("<loc0768><loc0512><loc1023><loc0767> red apple ; <loc0000><loc0000><loc0100><loc0100> x") == "1, 4, 3"
+    assert told("<loc1023><loc1023><loc1023><loc1023> a") == "1, 4, 4"
+    assert told("<loc0000><loc0512><loc1000><loc1023> a", grid=2) == "1, 1, 2"
+    assert told("") == "-1" and told("\n") == "-1" and told(None) is None
+    assert told("red apple") == "red apple", "a format failure, and no absence"
+
+
+@pytest.mark.parametrize(
+    ("rows_answer", "columns_answer", "response"),
+    [
+        ("Bottom", " left\n", "1, 2, 1"),
+        ("top", "RIGHT", "1, 1, 2"),
+        ("Bottom.", "left", "Bottom. | left"),
+        ("bottom", "", "bottom | "),
+        ("left", "bottom", "left | bottom"),
+        ("bottom", None, None),
+    ],
+)
+def test_quadrants_need_row_and_column(rows_answer, columns_answer, response):
+    rows = [
+        row(text, protocol="quadrant", name=f"1x2x2/0/{axis}", axis=axis)
+        for axis, text in (("rows", rows_answer), ("columns", columns_answer))
+    ]
+    merged = answers(rows)
+    assert len(merged) == 1 and merged[0]["id"] == "1x2x2/0" and merged[0]["response"] == response
+    told = score(rows)["1x2x2"]["positive"]
+    assert told["exact"]["right"] == (response == ONE) and "existence" not in told
+    assert told["format failures"]["right"] == (response is not None and "|" in response)
+
+
+def test_the_same_rule_for_every_model():
+    """Only a row's answer counts: names permuted, scores unchanged (the source project's scorer told them apart)."""
+    rows = [row("1, 2, 1", name="0"), row("bottom", name="1"), row("-1", NONE, name="2")]
+    for protocol in ("finetuned", "official", "rank"):
+        named = [[r | {"protocol": protocol, "model": model} for r in rows] for model in ("diff", "original")]
+        assert score(named[0]) == score(named[1])
+        assert table({"diff": score(named[0])})[2:] == table({"diff": score(named[1])})[2:]
+
+
+# ---- comparison
+def test_compare_counts_pairs():
+    a = [row(ONE if i < 6 else "1, 1, 1", name=str(i)) for i in range(10)]
+    b = [row(ONE if i >= 4 else "1, 1, 1", name=str(i)) for i in reversed(range(10))]
+    told = scoring.compare(a, b, scoring.judge)["1x2x2 positive"]
+    assert (told["first"]["right"], told["second"]["right"]) == (6, 6)
+    assert (told["only first"], told["only second"]) == (4, 4)
+    assert told["difference"]["mean"] == 0 and told["difference"]["low"] < 0 < told["difference"]["high"]
+    assert told["p"] == 1.0
+    with pytest.raises(UserError, match="2 questions are in one run alone"):
+        scoring.compare(a, b[:8], scoring.judge)
+
+
+def test_the_table_shows_models_side_by_side():
+    rows = [row("1, 2, 1", name="0"), row("-1", NONE, name="1"), row(None, name="2")]
+    lines = "\n".join(table({"one": score(rows), "two": score(rows)}))
+    assert (
+        lines.count("50.0 [9.5, 90.5]") >= 4 and "broken, counted wrong" in lines and "caption absent, n = 1" in lines
+    )
