@@ -339,15 +339,20 @@ BENCHMARKS = {
 
 
 def read_rows(folder: Path) -> list[dict]:
+    """All answers of a folder. Raises UserError where some are still missing."""
     if not (folder / "answers.jsonl").is_file():
         raise UserError(f"{folder}: holds no answers.jsonl: give a folder that eval_mmnih.py wrote")
-    return plots.read_lines(folder / "answers.jsonl")
+    count, lines = read_json(folder / "eval.json").get("questions"), plots.read_lines(folder / "answers.jsonl")
+    if count not in (None, len(lines)):
+        raise UserError(f"{folder}: {len(lines):,} answers to {count:,} questions: run the evaluation again to end it")
+    return lines
 
 
 def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     """eval.json and the scores of a folder; writes scores.json, plots/ and the official response files."""
     record, rows = read_json(folder / "eval.json"), read_rows(folder)
     told = {key: record[key] for key in ("benchmark", "model", "weights", "config", "decoding", "dtype")}
+    told["skip_none"] = skip_none and record["benchmark"] == "mmneedle"
     if record["benchmark"] == "mmneedle":
         scores = scoring.score(rows, skip_none)
         write_responses(scoring.answers(rows), folder / "response", slug(record["model"]))
@@ -384,7 +389,10 @@ def report(folders: list[Path], skip_none: bool) -> list[str]:
     lines = [f"benchmark {benchmark}, data {config['data']}, prefix {config['prefix']!r}"]
     if benchmark == "mmneedle":
         lines[0] += f", protocol {config['protocol']}" + (", broken questions skipped" if skip_none else "")
-        by_name = {slug(record["model"]): scores for record, scores in scored}
+        names = [slug(record["model"]) for record, _ in scored]
+        if len(set(names)) < len(names):  # one model answered twice
+            names = [str(folder) for folder in folders]
+        by_name = {name: scores for name, (_, scores) in zip(names, scored, strict=True)}
         plots.draw_side_by_side(by_name, folders[-1] / "plots" / "accuracy.png")
         return [*lines, *scoring.table(by_name)]
     if benchmark == "mm-niah" and config["data"] == "haystack":
@@ -456,6 +464,8 @@ def seed_of(folder: Path) -> int:
 
 def over_seeds(found: list[dict]) -> dict[str, dict]:
     told = {}
+    if any(set(scores) != set(found[0]) for scores in found):
+        raise UserError("the seeds were evaluated in different settings: evaluate all with the same flags")
     for name in found[0]:
         arms = [[scores[name][arm]["rate"] for scores in found] for arm in ("first", "second")]
         told[name] = dict(zip(("first", "second"), map(mean_over_seeds, arms), strict=True))

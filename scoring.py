@@ -228,13 +228,20 @@ def baselines(positives: list[dict]) -> dict:
 def compare(first: list[dict], second: list[dict], judge) -> dict[str, dict]:
     """The same questions answered by two models: by setting and kind both rates, the paired difference, McNemar's p.
 
-    `judge` says of a row whether it is right. Raises UserError when the ids differ.
+    `judge` says of a row whether it is right. Raises UserError when the ids differ, or what was asked under one id.
     """
     first, second = ({row["id"]: row for row in rows} for rows in (first, second))
     if set(first) != set(second):
         raise UserError(
             f"{len(set(first) ^ set(second))} questions are in one run alone ({min(set(first) ^ set(second))}): "
             "compare answers to the same questions"
+        )
+    asked = ("prompt", "ground_truth")
+    other = [name for name in first if any(first[name].get(key) != second[name].get(key) for key in asked)]
+    if other:
+        raise UserError(
+            f"{len(other)} questions differ between the runs ({other[0]}): compare answers to the same questions, of "
+            "one protocol, one seed and the same pictures"
         )
     groups: dict[str, list] = {}
     for name, row in first.items():

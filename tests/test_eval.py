@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -162,6 +163,32 @@ def test_arms_are_compared_over_seeds(folder, capsys):
     assert "seeds [0, 1, 2] and [0, 1, 7] cannot be paired" in refused(
         capsys, "--compare", "original_seed*", "diff_seed*"
     )
+
+
+def test_seeds_in_different_settings_are_refused(folder, capsys):
+    for seed in (0, 1):
+        for arm in ("original", "diff"):
+            seeded_run(folder, arm, seed, 10)
+            if seed:
+                file = folder / f"{arm}_seed1/eval/mmneedle-finetuned-haystack/answers.jsonl"
+                file.write_text(file.read_text().replace("1x2x2", "1x4x4"))
+    assert "different settings" in refused(capsys, "--compare", "original_seed*", "diff_seed*")
+
+
+def test_folders_are_scored_whole_and_each_for_itself(tiny_model, folder, capsys):
+    evaluate(f"--model={tiny_model}", "--samples=4", "--grids=2", "--output_dir=a")
+    shutil.copytree("a", "b")
+    lines = (folder / "b" / "answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    text = "".join(json.dumps(row | {"response": row["ground_truth"]}) + "\n" for row in rows)
+    (folder / "b" / "answers.jsonl").write_text(text)
+    out = evaluate("--score", "a", "b", capsys=capsys)
+    assert re.search(r"1x2x2 +a +b +uniform", out) and "100.0 [51.0, 100.0]" in out, "one model twice: two columns"
+    assert read_json("a/scores.json")["skip_none"] is False
+    evaluate("--score", "a", "--skip_none=True")
+    assert read_json("a/scores.json")["skip_none"] is True
+    (folder / "b" / "answers.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    assert "b: 5 answers to 8 questions: run the evaluation again" in refused(capsys, "--score", "b")
 
 
 def test_pope(tiny_model, folder, capsys):

@@ -226,6 +226,9 @@ def test_compare_counts_pairs():
     assert told["p"] == 1.0
     with pytest.raises(UserError, match="2 questions are in one run alone"):
         scoring.compare(a, b[:8], scoring.judge)
+    for changed in ({"prompt": "where is a dog?"}, {"ground_truth": "1, 2, 2"}):
+        with pytest.raises(UserError, match="1 questions differ between the runs .3."):
+            scoring.compare(a, [r | (changed if r["id"] == "3" else {}) for r in b], scoring.judge)
 
 
 def test_the_table_shows_models_side_by_side():
