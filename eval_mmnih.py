@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 from accelerate import Accelerator
+from filelock import FileLock
 
 import mm_niah
 import plots
@@ -73,6 +74,16 @@ class Config:
     compare: tuple[str, ...] = ()  # two folders of answers or runs, or two quoted patterns of several seeds each
 
 
+def check_flags(config: Config):
+    """Raise UserError for a number that no run can have, and for a model left out."""
+    least = {"batch_size": 1, "workers": 0, "samples": 0, "per_cell": 0, "cell": 0, "attention": 0}
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise UserError(f"--{name}={getattr(config, name)}: must be at least {low}")
+    if not config.model:
+        raise UserError("--model: names no model: give hub ids, model folders or run folders")
+
+
 # ---- questions
 def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
     """The questions of a benchmark, in their own order. Raises UserError when its files are missing or empty."""
@@ -85,7 +96,7 @@ def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
     else:
         asked = settings(config.images, config.grids, config.needles)
         with accelerator.main_process_first():  # which builds what the others then find
-            folder = mmneedle_folder(config, asked)
+            folder = mmneedle_folder(config, asked, accelerator.is_main_process)
         questions = [
             question
             for setting in asked
@@ -99,8 +110,8 @@ def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
     return questions
 
 
-def mmneedle_folder(config: Config, asked: list) -> Path:
-    """The folder of the release, or one in its schema, built of pictures once and kept."""
+def mmneedle_folder(config: Config, asked: list, builds: bool = True) -> Path:
+    """The folder of the release, or one in its schema, built of pictures once and kept: by one process at a time."""
     kind, _, source = config.data.partition(":")
     if kind != "haystack":
         return Path(config.data)
@@ -113,9 +124,12 @@ def mmneedle_folder(config: Config, asked: list) -> Path:
     cell, samples = config.cell or (256 if source else 64), config.samples or 1000
     name = f"{Path(source).stem or 'embedded'}-{split}"
     folder = cache_folder(Path("runs/haystacks"), name, pictures, config.seed, samples, cell)
-    pool = PicturePool(pictures)
-    for setting in asked:
-        build(pool, folder, setting, samples, config.seed, cell)
+    if builds:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # evaluations of two models may start together
+            pool = PicturePool(pictures)
+            for setting in asked:
+                build(pool, folder, setting, samples, config.seed, cell)
     return folder
 
 
@@ -233,7 +247,7 @@ def record_of(config: Config, accelerator: Accelerator, name: str, dtype: torch.
         "weights": weights_digest(name),
         "questions": count,
         "config": json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in watching})),
-        "decoding": "ranked" if config.protocol == "rank" else "greedy",
+        "decoding": "ranked" if (config.benchmark, config.protocol) == ("mmneedle", "rank") else "greedy",
         "dtype": str(dtype),
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
@@ -503,6 +517,7 @@ def main():
     if config.score:
         print(*report([Path(folder) for folder in config.score], config.skip_none), sep="\n")
         return
+    check_flags(config)
     accelerator = make_accelerator()
     questions = make_questions(config, accelerator)
     folders = [evaluate(config, accelerator, name, questions) for name in config.model]

@@ -241,7 +241,24 @@ def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
     assert rows_of(folder / "read")[0]["images"][0].startswith("release/images_stitched/2_2/")
 
 
+def test_numbers_that_no_run_can_have_are_refused(folder, capsys):
+    for flag in ("batch_size=0", "workers=-1", "samples=-1", "cell=-4", "attention=-1", "per_cell=-1"):
+        assert f"--{flag}: must be at least" in refused(capsys, f"--{flag}")
+    assert "names no model" in refused(capsys, "--model")
+
+
 # ---- continuing, processes
+def test_evaluations_that_start_together_share_what_is_built(folder):
+    """Each in its own process, as two models on two cards are."""
+    code = (
+        "import eval_mmnih as e; from mmneedle import Setting; "
+        "print(e.mmneedle_folder(e.Config(samples=150), [Setting(1, 2)]))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert len(list(folder.glob("runs/haystacks/*/images_stitched/2_2/*.png"))) == 150
+
+
 NANO = [sys.executable, str(ROOT / "eval_mmnih.py"), "--samples=24", "--grids=2", "--batch_size=4"]
 
 
