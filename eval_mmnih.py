@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -257,14 +258,15 @@ def record_of(config: Config, accelerator: Accelerator, name: str, dtype: torch.
 
 
 def weights_digest(name: str) -> str:
-    """Changes with the trained weights: what was trained by contents, the base by its files."""
+    """Changes with the trained weights: what was trained by contents, the base by its files' names, sizes and times."""
     base, adapter = resolve_run(name)
     digest = hashlib.sha256()
     if adapter is not None:
-        for file in (adapter / "adapter_model.safetensors", adapter.parent / "differential.safetensors"):
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        for file in (*(adapter / name for name in files), adapter.parent / "differential.safetensors"):
             digest.update(file.read_bytes() if file.is_file() else b"")
     for file in sorted(locate(base).glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -272,7 +274,10 @@ def open_folder(folder: Path, record: dict, overwrite: bool):
     """Make the folder, or take up an interrupted evaluation. Raises UserError where it holds another one."""
     file = folder / "eval.json"
     if overwrite:
-        for name in ("answers.jsonl", "eval.json", "scores.json", "attention.json"):
+        if file.exists():  # figures and response files of settings that are not asked again
+            for name in ("response", "plots"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("answers.jsonl", "eval.json", "scores.json", "attention.json", "comparison.json"):
             (folder / name).unlink(missing_ok=True)
     elif file.exists():
         old = read_json(file)

@@ -291,7 +291,9 @@ def test_another_evaluation_is_not_overwritten_unasked(tiny_model, folder, capsy
     kept = (folder / "out" / "answers.jsonl").read_bytes()
     assert "protocol" in refused(capsys, *flags, "--protocol=official")
     assert (folder / "out" / "answers.jsonl").read_bytes() == kept
+    (folder / "out" / "plots" / "depths.png").write_bytes(b"of other settings")
     evaluate(*flags, "--protocol=official", "--overwrite=True")
+    assert not (folder / "out" / "plots" / "depths.png").exists() and (folder / "out" / "plots" / "cells.png").exists()
     assert rows_of(folder / "out")[0]["protocol"] == "official"
 
 
@@ -305,6 +307,12 @@ def test_trained_again_is_another_model(tiny_model, folder):
     assert before == eval_mmnih.weights_digest(str(run))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"two")
     assert eval_mmnih.weights_digest(str(run)) != before
+    base = eval_mmnih.weights_digest(str(tiny_model))
+    file = next(tiny_model.glob("*.safetensors"))
+    times = file.stat()
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+    assert eval_mmnih.weights_digest(str(tiny_model)) != base, "a base trained anew in place has the same size"
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert eval_mmnih.output_folder(Config(), str(folder / "run")) == folder / "run/eval/mmneedle-finetuned-haystack"
 
 
