@@ -263,7 +263,7 @@ def read_answers(file: Path, questions: list[Question], mend: bool = False) -> d
     """The rows of a file by id, in the order of the questions.
 
     `mend` cuts a last line off that a killed process left unfinished. Raises UserError when the file answers other
-    questions or prompts: it is another run's.
+    questions, prompts or pictures: it is another run's.
     """
     if not file.exists():
         return {}
@@ -272,16 +272,19 @@ def read_answers(file: Path, questions: list[Question], mend: bool = False) -> d
         lines.pop()
         if mend:
             file.write_text("".join(lines), encoding="utf-8")
-    prompts = {question.id: question.prompt for question in questions}
+    asked = {q.id: (q.prompt, list(q.images), q.truth) for q in questions}  # other haystacks may share the prompt
     found = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            same = prompts.get(row["id"]) == row["prompt"]
+            same = asked.get(row["id"]) == (row["prompt"], row["images"], row["ground_truth"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}:{number}: no answer row ({error}): delete the line or the file") from error
         if not same:
-            raise UserError(f"{file}:{number}: answers another question ({row['id']}): give another --output_dir")
+            raise UserError(
+                f"{file}:{number}: answers another question ({row['id']}): give another --output_dir, or "
+                "answer anew with --overwrite=True"
+            )
         found[row["id"]] = row
     return {question.id: found[question.id] for question in questions if question.id in found}
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 from accelerate import Accelerator
+from filelock import FileLock
 
 import mm_niah
 import plots
@@ -73,6 +75,16 @@ class Config:
     compare: tuple[str, ...] = ()  # two folders of answers or runs, or two quoted patterns of several seeds each
 
 
+def check_flags(config: Config):
+    """Raise UserError for a number that no run can have, and for a model left out."""
+    least = {"batch_size": 1, "workers": 0, "samples": 0, "per_cell": 0, "cell": 0, "attention": 0}
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise UserError(f"--{name}={getattr(config, name)}: must be at least {low}")
+    if not config.model:
+        raise UserError("--model: names no model: give hub ids, model folders or run folders")
+
+
 # ---- questions
 def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
     """The questions of a benchmark, in their own order. Raises UserError when its files are missing or empty."""
@@ -85,7 +97,7 @@ def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
     else:
         asked = settings(config.images, config.grids, config.needles)
         with accelerator.main_process_first():  # which builds what the others then find
-            folder = mmneedle_folder(config, asked)
+            folder = mmneedle_folder(config, asked, accelerator.is_main_process)
         questions = [
             question
             for setting in asked
@@ -99,8 +111,8 @@ def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
     return questions
 
 
-def mmneedle_folder(config: Config, asked: list) -> Path:
-    """The folder of the release, or one in its schema, built of pictures once and kept."""
+def mmneedle_folder(config: Config, asked: list, builds: bool = True) -> Path:
+    """The folder of the release, or one in its schema, built of pictures once and kept: by one process at a time."""
     kind, _, source = config.data.partition(":")
     if kind != "haystack":
         return Path(config.data)
@@ -113,9 +125,12 @@ def mmneedle_folder(config: Config, asked: list) -> Path:
     cell, samples = config.cell or (256 if source else 64), config.samples or 1000
     name = f"{Path(source).stem or 'embedded'}-{split}"
     folder = cache_folder(Path("runs/haystacks"), name, pictures, config.seed, samples, cell)
-    pool = PicturePool(pictures)
-    for setting in asked:
-        build(pool, folder, setting, samples, config.seed, cell)
+    if builds:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # evaluations of two models may start together
+            pool = PicturePool(pictures)
+            for setting in asked:
+                build(pool, folder, setting, samples, config.seed, cell)
     return folder
 
 
@@ -233,7 +248,7 @@ def record_of(config: Config, accelerator: Accelerator, name: str, dtype: torch.
         "weights": weights_digest(name),
         "questions": count,
         "config": json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in watching})),
-        "decoding": "ranked" if config.protocol == "rank" else "greedy",
+        "decoding": "ranked" if (config.benchmark, config.protocol) == ("mmneedle", "rank") else "greedy",
         "dtype": str(dtype),
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
@@ -243,14 +258,15 @@ def record_of(config: Config, accelerator: Accelerator, name: str, dtype: torch.
 
 
 def weights_digest(name: str) -> str:
-    """Changes with the trained weights: what was trained by contents, the base by its files."""
+    """Changes with the trained weights: what was trained by contents, the base by its files' names, sizes and times."""
     base, adapter = resolve_run(name)
     digest = hashlib.sha256()
     if adapter is not None:
-        for file in (adapter / "adapter_model.safetensors", adapter.parent / "differential.safetensors"):
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        for file in (*(adapter / name for name in files), adapter.parent / "differential.safetensors"):
             digest.update(file.read_bytes() if file.is_file() else b"")
     for file in sorted(locate(base).glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -258,7 +274,10 @@ def open_folder(folder: Path, record: dict, overwrite: bool):
     """Make the folder, or take up an interrupted evaluation. Raises UserError where it holds another one."""
     file = folder / "eval.json"
     if overwrite:
-        for name in ("answers.jsonl", "eval.json", "scores.json", "attention.json"):
+        if file.exists():  # figures and response files of settings that are not asked again
+            for name in ("response", "plots"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("answers.jsonl", "eval.json", "scores.json", "attention.json", "comparison.json"):
             (folder / name).unlink(missing_ok=True)
     elif file.exists():
         old = read_json(file)
@@ -339,15 +358,20 @@ BENCHMARKS = {
 
 
 def read_rows(folder: Path) -> list[dict]:
+    """All answers of a folder. Raises UserError where some are still missing."""
     if not (folder / "answers.jsonl").is_file():
         raise UserError(f"{folder}: holds no answers.jsonl: give a folder that eval_mmnih.py wrote")
-    return plots.read_lines(folder / "answers.jsonl")
+    count, lines = read_json(folder / "eval.json").get("questions"), plots.read_lines(folder / "answers.jsonl")
+    if count not in (None, len(lines)):
+        raise UserError(f"{folder}: {len(lines):,} answers to {count:,} questions: run the evaluation again to end it")
+    return lines
 
 
 def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     """eval.json and the scores of a folder; writes scores.json, plots/ and the official response files."""
     record, rows = read_json(folder / "eval.json"), read_rows(folder)
     told = {key: record[key] for key in ("benchmark", "model", "weights", "config", "decoding", "dtype")}
+    told["skip_none"] = skip_none and record["benchmark"] == "mmneedle"
     if record["benchmark"] == "mmneedle":
         scores = scoring.score(rows, skip_none)
         write_responses(scoring.answers(rows), folder / "response", slug(record["model"]))
@@ -384,7 +408,10 @@ def report(folders: list[Path], skip_none: bool) -> list[str]:
     lines = [f"benchmark {benchmark}, data {config['data']}, prefix {config['prefix']!r}"]
     if benchmark == "mmneedle":
         lines[0] += f", protocol {config['protocol']}" + (", broken questions skipped" if skip_none else "")
-        by_name = {slug(record["model"]): scores for record, scores in scored}
+        names = [slug(record["model"]) for record, _ in scored]
+        if len(set(names)) < len(names):  # one model answered twice
+            names = [str(folder) for folder in folders]
+        by_name = {name: scores for name, (_, scores) in zip(names, scored, strict=True)}
         plots.draw_side_by_side(by_name, folders[-1] / "plots" / "accuracy.png")
         return [*lines, *scoring.table(by_name)]
     if benchmark == "mm-niah" and config["data"] == "haystack":
@@ -456,6 +483,8 @@ def seed_of(folder: Path) -> int:
 
 def over_seeds(found: list[dict]) -> dict[str, dict]:
     told = {}
+    if any(set(scores) != set(found[0]) for scores in found):
+        raise UserError("the seeds were evaluated in different settings: evaluate all with the same flags")
     for name in found[0]:
         arms = [[scores[name][arm]["rate"] for scores in found] for arm in ("first", "second")]
         told[name] = dict(zip(("first", "second"), map(mean_over_seeds, arms), strict=True))
@@ -493,6 +522,7 @@ def main():
     if config.score:
         print(*report([Path(folder) for folder in config.score], config.skip_none), sep="\n")
         return
+    check_flags(config)
     accelerator = make_accelerator()
     questions = make_questions(config, accelerator)
     folders = [evaluate(config, accelerator, name, questions) for name in config.model]

@@ -84,19 +84,22 @@ def _captions_in(source: Path) -> dict[str, str]:
             return read_json(source / "captions.json")
         files = [file for file in source.rglob("*") if file.suffix.lower() in Image.registered_extensions()]
         texts = {str(file.relative_to(source)): file.with_suffix(".txt") for file in files}
-        return {name: text.read_text(encoding="utf-8") for name, text in texts.items() if text.is_file()}
+        return {name: _read_text(text).strip() for name, text in texts.items() if text.is_file()}
     captions = {}
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read ({error}): give a folder or a jsonl file of pictures") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_text(source).splitlines(), 1):
         try:
             row = json.loads(line)
             captions[row["image"]] = row["caption"]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{source}:{number}: not a json object of image and caption: mend the line") from error
     return captions
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}): give captions in UTF-8, or a folder of pictures") from error
 
 
 # ---- haystacks

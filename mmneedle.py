@@ -11,6 +11,7 @@ import json
 import pickle
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ PROTOCOLS = {  # and the longest answer, in tokens a needle
 }
 ROWS = {1: 1000, 2: 100, 5: 100}  # positives, and negatives, that the paper evaluates, by number of needles
 NEGATIVES_FROM = 5000  # ids below are positives
-BUILDER = 1  # raise it when `build` would write other bytes: older caches are then left alone
+BUILDER = 2  # raise it when `build` would write other bytes: older caches are then left alone
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Setting:
 
 def settings(images, grids, needles) -> list[Setting]:
     """All combinations but one cell alone, which the benchmark leaves out. Raises UserError when nothing is left."""
-    found = [Setting(*shape) for shape in product(images, grids, needles) if shape[:2] != (1, 1)]
+    shapes = dict.fromkeys(product(images, grids, needles))  # a number given twice is one setting
+    found = [Setting(*shape) for shape in shapes if shape[:2] != (1, 1)]
     if not found or any(min(s.images, s.grid, s.needles) < 1 for s in found):
         raise UserError(
             f"--images {images} --grids {grids} --needles {needles}: give numbers from 1, and not 1 x 1 alone"
@@ -215,6 +217,8 @@ def captions_of(row: dict, captions: dict, setting: Setting) -> list[str]:
 
 def first_per_cell(rows: list[dict], setting: Setting, count: int) -> list[dict]:
     """The first `count` one-needle positives of every cell, in file order."""
+    if setting.needles > 1:
+        raise UserError(f"--per_cell={count}: {setting} has {setting.needles} needles a question: use --needles=1")
     taken = dict.fromkeys(setting.cells(), 0)
     chosen = []
     for row in rows:
@@ -279,8 +283,8 @@ def build(pool: PicturePool, folder: Path, setting: Setting, samples: int, seed:
     """Write `samples` positives and as many negatives into `folder`, in the release's files; what is there stays.
 
     `cell` is the side of a cell in pixels. The same pool and numbers give the same bytes. With one picture a question
-    every stitched picture serves one positive and one negative. A needle's caption is in no second cell, a negative's
-    in none. Raises UserError when the pool has too few captions.
+    every stitched picture serves one positive and one negative, several are drawn anew for every question. A
+    needle's caption is in no second cell, a negative's in none. Raises UserError when the pool has too few captions.
     """
     if samples > NEGATIVES_FROM:
         raise UserError(f"--samples={samples}: at most {NEGATIVES_FROM}, where the ids of negatives begin")
@@ -298,9 +302,9 @@ def build(pool: PicturePool, folder: Path, setting: Setting, samples: int, seed:
     rows = []
     for start in (0, NEGATIVES_FROM):
         for at in range(samples):
-            images = [order[(at * setting.images + m) % len(order)] for m in range(setting.images)]
-            cells = {place: grids[images[place[0]]][place[1]][place[2]] for place in setting.cells()}
             rng = random.Random(f"{seed}/{setting}/{start + at}")
+            images = [order[at]] if setting.images == 1 else rng.sample(order, setting.images)
+            cells = {place: grids[images[place[0]]][place[1]][place[2]] for place in setting.cells()}
             places, targets = (negative if start else positive)(pool, cells, setting, rng)
             row = {"id": start + at, "image_ids": [f"{stitched_folder(setting)}/{name}" for name in images]}
             columns = [list(values) for values in (*zip(*places, strict=True), [names[t] for t in targets])]
@@ -312,8 +316,8 @@ def build(pool: PicturePool, folder: Path, setting: Setting, samples: int, seed:
 
 def positive(pool: PicturePool, cells: dict, setting: Setting, rng: random.Random):
     """K places whose captions are in one cell each, and what they show."""
-    shown = [pool.pictures[index].caption for index in cells.values()]
-    alone = [place for place, index in cells.items() if shown.count(pool.pictures[index].caption) == 1]
+    shown = Counter(pool.pictures[index].caption for index in cells.values())
+    alone = [place for place, index in cells.items() if shown[pool.pictures[index].caption] == 1]
     if len(alone) < setting.needles:
         raise UserError(f"{setting}: {len(alone)} captions are in one cell alone: use a larger pool or fewer cells")
     places = rng.sample(alone, setting.needles)
@@ -366,8 +370,8 @@ def stitched_folder(setting: Setting) -> str:
 
 
 def name_of(picture: Picture) -> str:
-    """A pool picture's file name in the metadata, where a slash would end it."""
-    return f"{picture.style}-{picture.concept}".replace("/", "-")
+    """A pool picture's file name in the metadata, where a slash would end it: a/b.png and a-b.png stay two."""
+    return f"{picture.style}-{picture.concept}".replace("%", "%25").replace("/", "%2F")
 
 
 def cache_folder(root: Path, name: str, pictures: list[Picture], *numbers) -> Path:

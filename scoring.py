@@ -33,7 +33,7 @@ def strict(response: str | None, truth: str, needles: int) -> dict:
     if response is None:
         return {"existence": False, "index": False, "exact": False, "first": (False, False), "each": []}
     answer, absent = normalise(response), set(re.findall(r"\d+", truth)) == {"0"}
-    told, true = ([part.strip() for part in text.split("; ")] for text in (answer, truth))
+    told, true = ([part.strip() for part in text.split("; ")] if needles > 1 else [text] for text in (answer, truth))
     pairs = [(a.split(", ")[0] == t.split(", ")[0], a == t) for a, t in zip(told, true, strict=False)]
     return {
         "existence": (answer in absences(needles)) == absent,
@@ -104,7 +104,8 @@ def merge_quadrants(rows: list[dict]) -> list[dict]:
     """`quadrant`: the two answers of a picture as one, row and column, for every model alike (arXiv 2507.15875)."""
     pairs: dict[str, dict] = {}
     for row in rows:
-        pairs.setdefault(row["id"].rpartition("/")[0], {})[row["axis"]] = row
+        name = row["id"].rpartition("/")[0] if "axis" in row else row["id"]  # a broken row is asked nothing
+        pairs.setdefault(name, {})[row.get("axis")] = row
     merged = []
     for name, pair in pairs.items():
         told = [(pair[axis]["response"] if axis in pair else None) for axis in ("rows", "columns")]
@@ -182,9 +183,14 @@ def is_meant(row: dict, meant: str | None) -> bool:
 
 
 def places(rows: list[dict], judged: list[dict], key, every: list[tuple]) -> list[dict]:
-    """Exact answers by place, the needle's cell or its picture: one entry a place, each needle counted once."""
+    """Exact answers by place, the needle's cell or its picture: one entry a place, each needle counted once.
+
+    A broken row that names no place is in none of them.
+    """
     right, total = Counter(), Counter()
     for row, verdict in zip(rows, judged, strict=True):
+        if not row["ground_truth"]:
+            continue
         for at, truth in enumerate(row["ground_truth"].split("; ")):
             place = key(*(int(n) - 1 for n in truth.split(", ")))
             total[place] += 1
@@ -222,13 +228,20 @@ def baselines(positives: list[dict]) -> dict:
 def compare(first: list[dict], second: list[dict], judge) -> dict[str, dict]:
     """The same questions answered by two models: by setting and kind both rates, the paired difference, McNemar's p.
 
-    `judge` says of a row whether it is right. Raises UserError when the ids differ.
+    `judge` says of a row whether it is right. Raises UserError when the ids differ, or what was asked under one id.
     """
     first, second = ({row["id"]: row for row in rows} for rows in (first, second))
     if set(first) != set(second):
         raise UserError(
             f"{len(set(first) ^ set(second))} questions are in one run alone ({min(set(first) ^ set(second))}): "
             "compare answers to the same questions"
+        )
+    asked = ("prompt", "ground_truth")
+    other = [name for name in first if any(first[name].get(key) != second[name].get(key) for key in asked)]
+    if other:
+        raise UserError(
+            f"{len(other)} questions differ between the runs ({other[0]}): compare answers to the same questions, of "
+            "one protocol, one seed and the same pictures"
         )
     groups: dict[str, list] = {}
     for name, row in first.items():
@@ -312,12 +325,11 @@ def table(by_name: dict[str, dict]) -> list[str]:
 def guessed(baselines: dict, kind: str, metric: str) -> str:
     """The three answerers without eyes, where they have a rate of this metric."""
     metric = metric.removesuffix(", lenient")
-    always = {"positive": {"exact": 0.0, "existence": 0.0}, "negative": {"existence": 1.0}}[kind].get(metric)
-    rates = (
-        [baselines.get(name, {}).get(metric) for name in ("uniform", "best constant")] if kind == "positive" else [0, 0]
-    )
-    if metric == "existence" and kind == "positive":
-        rates = [1.0, 1.0]
+    if metric == "existence":  # a guess and a constant name a cell
+        rates, always = ([1.0, 1.0], 0.0) if kind == "positive" else ([0.0, 0.0], 1.0)
+    else:
+        rates = [baselines.get(name, {}).get(metric) for name in ("uniform", "best constant")]
+        always = None if None in rates else 0.0
     cells = zip((*rates, always), (10, 10, 8), strict=True)
     return "".join(f"{'' if r is None else f'{100 * r:.1f}':>{width}}" for r, width in cells)
 

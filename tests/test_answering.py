@@ -140,6 +140,8 @@ def test_answers_to_other_questions_are_refused(answerer, questions, tmp_path):
     answer(answerer, questions[:2], file, judge)
     with pytest.raises(UserError, match="answers another question"):
         answer(answerer, [replace(q, prompt=q.prompt + "?") for q in questions[:2]], file, judge)
+    with pytest.raises(UserError, match="answers another question"):  # the same words of another picture
+        answer(answerer, [replace(q, images=("other.png",)) for q in questions[:2]], file, judge)
     file.write_text("{}\n")
     with pytest.raises(UserError, match=r"answers.jsonl:1: no answer row"):
         answer(answerer, questions[:2], file, judge)

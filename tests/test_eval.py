@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,32 @@ def test_arms_are_compared_over_seeds(folder, capsys):
     )
 
 
+def test_seeds_in_different_settings_are_refused(folder, capsys):
+    for seed in (0, 1):
+        for arm in ("original", "diff"):
+            seeded_run(folder, arm, seed, 10)
+            if seed:
+                file = folder / f"{arm}_seed1/eval/mmneedle-finetuned-haystack/answers.jsonl"
+                file.write_text(file.read_text().replace("1x2x2", "1x4x4"))
+    assert "different settings" in refused(capsys, "--compare", "original_seed*", "diff_seed*")
+
+
+def test_folders_are_scored_whole_and_each_for_itself(tiny_model, folder, capsys):
+    evaluate(f"--model={tiny_model}", "--samples=4", "--grids=2", "--output_dir=a")
+    shutil.copytree("a", "b")
+    lines = (folder / "b" / "answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    text = "".join(json.dumps(row | {"response": row["ground_truth"]}) + "\n" for row in rows)
+    (folder / "b" / "answers.jsonl").write_text(text)
+    out = evaluate("--score", "a", "b", capsys=capsys)
+    assert re.search(r"1x2x2 +a +b +uniform", out) and "100.0 [51.0, 100.0]" in out, "one model twice: two columns"
+    assert read_json("a/scores.json")["skip_none"] is False
+    evaluate("--score", "a", "--skip_none=True")
+    assert read_json("a/scores.json")["skip_none"] is True
+    (folder / "b" / "answers.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    assert "b: 5 answers to 8 questions: run the evaluation again" in refused(capsys, "--score", "b")
+
+
 def test_pope(tiny_model, folder, capsys):
     (folder / "pictures").mkdir()
     for picture in read_pool(splits=("test_style",))[:3]:
@@ -216,7 +243,24 @@ def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
     assert rows_of(folder / "read")[0]["images"][0].startswith("release/images_stitched/2_2/")
 
 
+def test_numbers_that_no_run_can_have_are_refused(folder, capsys):
+    for flag in ("batch_size=0", "workers=-1", "samples=-1", "cell=-4", "attention=-1", "per_cell=-1"):
+        assert f"--{flag}: must be at least" in refused(capsys, f"--{flag}")
+    assert "names no model" in refused(capsys, "--model")
+
+
 # ---- continuing, processes
+def test_evaluations_that_start_together_share_what_is_built(folder):
+    """Each in its own process, as two models on two cards are."""
+    code = (
+        "import eval_mmnih as e; from mmneedle import Setting; "
+        "print(e.mmneedle_folder(e.Config(samples=150), [Setting(1, 2)]))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert len(list(folder.glob("runs/haystacks/*/images_stitched/2_2/*.png"))) == 150
+
+
 NANO = [sys.executable, str(ROOT / "eval_mmnih.py"), "--samples=24", "--grids=2", "--batch_size=4"]
 
 
@@ -249,7 +293,9 @@ def test_another_evaluation_is_not_overwritten_unasked(tiny_model, folder, capsy
     kept = (folder / "out" / "answers.jsonl").read_bytes()
     assert "protocol" in refused(capsys, *flags, "--protocol=official")
     assert (folder / "out" / "answers.jsonl").read_bytes() == kept
+    (folder / "out" / "plots" / "depths.png").write_bytes(b"of other settings")
     evaluate(*flags, "--protocol=official", "--overwrite=True")
+    assert not (folder / "out" / "plots" / "depths.png").exists() and (folder / "out" / "plots" / "cells.png").exists()
     assert rows_of(folder / "out")[0]["protocol"] == "official"
 
 
@@ -263,6 +309,12 @@ def test_trained_again_is_another_model(tiny_model, folder):
     assert before == eval_mmnih.weights_digest(str(run))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"two")
     assert eval_mmnih.weights_digest(str(run)) != before
+    base = eval_mmnih.weights_digest(str(tiny_model))
+    file = next(tiny_model.glob("*.safetensors"))
+    times = file.stat()
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+    assert eval_mmnih.weights_digest(str(tiny_model)) != base, "a base trained anew in place has the same size"
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert eval_mmnih.output_folder(Config(), str(folder / "run")) == folder / "run/eval/mmneedle-finetuned-haystack"
 
 

@@ -80,6 +80,9 @@ def test_settings():
         "1x2x2", "1x2x2 K=2", "10x1x1", "10x1x1 K=2", "10x2x2", "10x2x2 K=2",
     ]  # fmt: skip
     assert Setting(10, 4, 5).annotations == "5_annotations_10_4_4.json"
+    assert settings((1,), (2, 2), (1, 1)) == [Setting(1, 2)], "asked once"
+    with pytest.raises(UserError, match="--needles=1"):
+        mmneedle.first_per_cell([], Setting(1, 2, 2), 3)
     with pytest.raises(UserError, match="not 1 x 1 alone"):
         settings((1,), (1,), (1,))
     for protocol, setting in (("quadrant", Setting(1, 4)), ("detect", Setting(2, 2)), ("rank", Setting(1, 2, 2))):
@@ -134,6 +137,17 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path):
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*.png")}
     build(flat_pool(), tmp_path / "a", Setting(1, 2, 2), samples=5, seed=1, cell=8)
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*.png")}, "pictures are stitched once"
+
+
+def test_several_pictures_make_another_haystack_for_every_question(tmp_path):
+    build(flat_pool(), tmp_path, Setting(10, 1), samples=100, seed=0, cell=4)
+    rows = json.loads((tmp_path / "metadata_stitched/annotations_10_1_1.json").read_text())
+    assert len({tuple(row["image_ids"]) for row in rows}) == 200 and all(len(set(r["image_ids"])) == 10 for r in rows)
+
+
+def test_names_of_pictures_stay_apart():
+    pictures = [Picture(b"", "c", concept, "f", "test") for concept in ("a/b", "a-b", "a%2Fb")]
+    assert len({mmneedle.name_of(p) for p in pictures}) == 3 and "/" not in mmneedle.name_of(pictures[0])
 
 
 def test_a_pool_too_small_is_refused(tmp_path):
@@ -222,6 +236,9 @@ def test_pictures_of_a_folder_and_of_a_jsonl(tmp_path):
     assert [p.caption for p in pictures] == [f"a grey number {i}" for i in range(60)]
     train, test = ([p.caption for p in pictures if p.split == split] for split in ("train", "test"))
     assert len(train) + len(test) == 60 and 4 <= len(test) <= 22 and not set(train) & set(test)
+    (tmp_path / "05.txt").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match="05.txt: cannot be read"):
+        read_pictures(tmp_path)
     (tmp_path / "captions.json").write_text(json.dumps({"07.png": "seven", "03.png": "three"}))
     assert [p.caption for p in read_pictures(tmp_path)] == ["three", "seven"]
     (tmp_path / "rows.jsonl").write_text('{"image": "05.png", "caption": "five"}\n')

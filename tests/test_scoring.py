@@ -27,7 +27,7 @@ def cases(truth, index, exact, exist, texts):
     ("truth", "response", "verdict"),
     cases(ONE, 1, 1, 1, ["1, 2, 1", "1, 2, 1.", " 1, 2, 1\n", ".1, 2, 1"])
     + cases(ONE, 0, 0, 1, ["1,2,1", "1,\n2, 1", "(1, 2, 1)", "'1, 2, 1'", "Answer: 1, 2, 1", "01, 2, 1"])
-    + cases(ONE, 1, 0, 1, ["1", "1, 2", "1, 1, 2", "1, 2, 1, 1", "1, 2, 1\n\n1, 2, 1"])
+    + cases(ONE, 1, 0, 1, ["1", "1, 2", "1, 1, 2", "1, 2, 1, 1", "1, 2, 1\n\n1, 2, 1", "1, 2, 1; 1, 2, 1"])
     + cases(ONE, 0, 0, 0, ["-1", "-1."])
     + cases(ONE, 0, 0, 1, ["-1, -1, -1", ""])
     + cases(NONE, 0, 1, 1, ["-1", "-1.", "-1\n"])
@@ -108,6 +108,32 @@ def test_broken_answers_stay_in_the_denominator_unless_the_official_rule_is_aske
     assert told["positive"]["format failures"]["right"] == 0
     told = score(rows, skip_none=True)["1x2x2"]
     assert told["positive"]["exact"]["n"] == 2 and "negative" not in told and "balanced existence" not in told
+
+
+@pytest.mark.parametrize("protocol", ["official", "detect", "quadrant"])
+def test_a_broken_row_without_a_place_is_wrong_and_does_not_stop_the_scores(protocol):
+    good = row("bottom" if protocol == "quadrant" else "1, 2, 1", name="1x2x2/0/rows", protocol=protocol, axis="rows")
+    rows = [good, row(None, "", name="1x2x2/1", protocol=protocol, error="lost")]
+    if protocol == "quadrant":
+        rows.append(good | {"id": "1x2x2/0/columns", "axis": "columns", "response": "left"})
+    told = score(rows)["1x2x2"]["positive"]
+    assert (told["exact"]["right"], told["exact"]["n"], told["broken"]) == (1, 2, 1)
+    assert [cell["n"] for cell in told["cells"]] == [0, 0, 1, 0], "in the rates, in no cell"
+
+
+def test_one_needle_s_cells_and_rate_agree():
+    told = score([row("1, 2, 1; 1, 2, 2")])["1x2x2"]["positive"]
+    assert told["exact"]["right"] == sum(cell["right"] for cell in told["cells"]) == 0
+
+
+def test_baselines_stand_beside_the_metrics_they_have():
+    def guesses(kind, metric):
+        return scoring.guessed(score([row(ONE)])["1x2x2"]["baselines"], kind, metric).split()
+
+    assert guesses("positive", "exact") == ["25.0", "100.0", "0.0"] and guesses("positive", "index")[2] == "0.0"
+    assert guesses("positive", "existence") == ["100.0", "100.0", "0.0"]
+    assert guesses("negative", "existence, lenient") == ["0.0", "0.0", "100.0"]
+    assert guesses("negative", "format failures") == guesses("positive", "format failures") == []
 
 
 def test_positives_and_negatives_never_share_a_number():
@@ -200,6 +226,9 @@ def test_compare_counts_pairs():
     assert told["p"] == 1.0
     with pytest.raises(UserError, match="2 questions are in one run alone"):
         scoring.compare(a, b[:8], scoring.judge)
+    for changed in ({"prompt": "where is a dog?"}, {"ground_truth": "1, 2, 2"}):
+        with pytest.raises(UserError, match="1 questions differ between the runs .3."):
+            scoring.compare(a, [r | (changed if r["id"] == "3" else {}) for r in b], scoring.judge)
 
 
 def test_the_table_shows_models_side_by_side():
