@@ -1,7 +1,7 @@
 """Data sets to examples, examples to batches.
 
 An example is a pure function of (seed, epoch, index): no worker has state, and a run resumes at any batch. Three
-sources: haystacks generated from a picture pool, `jsonl` rows {image, prefix, suffix} as big_vision and maestro use
+sources: haystacks generated from captioned pictures, `jsonl` rows {image, prefix, suffix} as big_vision and maestro use
 them, and VQAv2 from its official json files beside a COCO folder, or from a parquet copy on the hub.
 """
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import read_json
 from errors import UserError
-from haystack import PicturePool, needle_prompt, read_pool
+from haystack import PicturePool, needle_prompt, read_pictures, read_pool
 from processing_paligemma import PaliGemmaProcessor, open_image
 
 
@@ -62,7 +62,7 @@ class Haystacks:
 
     def fingerprint(self) -> str:
         """SHA-256 of what the examples are made of."""
-        told = [(hashlib.sha256(p.data).hexdigest(), p.caption) for p in self.pool.pictures]
+        told = [picture.fingerprint().hex() for picture in self.pool.pictures]
         return digest([told, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
 
     def get(self, epoch: int, index: int) -> Example:
@@ -300,24 +300,12 @@ class Subset:
 def make_data(config) -> tuple[object, dict[str, object]]:
     """The training source of `config.data` and the evaluation sources by name, the headline one first.
 
-    "haystack": the embedded pool; evaluated on the other style's drawings of the trained concepts, then on absent
-    needles, then on concepts never trained. "*.jsonl", "vqav2:FOLDER", "hub:NAME": `config.eval_data` of the same form,
-    or where that is empty a seeded tenth held out.
+    "haystack": the embedded pool, "haystack:PICTURES": pictures of one's own. "*.jsonl", "vqav2:FOLDER", "hub:NAME":
+    `config.eval_data` of the same form, or where that is empty a seeded tenth held out.
     """
-    if config.data == "haystack":
-        pools = {split: PicturePool(read_pool(splits=(split,))) for split in ("train", "test_style")}
-        unseen = PicturePool([p for p in read_pool(splits=("test_concept",)) if p.style == "noto"])
-        n, seed = config.eval_samples, config.seed
-        sets = {}
-        for kind, pool, share in (
-            ("", pools["test_style"], 0.0),
-            (" absent", pools["test_style"], 1.0),
-            (" unseen concepts", unseen, 0.0),
-        ):
-            for grid in config.grids:
-                name = f"{grid}x{grid}{kind}"
-                sets[name] = Haystacks(pool, (grid,), share, n, 0, name=f"test/{name}")  # one test set for every seed
-        return Haystacks(pools["train"], config.grids, config.negatives, 1 << 16, seed), sets
+    kind, _, pictures = config.data.partition(":")
+    if kind == "haystack":
+        return make_haystacks(config, pictures)
     source = _read(config.data, "train", config.strict_data)
     if config.eval_data:
         held_out = _read(config.eval_data, "val", config.strict_data)
@@ -325,6 +313,29 @@ def make_data(config) -> tuple[object, dict[str, object]]:
         return source, {held_out.name: Subset(held_out.name, held_out, order)}
     train, held, name = hold_out(source, config)
     return Subset("train", source, train), {name: Subset(name, source, held)}
+
+
+def make_haystacks(config, source: str) -> tuple[Haystacks, dict[str, Haystacks]]:
+    """Haystacks to train on; to evaluate, needles that are there, then absent ones, in each size of grid.
+
+    The embedded pool is evaluated on the other style's drawings of the trained concepts, then on concepts never
+    trained. Pictures of `source`, a folder or a jsonl file, on a fifth of the captions, which are never trained.
+    """
+    if source:
+        pictures, cell = read_pictures(source), 256
+        train, test = ([p for p in pictures if p.split == split] for split in ("train", "test"))
+        kinds = [("", test, 0.0), (" absent", test, 1.0)]
+    else:
+        train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), 64
+        unseen = [p for p in read_pool(splits=("test_concept",)) if p.style == "noto"]
+        kinds = [("", test, 0.0), (" absent", test, 1.0), (" unseen concepts", unseen, 0.0)]
+    n, sets = config.eval_samples, {}
+    for kind, pictures, share in kinds:
+        pool = PicturePool(pictures)
+        for grid in config.grids:
+            name = f"{grid}x{grid}{kind}"  # one test set for every seed
+            sets[name] = Haystacks(pool, (grid,), share, n, 0, name=f"test/{name}", cell=cell)
+    return Haystacks(PicturePool(train), config.grids, config.negatives, 1 << 16, config.seed, cell=cell), sets
 
 
 def hold_out(source, config) -> tuple[list[int], list[int], str]:
@@ -378,7 +389,9 @@ def _read(spec: str, split: str, strict: bool):
         return read_vqav2(rest, split, strict)
     if kind == "hub" and rest:
         return read_hub(rest, "validation" if split == "val" else split)
-    raise UserError(f"data {spec!r} is unknown: give haystack, a .jsonl file, vqav2:FOLDER or hub:NAME")
+    raise UserError(
+        f"data {spec!r} is unknown: give haystack, haystack:PICTURES, a .jsonl file, vqav2:FOLDER or hub:NAME"
+    )
 
 
 # ---- batches

@@ -38,7 +38,7 @@ class Config:
     shard: bool = False  # FSDP2: torchrun's processes share the frozen layers' weights out among them
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
     # --- data
-    data: str = "haystack"  # haystack, a .jsonl file, vqav2:FOLDER, or hub:NAME
+    data: str = "haystack"  # haystack, haystack:PICTURES, a .jsonl file, vqav2:FOLDER, or hub:NAME
     eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out
     grids: tuple[int, ...] = (2, 4)  # haystacks have N x N cells
     negatives: float = 0.2  # share of haystack questions whose caption is in no cell; the answer is -1

@@ -119,7 +119,12 @@ class Haystack:
 
 def needle_prompt(caption: str) -> str:
     """The short question of the `finetuned` protocol, in the form of PaliGemma's question answering."""
-    return f"answer en where is {caption}?"
+    return f"answer en where is {clean(caption)}?"
+
+
+def clean(caption: str) -> str:
+    """A caption on one line, without its last full stop: 5,997 of MMNeedle's have blanks or newlines at an end."""
+    return " ".join(caption.split()).rstrip(".")
 
 
 class PicturePool:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from checkpoint import whole_or_nothing, write_json
 from errors import UserError
-from haystack import Picture, PicturePool, Question, needle_prompt
+from haystack import Picture, PicturePool, Question, clean, needle_prompt
 
 PROTOCOLS = {  # and the longest answer, in tokens a needle
     "official": 30,  # the benchmark's prompt, word for word
@@ -97,11 +97,6 @@ def quadrant_prompts(caption: str) -> dict[str, str]:
         "rows": f"Caption: {caption}. Where is the caption? Top or Bottom?",
         "columns": f"Caption: {caption}. Where is the caption? Left or Right?",
     }
-
-
-def clean(caption: str) -> str:
-    """A caption on one line, without its last full stop: 5,997 of the release have blanks or newlines at an end."""
-    return " ".join(caption.split()).rstrip(".")
 
 
 # ---- the release

@@ -60,7 +60,7 @@ def draw_run(folder: str | Path):
         draw_loss([line for line in lines if "loss" in line], folder / "plots" / "loss.png")
         draw_accuracy([line for line in lines if "eval" in line], folder / "plots" / "accuracy.png")
         draw_lambda(lambda_lines(lines), folder / "plots" / "lambda.png")
-        if config.data == "haystack":
+        if config.data.partition(":")[0] == "haystack":
             draw_answers(config, samples, folder / "plots" / "answers.png")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from data import Haystacks, batch_order, hold_out, loader, make_data, read_hub, read_jsonl, read_vqav2
 from errors import UserError
 from finetune_original import Config
-from haystack import PicturePool, read_pool
+from haystack import PicturePool, needle_prompt, read_pictures, read_pool
 from processing_paligemma import PaliGemmaProcessor
 
 POOL = PicturePool(read_pool(splits=("train",)))
@@ -65,7 +65,7 @@ def test_the_picture_shows_the_drawings_row_by_row():
     picture = flat.stitch("key", ((0, 1), (2, 3)), cell=64)
     assert picture.size == (128, 128)
     for place, index in enumerate((0, 1, 2, 3)):
-        drawing = flat.drawing(index, 56)
+        drawing = flat.drawing(index, 64)
         cell = picture.crop((place % 2 * 64, place // 2 * 64, place % 2 * 64 + 64, place // 2 * 64 + 64))
         background = cell.getpixel((0, 0))
         expected = Image.new("RGB", (64, 64), background)
@@ -76,6 +76,27 @@ def test_the_picture_shows_the_drawings_row_by_row():
 def test_a_pool_that_is_too_small_is_refused():
     with pytest.raises(UserError, match="17 captions"):
         PicturePool(read_pool(splits=("train",))[:20]).make("k", 1, 4, True)
+
+
+def test_haystacks_of_one_s_own_pictures(tmp_path):
+    """Captions of the test sets are never trained on, an opaque picture fills its cell."""
+    for i in range(120):
+        Image.new("RGB", (30, 20), (i, 0, 255 - i)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"thing {i}")
+    train, sets = make_data(Config(data=f"haystack:{tmp_path}", grids=(2,), eval_samples=5))
+    trained, tested = ({p.caption for p in s.pool.pictures} for s in (train, sets["2x2"]))
+    assert list(sets) == ["2x2", "2x2 absent"] and not trained & tested and len(trained | tested) == 120
+    assert train.get(0, 0).images[0].size == (512, 512)
+    for i in range(5):
+        example = sets["2x2"].get(0, i)
+        _, row, column = (int(n) - 1 for n in example.suffix.split(", "))
+        number = int(example.prefix.removeprefix("answer en where is thing ").removesuffix("?"))
+        assert example.images[0].getpixel((256 * column + 128, 256 * row + 128)) == (number, 0, 255 - number)
+        assert sets["2x2 absent"].get(0, i).suffix == "-1"
+    (tmp_path / "0.txt").write_text(" A dog\nruns. ")
+    assert needle_prompt(read_pictures(tmp_path)[0].caption) == "answer en where is A dog runs?"
+    with pytest.raises(UserError, match="0.txt:1: not a json object of image and caption"):
+        make_data(Config(data=f"haystack:{tmp_path / '0.txt'}"))
 
 
 def test_training_and_test_sets_do_not_meet():
