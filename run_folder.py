@@ -102,13 +102,14 @@ class Run:
         """Name a row that cannot be used, on the terminal and in skipped.log, and go on without it; or raise it."""
         if self.strict:
             raise fault
-        if str(fault) not in self.skipped:
-            self.skipped.add(str(fault))
-            tqdm.write(f"skipped: {fault}")
+        told = " ".join(str(fault).split())
+        if told not in self.skipped:
+            self.skipped.add(told)
+            tqdm.write(f"skipped: {told}")
             if not self.folder.is_dir():  # it is made when nothing can be refused any more
                 return
             with writing(self.folder), open(self.folder / "skipped.log", "a", encoding="utf-8") as log:
-                log.write(f"{fault}\n")  # by the process that met it
+                log.write(f"{told}\n")  # by the process that met it
 
     def heed(self):
         """Raise Stopped on every process if any of them was asked to stop: none waits for one that has left."""
@@ -244,7 +245,7 @@ def start_folder(run: Run, faults: list[str]):
 
 def note_skipped(run: Run, faults: list[str]):
     """Count the rows that were left out and name the first; skipped.log names all, also those met before a kill."""
-    faults, file = list(dict.fromkeys(faults)), run.folder / "skipped.log"
+    faults, file = list(dict.fromkeys(" ".join(fault.split()) for fault in faults)), run.folder / "skipped.log"
     if faults:
         run.say(f"{len(faults)} rows cannot be used and are left out, all named in {file}:", *faults[:3])
     earlier = file.read_text(encoding="utf-8").splitlines() if file.exists() else []

@@ -540,12 +540,10 @@ def describe(run: Run, config, adapted, processor, source, steps: int):
     counts = trainable_counts(adapted)
     run.record["parameters"] = counts
     run.say(*(f"{name}: {t:,} of {n:,} parameters train" for name, (t, n) in counts.items()))
-    world = run.accelerator.num_processes
-    micro = config.batch_size // world
-    update = config.batch_size * config.accumulation
+    update, world = config.batch_size * config.accumulation, run.accelerator.num_processes
     run.say(
-        f"{update} examples an update = {micro} x {world} process(es) x {config.accumulation} accumulated; "
-        f"{steps} updates of {len(source)} examples an epoch"
+        f"{update} examples an update = {config.batch_size} among {world} process(es) x {config.accumulation} "
+        f"accumulated; {steps} updates of {len(source)} examples an epoch"
     )
     rows = [[(0, 0), (0, 1 % len(source))]]
     ((examples, batch),) = loader(source, processor, rows, with_suffix=True, skip=run.skip)
