@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from attention import PrefixMask
+from checkpoint import writing
 from errors import UserError
 from haystack import Question
 from modeling_gemma import KVCache, positions_of
@@ -96,11 +97,13 @@ def answer(answerer: Answerer, questions: list[Question], file: Path, judge) -> 
     """Answer what `file` does not hold yet, a line at a time, and return all rows in the order of the questions.
 
     `judge` tells of a row whether it is right, for the progress bar. A broken picture or prompt gives a row with
-    "error" and response None. Raises UserError when `file` holds answers to other questions.
+    "error" and response None, and is tried again when the run is. Raises UserError when `file` holds answers to other
+    questions.
     """
     main = answerer.accelerator.is_main_process
     with answerer.accelerator.main_process_first():
         rows = read_answers(file, questions, mend=main)
+    rows = {name: row for name, row in rows.items() if "error" not in row}
     answerer.accelerator.wait_for_everyone()  # all plan from the same file, before anybody writes
     batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
     broken = [row_of(q, None, 0.0) for q in questions if "error" in q.told and q.id not in rows]
@@ -109,8 +112,7 @@ def answer(answerer: Answerer, questions: list[Question], file: Path, judge) -> 
         log.write(broken)
     world, rank = answerer.accelerator.num_processes, answerer.accelerator.process_index
     rounds = -(-len(batches) // world)
-    mine = batches[rank * rounds : (rank + 1) * rounds]  # neighbours share pictures
-    answered = answer_batches(answerer, mine)
+    answered = answer_batches(answerer, batches[rank::world])  # neighbours cost alike
     bf16 = answerer.dtype == torch.bfloat16
     with torch.autocast(answerer.accelerator.device.type, torch.bfloat16, enabled=bf16):
         for _ in range(rounds):
@@ -166,8 +168,8 @@ def encode_pictures(answerer: Answerer, pixels: dict[str, Tensor]) -> dict[str, 
     """Path -> projected features [N, C]."""
     if not pixels:
         return {}
-    device = next(answerer.model.parameters()).device
-    features = answerer.model.model.image_features(torch.stack(list(pixels.values())).to(device))
+    device, parts = answerer.accelerator.device, torch.stack(list(pixels.values())).split(answerer.batch_size)
+    features = torch.cat([answerer.model.model.image_features(part.to(device)) for part in parts])
     return dict(zip(pixels, features, strict=True))
 
 
@@ -298,7 +300,7 @@ class Log:
         self.bar = tqdm(total=total, initial=len(rows), desc=file.parent.name, unit="answer")
 
     def write(self, rows: list[dict]):
-        with open(self.file, "a", encoding="utf-8") as out:
+        with writing(self.file), open(self.file, "a", encoding="utf-8") as out:
             for row in rows:
                 out.write(json.dumps(row) + "\n")
                 self.rows[row["id"]] = row
@@ -311,5 +313,6 @@ class Log:
         self.bar.close()
         text = "".join(json.dumps(self.rows[question.id]) + "\n" for question in questions)
         temporary = self.file.with_name(f".{self.file.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.file)
+        with writing(self.file):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.file)

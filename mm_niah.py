@@ -66,7 +66,9 @@ def _lines(path: Path, limit: int | None) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give a folder of the release, or fewer tasks") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}): give a folder of the release, or one of its files"
+        ) from error
     return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()][:limit]
 
 

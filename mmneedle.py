@@ -23,7 +23,7 @@ from haystack import Picture, PicturePool, Question, clean, needle_prompt
 PROTOCOLS = {  # and the longest answer, in tokens a needle
     "official": 30,  # the benchmark's prompt, word for word
     "finetuned": 12,  # a short question in PaliGemma's form, answered "1, 2, 1" or "-1"
-    "rank": 0,  # the short question; every possible answer is weighed, none generated: a metric of its own
+    "rank": 12,  # the short question; every possible answer is weighed, none generated: a metric of its own
     "quadrant": 100,  # two questions about halves (arXiv 2507.15875), 2 x 2 only
     "detect": 40,  # PaliGemma's own task; the cell is where the box has its centre
 }
@@ -119,6 +119,9 @@ def read_questions(
         if not isinstance(row, dict) or not {"id", "index"} <= set(row):
             raise UserError(f"{folder}: {setting.annotations}, row {at + 1} has no id or index: download it again")
         kinds["negative" if row["index"] == -1 or row["index"] == [-1] * setting.needles else "positive"].append(row)
+    repeated = [number for number, times in Counter(str(row["id"]) for row in rows).items() if times > 1]
+    if repeated:
+        raise UserError(f"{folder}: {setting.annotations} has id {repeated[0]} more than once: download it again")
     samples = samples or ROWS.get(setting.needles, 100)
     chosen = {kind: rows[:samples] for kind, rows in kinds.items()}
     if per_cell:

@@ -238,10 +238,13 @@ def draw_haystacks(scores: dict[str, dict], folder: Path):
 
 def draw_cells(found: dict[str, dict], path: Path):
     """One map a setting: a square for every cell of the grid, in it the percentage of its needles that were found."""
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(3.1 * len(found) + 0.7, 3.2), layout="constrained", squeeze=False
-    )
-    for panel, (name, told) in zip(axes[0], found.items(), strict=True):
+    columns = min(4, len(found))
+    rows = math.ceil(len(found) / columns)
+    size = (3.1 * columns + 0.7, 3.2 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for panel in axes.flat[len(found) :]:
+        panel.axis("off")
+    for panel, (name, told) in zip(axes.flat, found.items(), strict=False):
         side = math.isqrt(len(told["cells"]))
         rates = torch.tensor([cell["rate"] if cell["n"] else math.nan for cell in told["cells"]]).view(side, side)
         image = heat_map(panel, rates)
@@ -281,48 +284,58 @@ def heat_map(panel, rates: torch.Tensor):
     return image
 
 
-def draw_side_by_side(by_name: dict[str, dict], path: Path):
+def draw_side_by_side(by_name: dict[str, dict], path: Path, what: str):
     """Exact answers, and existence where the caption is absent, by setting for several models: 95 % Wilson intervals,
-    dashes at what a uniform guess reaches."""
+    dashes at what a uniform guess reaches. `what` was asked stands above."""
     kinds = {
-        "positive": ("exact", "caption present: exact answers"),
-        "negative": ("existence", "caption absent: said so"),
+        "positive": ("exact", "caption present, exact answers"),
+        "negative": ("existence", "caption absent, said so"),
     }
-    settings = [name for name in next(iter(by_name.values())) if name != "attention"]
-    shown = [kind for kind in kinds if any(kind in by_name[n][s] for n in by_name for s in settings)]
+    first = next(iter(by_name.values()))
+    settings = [name for name in first if name != "attention"]
+    shown = [kind for kind in kinds if any(kind in first[setting] for setting in settings)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        width = (1.6 + 1.5 * len(settings)) * len(shown)
+        width = (1.4 + 1.1 * len(settings)) * len(shown) + 1.5
         figure, axes = plt.subplots(
             1, len(shown), figsize=(width, 3.4), layout="constrained", squeeze=False, sharey=True
         )
         for panel, kind in zip(axes[0], shown, strict=True):
             metric, title = kinds[kind]
-            for at, (name, scores) in enumerate(by_name.items()):
-                shift = 0.16 * (at - (len(by_name) - 1) / 2)
-                told = {
-                    s: scores[settings[s]][kind][metric] for s in range(len(settings)) if kind in scores[settings[s]]
-                }
-                bars = [[t["rate"] - t["low"], t["high"] - t["rate"]] for t in told.values()]
-                panel.errorbar(
-                    [s + shift for s in told],
-                    [t["rate"] for t in told.values()],
-                    yerr=np.array(bars).T,
-                    color=COLOURS[at % len(COLOURS)],
-                    fmt="o",
-                    capsize=3,
-                    label=name,
-                )
+            draw_rates(
+                panel,
+                {name: [scores[s].get(kind, {}).get(metric) for s in settings] for name, scores in by_name.items()},
+            )
             if kind == "positive":
-                chance = [by_name[next(iter(by_name))][s]["baselines"]["uniform"]["exact"] for s in settings]
-                span = [s - 0.35 for s in range(len(settings))], [s + 0.35 for s in range(len(settings))]
+                chance = [first[setting]["baselines"]["uniform"]["exact"] for setting in settings]
+                span = [s - 0.38 for s in range(len(settings))], [s + 0.38 for s in range(len(settings))]
                 panel.hlines(chance, *span, colors="0.4", linestyles="dashed", linewidth=1, label="uniform guess")
-            panel.set(title=title, xlim=(-0.5, len(settings) - 0.5), ylim=(-0.02, 1.02))
+            counts = sorted({first[s][kind]["n"] for s in settings if kind in first[s]})
+            panel.set_title(f"{title} (n = {', '.join(f'{n:,}' for n in counts)})", fontsize=9)
+            panel.set(xlabel="pictures x cells", xlim=(-0.5, len(settings) - 0.5), ylim=(-0.02, 1.02))
             panel.set_xticks(range(len(settings)), settings)
             panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-        axes[0, 0].legend(frameon=False, fontsize=8, loc="best")
+        figure.suptitle(what, fontsize=9)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
         figure.savefig(path)
         plt.close(figure)
+
+
+def draw_rates(panel, by_name: dict[str, list[dict | None]]):
+    """A point with its interval for every rate, models beside each other at every place; None where there is none."""
+    step = min(0.16, 0.7 / len(by_name))
+    for at, (name, rates) in enumerate(by_name.items()):
+        told = [(place, rate) for place, rate in enumerate(rates) if rate]
+        panel.errorbar(
+            [place + step * (at - (len(by_name) - 1) / 2) for place, _ in told],
+            [rate["rate"] for _, rate in told],
+            yerr=np.array([[rate["rate"] - rate["low"], rate["high"] - rate["rate"]] for _, rate in told]).T,
+            color=COLOURS[at % len(COLOURS)],
+            fmt="o",
+            markersize=5,
+            capsize=3,
+            label=name,
+        )
 
 
 @dataclass

@@ -58,7 +58,8 @@ def lenient(response: str | None, needles: int = 1) -> str | None:
 
     One leading -1 stands for all needles where nothing else follows.
     """
-    numbers = re.findall(r"(?<!\d)-?\d+", response or "")  # "1-2-1" has no minus
+    text = re.sub(r"<\w+>", " ", response or "")  # location tokens are no numbers
+    numbers = re.findall(r"(?<!\w)-\d+|\d+", text)  # "1-2-1" and "row-2" have no minus
     if numbers and (set(numbers) == {ABSENT} or normalise(response) in absences(needles)):
         return "; ".join([ABSENT] * needles)
     found = []
@@ -291,8 +292,11 @@ METRICS = {
 TITLES = {"positive": "caption present", "negative": "caption absent"}
 
 
-def table(by_name: dict[str, dict]) -> list[str]:
-    """Scores of models side by side, percent with 95 % Wilson intervals, baselines last."""
+def table(by_name: dict[str, dict], ranked: bool = False) -> list[str]:
+    """Scores of models side by side, percent with 95 % Wilson intervals, baselines last.
+
+    `ranked` answers were chosen among all possible ones: their exactness is another metric and is named so.
+    """
     lines = []
     first = next(iter(by_name.values()))
     head = "".join(f"{name[-24:]:>26}" for name in by_name) + f"{'uniform':>10}{'constant':>10}{'all -1':>8}"
@@ -306,7 +310,11 @@ def table(by_name: dict[str, dict]) -> list[str]:
             for metric in (*metrics, "format failures"):
                 if metric in told[0]:
                     guesses = guessed(first[setting]["baselines"], kind, metric)
-                    lines.append(f"  {metric:30}" + "".join(f"{percent(t[metric]):>26}" for t in told) + guesses)
+                    lines.append(
+                        f"  {'ranked ' * (ranked and 'exact' in metric) + metric:30}"
+                        + "".join(f"{percent(t[metric]):>26}" for t in told)
+                        + guesses
+                    )
             if any(t["broken"] for t in told):
                 lines.append(f"  {'broken, counted wrong':30}" + "".join(f"{t['broken']:>26}" for t in told))
         if "balanced existence" in first[setting]:

@@ -315,6 +315,9 @@ def test_trained_again_is_another_model(tiny_model, folder):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
     assert eval_mmnih.weights_digest(str(tiny_model)) != base, "a base trained anew in place has the same size"
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    told = eval_mmnih.output_folder(Config(), str(folder / "run"))
+    assert told.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
+    write_json(folder / "run" / "run.json", {"base_model": str(tiny_model)})
     assert eval_mmnih.output_folder(Config(), str(folder / "run")) == folder / "run/eval/mmneedle-finetuned-haystack"
 
 
@@ -331,11 +334,30 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
     assert not (folder / "out").exists(), "refused before anything is written"
     assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant")
     assert "takes two runs" in refused(capsys, "--compare", "a", "b", "c")
+    assert "takes two runs" in refused(capsys, "--compare") and "--score: names no" in refused(capsys, "--score")
+    assert "--skip_none: is MMNeedle's rule" in refused(capsys, model, "--skip_none=True", "--benchmark=pope")
+    assert "--attention: needs a protocol" in refused(capsys, model, "--attention=3", "--protocol=detect")
     assert "there is no such folder" in refused(capsys, "--compare", "a", "b")
     assert "eval.json" in refused(capsys, "--score=.")
 
 
 # ---- attention on the needle
+def test_a_broken_picture_stops_neither_answers_nor_attention(tiny_model, folder, capsys):
+    flags = (f"--model={tiny_model}", "--samples=4", "--grids=2", "--attention=4", "--output_dir=out")
+    evaluate(*flags)
+    rows = rows_of(folder / "out")
+    picture = Path(next(row["images"][0] for row in rows if row["kind"] == "positive"))
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:100])
+    out = evaluate(*flags, "--overwrite=True", capsys=capsys)
+    told = read_json(folder / "out" / "scores.json")
+    assert told["attention on the needle"]["1x2x2"]["n"] == 3 and "broken, counted wrong" in out
+    assert len(told["broken"]) == 2 and picture.name in told["broken"][0]
+    picture.write_bytes(whole)
+    evaluate(*flags)
+    assert timeless(rows_of(folder / "out")) == timeless(rows), "mended, it is asked again"
+
+
 def test_the_needle_s_share_of_a_made_map():
     paid = torch.zeros(2, 3, 2 * 16)  # layers, tokens, two pictures of 4 x 4 patches
     paid[0, :, 16 + 4 * 1 + 3] = 0.6  # second picture, patch (1, 3): cell (0, 1) of 2 x 2

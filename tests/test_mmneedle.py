@@ -218,6 +218,12 @@ def test_what_is_missing_is_named(tmp_path):
         read_questions(tmp_path, Setting(1, 2), "official")
 
 
+def test_a_repeated_id_is_refused(tmp_path):
+    write_release(tmp_path, [GOOD, GOOD], {"a.jpg": "A cat"})
+    with pytest.raises(UserError, match="has id 0 more than once"):
+        read_questions(tmp_path, Setting(1, 2), "official")
+
+
 def test_so_many_of_every_cell(tmp_path):
     build(flat_pool(), tmp_path, Setting(1, 2), samples=40, seed=0, cell=4)
     questions = read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=3)

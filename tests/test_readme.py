@@ -54,7 +54,11 @@ def test_flags_of_the_commands_that_need_a_gpu_or_several_processes_are_known():
     lines = [
         line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.replace("\\\n", " ").splitlines()
     ]
-    found = [match for line in lines if (match := re.search(r"(finetune_\w+|eval_mmnih)\.py (--.*)", line)) and "$" not in line]
+    found = [
+        match
+        for line in lines
+        if (match := re.search(r"(finetune_\w+|eval_mmnih)\.py (--.*)", line)) and "$" not in line
+    ]
     assert len([match for match in found if "google/" in match[0]]) == 7
     for script, flags in (match.groups() for match in found):
         assert tyro.cli(

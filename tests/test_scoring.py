@@ -74,6 +74,8 @@ def test_two_needles(truth, response, index, exact, first, each_index, each_exac
         ("1, 2, 1", 1, "1, 2, 1"),
         ("(1,2,1)", 1, "1, 2, 1"),
         ("1-2-1", 1, "1, 2, 1"),
+        ("image-1, row-2, column-1", 1, "1, 2, 1"),
+        ("<loc0032><loc0100><loc0200><loc0300> cat", 1, None),
         ("The image is 1, row 02, column 1.", 1, "1, 2, 1"),
         ("-1", 1, "-1"),
         ("Answer: -1, there is none", 1, "-1"),
