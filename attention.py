@@ -76,7 +76,11 @@ class PrefixMask:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x [B, heads, L, D]: dimension i is paired with i + D / 2."""
+    """Half-split rotary embedding of x [B, heads, L, D]: dimension i is paired with i + D / 2.
+
+    The tables [B, 1, S, D] may reach further back than x, whose rows are then the last L of them.
+    """
+    cos, sin = cos[:, :, -x.shape[2] :], sin[:, :, -x.shape[2] :]
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

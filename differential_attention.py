@@ -395,8 +395,10 @@ class DifferentialAttention(nn.Module):
         cache=None,
     ) -> Tensor:
         """x [B, L, C], the layer's input, and its projections q [B, H, L, D], k, v [B, K, L, D], not yet rotated ->
-        the heads' outputs [B, H, L, D] ([B, H / 2, L, 2 D] where heads are paired). `cache`: the decoder's KVCache."""
+        the heads' outputs [B, H, L, D] ([B, H / 2, L, 2 D] where heads are paired). `cache`: the decoder's KVCache.
+        q may hold the last positions of x alone; so do the outputs then."""
         q1, q2, k, v = self.branches(x, q, k, v, rotary, cache)
+        x = last_rows(x, q)
         if self.config.combine == "replace":
             q1, q2 = q2, None
         if q2 is None:
@@ -422,15 +424,15 @@ class DifferentialAttention(nn.Module):
         turn = self._rotation(rotary)
         q1, q2, k = turn(q), None, turn(k)
         if second == "delta":  # rotation is linear: the rotated sum is the sum of the rotated
-            q2 = q1 + turn(self._low_rank(x, self.second_down, self.second_up))
+            q2 = q1 + turn(self._low_rank(last_rows(x, q), self.second_down, self.second_up))
         elif second == "adapter":
             scale = self.config.adapter_scale
-            q2 = turn(scale * self._low_rank(x, self.second_down, self.second_up))
+            q2 = turn(scale * self._low_rank(last_rows(x, q), self.second_down, self.second_up))
             k = torch.cat((k, turn(scale * self._low_rank(x, self.key_down, self.key_up))), dim=1)
         elif second in ("query", "noise"):
             bias = getattr(self, "second_bias", None)
             weights = (t if t is None else t.to(x.dtype) for t in (self.second_query, bias))
-            q2 = turn(self._heads(F.linear(x, *weights)))
+            q2 = turn(self._heads(F.linear(last_rows(x, q), *weights)))
         elif second == "halves":  # zeros in place of the other half: keys and the cache stay whole
             q1, q2 = q1.masked_fill(~self.in_first, 0), q1.masked_fill(self.in_first, 0)
         elif second == "pairs":
@@ -454,8 +456,8 @@ class DifferentialAttention(nn.Module):
         if not self.config.rotate_halves:
             return lambda t: rotate(t, *rotary)
         # every second frequency of width D is the whole spectrum of width D / 2
-        cos, sin = (table[..., None, ::2] for table in rotary)
-        return lambda t: rotate(t.unflatten(-1, (2, -1)), cos, sin).flatten(-2)
+        cos, sin = (table[..., ::2] for table in rotary)
+        return lambda t: torch.cat([rotate(half, cos, sin) for half in t.chunk(2, dim=-1)], dim=-1)
 
     def _second_output(self, out: Tensor) -> Tensor:
         if self.config.second == "same":
@@ -508,6 +510,11 @@ class DifferentialAttention(nn.Module):
         if self.config.second in ("same", "value"):
             outs[1] = self._second_output(outs[0])
         return Explained(*maps, *outs, self.strength(x))
+
+
+def last_rows(x: Tensor, q: Tensor) -> Tensor:
+    """Of x [B, L, C] the positions that q [B, H, *, D] asks for."""
+    return x[:, -q.shape[2] :]
 
 
 class UngainedRMSNorm(nn.LayerNorm):

@@ -32,7 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from attention import PrefixMask  # noqa: E402
-from differential_attention import add_differential, differential_parameters, unfreeze_differential  # noqa: E402
+from differential_attention import (  # noqa: E402
+    DifferentialAttention,
+    DifferentialConfig,
+    add_differential,
+    unfreeze_differential,
+)
 from modeling_gemma import (  # noqa: E402
     GemmaConfig,
     GemmaDecoderLayer,
@@ -233,3 +238,42 @@ def ratio(first: list[float], second: list[float]) -> dict:
     ratios = [a / b for a, b in zip(first, second, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
+
+
+# ---- rows of the table
+LAYER_VARIANTS = {"standard": None, "split": "split", "v1_width": "v1_width"}
+
+
+def layer_variants(config: Config, dtype, length: int) -> dict[str, Callable]:
+    """Forward + backward of one decoder layer of Gemma 2B's size, LoRA on all seven linears, 48 causal rows."""
+    from peft import LoraConfig, get_peft_model
+
+    text = GemmaConfig() if config.size == "full" else GemmaConfig(hidden_size=32, intermediate_size=64, head_dim=8)
+    prefix = length - 48
+    ids = torch.ones(1, length, dtype=torch.long)
+    mask = PrefixMask.from_tensors(ids, (torch.arange(length) >= prefix).long()[None])
+    rotary = rotary_tables(text, torch.arange(1, length + 1)[None], dtype)
+    torch.manual_seed(0)
+    made, weights = {}, None
+    for name, preset in LAYER_VARIANTS.items():
+        layer = GemmaDecoderLayer(text, 0).to(dtype).requires_grad_(False)
+        if weights is None:
+            weights = {key: 0.02 * torch.randn_like(value) for key, value in layer.state_dict().items()}
+        layer.load_state_dict(weights, assign=True)
+        if preset:
+            layer.self_attn.differential = DifferentialAttention(DifferentialConfig(preset), layer.self_attn, "text", 0)
+        adapted = get_peft_model(layer, LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS))
+        draw_lora(adapted)
+        unfreeze_differential(adapted)
+        x = torch.randn(1, length, text.hidden_size).to(dtype).requires_grad_()
+        direction = torch.randn_like(x)
+
+        def work(layer=layer, adapted=adapted, x=x, direction=direction):
+            adapted.zero_grad(set_to_none=True)
+            x.grad = None
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                out = layer(x, rotary, mask, None)
+            out.backward(direction)
+
+        made[name] = work
+    return made
