@@ -12,8 +12,9 @@ float32) and greedy tokens are compared before anything is timed. The two baseli
     HF-tuned    what an expert runs: logits of label rows, vision features kept, adapters in the model's dtype
 """
 
-import contextlib
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -32,12 +34,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from attention import PrefixMask  # noqa: E402
+from data import loader, make_data  # noqa: E402
 from differential_attention import (  # noqa: E402
     DifferentialAttention,
     DifferentialConfig,
     add_differential,
     unfreeze_differential,
 )
+from finetune_original import Config as Finetune  # noqa: E402
 from modeling_gemma import (  # noqa: E402
     GemmaConfig,
     GemmaDecoderLayer,
@@ -45,8 +49,10 @@ from modeling_gemma import (  # noqa: E402
     PaliGemmaForConditionalGeneration,
     rotary_tables,
 )
+from processing_paligemma import PaliGemmaProcessor  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -56,11 +62,11 @@ class Config:
     size: Literal["full", "tiny"] = "full"  # tiny: does the code run?
     rounds: int = 5  # timed, after one that is not
     compiled: bool = False  # time both sides under torch.compile as well
-    only: str = ""  # rows whose name holds this
     peak_tflops: float = 989.0  # of the card, dense bf16: an H100's
     bandwidth_tb: float = 3.35  # of the card, TB/s: an H100's
     output: str = ""  # empty: benchmarks/results/compare_{device}.json
-    child: str = ""  # internal: what this process measures alone
+    child: str = ""  # internal: whose step this process measures the memory of
+    dtype: str = "float32"  # internal: in which type
 
 
 # ---- models and batches
@@ -240,40 +246,296 @@ def ratio(first: list[float], second: list[float]) -> dict:
     return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
 
 
-# ---- rows of the table
-LAYER_VARIANTS = {"standard": None, "split": "split", "v1_width": "v1_width"}
+# ---- rows of the table: each yields (name, numbers)
+def step_rows(config: Config, vocabulary: int, dtype: str):
+    """A LoRA training step, batch 2 of 256 image + 32 prompt + 32 label tokens."""
+    hf = mid_size(config, vocabulary)
+    batch = make_batch(hf, DTYPES[dtype], 2, 32, 32)
+    which = ("HF-default", "HF-tuned", "ours", "split")
+    which += ("HF-tuned, compiled", "ours, compiled") if config.compiled else ()
+    variants = training_variants(hf, DTYPES[dtype], batch, which=which)
+    check_losses({name: loss() for name, (loss, _) in variants.items()}, 1e-5 if dtype == "float32" else 0.05)
+    times = interleaved({name: lambda v=v: step(*v) for name, v in variants.items()}, config.rounds)
+    name = f"step, vocabulary {vocabulary:,}, {dtype}"
+    yield f"{name}: ours / HF-default", ratio(times["ours"], times["HF-default"])
+    yield f"{name}: ours / HF-tuned", ratio(times["ours"], times["HF-tuned"])
+    yield f"{name}: split / standard", ratio(times["split"], times["ours"])
+    if config.compiled:
+        yield f"{name}: both compiled, ours / HF-tuned", ratio(times["ours, compiled"], times["HF-tuned, compiled"])
+        yield f"{name}: ours compiled / ours", ratio(times["ours, compiled"], times["ours"])
+
+
+def check_losses(losses: dict, tolerance: float):
+    values = {name: loss.item() for name, loss in losses.items()}
+    assert max(values.values()) - min(values.values()) < tolerance, f"losses differ: {values}"
+
+
+def layer_rows(config: Config, dtype: str, length: int):
+    """One decoder layer of Gemma 2B's size, forward + backward, LoRA on all seven linears, the last 48 rows causal."""
+    times = interleaved(layer_variants(config, DTYPES[dtype], length), config.rounds)
+    for preset in ("split", "v1_width"):
+        yield f"Gemma 2B layer, S = {length}, {dtype}: {preset} / standard", ratio(times[preset], times["standard"])
 
 
 def layer_variants(config: Config, dtype, length: int) -> dict[str, Callable]:
-    """Forward + backward of one decoder layer of Gemma 2B's size, LoRA on all seven linears, 48 causal rows."""
     from peft import LoraConfig, get_peft_model
 
     text = GemmaConfig() if config.size == "full" else GemmaConfig(hidden_size=32, intermediate_size=64, head_dim=8)
-    prefix = length - 48
-    ids = torch.ones(1, length, dtype=torch.long)
-    mask = PrefixMask.from_tensors(ids, (torch.arange(length) >= prefix).long()[None])
+    types = (torch.arange(length) >= length - 48).long()[None]
+    mask = PrefixMask.from_tensors(torch.ones_like(types), types)
     rotary = rotary_tables(text, torch.arange(1, length + 1)[None], dtype)
     torch.manual_seed(0)
-    made, weights = {}, None
-    for name, preset in LAYER_VARIANTS.items():
-        layer = GemmaDecoderLayer(text, 0).to(dtype).requires_grad_(False)
-        if weights is None:
-            weights = {key: 0.02 * torch.randn_like(value) for key, value in layer.state_dict().items()}
+    weights = {key: 0.02 * torch.randn_like(t) for key, t in GemmaDecoderLayer(text, 0).to(dtype).state_dict().items()}
+    x, direction = torch.randn(2, 1, length, text.hidden_size).to(dtype)
+    made = {}
+    for name, preset in dict(standard=None, split="split", v1_width="v1_width").items():
+        layer = GemmaDecoderLayer(text, 0).requires_grad_(False)
         layer.load_state_dict(weights, assign=True)
         if preset:
             layer.self_attn.differential = DifferentialAttention(DifferentialConfig(preset), layer.self_attn, "text", 0)
         adapted = get_peft_model(layer, LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS))
         draw_lora(adapted)
         unfreeze_differential(adapted)
-        x = torch.randn(1, length, text.hidden_size).to(dtype).requires_grad_()
-        direction = torch.randn_like(x)
 
-        def work(layer=layer, adapted=adapted, x=x, direction=direction):
+        def work(layer=layer, adapted=adapted):
             adapted.zero_grad(set_to_none=True)
-            x.grad = None
             with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-                out = layer(x, rotary, mask, None)
+                out = layer(x.clone().requires_grad_(), rotary, mask, None)
             out.backward(direction)
 
         made[name] = work
     return made
+
+
+def embedded_rows(config: Config):
+    """Answers of the embedded model to eight needle questions: the whole call."""
+    import transformers
+
+    folder = ROOT / "assets" / "paligemma-nano"
+    source, _ = make_data(Finetune())
+    processor = PaliGemmaProcessor.from_pretrained(folder)
+    ((_, batch),) = loader(source, processor, [[(0, i) for i in range(8)]], with_suffix=False)
+    sides = {
+        "HF": transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder).eval(),
+        "ours": PaliGemmaForConditionalGeneration.from_pretrained(folder),
+    }
+    ids = sides["ours"].config  # the folder has no generation_config.json
+    sides["HF"].generation_config.update(eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id)
+    calls = {
+        "HF": lambda: sides["HF"].generate(**batch, max_new_tokens=20, do_sample=False),
+        "ours": lambda: sides["ours"].generate(**batch, max_new_tokens=20),
+    }
+    answers = {name: call().tolist() for name, call in calls.items()}
+    assert answers["HF"] == answers["ours"], f"greedy tokens differ: {answers}"
+    times = interleaved(calls, config.rounds)
+    yield "generate, embedded model, batch 8: HF / ours", ratio(times["HF"], times["ours"])
+
+
+def decode_rows(config: Config, dtype: str):
+    """Greedy tokens a second of the mid-size model at 257,216 tokens, batch 1: time of 33 new tokens less that of 1."""
+    hf = mid_size(config)
+    prompt = make_batch(hf, DTYPES[dtype], 1, 32, 0)
+    source = hf_model(hf, DTYPES[dtype])
+    source.generation_config.eos_token_id = None
+    sides = {"HF": source} | {
+        name: our_model(hf, source.state_dict(), preset) for name, preset in dict(ours=None, split="split").items()
+    }
+    for name in ("ours", "split"):
+        sides[name].config.eos_token_id = -1
+    times, answers = decode_times(sides, prompt, 33, config.rounds)
+    if dtype == "float32":  # in bfloat16 two near logits may round to either side
+        assert answers["HF"] == answers["ours"], f"greedy tokens differ: {answers}"
+    yield f"decode, vocabulary 257,216, batch 1, {dtype}: HF / ours", ratio(times["HF"], times["ours"])
+    yield f"decode, {dtype}: tokens/s of split / standard", ratio(times["ours"], times["split"])
+
+
+def decode_times(sides: dict, prompt: dict, new: int, rounds: int, device="cpu") -> tuple[dict, dict]:
+    """Seconds of the tokens after the first, and every model's tokens."""
+    prompt = {key: prompt[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    answers = {}
+
+    def call(name: str, count: int):
+        more = dict(do_sample=False) if name == "HF" else {}
+        answers[name] = sides[name].generate(**prompt, max_new_tokens=count, **more).tolist()
+
+    many = {name: lambda name=name: call(name, new) for name in sides}
+    one = {f"{name} 1": lambda name=name: call(name, 1) for name in sides}
+    times = interleaved(one | many, rounds, device)
+    return {n: [a - b for a, b in zip(times[n], times[f"{n} 1"], strict=True)] for n in sides}, answers
+
+
+def memory_rows(config: Config, dtype: str):
+    """Growth of the resident set in the first step, each variant in a process of its own."""
+    names = ("HF-default", "HF-tuned", "ours", "split")
+    flags = [f"--size={config.size}", f"--dtype={dtype}"]
+    peaks = {name: json.loads(fresh_process([__file__, f"--child={name}", *flags])) for name in names}
+    for name, other in (("ours", "HF-default"), ("ours", "HF-tuned"), ("split", "ours")):
+        told = {"ratio": round(peaks[name] / peaks[other], 3), "MB": [round(peaks[name]), round(peaks[other])]}
+        yield f"step memory, vocabulary 257,216, {dtype}: {name} / {'standard' if other == 'ours' else other}", told
+
+
+def fresh_process(arguments: list[str]) -> str:
+    """The last line that a python process of its own prints, one thread."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ONE_THREAD, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def step_memory(config: Config) -> float:
+    """MB; of the variant that this process is for."""
+    dtype = DTYPES[config.dtype]
+    hf = mid_size(config)
+    batch = make_batch(hf, dtype, 2, 32, 32)
+    ((_, work),) = training_variants(hf, dtype, batch, which=(config.child,)).items()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
+    before = resident("VmHWM")
+    step(*work)
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1e3
+
+
+def load_rows(config: Config):
+    """A checkpoint of 1.3 GB in bf16 shards, its pages in memory: seconds of wall time in fresh processes, best of
+    three."""
+    with tempfile.TemporaryDirectory() as folder:
+        vision = vision_config(384, 6, 1536, 6)
+        hf = mid_size(config) if config.size == "tiny" else hf_config(257216, 1024, 12, 8192, 8, 128, vision)
+        hf_model(hf, torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
+        sides = dict(ours="modeling_gemma", HF="transformers")
+        told = {n: [json.loads(fresh_process(["-c", LOAD, m, folder])) for _ in range(4)] for n, m in sides.items()}
+    for i, name in enumerate(("load 1.3 GB, warm", "import + load")):
+        seconds = [round(min(spent[i] for spent in told[side][1:]), 3) for side in ("ours", "HF")]
+        yield f"{name}: ours / HF", {"ratio": round(seconds[0] / seconds[1], 3), "seconds": seconds}
+
+
+LOAD = """
+import importlib, json, sys, time
+began = time.perf_counter()
+Model = importlib.import_module(sys.argv[1]).PaliGemmaForConditionalGeneration
+imported = time.perf_counter()
+import torch
+Model.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
+done = time.perf_counter()
+print(json.dumps([done - imported, done - began]))
+"""
+
+
+# ---- rows of the table on a GPU
+def cuda_rows(config: Config):
+    """PaliGemma 3b, random weights, bf16: batch 8 of pictures, 64 prompt and 64 label tokens; decoding at batch 1."""
+    device, dtype = config.device, torch.bfloat16
+    for size in (224, 448):
+        hf = paligemma_3b(config, size)
+        batch = make_batch(hf, dtype, 8, 64, 64, device)
+        which = ("HF-default", "HF-tuned", "ours", "split") if size == 224 else ("ours", "split")
+        variants = training_variants(hf, dtype, batch, device, which)
+        check_losses({name: loss() for name, (loss, _) in variants.items()}, 0.05)
+        work = {name: lambda v=v: step(*v) for name, v in variants.items()}
+        times = interleaved(work, config.rounds, device)
+        name = f"step, {size} px, bf16"
+        for other in which[:-2]:
+            yield f"{name}: ours / {other}", ratio(times["ours"], times[other])
+        yield f"{name}: split / standard", ratio(times["split"], times["ours"])
+        tokens, flops = batch["input_ids"].numel(), step_flops(hf, batch)
+        for who, spent in times.items():
+            seconds = statistics.median(spent)
+            told = {"ms": round(1e3 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
+            told |= {"mfu": round(flops / seconds / config.peak_tflops / 1e12, 3)}
+            yield f"{name}: {who}", told | {"peak_gb": peak_gb(work[who], device)}
+        del variants, work
+    yield from cuda_decode_rows(config, paligemma_3b(config))
+
+
+def cuda_decode_rows(config: Config, hf):
+    """Tokens a second beside what reading every decoder weight once a token would allow."""
+    prompt = make_batch(hf, torch.bfloat16, 1, 64, 0, config.device)
+    source = hf_model(hf, torch.bfloat16, config.device)
+    source.generation_config.eos_token_id = None
+    sides = {"HF": source, "ours": our_model(hf, source.state_dict())}
+    sides["ours"].config.eos_token_id = -1
+    new = 65 if config.size == "full" else 5
+    times, _ = decode_times(sides, prompt, new, config.rounds, config.device)
+    read = sum(p.numel() for p in sides["ours"].model.language_model.parameters()) * 2  # the head is the embedding
+    floor = read / config.bandwidth_tb / 1e12
+    yield "decode, batch 1, bf16: HF / ours", ratio(times["HF"], times["ours"])
+    speed = (new - 1) / statistics.median(times["ours"])
+    yield (
+        "decode, batch 1, bf16: ours",
+        {"tokens_per_s": round(speed), "of_the_bandwidth_floor": round(speed * floor, 3)},
+    )
+
+
+def step_flops(hf, batch: dict) -> float:
+    """Of one step: forward and the gradients of activations (weights are frozen, LoRA is left out), the head at label
+    rows, attention as dense squares."""
+    text, (rows, length) = hf.text_config, batch["input_ids"].shape
+    width = text.num_attention_heads * text.head_dim
+    layer = 2 * text.hidden_size * (width + text.head_dim) + 3 * text.hidden_size * text.intermediate_size
+    decoder = 4 * text.num_hidden_layers * layer * rows * length
+    head = 4 * text.hidden_size * text.vocab_size * int((batch["labels"] != -100).sum())
+    return decoder + head + 12 * text.num_hidden_layers * rows * length**2 * width
+
+
+def peak_gb(work: Callable, device: str) -> float:
+    if device == "cpu":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+
+
+def cpu_rows(config: Config):
+    for vocabulary in (257216, 32000):
+        for dtype in DTYPES:
+            yield from step_rows(config, vocabulary, dtype)
+    for dtype in DTYPES:
+        yield from memory_rows(config, dtype)
+    for length in (304, 1100):
+        for dtype in DTYPES:
+            yield from layer_rows(config, dtype, length)
+    yield from embedded_rows(config)
+    for dtype in DTYPES:
+        yield from decode_rows(config, dtype)
+    yield from load_rows(config)
+
+
+# ---- the table
+def line(name: str, told: dict) -> str:
+    if "ratio" not in told:
+        return f"| {name} | {', '.join(f'{key} {value}' for key, value in told.items())} | |"
+    more = {key: value for key, value in told.items() if key not in ("ratio", "quartiles")}
+    spread = "{} - {}".format(*told["quartiles"]) if "quartiles" in told else ""
+    return f"| {name} | {told['ratio']} | {spread or ', '.join(f'{key} {value}' for key, value in more.items())} |"
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
+    return f"{names[0].partition(': ')[2]}, 1 thread of {os.cpu_count()}"
+
+
+def main():
+    config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    if config.device == "cpu":
+        torch.set_num_threads(1)
+    if config.child:
+        print(json.dumps(step_memory(config)))
+        return
+    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(config.device), "rounds": config.rounds}
+    result |= {name: version(name) for name in ("torch", "transformers", "peft")} | {"rows": {}}
+    print("| work | ratio | quartiles |\n|---|---|---|")
+    for name, told in (cuda_rows if config.device == "cuda" else cpu_rows)(config):
+        result["rows"][name] = told
+        print(line(name, told), flush=True)
+    output = Path(config.output or ROOT / "benchmarks" / "results" / f"compare_{config.device}.json")
+    output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
