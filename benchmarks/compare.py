@@ -316,7 +316,7 @@ def embedded_rows(config: Config):
     processor = PaliGemmaProcessor.from_pretrained(folder)
     ((_, batch),) = loader(source, processor, [[(0, i) for i in range(8)]], with_suffix=False)
     sides = {
-        "HF": transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder).eval(),
+        "HF": transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval(),
         "ours": PaliGemmaForConditionalGeneration.from_pretrained(folder),
     }
     ids = sides["ours"].config  # the folder has no generation_config.json
