@@ -41,6 +41,9 @@ class Config:
     grids: tuple[int, ...] = (2, 4)  # haystacks have N x N cells
     negatives: float = 0.2  # share of haystack questions whose caption is in no cell; the answer is -1
     workers: int = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
+    group_by_length: bool = False  # batches of rows of like length: less padding, another order of the data
+    vision_cache_gb: float = 0.0  # memory for vision features of pictures that come again, each computed once
+    vision_cache_dir: str = ""  # where features beyond it go; empty: they are computed anew
     # --- optimisation
     seed: int = 0  # of adapters, data order and dropout
     max_steps: int = 400  # updates

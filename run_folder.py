@@ -30,6 +30,8 @@ WATCHING = {
     "save_every",
     "keep_checkpoints",
     "workers",
+    "vision_cache_gb",
+    "vision_cache_dir",
 }
 
 

@@ -30,7 +30,7 @@ from checkpoint import (
     whole_or_nothing,
     write_json,
 )
-from data import batch_order, loader
+from data import batch_order, loader, text_lengths
 from diagnostics import answer_attention, diagnostics, lambda_values, select_heads
 from differential_attention import (
     differential_config,
@@ -41,6 +41,7 @@ from differential_attention import (
 from errors import UserError
 from haystack import is_exact, wilson
 from run_folder import WATCHING, Run, read_trainer_state, start_folder, step_of
+from vision_cache import VisionCache
 
 
 # ---- the model
@@ -163,7 +164,10 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
             select_heads(model, fixed_batch(run, processor, source))
         log_scores(run, 0, evaluate(run, config, model, processor, eval_sets), diagnostics(model, probe), writer)
 
-    batches = training_batches(run, config, processor, source, first)
+    cache = None
+    if config.vision_cache_gb or config.vision_cache_dir:
+        cache = VisionCache(model, config.vision_cache_gb, config.vision_cache_dir)
+    batches = training_batches(run, config, processor, source, first, cache)
     began, tokens = time.perf_counter() - seconds, 0
     bar = tqdm(range(first, steps), initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"])
     mark = time.perf_counter()
@@ -268,13 +272,21 @@ def check_moved(run: Run, model, steps: int):
         )
 
 
-def training_batches(run: Run, config, processor, source, first: int):
-    """Endless (examples, batch on the device): this process's share of every micro-batch, from step `first` on."""
+def training_batches(run: Run, config, processor, source, first: int, cache: VisionCache | None = None):
+    """Endless (examples, batch on the device): this process's share of every micro-batch, from step `first` on.
+
+    With a `cache`, vision features stand in for pictures.
+    """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    order = batch_order(len(source), config.batch_size, config.seed, start=first * config.accumulation)
+    lengths = text_lengths(source, processor) if config.group_by_length else None
+    order = batch_order(len(source), config.batch_size, config.seed, first * config.accumulation, lengths)
     shares = (keys[rank::world] or keys[:1] for keys in order)
     for examples, batch in loader(source, processor, shares, with_suffix=True, workers=workers(config, run)):
-        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()}
+        kept = {}
+        if cache is not None:
+            with run.autocast():  # as the forward pass would compute them
+                kept = {"pixel_values": None, "image_features": cache.features(batch.pop("pixel_values"))}
+        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | kept
 
 
 def workers(config, run: Run) -> int:

@@ -1,4 +1,4 @@
-"""benchmarks/compare.py in miniature: both tables print, losses and tokens agree. What it measures means nothing here."""
+"""benchmarks/compare.py in miniature: both tables print, losses and tokens agree. Its numbers mean nothing here."""
 
 import importlib.util
 import json
