@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 from errors import UserError
 
@@ -114,7 +113,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The tables [B, 1, S, D] may reach further back than x, whose rows are then the last L of them.
     """
-    cos, sin = cos[:, :, -x.shape[2] :], sin[:, :, -x.shape[2] :]
+    if cos.shape[2] > x.shape[2]:
+        cos, sin = cos[:, :, -x.shape[2] :], sin[:, :, -x.shape[2] :]
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -212,8 +212,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
     first = keys - queries  # position of the first query
     if split is None or not first < split < keys:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(mask, queries, keys, window), **options)
-    flash = q.device.type == "cuda" and q.dtype != torch.float32
-    causal = causal_lower_right(keys - split, keys) if flash else mask.dense(keys - split, keys)
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        from torch.nn.attention.bias import causal_lower_right  # brings torch.compile along: a second of import
+
+        causal = causal_lower_right(keys - split, keys)
+    else:
+        causal = mask.dense(keys - split, keys)
     prefix = F.scaled_dot_product_attention(q[:, :, : split - first], k[:, :, :split], v[:, :, :split], **options)
     suffix = F.scaled_dot_product_attention(q[:, :, split - first :], k, v, attn_mask=causal, **options)
     return torch.cat((prefix, suffix), dim=2)

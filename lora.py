@@ -17,6 +17,8 @@ def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     Factors are float32 masters, cast to the base's dtype. Whatever else a module is or does, dropout, a bias, a merged
     or disabled adapter, a hook, another kind of layer, it is called as it stands.
     """
+    if x.numel() == x.shape[-1] and all(takes_one_row(module, x) for module in modules):
+        return tuple((module.weight @ x.view(-1)).view(*x.shape[:-1], -1) for module in modules)
     if not all(is_plain_lora(module, x) for module in modules):
         return tuple(module(x) for module in modules)
     names = [module.active_adapters[0] for module in modules]
@@ -28,6 +30,12 @@ def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
         *(module.lora_A[name].weight for module, name in pairs),
         *(module.lora_B[name].weight for module, name in pairs),
     )
+
+
+def takes_one_row(module: nn.Module, x: Tensor) -> bool:
+    """Whether x, one row, is better multiplied as a vector: bfloat16 on a CPU, a decoding step."""
+    plain = type(module) is nn.Linear and module.bias is None and not (module._forward_hooks or x.requires_grad)
+    return plain and x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.bfloat16
 
 
 def is_plain_lora(module: nn.Module, x: Tensor) -> bool:

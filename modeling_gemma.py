@@ -164,9 +164,7 @@ class GemmaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1.0 + self.weight.float())).type_as(x)
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
 def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -448,7 +446,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         self.model.vision_tower.encoder.gradient_checkpointing = enabled
 
     def head(self, hidden: Tensor) -> Tensor:
-        return capped(self.lm_head(hidden), self.config.text_config.final_logit_softcapping)
+        return capped(linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
 
     def forward(
         self,

@@ -177,3 +177,16 @@ def test_the_last_layer_answers_for_the_last_rows_alone(family, side, monkeypatc
     some = {key: batch[key] for key in ("input_ids", "pixel_values", "attention_mask", "token_type_ids")}
     torch.testing.assert_close(model(**some, logits_to_keep=2).logits, every.logits[:, -2:])
     assert seen[2:] == [2]
+
+
+def test_one_bfloat16_row_is_a_vector():
+    torch.manual_seed(0)
+    modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
+    x = torch.randn(1, 1, 48).bfloat16()
+    with torch.no_grad():
+        assert all(lora.takes_one_row(module, x) for module in modules)
+        found, expected = linears(x, *modules), [module.double()(x.double()) for module in modules]
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, atol=5e-3, rtol=5e-3)
+    assert not any(lora.takes_one_row(module, x) for module in modules)  # float64 by now
