@@ -12,6 +12,7 @@ float32) and greedy tokens are compared before anything is timed. The two baseli
     HF-tuned    what an expert runs: logits of label rows, vision features kept, adapters in the model's dtype
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -388,6 +389,7 @@ def step_memory(config: Config) -> float:
     batch = make_batch(hf, dtype, 2, 32, 32)
     ((_, work),) = training_variants(hf, dtype, batch, which=(config.child,)).items()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what building left free would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
     before = resident("VmHWM")
     step(*work)

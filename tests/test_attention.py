@@ -211,7 +211,12 @@ def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 7), (1, 7), (14, 14)])
 def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
     monkeypatch.setattr("attention.CHUNK", 2)
-    for mask in (shifted_mask(keys), shifted_mask(keys).grow(0), mask_of(7, "left") if keys == 7 else None, None):
+    types = torch.zeros(2, keys)
+    types[:, -3:] = 1  # from here on alike in both rows
+    alike = PrefixMask.from_tensors(torch.ones(2, keys), types)
+    types[1, -5:] = 1
+    ragged = PrefixMask.from_tensors(torch.ones(2, keys), types)
+    for mask in (shifted_mask(keys), alike, ragged, shifted_mask(keys).grow(0), None):
         for window in (None, 2):
             full = torch.ones(1, 1, queries, keys) if mask is None else mask.dense(queries, keys, window)
             built = torch.zeros_like(full, dtype=torch.bool)
