@@ -101,6 +101,11 @@ class Rows:
         images = [open_image(self.folder / path, name=f"{row['id']}: {path}") for path in paths_of(row)]
         return Example(row["id"], images, row["prefix"], row["suffix"])
 
+    def text(self, index: int) -> tuple[str, str, int]:
+        """Prefix, suffix and number of pictures."""
+        row = self.rows[index]
+        return row["prefix"], row["suffix"], len(row["image"]) if isinstance(row["image"], list) else 1
+
 
 def digest(told) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -259,6 +264,10 @@ class HubRows:
             raise UserError(f"{name}: has no picture or no answer: take another copy")
         return Example(name, [row["image"]], f"answer en {row['question']}", row["multiple_choice_answer"])
 
+    def text(self, index: int) -> tuple[str, str, int]:
+        row = self.rows.select_columns(["question", "multiple_choice_answer"])[index]
+        return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
+
 
 def read_hub(name: str, split: str) -> HubRows:
     """A data set's split. Data sets that bring code are refused by `datasets`; nothing here trusts remote code."""
@@ -295,6 +304,9 @@ class Subset:
 
     def get(self, epoch: int, index: int) -> Example:
         return self.source.get(epoch, self.indices[index])
+
+    def text(self, index: int) -> tuple[str, str, int]:
+        return self.source.text(self.indices[index])
 
 
 def make_data(config) -> tuple[object, dict[str, object]]:
@@ -395,19 +407,58 @@ def _read(spec: str, split: str, strict: bool):
 
 
 # ---- batches
-def batch_order(size: int, batch: int, seed: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
+POOL = 50  # batches among which rows of like length are put together
+
+
+def batch_order(
+    size: int, batch: int, seed: int, start: int = 0, lengths: list[int] | None = None
+) -> Iterator[list[tuple[int, int]]]:
     """Endless batches of (epoch, index): every epoch a seeded permutation, the last short batch of one kept.
 
-    `start` skips that many batches, so that a resumed run sees what the uninterrupted one would have seen.
+    `start` skips that many batches, so that a resumed run sees what the uninterrupted one would have seen. With the
+    `lengths` of all rows, rows of like length share a batch: less padding, another order.
     """
     per_epoch = -(-size // batch)
     epoch = start // per_epoch
     while True:
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(size, generator=generator).tolist()
+        batches = [order[b * batch : (b + 1) * batch] for b in range(per_epoch)]
+        if lengths is not None:
+            batches = grouped(order, batch, lengths, generator)
         first = start % per_epoch if epoch == start // per_epoch else 0
-        for b in range(first, per_epoch):
-            yield [(epoch, index) for index in order[b * batch : (b + 1) * batch]]
+        for rows in batches[first:]:
+            yield [(epoch, index) for index in rows]
         epoch += 1
+
+
+def grouped(order: list[int], batch: int, lengths: list[int], generator: torch.Generator) -> list[list[int]]:
+    """Batches of like length: stretches of the order are sorted by length and cut, and the batches shuffled, so that
+    neither epochs nor the course of one are alike."""
+    batches = []
+    for start in range(0, len(order), POOL * batch):
+        rows = sorted(order[start : start + POOL * batch], key=lambda index: lengths[index])
+        batches += [rows[b : b + batch] for b in range(0, len(rows), batch)]
+    return [batches[b] for b in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def text_lengths(source, processor: PaliGemmaProcessor) -> list[int]:
+    """Tokens of every row, pictures included and none opened; 0 for a row that is left out when its turn comes.
+
+    Raises UserError for a source that makes its rows up.
+    """
+    if not hasattr(source, "text"):
+        raise UserError(
+            "group_by_length needs rows of a file: questions about haystacks are of one length, leave it off"
+        )
+
+    def length(prefix: str, suffix: str, images: int) -> int:
+        try:
+            return len(processor.encode(prefix, suffix, images)[0])
+        except UserError:
+            return 0
+
+    return [length(*source.text(index)) for index in range(len(source))]
 
 
 class _Fetch(torch.utils.data.Dataset):

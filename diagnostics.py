@@ -45,7 +45,7 @@ def look_inside(model: nn.Module, batch: dict, see: See):
     training = model.training
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled layers would pass the hooks by
-            model.eval()(**{key: value for key, value in batch.items() if key != "labels"}, logits_to_keep=1)
+            model.eval().model(**{key: value for key, value in batch.items() if key != "labels"})
     finally:
         model.train(training)
         for handle in handles:

@@ -284,7 +284,7 @@ class DifferentialAttention(nn.Module):
         """`attend`: the SiglipAttention or GemmaAttention that this is for. Raises UserError where they do not fit."""
         super().__init__()
         self.config = config = config.resolve()
-        self.layer, self.head_dim = layer, attend.head_dim
+        self.layer, self.tower, self.head_dim = layer, tower, attend.head_dim
         self.hidden = attend.q_proj.in_features
         self.heads = attend.q_proj.out_features // self.head_dim
         self.kv_heads = attend.k_proj.out_features // self.head_dim
@@ -299,8 +299,6 @@ class DifferentialAttention(nn.Module):
 
         # training's progress, 0 to 1: a tensor, so that compiled code need not know it
         self.register_buffer("progress", torch.zeros(1), persistent=False)
-        if is_half:
-            self.register_buffer("in_first", self._first_half(tower), persistent=False)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_000 * (tower == "vision") + layer)
         self._add_second(attend.q_proj, generator)
         self._add_lambda(generator)
@@ -325,14 +323,6 @@ class DifferentialAttention(nn.Module):
                 f"differential preset {name} shares a noise query among {self.config.noise_ratio} heads of a key/value "
                 f"group and the {tower} tower has groups of {groups}: give another noise_ratio, or towers=text"
             )
-
-    def _first_half(self, tower: str) -> Tensor:
-        """Which of a head's D dimensions belong to the first map; dimension i is rotated together with i + D / 2."""
-        pair = torch.arange(self.head_dim)
-        if tower == "text" and self.config.halves_cut != "front_back":
-            pair = pair % (self.head_dim // 2)
-            return pair % 2 == 0 if self.config.halves_cut == "even_odd" else pair < self.head_dim // 4
-        return pair < self.head_dim // 2  # nothing is rotated in SigLIP
 
     def _add_second(self, q_proj: nn.Module, generator: torch.Generator):
         second, rank, width = self.config.second, self.config.rank, self.heads * self.head_dim
@@ -395,8 +385,10 @@ class DifferentialAttention(nn.Module):
         cache=None,
     ) -> Tensor:
         """x [B, L, C], the layer's input, and its projections q [B, H, L, D], k, v [B, K, L, D], not yet rotated ->
-        the heads' outputs [B, H, L, D] ([B, H / 2, L, 2 D] where heads are paired). `cache`: the decoder's KVCache."""
+        the heads' outputs [B, H, L, D] ([B, H / 2, L, 2 D] where heads are paired). `cache`: the decoder's KVCache.
+        q may hold the last positions of x alone; so do the outputs then."""
         q1, q2, k, v = self.branches(x, q, k, v, rotary, cache)
+        x = last_rows(x, q)
         if self.config.combine == "replace":
             q1, q2 = q2, None
         if q2 is None:
@@ -422,28 +414,38 @@ class DifferentialAttention(nn.Module):
         turn = self._rotation(rotary)
         q1, q2, k = turn(q), None, turn(k)
         if second == "delta":  # rotation is linear: the rotated sum is the sum of the rotated
-            q2 = q1 + turn(self._low_rank(x, self.second_down, self.second_up))
+            q2 = q1 + turn(self._low_rank(last_rows(x, q), self.second_down, self.second_up))
         elif second == "adapter":
             scale = self.config.adapter_scale
-            q2 = turn(scale * self._low_rank(x, self.second_down, self.second_up))
+            q2 = turn(scale * self._low_rank(last_rows(x, q), self.second_down, self.second_up))
             k = torch.cat((k, turn(scale * self._low_rank(x, self.key_down, self.key_up))), dim=1)
         elif second in ("query", "noise"):
             bias = getattr(self, "second_bias", None)
             weights = (t if t is None else t.to(x.dtype) for t in (self.second_query, bias))
-            q2 = turn(self._heads(F.linear(x, *weights)))
-        elif second == "halves":  # zeros in place of the other half: keys and the cache stay whole
-            q1, q2 = q1.masked_fill(~self.in_first, 0), q1.masked_fill(self.in_first, 0)
+            q2 = turn(self._heads(F.linear(last_rows(x, q), *weights)))
         elif second == "pairs":
             q1, q2 = q1[:, 0::2], q1[:, 1::2]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        if second == "pairs":
+        if second == "halves":  # after the cache, which holds whole keys
+            q1, q2 = self._halves(q1)
+            k = torch.cat(self._halves(k), dim=1)
+        elif second == "pairs":
             k = torch.cat((k[:, 0::2], k[:, 1::2]), dim=1)
             v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)
         return q1, q2, k, v
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _halves(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both maps' parts of heads [B, heads, L, D]; dimension i is rotated together with i + D / 2."""
+        if self.tower == "vision" or self.config.halves_cut == "front_back":  # nothing is rotated in SigLIP
+            return t.chunk(2, dim=-1)
+        pairs = t.unflatten(-1, (2, -1, 2) if self.config.halves_cut == "even_odd" else (2, 2, -1))
+        dim = -1 if self.config.halves_cut == "even_odd" else -2
+        first, second = (half.flatten(-2) for half in pairs.unbind(dim))
+        return first, second
 
     def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return self._heads(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)))
@@ -454,8 +456,8 @@ class DifferentialAttention(nn.Module):
         if not self.config.rotate_halves:
             return lambda t: rotate(t, *rotary)
         # every second frequency of width D is the whole spectrum of width D / 2
-        cos, sin = (table[..., None, ::2] for table in rotary)
-        return lambda t: rotate(t.unflatten(-1, (2, -1)), cos, sin).flatten(-2)
+        cos, sin = (table[..., ::2] for table in rotary)
+        return lambda t: torch.cat([rotate(half, cos, sin) for half in t.chunk(2, dim=-1)], dim=-1)
 
     def _second_output(self, out: Tensor) -> Tensor:
         if self.config.second == "same":
@@ -464,8 +466,8 @@ class DifferentialAttention(nn.Module):
 
     def _head_norm(self, out: Tensor) -> Tensor:
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
-        normed = F.rms_norm(wide, out.shape[-1:], self.norm_gain, eps=1e-5)
-        return ((1 - self.lambda_init) * normed).to(out.dtype)
+        gain = (1 - self.lambda_init) * self.norm_gain
+        return F.rms_norm(wide, out.shape[-1:], gain, eps=1e-5).to(out.dtype)
 
     # ---- lambda
     def strength(self, x: Tensor) -> Tensor:
@@ -508,6 +510,11 @@ class DifferentialAttention(nn.Module):
         if self.config.second in ("same", "value"):
             outs[1] = self._second_output(outs[0])
         return Explained(*maps, *outs, self.strength(x))
+
+
+def last_rows(x: Tensor, q: Tensor) -> Tensor:
+    """Of x [B, L, C] the positions that q [B, H, *, D] asks for."""
+    return x[:, -q.shape[2] :]
 
 
 class UngainedRMSNorm(nn.LayerNorm):

@@ -28,6 +28,8 @@ from checkpoint import (
 )
 from differential_attention import DifferentialConfig, add_differential, as_config
 from errors import UserError
+from lora import linears
+from loss import capped, head_loss
 from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
 
 ACTIVATIONS = {
@@ -164,9 +166,7 @@ class GemmaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1.0 + self.weight.float())).type_as(x)
+        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
 def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -216,14 +216,17 @@ class GemmaAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, C] -> q [B, H, L, D], k and v [B, K, L, D], not yet rotated."""
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
         return q, k, v
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None = None
+    ) -> Tensor:
+        """x [B, L, C] -> [B, L, C], or the last `rows` positions of it [B, rows, C]."""
         q, k, v = self.project(x)
+        if rows is not None:
+            q = q[:, :, -rows:]
         if self.differential is not None:  # a second map, and lambda between the two
             out = self.differential(x, q, k, v, rotary, mask, cache)
         else:
@@ -231,7 +234,7 @@ class GemmaAttention(nn.Module):
             if cache is not None:
                 k, v = cache.update(self.layer, k, v)
             out = attention(q, k, v, mask, self.scale, self.softcap, self.window)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return linears(out.transpose(1, 2).flatten(2), self.o_proj)[0]
 
 
 class GemmaMLP(nn.Module):
@@ -243,7 +246,8 @@ class GemmaMLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return linears(self.activation(gate) * up, self.down_proj)[0]
 
 
 class GemmaDecoderLayer(nn.Module):
@@ -259,8 +263,12 @@ class GemmaDecoderLayer(nn.Module):
         for name in names:
             self.add_module(name, GemmaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None = None
+    ) -> Tensor:
+        """x [B, L, C] -> [B, L, C], or the last `rows` positions of it [B, rows, C]."""
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, rows)
+        x = x[:, -attended.shape[1] :]
         if not self.four_norms:  # here post_attention_layernorm is the norm before the MLP
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -282,16 +290,21 @@ class GemmaModel(nn.Module):
         x = self.embed_tokens(input_ids)
         return x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
 
-    def forward(self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None) -> Tensor:
-        """Embeddings x [B, L, C] at positions [B, L] -> normed hidden states [B, L, C]."""
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, rows: int | None = None
+    ) -> Tensor:
+        """Embeddings x [B, L, C] at positions [B, L] -> normed hidden states [B, L, C], or the last `rows` of them:
+        the last layer's keys and values need every position, its queries and its MLP do not."""
+        length = x.shape[1]
         rotary = rotary_tables(self.config, positions, x.dtype)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers, 1):
+            wanted = rows if index == len(self.layers) else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, mask, cache, wanted, use_reentrant=False)
             else:
-                x = layer(x, rotary, mask, cache)
+                x = layer(x, rotary, mask, cache, wanted)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.length += length
         return self.norm(x)
 
 
@@ -336,6 +349,22 @@ class PaliGemmaModel(nn.Module):
                 f"({image_features.shape[0]} x {image_features.shape[1]}): pass every picture of every prompt once"
             )
         return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        rows: int | None = None,
+    ) -> Tensor:
+        """Arguments as PaliGemmaForConditionalGeneration's -> hidden states [B, L, C], or the last `rows` of them."""
+        mask = PrefixMask.from_tensors(attention_mask, token_type_ids)
+        if image_features is None and pixel_values is not None:
+            image_features = self.image_features(pixel_values)
+        x = self.embed(input_ids, image_features)
+        return self.language_model(x, positions_of(attention_mask), mask, rows=rows)
 
 
 @dataclass
@@ -419,9 +448,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         self.model.vision_tower.encoder.gradient_checkpointing = enabled
 
     def head(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(hidden)
-        cap = self.config.text_config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return capped(linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
 
     def forward(
         self,
@@ -440,14 +467,11 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         Without labels: `logits` [B, L, V], or of the last `logits_to_keep` rows. With labels: `loss`, the float32 mean
         over all labelled tokens of the batch, the head run on their rows only; logits only if `logits_to_keep` asks.
         """
-        mask = PrefixMask.from_tensors(attention_mask, token_type_ids)
-        if image_features is None and pixel_values is not None:
-            image_features = self.model.image_features(pixel_values)
-        x = self.model.embed(input_ids, image_features)
-        hidden = self.model.language_model(x, positions_of(attention_mask), mask)
+        rows = last_rows(labels, logits_to_keep)
+        hidden = self.model(input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows)
         loss = logits = None
         if labels is not None:
-            loss = self.label_loss(hidden, labels)
+            loss = self.label_loss(hidden, labels[:, -hidden.shape[1] :])
         if labels is None or logits_to_keep is not None:
             logits = self.head(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
         return PaliGemmaOutput(loss, logits)
@@ -455,8 +479,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     def label_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy of hidden [B, L, C] at each row whose next token carries a label, in float32."""
         labelled = labels[:, 1:] != -100
-        logits = self.head(hidden[:, :-1][labelled])
-        return F.cross_entropy(logits.float(), labels[:, 1:][labelled])
+        cap = self.config.text_config.final_logit_softcapping
+        return head_loss(hidden[:, :-1][labelled], self.lm_head, labels[:, 1:][labelled], cap)
 
     @torch.no_grad()
     def generate(
@@ -491,7 +515,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
         new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         for step in range(max_new_tokens):
-            hidden = self.model.language_model(x, positions, mask, cache)
+            hidden = self.model.language_model(x, positions, mask, cache, rows=1)
             token = sample(self.head(hidden[:, -1]), temperature, top_p, generator)
             token = token.masked_fill(finished, self.config.pad_token_id)
             new_ids.append(token)
@@ -507,6 +531,15 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             raise UserError(
                 f"the sequence needs {tokens} positions and the model has {limit}: use fewer or smaller pictures"
             )
+
+
+def last_rows(labels: Tensor | None, logits_to_keep: int | None) -> int | None:
+    """How many of the last positions the head is asked for: None means all. A label is predicted one row before it."""
+    if labels is None:
+        return logits_to_keep
+    labelled = (labels != -100).any(0)
+    first = int(labelled.int().argmax()) if bool(labelled.any()) else labels.shape[1] - 1
+    return max(labels.shape[1] - max(first - 1, 0), logits_to_keep or 0)
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -40,9 +40,11 @@ WATCHING = {
     "shard",
     "strict_data",
     "tracker",
+    "vision_cache_gb",
+    "vision_cache_dir",
 }
 # why the others cannot change under way; what is in neither list shaped the steps that were made
-DATA_ORDER = {"seed", "data", "eval_data", "grids", "negatives", "batch_size", "accumulation"}
+DATA_ORDER = {"seed", "data", "eval_data", "grids", "negatives", "batch_size", "accumulation", "group_by_length"}
 SHAPES = {"model", "base_model", "base_revision", "arm", "lora_rank", "lora_targets", "differential"}
 
 

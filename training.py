@@ -34,7 +34,7 @@ from checkpoint import (
     write_json,
     writing,
 )
-from data import batch_order, loader
+from data import batch_order, loader, text_lengths
 from diagnostics import answer_attention, diagnostics, lambda_values, select_heads
 from differential_attention import (
     differential_config,
@@ -55,6 +55,7 @@ from run_folder import (
     start_tracker,
     step_of,
 )
+from vision_cache import VisionCache
 
 
 # ---- the model
@@ -223,7 +224,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     # --- step by step; `state["step"]` updates have been made
     first = saved = state["step"]
     began, busy, tokens = time.perf_counter() - state["seconds"], 0.0, 0
-    batches = training_batches(run, config, processor, source, first)
+    batches = training_batches(run, config, model, processor, source, first)
     with run.noting_signals(), tqdm(initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"]) as bar:
         try:
             evaluate(run, config, model, processor, eval_sets, 2 * config.eval_batch_size)  # a broken one fails now
@@ -354,16 +355,23 @@ def check_moved(run: Run, model, steps: int):
         )
 
 
-def training_batches(run: Run, config, processor, source, first: int):
+def training_batches(run: Run, config, model, processor, source, first: int):
     """Endless (examples, batch on the device): this process's share of every micro-batch, from step `first` on.
 
     Without examples the batch is a stand-in, so that this process takes part in the sums: it must weigh nothing.
     """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    order = batch_order(len(source), config.batch_size, config.seed, start=first * config.accumulation)
+    lengths = text_lengths(source, processor) if config.group_by_length else None
+    order = batch_order(len(source), config.batch_size, config.seed, first * config.accumulation, lengths)
     shares = (keys[rank::world] for keys in order)  # of a short last batch some get none: a stand-in then
+    cached = config.vision_cache_gb or config.vision_cache_dir
+    cache = VisionCache(model, config.vision_cache_gb, config.vision_cache_dir) if cached else None
     for examples, batch in loader(source, processor, shares, True, workers(config, run), run.skip):
-        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()}
+        kept = {}
+        if cache is not None:  # features stand in for pictures
+            with run.autocast():  # as the forward pass would compute them
+                kept = {"pixel_values": None, "image_features": cache.features(batch.pop("pixel_values"))}
+        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | kept
 
 
 def workers(config, run: Run) -> int:

@@ -7,9 +7,13 @@ from attention import (
     EXPLICIT_MAX_LENGTH,
     PrefixMask,
     attention,
+    attention_reference,
     blend,
     differential_attention,
     differential_reference,
+    path_of,
+    row_chunks,
+    sdpa,
 )
 
 LONG = EXPLICIT_MAX_LENGTH + 8  # above the length where the path changes
@@ -54,7 +58,13 @@ SHAPES = {
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize(
     ("length", "side", "softcap", "window"),
-    [(7, "left", None, None), (7, "right", 2.0, 3), (7, "right", None, None), (LONG, "left", None, None)],
+    [
+        (7, "left", None, None),
+        (7, "right", 2.0, 3),
+        (7, "right", None, None),
+        (LONG, "left", None, None),
+        (LONG, "right", 2.0, 40),
+    ],
 )
 def test_fast_paths_equal_the_formula(length, side, softcap, window, shapes, normalised):
     q1, q2, k, v, strength = tensors(length, **SHAPES[shapes])
@@ -151,3 +161,112 @@ def test_bf16_maps_are_blended_in_float32(monkeypatch):
     q, kv = torch.randn(1, 4, 6, 8).bfloat16(), torch.randn(1, 1, 6, 8).bfloat16()
     out = differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert seen == [torch.float32] and out.dtype == torch.bfloat16
+
+
+# ---- the kernel that works in chunks, and the mask that it asks
+def shifted_mask(length: int) -> PrefixMask:
+    """Ragged prefixes and suffixes, pads left and right, a causal row and a row of pads."""
+    rows = [(0, 3, 4, 0), (2, 1, 3, 1), (0, 0, 7, 0), (1, 6, 0, 0), (0, 0, 0, 7)]  # pads, prefix, suffix, pads
+    valid = torch.tensor([[0] * a + [1] * (b + c) + [0] * d for a, b, c, d in rows])
+    types = torch.tensor([[0] * (a + b) + [1] * c + [0] * d for a, b, c, d in rows])
+    return PrefixMask.from_tensors(valid.repeat_interleave(length // 7, 1), types.repeat_interleave(length // 7, 1))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("shapes", ["one map", *SHAPES])
+def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap, monkeypatch):
+    monkeypatch.setattr("attention.CHUNK", 3)
+    monkeypatch.setattr("attention.path_of", lambda *args: "chunks")
+    q1, q2, k, v, weight = (t.detach().double() for t in tensors(7, **SHAPES.get(shapes, {})))
+    batch = (torch.cat((t, t[:2])) if t.ndim > 1 else t for t in (q1, q2, k, v, weight))
+    q1, q2, k, v, weight = (t.requires_grad_() for t in batch)
+    mask = shifted_mask(7)
+    dense = mask.dense(7, 7, window)
+    rows = dense.any(-1)[..., None]
+    if shapes == "one map":
+        leaves = q1, k, v
+
+        def kernel(q, k, v):
+            return attention(q, k, v, mask, 0.5, softcap, window) * rows
+
+        expected = attention_reference(*leaves, dense, 0.5, softcap) * rows
+    else:
+        leaves = q1, q2, k, v, weight
+        keys = (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
+
+        def kernel(q1, q2, k, v, weight):
+            return differential_attention(q1, q2, k, v, mask, 0.5, weight, True, softcap, window) * rows
+
+        lam = weight / (1 + weight)
+        expected = differential_reference(q1, q2, *keys, v, dense, 0.5, lam, True, softcap) * rows
+    torch.testing.assert_close(kernel(*leaves), expected, atol=1e-12, rtol=1e-12)
+    assert torch.autograd.gradcheck(kernel, leaves, fast_mode=True)
+    direction = torch.randn_like(expected)
+    found, wanted = (torch.autograd.grad(out, leaves, direction) for out in (kernel(*leaves), expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 7), (1, 7), (14, 14)])
+def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
+    monkeypatch.setattr("attention.CHUNK", 2)
+    types = torch.zeros(2, keys)
+    types[:, -3:] = 1  # from here on alike in both rows
+    alike = PrefixMask.from_tensors(torch.ones(2, keys), types)
+    types[1, -5:] = 1
+    ragged = PrefixMask.from_tensors(torch.ones(2, keys), types)
+    for mask in (shifted_mask(keys), alike, ragged, shifted_mask(keys).grow(0), None):
+        for window in (None, 2):
+            full = torch.ones(1, 1, queries, keys) if mask is None else mask.dense(queries, keys, window)
+            built = torch.zeros_like(full, dtype=torch.bool)
+            for rows, seen, dense in row_chunks(mask, queries, keys, window):
+                built[:, :, rows, seen] = True if dense is None else dense
+            assert torch.equal(built, full.bool())
+
+
+def test_a_prefix_that_is_alike_in_every_row_needs_no_mask(monkeypatch):
+    """SDPA by rows: prefix without a mask, suffix causal from the lower right; ragged rows keep the dense mask."""
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "attention.F.scaled_dot_product_attention", lambda *a, **o: calls.append(o.get("attn_mask")) or real(*a, **o)
+    )
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8, dtype=torch.double) for h in (4, 2, 2))
+    alike = torch.zeros(2, 9)
+    alike[:, 5:] = 1
+    ragged, padded = alike.clone(), torch.ones(2, 9)
+    ragged[1, 4], padded[1, 0] = 1, 0
+    for valid, types, expected_calls in (
+        (torch.ones(2, 9), alike, 2),
+        (torch.ones(2, 9), ragged, 1),
+        (padded, alike, 1),
+    ):
+        mask = PrefixMask.from_tensors(valid, types)
+        for queries in (9, 6, 4):
+            calls.clear()
+            out = sdpa(q[:, :, -queries:], k, v, mask, 0.5, None)
+            expected = attention_reference(q[:, :, -queries:], k, v, mask.dense(queries, 9), 0.5)
+            torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+            assert len(calls) == (expected_calls if queries > 4 else 1)
+            assert len(calls) == 1 or (calls[0] is None and calls[1].shape[2:] == (4, 9))
+
+
+def test_paths():
+    def keys(length, width=8):
+        return torch.empty(1, 1, length, width, device="meta"), torch.empty(1, 1, length, 8, device="meta")
+
+    assert path_of(torch.empty(1, 1, EXPLICIT_MAX_LENGTH, 8), torch.empty(1, 1, EXPLICIT_MAX_LENGTH, 8), None) == "maps"
+    assert path_of(*keys(300), None) == "sdpa" and path_of(*keys(300), 50.0) == "maps"
+    assert path_of(*keys(LONG), None) == "sdpa" and path_of(*keys(LONG), 50.0) == "chunks"
+    assert path_of(*keys(300, 4), None) == "maps" and path_of(*keys(LONG, 4), None) == "chunks"
+
+
+def test_nothing_as_large_as_the_maps_is_kept():
+    saved = []
+    q, v = torch.randn(1, 4, LONG, 8, requires_grad=True), torch.randn(1, 1, LONG, 16, requires_grad=True)
+    k = torch.randn(1, 2, LONG, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        differential_attention(q, q, k, v, None, 1.0, torch.ones(1), True).sum()
+    assert 0 < max(saved) <= 4 * LONG * 16

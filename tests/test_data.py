@@ -10,7 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Haystacks, batch_order, hold_out, loader, make_data, read_hub, read_jsonl, read_vqav2
+from data import (
+    Haystacks,
+    Subset,
+    batch_order,
+    hold_out,
+    loader,
+    make_data,
+    read_hub,
+    read_jsonl,
+    read_vqav2,
+    text_lengths,
+)
 from errors import UserError
 from finetune_original import Config
 from haystack import PicturePool, needle_prompt, read_pictures, read_pool
@@ -379,3 +390,27 @@ def test_a_parquet_copy_is_read_through_datasets(tmp_path, monkeypatch):
 def test_an_unknown_source_is_named(data):
     with pytest.raises(UserError, match=data):
         make_data(Config(data=data))
+
+
+def test_rows_of_like_length_share_a_batch(tmp_path, tiny_model):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"image": ["a.png"] * (1 + n % 2), "prefix": "x" * (n % 7), "suffix": "y"} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    processor = PaliGemmaProcessor.from_pretrained(tiny_model)
+    some = Subset("some", read_jsonl(tmp_path / "rows.jsonl"), list(range(2, 30)))
+    lengths = text_lengths(some, processor)
+    assert lengths == [len(processor.encode(*some.text(i))[0]) for i in range(28)] and len(set(lengths)) > 5
+    batches = [next(order) for order in [batch_order(28, 4, seed=3, lengths=lengths)] for _ in range(14)]
+    for epoch in range(2):
+        found = batches[7 * epoch : 7 * epoch + 7]
+        assert sorted(sum(found, [])) == [(epoch, i) for i in range(28)]
+    again = batch_order(28, 4, seed=3, start=9, lengths=lengths)
+    assert [next(again) for _ in range(5)] == batches[9:]
+
+    def padded(order):
+        rows = [[lengths[i] for _, i in next(order)] for _ in range(7)]
+        return sum(len(row) * max(row) for row in rows) / sum(lengths)
+
+    assert padded(batch_order(28, 4, 3, lengths=lengths)) < 1.06 < padded(batch_order(28, 4, 3))
+    with pytest.raises(UserError, match="group_by_length"):
+        text_lengths(source(), processor)

@@ -639,6 +639,21 @@ def test_jsonl_rows_are_learned(config):
     assert losses[-1] < losses[0] - 0.4
 
 
+def test_kept_vision_features_and_groups_of_one_length_train(config, tmp_path, monkeypatch):
+    """Kept features change no bit of a run, and the tower sees every picture once."""
+    rows = replace(config, data=str(ROOT / "assets" / "sample" / "rows.jsonl"), batch_size=2, max_steps=8)
+    finetune(rows, "original")
+    kept = replace(rows, output_dir=str(tmp_path / "kept"), vision_cache_gb=1.0, vision_cache_dir=str(tmp_path / "f"))
+    caches = []
+    real = training.VisionCache
+    monkeypatch.setattr(training, "VisionCache", lambda *args: caches.append(real(*args)) or caches[-1])
+    finetune(kept, "original")
+    assert caches[0].hits > 0 and caches[0].misses == len(caches[0].kept) <= 3
+    assert metrics(kept) == metrics(rows)
+    assert all(torch.equal(a, b) for a, b in zip(adapter(kept).values(), adapter(rows).values(), strict=True))
+    finetune(replace(rows, output_dir=str(tmp_path / "grouped"), group_by_length=True), "original")
+
+
 # ---- the command line
 @pytest.mark.parametrize(
     ("arguments", "told"),
