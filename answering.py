@@ -213,27 +213,31 @@ def rank(answerer: Answerer, tensors: dict, features: Tensor, candidates: list[s
     mask, positions = PrefixMask.from_tensors(tensors["attention_mask"]), positions_of(tensors["attention_mask"])
     x = model.model.embed(tensors["input_ids"], features)
     cache = KVCache(language, count, length, x.dtype, x.device)
-    first = model.head(language(x, positions, mask, cache)[:, -1]).float().log_softmax(-1)  # [B, V]
+    first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
     best = []
     for row in range(count):
-        told = torch.cat([continuations(model, cache, mask, positions, row, part) for part in ids.split(64)])
+        told = torch.cat(
+            [continuations(model, cache, tensors["attention_mask"][row], row, part) for part in ids.split(64)]
+        )
         total = first[row][ids[:, 0]] + (told * held[:, 1:]).sum(1)
         best.append(candidates[int((total / held.sum(1)).argmax())])
     return best
 
 
-def continuations(model, cache: KVCache, mask: PrefixMask, positions: Tensor, row: int, ids: Tensor) -> Tensor:
-    """Log-probabilities [A, T - 1] of the second and later tokens of ids [A, T], after one row's prompt."""
+def continuations(model, cache: KVCache, prompt: Tensor, row: int, ids: Tensor) -> Tensor:
+    """Log-probabilities [A, T - 1] of the second and later tokens of ids [A, T], after the cached prompt of one row;
+    `prompt` [L] is its attention mask."""
     language, (count, width), length = model.model.language_model, ids.shape, cache.length
     wide = KVCache(language, count, length + width, cache.keys[0].dtype, ids.device)
     for mine, theirs in ((wide.keys, cache.keys), (wide.values, cache.values)):
         for new, old in zip(mine, theirs, strict=True):
             new[:, :, :length] = old[row]
     wide.length = length
-    start, prefix_end, end = (at[row].expand(count) for at in (mask.start, mask.prefix_end, mask.end))
-    places = (positions[row, -1] + 1 + torch.arange(width, device=ids.device)).expand(count, -1)
-    causal = PrefixMask(start, prefix_end, end + width, sees_all=False)
-    hidden = language(language.embed(ids), places, causal, wide)
+    valid = torch.cat((prompt.expand(count, -1), torch.ones_like(ids)), dim=1)
+    types = torch.zeros_like(valid)
+    types[:, length:] = 1
+    mask, positions = PrefixMask.from_tensors(valid, types), positions_of(valid)[:, length:]
+    hidden = language(language.embed(ids), positions, mask, wide)
     return model.head(hidden[:, :-1]).float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
