@@ -114,7 +114,7 @@ def answer(answerer: Answerer, questions: list[Question], file: Path, judge) -> 
     rounds = -(-len(batches) // world)
     answered = answer_batches(answerer, batches[rank::world])  # neighbours cost alike
     bf16 = answerer.dtype == torch.bfloat16
-    with torch.autocast(answerer.accelerator.device.type, torch.bfloat16, enabled=bf16):
+    with torch.inference_mode(), torch.autocast(answerer.accelerator.device.type, torch.bfloat16, enabled=bf16):
         for _ in range(rounds):
             told = gather_object(next(answered, []))
             if main:
