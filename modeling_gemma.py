@@ -30,7 +30,7 @@ from differential_attention import DifferentialConfig, add_differential, as_conf
 from errors import UserError
 from lora import linears
 from loss import capped, head_loss
-from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
+from modeling_siglip import Embedding, SiglipVisionConfig, SiglipVisionModel
 
 ACTIVATIONS = {
     # Gemma's released configs say "gelu" or null and mean the tanh form
@@ -280,7 +280,7 @@ class GemmaModel(nn.Module):
     def __init__(self, config: GemmaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GemmaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -387,7 +387,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             add_differential(self, differential)
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)

@@ -42,12 +42,20 @@ class SiglipVisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+class Embedding(nn.Embedding):
+    """Draws no weights on the meta device, where a draw imports torch.compile: most of a second, for nothing."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class SiglipEmbeddings(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         patch = config.patch_size
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
-        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+        self.position_embedding = Embedding(config.num_patches, config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B, N, C]

@@ -1,5 +1,9 @@
 """The arithmetic that is not the obvious one: LoRA for several layers at once, the tiled head, last rows only."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -9,6 +13,8 @@ import lora
 import loss
 from lora import LowRankLinears, is_plain_lora, linears
 from loss import TiledHeadLoss, capped, head_loss
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---- LoRA
@@ -190,3 +196,10 @@ def test_one_bfloat16_row_is_a_vector():
         assert a.shape == b.shape and a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, atol=5e-3, rtol=5e-3)
     assert not any(lora.takes_one_row(module, x) for module in modules)  # float64 by now
+
+
+def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):
+    code = f"import sys, modeling_gemma as m; m.PaliGemmaForConditionalGeneration.from_pretrained({str(tiny_model)!r})"
+    code += "; print([name for name in ('transformers', 'peft', 'torch._dynamo') if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
