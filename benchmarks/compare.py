@@ -515,6 +515,17 @@ def line(name: str, told: dict) -> str:
     return f"| {name} | {told['ratio']} | {spread or ', '.join(f'{key} {value}' for key, value in more.items())} |"
 
 
+def summary(rows: dict[str, dict]) -> list[str]:
+    """The ratios as the README shows them: both dtypes of a piece of work in one line, quartiles in brackets."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, told in rows.items():
+        dtype = next((d for d in DTYPES if f", {d}" in name), "float32")
+        spread = " [{:.2f}, {:.2f}]".format(*told["quartiles"]) if "quartiles" in told else ""
+        cells.setdefault(name.replace(f", {dtype}", ""), {})[dtype] = f"{told['ratio']:.2f}{spread}"
+    head = ["| work | " + " | ".join(DTYPES) + " |", "|---" * (1 + len(DTYPES)) + "|"]
+    return head + [f"| {name} | " + " | ".join(told.get(d, "") for d in DTYPES) + " |" for name, told in cells.items()]
+
+
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -535,6 +546,8 @@ def main():
     for name, told in (cuda_rows if config.device == "cuda" else cpu_rows)(config):
         result["rows"][name] = told
         print(line(name, told), flush=True)
+    if config.device == "cpu":
+        print("\n", *summary(result["rows"]), sep="\n")
     output = Path(config.output or ROOT / "benchmarks" / "results" / f"compare_{config.device}.json")
     output.write_text(json.dumps(result, indent=2) + "\n")
 
