@@ -22,6 +22,7 @@ import run_folder
 import training
 from checkpoint import resolve_run, seal
 from data import loader, make_data
+from differential_attention import DifferentialConfig
 from errors import UserError
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -652,6 +653,16 @@ def test_kept_vision_features_and_groups_of_one_length_train(config, tmp_path, m
     assert metrics(kept) == metrics(rows)
     assert all(torch.equal(a, b) for a, b in zip(adapter(kept).values(), adapter(rows).values(), strict=True))
     finetune(replace(rows, output_dir=str(tmp_path / "grouped"), group_by_length=True), "original")
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_written(config):
+    """Made-up questions are not grouped by length; features of a tower that learns are not kept."""
+    with pytest.raises(UserError, match="group_by_length"):
+        finetune(replace(config, group_by_length=True), "original")
+    vision = DifferentialConfig(towers=("vision",)).resolve()
+    with pytest.raises(UserError, match="vision_cache_gb"):
+        finetune(replace(config, vision_cache_gb=1.0), "diff", vision)
+    assert not Path(config.output_dir).exists()
 
 
 # ---- the command line
