@@ -476,6 +476,12 @@ def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
     assert not (Path(config.output_dir) / "tensorboard").exists()
 
 
+def test_a_tower_in_shares_keeps_no_features(config):
+    for kept in ({"vision_cache_gb": 1.0}, {"vision_cache_dir": "features"}):
+        with pytest.raises(UserError, match="--shard=True --vision_cache_gb"):
+            finetune(replace(config, shard=True, **kept), "original")
+
+
 @pytest.mark.parametrize("field", ["eval_every", "log_every", "save_every", "accumulation", "keep_checkpoints"])
 def test_numbers_that_make_no_sense_are_refused(config, field):
     with pytest.raises(UserError, match=f"--{field}=0"):
@@ -625,6 +631,17 @@ def wait_for(path: Path, process, seconds: float = 300):
     while not path.exists():
         assert process.poll() is None and time.time() < end, process.communicate()[1]
         time.sleep(0.02)
+
+
+def test_a_launcher_s_precision_is_not_taken_up(monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        assert run_folder.make_accelerator().mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_bfloat16_trains(config):
