@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from errors import UserError
 
-# On a CPU the explicit maps beat SDPA in forward + backward up to this length; above it their memory loses
-# (benchmarks/kernels.py measures it).
+# On a CPU explicit maps beat SDPA in differential attention's forward + backward up to this length (in bfloat16, where
+# both maps share their keys, only below it); above it their memory loses. Standard attention they cost up to half more
+# than SDPA; it takes them too, so that both arms start from equal bits. benchmarks/kernels.py measures all of it.
 EXPLICIT_MAX_LENGTH = 512
 CHUNK = 64  # query rows whose maps exist at a time above it: they stay in a core's cache
 
@@ -186,8 +187,8 @@ def attention(
 
 
 def path_of(k: Tensor, v: Tensor, softcap: float | None) -> Literal["maps", "chunks", "sdpa"]:
-    """Which way the keys k [B, K, S, D] and values v go; both arms ask here, so that up to EXPLICIT_MAX_LENGTH keys
-    the choice never depends on the arm.
+    """Which way the keys k [B, K, S, D] and values v go; both arms ask here, and where keys and values are of one
+    width, as in every preset that is exact at step 0, the choice never depends on the arm.
 
     "maps": explicit maps, kept for the backward pass: short sequences on a CPU, and where SDPA has no kernel.
     "chunks": the same, a few query rows at a time, maps formed anew in the backward pass.
