@@ -208,20 +208,29 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
     its flash kernels; it is what remains for ragged or padded rows, for a window and for decoding.
     """
     queries, keys = q.shape[2], k.shape[2]
-    options = dict(scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     split = None if mask is None or window is not None else mask.split_at(keys)
     first = keys - queries  # position of the first query
     if split is None or not first < split < keys:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(mask, queries, keys, window), **options)
+        return fused(q, k, v, dense_mask(mask, queries, keys, window), scale)
     if q.device.type == "cuda" and q.dtype != torch.float32:
         from torch.nn.attention.bias import causal_lower_right  # brings torch.compile along: a second of import
 
         causal = causal_lower_right(keys - split, keys)
     else:
         causal = mask.dense(keys - split, keys)
-    prefix = F.scaled_dot_product_attention(q[:, :, : split - first], k[:, :, :split], v[:, :, :split], **options)
-    suffix = F.scaled_dot_product_attention(q[:, :, split - first :], k, v, attn_mask=causal, **options)
-    return torch.cat((prefix, suffix), dim=2)
+    prefix = fused(q[:, :, : split - first], k[:, :, :split], v[:, :, :split], None, scale)
+    return torch.cat((prefix, fused(q[:, :, split - first :], k, v, causal, scale)), dim=2)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One call of SDPA; mask: dense, a torch.nn.attention.bias, or None.
+
+    Off the CPU the fused kernel that takes a dense mask wants keys and values for every query head; asked to share,
+    torch falls to its slow formula without a word (transformers' `use_gqa_in_sdpa` goes around the same).
+    """
+    if type(mask) is Tensor and q.device.type != "cpu":
+        k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).flatten(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def dense_mask(mask: PrefixMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
