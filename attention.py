@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from errors import UserError
 
-# On a CPU the explicit maps beat SDPA in forward + backward up to this length; above it their memory loses
-# (benchmarks/kernels.py measures it).
+# On a CPU explicit maps beat SDPA in differential attention's forward + backward up to this length (in bfloat16, where
+# both maps share their keys, only below it); above it their memory loses. Standard attention they cost up to half more
+# than SDPA; it takes them too, so that both arms start from equal bits. benchmarks/kernels.py measures all of it.
 EXPLICIT_MAX_LENGTH = 512
 CHUNK = 64  # query rows whose maps exist at a time above it: they stay in a core's cache
 
@@ -186,8 +187,8 @@ def attention(
 
 
 def path_of(k: Tensor, v: Tensor, softcap: float | None) -> Literal["maps", "chunks", "sdpa"]:
-    """Which way the keys k [B, K, S, D] and values v go; both arms ask here, so that up to EXPLICIT_MAX_LENGTH keys
-    the choice never depends on the arm.
+    """Which way the keys k [B, K, S, D] and values v go; both arms ask here, and where keys and values are of one
+    width, as in every preset that is exact at step 0, the choice never depends on the arm.
 
     "maps": explicit maps, kept for the backward pass: short sequences on a CPU, and where SDPA has no kernel.
     "chunks": the same, a few query rows at a time, maps formed anew in the backward pass.
@@ -207,20 +208,29 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
     its flash kernels; it is what remains for ragged or padded rows, for a window and for decoding.
     """
     queries, keys = q.shape[2], k.shape[2]
-    options = dict(scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     split = None if mask is None or window is not None else mask.split_at(keys)
     first = keys - queries  # position of the first query
     if split is None or not first < split < keys:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(mask, queries, keys, window), **options)
+        return fused(q, k, v, dense_mask(mask, queries, keys, window), scale)
     if q.device.type == "cuda" and q.dtype != torch.float32:
         from torch.nn.attention.bias import causal_lower_right  # brings torch.compile along: a second of import
 
         causal = causal_lower_right(keys - split, keys)
     else:
         causal = mask.dense(keys - split, keys)
-    prefix = F.scaled_dot_product_attention(q[:, :, : split - first], k[:, :, :split], v[:, :, :split], **options)
-    suffix = F.scaled_dot_product_attention(q[:, :, split - first :], k, v, attn_mask=causal, **options)
-    return torch.cat((prefix, suffix), dim=2)
+    prefix = fused(q[:, :, : split - first], k[:, :, :split], v[:, :, :split], None, scale)
+    return torch.cat((prefix, fused(q[:, :, split - first :], k, v, causal, scale)), dim=2)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One call of SDPA; mask: dense, a torch.nn.attention.bias, or None.
+
+    Off the CPU the fused kernel that takes a dense mask wants keys and values for every query head; asked to share,
+    torch falls to its slow formula without a word (transformers' `use_gqa_in_sdpa` goes around the same).
+    """
+    if type(mask) is Tensor and q.device.type != "cpu":
+        k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).flatten(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def dense_mask(mask: PrefixMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:

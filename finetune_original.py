@@ -45,7 +45,7 @@ class Config:
     strict_data: bool = False  # stop at the first bad row instead of leaving it out, named and counted
     workers: int = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
     group_by_length: bool = False  # batches of rows of like length: less padding, another order of the data
-    vision_cache_gb: float = 0.0  # memory for vision features of pictures that come again, each computed once
+    vision_cache_gb: float = 0.0  # memory of each process for features of pictures that come again, computed once
     vision_cache_dir: str = ""  # where features beyond it go; empty: they are computed anew
     # --- optimisation
     seed: int = 0  # of adapters, data order and dropout

@@ -15,7 +15,7 @@ def linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     """[module(x) for each], as one piece where every module is a peft LoRA layer on a frozen nn.Linear without bias.
 
     Factors are float32 masters, cast to the base's dtype. Whatever else a module is or does, dropout, a bias, a merged
-    or disabled adapter, a hook, another kind of layer, it is called as it stands.
+    or disabled adapter, a hook, another kind of layer, autocast to another type, it is called as it stands.
     """
     if x.numel() == x.shape[-1] and all(takes_one_row(module, x) for module in modules):
         return tuple((module.weight @ x.view(-1)).view(*x.shape[:-1], -1) for module in modules)
@@ -54,9 +54,15 @@ def is_plain_lora(module: nn.Module, x: Tensor) -> bool:
         and all(type(part) is nn.Linear and part.bias is None for part in parts)
         and not (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training)
         and not weight.requires_grad
-        and weight.dtype == x.dtype
+        and weight.dtype == x.dtype == computed_in(x)
         and not any(part._forward_hooks or part._forward_pre_hooks for part in (module, base, *parts))
     )
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """What a matmul of x gives here: autocast would mix its type with x's in the sums formed in place."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 class LowRankLinears(torch.autograd.Function):

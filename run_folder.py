@@ -197,8 +197,12 @@ def open_run(config, arm: str) -> Run | None:
 
 
 def make_accelerator() -> accelerate.Accelerator:
-    """One process, or those of torchrun; without CUDA accelerate takes them up only if told to stay on the CPU."""
-    accelerator = accelerate.Accelerator(cpu="LOCAL_RANK" in os.environ and not torch.cuda.is_available())
+    """One process, or those of torchrun; without CUDA accelerate takes them up only if told to stay on the CPU.
+
+    Autocast is the run's own: a launcher's setting would be a second one, and could be float16.
+    """
+    on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise UserError(
@@ -217,6 +221,8 @@ def check_numbers(config):
         raise UserError(f"--clip={config.clip} --lr={config.lr}: must be above 0")
     if config.shard and config.dtype == "nf4":
         raise UserError("--shard=True --dtype=nf4: layers in 4 bits are not cut: use one of the two")
+    if config.shard and (config.vision_cache_gb or config.vision_cache_dir):  # a process that misses would gather alone
+        raise UserError("--shard=True --vision_cache_gb: a tower in shares is run by all together: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
 

@@ -209,6 +209,9 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     """
     # --- what can be refused is refused before anything is written
     steps = total_steps(config, source)
+    lengths = text_lengths(source, processor) if config.group_by_length else None
+    cached = config.vision_cache_gb or config.vision_cache_dir
+    cache = VisionCache(model, config.vision_cache_gb, config.vision_cache_dir) if cached else None
     optimizer, state = take_up(run, config, adapted)
     if config.shard:
         shard(run, model, adapted)
@@ -224,7 +227,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     # --- step by step; `state["step"]` updates have been made
     first = saved = state["step"]
     began, busy, tokens = time.perf_counter() - state["seconds"], 0.0, 0
-    batches = training_batches(run, config, model, processor, source, first)
+    batches = training_batches(run, config, processor, source, first, lengths, cache)
     with run.noting_signals(), tqdm(initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"]) as bar:
         try:
             evaluate(run, config, model, processor, eval_sets, 2 * config.eval_batch_size)  # a broken one fails now
@@ -355,17 +358,17 @@ def check_moved(run: Run, model, steps: int):
         )
 
 
-def training_batches(run: Run, config, model, processor, source, first: int):
+def training_batches(
+    run: Run, config, processor, source, first: int, lengths: list[int] | None = None, cache: VisionCache | None = None
+):
     """Endless (examples, batch on the device): this process's share of every micro-batch, from step `first` on.
 
-    Without examples the batch is a stand-in, so that this process takes part in the sums: it must weigh nothing.
+    `lengths` as `batch_order` takes them; `cache` gives features in the place of pictures. Without examples the batch
+    is a stand-in, so that this process takes part in the sums: it must weigh nothing.
     """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    lengths = text_lengths(source, processor) if config.group_by_length else None
     order = batch_order(len(source), config.batch_size, config.seed, first * config.accumulation, lengths)
     shares = (keys[rank::world] for keys in order)  # of a short last batch some get none: a stand-in then
-    cached = config.vision_cache_gb or config.vision_cache_dir
-    cache = VisionCache(model, config.vision_cache_gb, config.vision_cache_dir) if cached else None
     for examples, batch in loader(source, processor, shares, True, workers(config, run), run.skip):
         kept = {}
         if cache is not None:  # features stand in for pictures
@@ -564,4 +567,4 @@ def describe(run: Run, config, adapted, processor, source, steps: int):
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the card"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"  # told in KiB

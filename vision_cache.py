@@ -42,7 +42,8 @@ class VisionCache:
     def features(self, pixel_values: Tensor) -> Tensor:
         """Pictures [n, 3, S, S], best still on the CPU, -> features [n, N, C] on the model's device."""
         device = self.model.lm_head.weight.device
-        keys = [self.key(picture, device) for picture in pixel_values]
+        told = self.told(pixel_values, device)
+        keys = [key_of(picture, told) for picture in pixel_values]
         rows = {key: self.find(key) for key in keys}
         missing = [key for key, row in rows.items() if row is None]
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
@@ -64,7 +65,7 @@ class VisionCache:
             return None
 
     def keep(self, key: str, row: Tensor):
-        row = row.detach().cpu().clone()
+        row = row.cpu().clone()  # a batch's row would keep the batch
         size = row.numel() * row.element_size()
         if size <= self.room:
             self.kept[key] = row.pin_memory() if torch.cuda.is_available() else row
@@ -79,13 +80,11 @@ class VisionCache:
                 temporary.unlink(missing_ok=True)
                 raise UserError(f"{self.folder}: cannot be written ({error}): free some space") from error
 
-    def key(self, picture: Tensor, device: torch.device) -> str:
-        digest = hashlib.blake2b(digest_size=20)
+    def told(self, pictures: Tensor, device: torch.device) -> bytes:
+        """What features follow from beside pixels; asked once a batch, since it looks at every weight."""
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        told = self.weights(), device.type, autocast, picture.dtype, tuple(picture.shape), torch.__version__
-        digest.update(repr(told).encode())
-        digest.update(as_bytes(picture))
-        return digest.hexdigest()
+        shape = tuple(pictures.shape[1:])
+        return repr((self.weights(), device.type, autocast, pictures.dtype, shape, torch.__version__)).encode()
 
     def weights(self) -> str:
         """Hash of the tower and the projector, taken again when one of their tensors was replaced or written to."""
@@ -99,6 +98,12 @@ class VisionCache:
                 digest.update(as_bytes(tensor))
             self.seen_weights, self.weights_hash = now, digest.hexdigest()
         return self.weights_hash
+
+
+def key_of(picture: Tensor, told: bytes) -> str:
+    digest = hashlib.blake2b(told, digest_size=20)
+    digest.update(as_bytes(picture))
+    return digest.hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

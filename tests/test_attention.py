@@ -253,6 +253,25 @@ def test_a_prefix_that_is_alike_in_every_row_needs_no_mask(monkeypatch):
             assert len(calls) == 1 or (calls[0] is None and calls[1].shape[2:] == (4, 9))
 
 
+def test_a_dense_mask_meets_keys_of_every_head_off_the_cpu(monkeypatch):
+    """Where key heads stay shared, CUDA has no fused kernel for a mask. Of one key head no copy is made."""
+    q, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    valid = torch.ones(2, 9)
+    valid[1, 0] = 0
+    padded, calls = PrefixMask.from_tensors(valid).to("meta"), []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "attention.F.scaled_dot_product_attention", lambda *a, **o: calls.append((a, o)) or real(*a, **o)
+    )
+    assert sdpa(q.to("meta"), v.to("meta"), v.to("meta"), padded, 0.5, None).shape == q.shape
+    sdpa(q.to("meta"), v.to("meta"), v.to("meta"), None, 0.5, None)
+    sdpa(q.to("meta"), v[:, :1].to("meta"), v[:, :1].to("meta"), padded, 0.5, None)
+    assert [(a[1].shape[1], o["enable_gqa"]) for a, o in calls] == [(4, False), (2, True), (4, False)]
+    assert calls[2][0][1].stride(1) == 0
+    spread = v[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+    torch.testing.assert_close(real(q, spread, spread), real(q, v, v, enable_gqa=True))
+
+
 def test_paths():
     def keys(length, width=8):
         return torch.empty(1, 1, length, width, device="meta"), torch.empty(1, 1, length, 8, device="meta")

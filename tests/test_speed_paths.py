@@ -59,14 +59,15 @@ def test_low_rank_gradients():
 @pytest.mark.parametrize(
     "change",
     [
-        "dropout", "bias", "dora", "merged", "disabled", "hook", "trainable base", "two adapters", "plain",
+        "dropout", "bias", "dora", "merged", "disabled", "hook", "trainable base", "two adapters", "plain", "autocast",
     ],
 )  # fmt: skip
 def test_whatever_is_not_plain_is_left_to_peft(change, monkeypatch):
     from peft import LoraConfig
 
     options = {"dropout": dict(lora_dropout=0.5), "bias": dict(lora_bias=True), "dora": dict(use_dora=True)}
-    wrapped, modules = adapted(**options.get(change, {}))
+    dtype = torch.float32 if change == "autocast" else torch.float64  # which autocast leaves alone
+    wrapped, modules = adapted(dtype, **options.get(change, {}))
     wrapped.train()
     if change == "merged":
         wrapped.merge_adapter()
@@ -82,12 +83,13 @@ def test_whatever_is_not_plain_is_left_to_peft(change, monkeypatch):
     elif change == "plain":
         modules = [module.base_layer for module in modules]
     monkeypatch.setattr(lora.LowRankLinears, "apply", None)
-    x = torch.randn(3, 6, dtype=torch.float64)
-    torch.manual_seed(1)
-    found = linears(x, *modules)
-    torch.manual_seed(1)  # dropout
-    for a, b in zip(found, (module(x) for module in modules), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    x = torch.randn(3, 6, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        torch.manual_seed(1)
+        found = linears(x, *modules)
+        torch.manual_seed(1)  # dropout
+        for a, b in zip(found, (module(x) for module in modules), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 def test_float32_masters_on_a_bfloat16_base():

@@ -22,6 +22,7 @@ import run_folder
 import training
 from checkpoint import resolve_run, seal
 from data import loader, make_data
+from differential_attention import DifferentialConfig
 from errors import UserError
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -475,6 +476,12 @@ def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
     assert not (Path(config.output_dir) / "tensorboard").exists()
 
 
+def test_a_tower_in_shares_keeps_no_features(config):
+    for kept in ({"vision_cache_gb": 1.0}, {"vision_cache_dir": "features"}):
+        with pytest.raises(UserError, match="--shard=True --vision_cache_gb"):
+            finetune(replace(config, shard=True, **kept), "original")
+
+
 @pytest.mark.parametrize("field", ["eval_every", "log_every", "save_every", "accumulation", "keep_checkpoints"])
 def test_numbers_that_make_no_sense_are_refused(config, field):
     with pytest.raises(UserError, match=f"--{field}=0"):
@@ -626,6 +633,17 @@ def wait_for(path: Path, process, seconds: float = 300):
         time.sleep(0.02)
 
 
+def test_a_launcher_s_precision_is_not_taken_up(monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        assert run_folder.make_accelerator().mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state()
+
+
 def test_bfloat16_trains(config):
     finetune(replace(config, dtype="bfloat16"), "original")
     assert all(0 < loss < 20 for _, loss in metrics(config))
@@ -652,6 +670,16 @@ def test_kept_vision_features_and_groups_of_one_length_train(config, tmp_path, m
     assert metrics(kept) == metrics(rows)
     assert all(torch.equal(a, b) for a, b in zip(adapter(kept).values(), adapter(rows).values(), strict=True))
     finetune(replace(rows, output_dir=str(tmp_path / "grouped"), group_by_length=True), "original")
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_written(config):
+    """Made-up questions are not grouped by length; features of a tower that learns are not kept."""
+    with pytest.raises(UserError, match="group_by_length"):
+        finetune(replace(config, group_by_length=True), "original")
+    vision = DifferentialConfig(towers=("vision",)).resolve()
+    with pytest.raises(UserError, match="vision_cache_gb"):
+        finetune(replace(config, vision_cache_gb=1.0), "diff", vision)
+    assert not Path(config.output_dir).exists()
 
 
 # ---- the command line

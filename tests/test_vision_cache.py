@@ -39,6 +39,14 @@ def test_features_are_computed_once_and_equal_to_the_bit(model, pictures, monkey
     assert torch.equal(again.features(pictures), expected) and again.hits == 3
 
 
+def test_the_weights_are_asked_once_a_batch(model, pictures, monkeypatch):
+    asked = []
+    real = VisionCache.weights
+    monkeypatch.setattr(VisionCache, "weights", lambda self: asked.append(1) or real(self))
+    VisionCache(model, 1.0).features(pictures)
+    assert asked == [1]
+
+
 def test_nothing_stale_is_ever_served(model, pictures, monkeypatch, tmp_path):
     cache = VisionCache(model, memory_gb=0, folder=tmp_path)
     cache.features(pictures)
