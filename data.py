@@ -508,7 +508,11 @@ def loader(
 
     fetch = _Fetch(source, processor, with_suffix)
     for examples, tensors, faults in DataLoader(
-        fetch, batch_sampler=batches, collate_fn=fetch.collate, num_workers=workers
+        fetch,
+        batch_sampler=batches,
+        collate_fn=fetch.collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
     ):
         for fault in faults:
             if skip is None:

@@ -247,7 +247,10 @@ def start_folder(run: Run, faults: list[str]):
         note_skipped(run, faults)
     run.accelerator.wait_for_everyone()
     if run.resume:
-        run.metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        log = run.folder / "metrics.jsonl"
+        if not log.exists():
+            raise UserError(f"{log}: is gone, and with it what this run measured: start anew with --overwrite=True")
+        run.metrics = [json.loads(line) for line in log.read_text().splitlines()]
         run.say(f"continues from {run.resume}")
 
 

@@ -34,7 +34,7 @@ from checkpoint import (
     write_json,
     writing,
 )
-from data import batch_order, loader, text_lengths
+from data import Haystacks, batch_order, loader, text_lengths
 from diagnostics import answer_attention, diagnostics, lambda_values, select_heads
 from differential_attention import (
     differential_config,
@@ -210,8 +210,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     # --- what can be refused is refused before anything is written
     steps = total_steps(config, source)
     lengths = text_lengths(source, processor) if config.group_by_length else None
-    cached = config.vision_cache_gb or config.vision_cache_dir
-    cache = VisionCache(model, config.vision_cache_gb, config.vision_cache_dir) if cached else None
+    cache = kept_features(config, model, source)
     optimizer, state = take_up(run, config, adapted)
     if config.shard:
         shard(run, model, adapted)
@@ -261,6 +260,15 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     run.say(*table(run, eval_sets), f"time {time.perf_counter() - began:.0f} s, peak memory {peak_memory(run.device)}")
     run.say(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder / 'final'} --image=...")
     run.finish()
+
+
+def kept_features(config, model, source) -> VisionCache | None:
+    """The cache that the configuration asks for. Raises UserError where no picture comes a second time."""
+    if not (config.vision_cache_gb or config.vision_cache_dir):
+        return None
+    if isinstance(source, Haystacks):
+        raise UserError("--vision_cache_gb: haystacks are made anew, none of their pictures comes again: give 0")
+    return VisionCache(model, config.vision_cache_gb, config.vision_cache_dir)
 
 
 def take_up(run: Run, config, adapted) -> tuple[torch.optim.Optimizer, dict]:
