@@ -7,6 +7,7 @@ which cell it describes. "index, row, column" count from 1; "-1" says that no ce
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,6 +208,13 @@ class Question:
     truth: object
     max_new_tokens: int
     told: dict
+
+
+def check_distinct(questions: list[Question], source):
+    """Raise UserError where an id of `source`, a file, stands twice."""
+    repeated = [name for name, times in Counter(question.id for question in questions).items() if times > 1]
+    if repeated:
+        raise UserError(f"{source}: {repeated[0]} stands there more than once: answers are told apart by it, mend it")
 
 
 # ---- scores

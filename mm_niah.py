@@ -12,7 +12,6 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from errors import UserError
-from haystack import Picture, Question
+from haystack import Picture, Question, check_distinct
 from intervals import mean_rate
 
 TASKS = ("retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image")
@@ -43,9 +42,7 @@ def read_mm_niah(
         rows = [_question(f"{file}:{n}", task, line, Path(images)) for n, line in _lines(file, limit)]
         if not rows:
             raise UserError(f"{file}: holds no question: take the file from the release, or leave {task} out")
-        repeated = [id for id, times in Counter(q.id for q in rows).items() if times > 1]
-        if repeated:
-            raise UserError(f"{file}: {repeated[0]} stands there more than once: answers are told apart by it, mend it")
+        check_distinct(rows, file)
         questions += rows
     return questions
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from checkpoint import whole_or_nothing, write_json
 from errors import UserError
-from haystack import Picture, PicturePool, Question, clean, needle_prompt
+from haystack import Picture, PicturePool, Question, check_distinct, clean, needle_prompt
 
 PROTOCOLS = {  # and the longest answer, in tokens a needle
     "official": 30,  # the benchmark's prompt, word for word
@@ -119,21 +119,20 @@ def read_questions(
         if not isinstance(row, dict) or not {"id", "index"} <= set(row):
             raise UserError(f"{folder}: {setting.annotations}, row {at + 1} has no id or index: download it again")
         kinds["negative" if row["index"] == -1 or row["index"] == [-1] * setting.needles else "positive"].append(row)
-    repeated = [number for number, times in Counter(str(row["id"]) for row in rows).items() if times > 1]
-    if repeated:
-        raise UserError(f"{folder}: {setting.annotations} has id {repeated[0]} more than once: download it again")
     samples = samples or ROWS.get(setting.needles, 100)
     chosen = {kind: rows[:samples] for kind, rows in kinds.items()}
     if per_cell:
         chosen["positive"] = first_per_cell(kinds["positive"], setting, per_cell)
     if protocol == "quadrant":
         chosen["negative"] = []
-    return [
+    questions = [
         question
         for kind, rows in chosen.items()
         for row in rows
         for question in ask(folder, setting, protocol, kind, row, captions, prefix)
     ]
+    check_distinct(questions, f"{folder}: {setting.annotations}")
+    return questions
 
 
 def check_protocol(protocol: str, setting: Setting):

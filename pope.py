@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from errors import UserError
-from haystack import Question
+from haystack import Question, check_distinct
 from intervals import rate
 
 SPLITS = ("random", "popular", "adversarial")
@@ -37,9 +37,7 @@ def read_pope(
         rows = [_question(f"{path}:{n}", split, line, Path(images), prefix) for n, line in _lines(path, limit)]
         if not rows:
             raise UserError(f"{path}: holds no question: take the file from AoiDragon/POPE, output/coco")
-        repeated = [id for id, times in Counter(q.id for q in rows).items() if times > 1]
-        if repeated:
-            raise UserError(f"{path}: {repeated[0]} stands there more than once: answers are told apart by it, mend it")
+        check_distinct(rows, path)
         questions += rows
     return questions
 

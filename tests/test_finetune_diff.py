@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tiny
 import torch
 from test_training import adapter, metrics
 
@@ -24,19 +25,7 @@ from processing_paligemma import PaliGemmaProcessor
 
 @pytest.fixture
 def config(tiny_model, tmp_path):
-    return Config(
-        model=str(tiny_model),
-        output_dir=str(tmp_path / "run"),
-        max_steps=4,
-        batch_size=4,
-        warmup_steps=1,
-        eval_samples=4,
-        eval_batch_size=4,
-        eval_every=2,
-        max_new_tokens=3,
-        log_every=1,
-        save_every=2,
-    )
+    return tiny.quick(Config, tiny_model, tmp_path, max_steps=4, warmup_steps=1, eval_every=2)
 
 
 def run(config, arm="diff"):

@@ -220,7 +220,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_a_repeated_id_is_refused(tmp_path):
     write_release(tmp_path, [GOOD, GOOD], {"a.jpg": "A cat"})
-    with pytest.raises(UserError, match="has id 0 more than once"):
+    with pytest.raises(UserError, match="annotations_1_2_2.json: 1x2x2/0 stands there more than once"):
         read_questions(tmp_path, Setting(1, 2), "official")
 
 

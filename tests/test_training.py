@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tiny
 import torch
 from test_data import parquet, vqav2
 
@@ -33,19 +34,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def config(tiny_model, tmp_path):
-    return Config(
-        model=str(tiny_model),
-        output_dir=str(tmp_path / "run"),
-        max_steps=6,
-        batch_size=4,
-        warmup_steps=2,
-        eval_samples=4,
-        eval_batch_size=4,
-        eval_every=4,
-        max_new_tokens=3,
-        log_every=1,
-        save_every=2,
-    )
+    return tiny.quick(Config, tiny_model, tmp_path, max_steps=6, warmup_steps=2, eval_every=4)
 
 
 def metrics(config, key="loss"):

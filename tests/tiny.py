@@ -80,6 +80,12 @@ def batch(prefixes=(5, 2), suffixes=(3, 4), images: int = 1, side: str = "right"
     return out
 
 
+def quick(config_class, model, folder, **changes):
+    """A fine-tune of seconds: a Config of either script, its run in `folder`/run, logged at every step."""
+    made = dict(batch_size=4, eval_samples=4, eval_batch_size=4, max_new_tokens=3, log_every=1, save_every=2)
+    return config_class(model=str(model), output_dir=str(folder / "run"), **made | changes)
+
+
 def prompts(**kwargs) -> dict:
     """A left-padded batch without suffixes, as `generate` takes it."""
     made = batch(suffixes=(0,) * len(kwargs.get("prefixes", (5, 2))), side="left", **kwargs)
