@@ -4,22 +4,20 @@ Shapes: B batch, L query length, S key length, H query heads, K key/value heads,
 width, R second queries (H, or a few that are shared).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from errors import UserError
+from kernels import BlendedMaps, ChunkedAttention, apply_maps, attention_scores, blend, softmax_maps
 
 # On a CPU explicit maps beat SDPA in differential attention's forward + backward up to this length (in bfloat16, where
 # both maps share their keys, only below it); above it their memory loses. Standard attention they cost up to half more
 # than SDPA; it takes them too, so that both arms start from equal bits. benchmarks/kernels.py measures all of it.
 EXPLICIT_MAX_LENGTH = 512
-CHUNK = 64  # query rows whose maps exist at a time above it: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -121,27 +119,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # ---- standard attention
-def attention_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """Scores [B, K, G, L, S] of q [B, H, L, D] on k [B, K, S, D]: scaled, then soft-capped, not yet masked.
-
-    The soft-cap is `c tanh(s / c)` (Gemma 2, arXiv 2408.00118, section 2).
-    """
-    batch, heads, length, width = q.shape
-    kv_heads = k.shape[1]
-    # query heads of a group share their keys: folded into rows, one matmul serves them all
-    rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * length, width)
-    scores = (rows @ k.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, length, -1)
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def softmax_maps(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of scores [B, K, G, L, S], which may be overwritten, under mask [B, 1, L, S].
-
-    The maps are float32, or float64 for float64 scores. A row without any visible key gives a uniform map, never NaN.
-    """
-    if mask is not None:
-        scores = scores.masked_fill_(~mask[:, :, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def attention_maps(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
@@ -150,12 +127,6 @@ def attention_maps(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, soft
     Scale, soft-cap, mask, softmax, in this order; see `attention_scores` and `softmax_maps`.
     """
     return softmax_maps(attention_scores(q, k, scale, softcap), mask)
-
-
-def apply_maps(maps: Tensor, v: Tensor) -> Tensor:
-    """Weighted values [B, H, L, Dv] of maps [B, K, G, L, S] and v [B, K, S, Dv]."""
-    batch, kv_heads, groups, length, keys = maps.shape
-    return (maps.reshape(batch, kv_heads, groups * length, keys) @ v).view(batch, kv_heads * groups, length, -1)
 
 
 def attention_reference(
@@ -249,35 +220,21 @@ def differential_reference(
     v: Tensor,
     mask: Tensor | None,
     scale: float,
-    strength: Tensor | float,
+    lambda_: Tensor | float,
     normalised: bool,
     softcap: float | None = None,
 ) -> Tensor:
     """Differential attention by its formula -> [B, H, L, Dv]; the yardstick of every fast path.
 
     (A1 - lambda A2) V (arXiv 2410.05258, equation 1), over (1 - lambda) where `normalised`: rows then sum to 1.
-    q1 [B, H, L, D], q2 [B, R, L, D], k1, k2 [B, K, S, D], v [B, K, S, Dv]; strength: lambda, a number or [B, H, L, 1].
+    q1 [B, H, L, D], q2 [B, R, L, D], k1, k2 [B, K, S, D], v [B, K, S, Dv]; lambda_: lambda, a number or [B, H, L, 1].
     """
     first, second = (attention_maps(q, k, mask, scale, softcap).flatten(1, 2) for q, k in ((q1, k1), (q2, k2)))
     second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
-    maps = first - strength * second
+    maps = first - lambda_ * second
     if normalised:
-        maps = maps / (1 - strength)
+        maps = maps / (1 - lambda_)
     return apply_maps(maps.to(q1.dtype).unflatten(1, (v.shape[1], -1)), v)
-
-
-def blend(first: Tensor, second: Tensor, weight: Tensor, normalised: bool) -> Tensor:
-    """Maps or outputs, first [B, H, L, *] and second [B, R, L, *]; weight [1] or [B, H, L, 1].
-
-    `normalised`: first + weight (first - second), which is `first` to the bit where both are equal; else
-    first - weight second. Head h of `first` meets head h R / H of `second`.
-    """
-    if second.shape[1] != first.shape[1]:
-        second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
-    weight = weight.to(first.dtype)
-    if normalised:
-        return torch.lerp(first, second, -weight)  # that very sum, in one pass
-    return torch.addcmul(first, weight, second, value=-1)
 
 
 def differential_attention(
@@ -323,143 +280,3 @@ def _blend_outputs(q1, q2, k, v, mask, scale, weight, normalised, window) -> Ten
 
 
 # ---- formed maps: forward, and backward by hand
-class BlendedMaps(torch.autograd.Function):
-    """P v, P the blend of two maps that are kept for the backward pass; the values are met once each way.
-
-    With P = a P1 + b P2 and G the gradient of the output,
-
-        dv = P^T G    dP = G v^T    D_i = rowsum(P_i dP)    dS1 = a P1 (dP - D1)    dS2 = b P2 (dP - D2)
-
-    The weight's gradient is D1 - D2 where normalised (a = 1 + weight, b = -weight) and -D2 where not (a = 1,
-    b = -weight); the soft-cap's factor is 1 - (S / c)^2.
-    """
-
-    @staticmethod
-    def forward(ctx, q1, q2, k, v, weight, dense, scale, normalised, softcap) -> Tensor:
-        """Arguments as `differential_attention`'s, the mask dense."""
-        formed = form_maps(q1, q2, k, v, dense, scale, softcap)
-        ctx.save_for_backward(q1, q2, k, v, weight, *formed)
-        ctx.options = scale, normalised
-        return apply_blend(formed, v, weight, normalised)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        q1, q2, k, v, weight, *formed = ctx.saved_tensors
-        return *map_gradients(gradient, q1, q2, k, v, weight, formed, *ctx.options), *[None] * 4
-
-
-class ChunkedAttention(torch.autograd.Function):
-    """The same, or the first map alone, a chunk of query rows at a time: nothing L x S is kept, the backward pass forms
-    every chunk's maps anew."""
-
-    @staticmethod
-    def forward(ctx, q1, q2, k, v, weight, mask, scale, normalised, softcap, window) -> Tensor:
-        """Arguments as `differential_attention`'s; q2 and weight None: the first map alone."""
-        ctx.save_for_backward(q1, q2, k, v, weight)
-        ctx.options = mask, scale, normalised, softcap, window
-        out = v.new_empty(*q1.shape[:3], v.shape[-1])
-        for rows, keys, dense in row_chunks(mask, q1.shape[2], k.shape[2], window):
-            seen = k[:, :, keys], v[:, :, keys]
-            formed = form_maps(rows_of(q1, rows), rows_of(q2, rows), *seen, dense, scale, softcap)
-            out[:, :, rows] = apply_blend(formed, seen[1], rows_of(weight, rows), normalised)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        q1, q2, k, v, weight = ctx.saved_tensors
-        mask, scale, normalised, softcap, window = ctx.options
-        wide = torch.promote_types(k.dtype, torch.float32)  # of what chunks add up to
-        d_q1, d_q2 = (None if q is None else torch.empty_like(q) for q in (q1, q2))
-        d_k, d_v, d_weight = (None if t is None else torch.zeros_like(t, dtype=wide) for t in (k, v, weight))
-        for rows, keys, dense in row_chunks(mask, q1.shape[2], k.shape[2], window):
-            here = [rows_of(q1, rows), rows_of(q2, rows), k[:, :, keys], v[:, :, keys]]
-            formed = form_maps(*here, dense, scale, softcap)
-            told = map_gradients(gradient[:, :, rows], *here, rows_of(weight, rows), formed, scale, normalised)
-            d_q1[:, :, rows] = told[0]
-            d_k[:, :, keys] += told[2]
-            d_v[:, :, keys] += told[3]
-            if q2 is not None:
-                d_q2[:, :, rows] = told[1]
-                rows_of(d_weight, rows).add_(told[4])
-        d_weight = None if weight is None else d_weight.to(weight.dtype)
-        return d_q1, d_q2, d_k.to(k.dtype), d_v.to(v.dtype), d_weight, *[None] * 5
-
-
-def row_chunks(mask: PrefixMask | None, queries: int, keys: int, window: int | None) -> Iterator[tuple]:
-    """(rows, keys, dense): query rows by the CHUNK, the keys that any of them sees, and their mask or None."""
-    offset = keys - queries
-    for first in range(0, queries, CHUNK):
-        last = min(first + CHUNK, queries)
-        low, high, whole = (0, keys, True) if mask is None else mask.reach(offset + first, offset + last, keys)
-        dense = None if whole else mask.block((offset + first, offset + last), (low, high), window)
-        yield slice(first, last), slice(low, high), dense
-
-
-def rows_of(t: Tensor | None, rows: slice) -> Tensor | None:
-    """These query rows of t [B, H, L, *]; a weight [1] belongs to every row."""
-    return t if t is None or t.ndim == 1 else t[:, :, rows]
-
-
-def form_maps(q1, q2, k, v, dense, scale, softcap) -> tuple[Tensor | None, ...]:
-    """Both maps and the soft-cap's derivative at their scores, None where there is none: first, slope, second, slope.
-
-    Each map is formed by the very operations of the standard arm, so that equal queries give equal bits.
-    """
-    k1, k2 = halves_of(k, v)
-    formed = ()
-    for q, key in ((q1, k1), (q2, k2)):
-        scores = None if q is None else attention_scores(q, key, scale, softcap)
-        slope = None if q is None or softcap is None else 1 - (scores / softcap) ** 2  # unmasked: 0 times inf is NaN
-        formed += (None if q is None else softmax_maps(scores, dense), slope)
-    return formed
-
-
-def halves_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys of the first and of the second map, which may be the same."""
-    return (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
-
-
-def apply_blend(formed, v: Tensor, weight: Tensor | None, normalised: bool) -> Tensor:
-    return apply_maps(blended(formed, weight, normalised).to(v.dtype), v)
-
-
-def blended(formed, weight: Tensor | None, normalised: bool) -> Tensor:
-    first, _, second, _ = formed
-    if second is None:
-        return first
-    return blend(first.flatten(1, 2), second.flatten(1, 2), weight, normalised).view_as(first)
-
-
-def map_gradients(gradient, q1, q2, k, v, weight, formed, scale, normalised) -> tuple[Tensor | None, ...]:
-    """Gradients of q1, q2, k, v and weight by the formulas of `BlendedMaps`."""
-    first, slope1, second, slope2 = formed
-    (k1, k2), kv_heads = halves_of(k, v), v.shape[1]
-    g = gradient.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # query heads of a group as rows, as in the forward pass
-    d_v = blended(formed, weight, normalised).to(v.dtype).flatten(2, 3).mT @ g
-    d_maps = (g @ v.mT).to(first.dtype).view_as(first)
-    if q2 is None:
-        d_q1, d_k1 = through_softmax(d_maps, first, slope1, 1.0, q1, k1, scale)
-        return d_q1, None, d_k1, d_v, None
-    d_q1, d_k1 = through_softmax(d_maps, first, slope1, 1 + weight if normalised else 1.0, q1, k1, scale)
-    shared = first.shape[2] // second.shape[2]  # heads that share a second query
-    d_second, factor = d_maps, -weight
-    if shared > 1:
-        d_second, factor = (factor * d_maps.flatten(1, 2)).view_as(d_maps).unflatten(2, (-1, shared)).sum(3), 1.0
-    d_q2, d_k2 = through_softmax(d_second, second, slope2, factor, q2, k2, scale)
-    second = second.repeat_interleave(shared, dim=2) if shared > 1 else second
-    gap = ((second - first if normalised else second) * d_maps).sum(-1, keepdim=True).flatten(1, 2)
-    d_k = d_k1 + d_k2 if k1 is k2 else torch.cat((d_k1, d_k2), dim=1)
-    return d_q1, d_q2, d_k, d_v, -gap.sum_to_size(weight.shape).to(weight.dtype)
-
-
-def through_softmax(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k from that of factor x maps; the factor, a number or one per row, is multiplied into the
-    queries, which are narrower than the maps."""
-    d_scores = torch.ops.aten._softmax_backward_data(d_maps, maps, -1, maps.dtype)
-    d_scores = d_scores if slope is None else d_scores.mul_(slope)
-    d_scores, factor = d_scores.to(q.dtype).flatten(2, 3), factor * scale
-    scaled = (q * factor).to(q.dtype).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    d_q = (d_scores @ k).view(q.shape) * factor
-    return d_q.to(q.dtype), d_scores.mT @ scaled

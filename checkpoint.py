@@ -8,34 +8,27 @@ Tensors, keys and files only: no model class is known here. Nothing that could r
     in memory, here and transformers 5:    model.language_model.*   model.vision_tower.*                lm_head
 """
 
-import errno
-import hashlib
-import json
 import os
 import re
-import shutil
-import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
+from files import atomic_folder, read_json, reading, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside a whole model's weights
-SEAL = "files.json"  # in a checkpoint: what its files hashed to when they were written
 PIECE = 8 << 20  # bytes converted at a time: bounds what a change of dtype needs beyond its result
 
-_TO_MEMORY = {
+KEYS_TO_MEMORY = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(model\.)?language_model\.(model\.)?": "model.language_model.",
     r"^(model\.)?vision_tower\.(vision_model\.)?": "model.vision_tower.",
@@ -58,8 +51,6 @@ _HINTS = (  # (which keys, what one of them contains, what that means)
     ("unexpected", ".lora_", "these hold an adapter: merge it, or give the run folder"),
     ("", "", "these weights do not belong to config.json"),
 )
-_MENDS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or raise the limit")
-_MENDS |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check the permissions")
 
 
 # ---- names
@@ -72,7 +63,7 @@ def _rename(key: str, rules: dict) -> str:
 
 def rename_key(key: str) -> str:
     """A weight's name in any layout -> its name in memory. Idempotent; unknown names pass."""
-    return _rename(key, _TO_MEMORY)
+    return _rename(key, KEYS_TO_MEMORY)
 
 
 def hub_key(key: str) -> str:
@@ -81,128 +72,6 @@ def hub_key(key: str) -> str:
 
 
 # ---- files
-
-
-@contextmanager
-def _reading(file):
-    """Whatever disk or safetensors hold against `file` becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{file}: cannot be read ({reason}): check the path and its permissions") from error
-    except SafetensorError as error:
-        raise UserError(f"{file}: truncated or corrupt safetensors ({error}): download or copy it again") from error
-
-
-@contextmanager
-def writing(path):
-    """A full disk or a missing permission becomes one line that names `path`; other faults pass."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        told = re.search(r"os error (\d+)", str(error))  # safetensors gives the system's number in its text only
-        number = int(told[1]) if told else getattr(error, "errno", None)
-        if number not in _MENDS:
-            raise
-        raise UserError(f"{path}: cannot be written ({os.strerror(number)}): {_MENDS[number]}") from error
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path) -> dict:
-    """The object in a json file. Raises UserError naming the file: missing, unreadable, not json, not an object."""
-    with _reading(path):
-        raw = Path(path).read_bytes()
-    try:
-        data = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid json ({error}): restore or delete it") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a json {type(data).__name__} where an object {{...}} is needed")
-    return data
-
-
-def write_json(path, data):
-    """Write `data` whole or not at all: beside, fsynced, renamed. Raises UserError when the disk refuses."""
-    path, text = Path(path), json.dumps(data, indent=2) + "\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            _sync(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def whole_or_nothing(folder):
-    """Yields an empty folder beside `folder` that takes its place when the block ends well, and vanishes when not.
-
-    An older `folder` stays untouched until then. Raises UserError when the disk is full or a permission lacks.
-    """
-    folder = Path(folder).resolve()  # a link keeps pointing at the same place
-    temporary, aside = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists() and not folder.exists():
-            aside.rename(folder)  # an earlier process was killed between the two renames below
-        for leftover in (temporary, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            yield temporary
-            _settle(temporary)
-            if folder.exists():
-                folder.rename(aside)
-            temporary.rename(folder)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if aside.exists() and not folder.exists():
-                aside.rename(folder)
-            if isinstance(error, UserError):  # nobody asked for the temporary name
-                raise UserError(str(error).replace(str(temporary), str(folder))) from error
-            raise
-        _sync(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def seal(folder: Path):
-    """Note the SHA-256 of every file under `folder` in its files.json: neither safetensors nor torch would see a
-    flipped bit among weights. The last thing to be written into it."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != SEAL)
-    write_json(Path(folder, SEAL), {str(file.relative_to(folder)): _sha256(file) for file in files})
-
-
-def check_seal(folder: Path):
-    """Raise UserError naming the first file under a sealed `folder` that is gone or is not as it was written."""
-    for name, digest in read_json(Path(folder, SEAL)).items():
-        file = Path(folder, name)
-        with _reading(file):
-            if _sha256(file) != digest:
-                raise UserError(f"{file}: damaged, not the bytes that were written: delete {folder}")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def _settle(folder: Path):
-    """Everything under `folder` reaches the disk and is as readable as the folder (safetensors writes mode 0600)."""
-    for parent, _, names in os.walk(folder):
-        for file in (Path(parent, name) for name in names):
-            file.chmod(folder.stat().st_mode & 0o666)
-            _sync(file)
-        _sync(parent)
 
 
 # ---- where a model is
@@ -226,7 +95,7 @@ def locate(path_or_hub_id, revision=None) -> Path:
     Fetches json, safetensors and tokenizer files alone. Raises UserError: no such folder or model, login, network.
     """
     name, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
-    with _reading(name):
+    with reading(name):
         if folder.is_dir():
             return folder
         if folder.exists():
@@ -269,7 +138,7 @@ def resolve_run(path_or_hub_id) -> tuple[str, Path | None]:
     folder = Path(path_or_hub_id).expanduser()
     if not folder.exists() and (ROOT / folder).is_dir():
         folder = path_or_hub_id = ROOT / folder  # assets/paligemma-nano, asked for from another directory
-    with _reading(folder):
+    with reading(folder):
         for adapter in (folder, folder / "adapter", folder / "final" / "adapter"):
             if (adapter / ADAPTER_CONFIG).is_file():
                 return _base_model(adapter.absolute()), adapter
@@ -307,8 +176,8 @@ class _Entry(NamedTuple):
 
 
 @contextmanager
-def _open(file: Path):
-    with _reading(file):
+def open_safetensors(file: Path):
+    with reading(file):
         with open(file, "rb") as probe:  # also tells a missing permission apart, which safetensors does not
             if probe.read(30).startswith(b"version https://git-lfs"):
                 raise UserError(f"{file}: a git-lfs pointer instead of the weights: run `git lfs pull`")
@@ -340,11 +209,11 @@ def _weight_files(folder: Path) -> dict[Path, list]:
 
 def _headers(folder: Path) -> dict[str, _Entry]:
     """Name in memory -> where and what, from the files' headers alone."""
-    with _reading(folder):
+    with reading(folder):
         files = _weight_files(folder)
     entries = {}
     for file, promised in files.items():
-        with _open(file) as handle:
+        with open_safetensors(file) as handle:
             held = list(handle.keys())
             lost = sorted(set(promised) - set(held))
             if lost:
@@ -376,7 +245,7 @@ def _check(entries: dict, wanted: dict, optional, folder: Path):
 
 def _tensors(file: Path, keys: list, dtype):
     """Yields the tensors of `keys`: views of the mapped file, or converted copies where a floating dtype differs."""
-    with _open(file) as views, ExitStack() as mapped:
+    with open_safetensors(file) as views, ExitStack() as mapped:
         unread = 0  # bytes to go until the file is mapped anew: the pages read never add up with the copies
         for key in keys:
             view = views.get_tensor(key)
@@ -388,7 +257,7 @@ def _tensors(file: Path, keys: list, dtype):
             for start in range(0, len(view), rows):
                 if unread <= 0:
                     mapped.close()
-                    handle, unread = mapped.enter_context(_open(file)), PIECE
+                    handle, unread = mapped.enter_context(open_safetensors(file)), PIECE
                 piece = handle.get_slice(key)[start : start + rows]
                 copy[start : start + rows] = piece
                 unread -= piece.nbytes
@@ -423,7 +292,7 @@ def load_weights(model, folder, dtype, device="cpu", may_be_missing=(), tied=Tru
 def save_weights(state_dict: dict, folder, max_shard_size="5GB"):
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
 
-    Raises UserError when the disk is full or a permission lacks. For all or nothing, write into `whole_or_nothing`.
+    Raises UserError when the disk is full or a permission lacks. For all or nothing, write into `atomic_folder`.
     """
     tensors = {hub_key(key): tensor for key, tensor in state_dict.items()}
     head, embedding = tensors.get(hub_key(HEAD)), tensors.get(hub_key(EMBEDDING))
@@ -434,10 +303,10 @@ def save_weights(state_dict: dict, folder, max_shard_size="5GB"):
         huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
 
 
-def save_model_folder(state_dict: dict, config: dict, folder, model=None):
+def save_model_folder(state_dict: dict, config: dict, folder, write_more=None):
     """Write weights and config.json into `folder`, made if absent; its other files stay.
 
-    What differential attention added to `model` goes into a file of its own: the rest is a standard model's.
+    `write_more(folder)` adds further files to it, such as those of differential attention.
 
     The new files are staged inside it and moved in at the end, so a failure leaves an older model as it was, and a
     model that is memory-mapped from this very folder keeps its pages.
@@ -445,10 +314,10 @@ def save_model_folder(state_dict: dict, config: dict, folder, model=None):
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with whole_or_nothing(folder / ".saving") as staged:
+    with atomic_folder(folder / ".saving") as staged:
         save_weights({key: value for key, value in state_dict.items() if ".differential." not in key}, staged)
-        if model is not None:
-            save_differential(model, staged)
+        if write_more is not None:
+            write_more(staged)
         write_json(staged / "config.json", config)
     new = list((folder / ".saving").iterdir())
     with writing(folder):
@@ -464,111 +333,4 @@ def save_model_folder(state_dict: dict, config: dict, folder, model=None):
 # ---- adapters
 
 
-def attach_adapter(model, adapter_folder, trainable=False):
-    """Put a peft adapter into `model` in place; returns peft's model around it, the base frozen, in eval mode unless
-    `trainable`. Adapters trained under older namings fit too (peft #2574).
-
-    Raises UserError: files missing or corrupt, an adapter for another model, weights unused or left at random.
-    """
-    folder = Path(adapter_folder)
-    read_json(folder / ADAPTER_CONFIG)
-    with _reading(folder):
-        if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
-            raise UserError(f"{folder / 'adapter_model.bin'}: convert it to safetensors; pickles are never loaded")
-    with _open(folder / ADAPTER_WEIGHTS) as handle:  # without it peft would look for a pickle, then ask the hub
-        prefix = "base_model.model."
-        stored = {prefix + rename_key(key.removeprefix(prefix)) for key in handle.keys()}  # noqa: SIM118
-
-    from peft import PeftModel, get_peft_model_state_dict
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns of missing keys; they are refused below
-            adapted = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=trainable, torch_device="cpu", key_mapping=_TO_MEMORY
-            )
-            used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: this adapter does not fit the model ({reason}): give its own base model") from error
-    for keys, fault in ((stored - used, "has no place in"), (used - stored, "is missing for")):
-        if keys:
-            fault = f"{min(keys)} {fault} this model ({len(keys)} keys)"
-            raise UserError(f"{folder / ADAPTER_WEIGHTS}: {fault}: give the adapter's own base model")
-    return adapted
-
-
 # ---- differential attention
-
-
-def _differential_state(model) -> dict:
-    """Name -> parameter or buffer of everything that differential attention added to `model`."""
-    modules = differential_modules(model).items()
-    return {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
-
-
-def save_differential(model, folder):
-    """Write what differential attention added to `model` (also inside peft's wrapper), and its configuration, into
-    `folder`/differential.safetensors; a standard model writes nothing. Raises UserError when the disk refuses."""
-    config = differential_config(model)
-    if config is None:
-        return
-    progress = next(iter(differential_modules(model).values())).progress.item()
-    told = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _differential_state(model).items()}
-    file, temporary = Path(folder, DIFFERENTIAL), Path(folder, f".{DIFFERENTIAL}.tmp")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, temporary, metadata=told)
-            _sync(temporary)
-            os.replace(temporary, file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def stored_differential(folder) -> DifferentialConfig | None:
-    """The configuration in `folder`/differential.safetensors; None without such a file. Raises UserError."""
-    with _reading(folder):
-        if not Path(folder, DIFFERENTIAL).is_file():
-            return None
-    return _told(Path(folder, DIFFERENTIAL))[0]
-
-
-def _told(file: Path) -> tuple[DifferentialConfig, float]:
-    with _open(file) as handle:
-        told = handle.metadata() or {}
-    try:
-        return DifferentialConfig.from_dict(json.loads(told["config"])).resolve(), float(json.loads(told["progress"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its header holds no differential configuration: save it again") from error
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-
-
-def load_differential(model, folder):
-    """Fill what differential attention added to `model` from `folder`/differential.safetensors.
-
-    Raises UserError: file missing or corrupt, another configuration, keys too many or too few, wrong shapes.
-    """
-    file = Path(folder, DIFFERENTIAL)
-    (stored, progress), built = _told(file), differential_config(model)
-    if built is None or not stored.same_method(built):
-        raise UserError(
-            f"{file}: holds differential attention of preset {stored.preset} and the model was built with "
-            f"{built.preset if built else 'none'} or other choices: ask for the stored configuration, or leave it out"
-        )
-    state = _differential_state(model)
-    with _open(file) as handle:
-        held = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        for names, fault in ((set(held) - set(state), "has no place in"), (set(state) - set(held), "is missing for")):
-            if names:
-                raise UserError(f"{file}: {min(names)} {fault} this model ({len(names)} keys): give its own base model")
-        for name, shape in held.items():
-            if shape != tuple(state[name].shape):
-                raise UserError(f"{file}: {name} has shape {shape} where this model has {tuple(state[name].shape)}")
-        with torch.no_grad():
-            for name, tensor in state.items():
-                tensor.copy_(handle.get_tensor(name))
-    set_progress(model, progress)

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from checkpoint import read_json
 from errors import UserError
-from haystack import PicturePool, needle_prompt, read_pictures, read_pool
-from processing_paligemma import PaliGemmaProcessor, open_image
+from files import open_image, read_json
+from haystack import ImagePool, needle_prompt, read_captioned_images, read_pool
+from processing_paligemma import PaliGemmaProcessor
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Haystacks:
     `negatives` is the share of questions whose caption is nowhere in the picture, `cell` the side of a cell in pixels.
     """
 
-    pool: PicturePool
+    pool: ImagePool
     grids: tuple[int, ...]
     negatives: float
     size: int
@@ -334,7 +334,7 @@ def make_haystacks(config, source: str) -> tuple[Haystacks, dict[str, Haystacks]
     trained. Pictures of `source`, a folder or a jsonl file, on a fifth of the captions, which are never trained.
     """
     if source:
-        pictures, cell = read_pictures(source), 256
+        pictures, cell = read_captioned_images(source), 256
         train, test = ([p for p in pictures if p.split == split] for split in ("train", "test"))
         kinds = [("", test, 0.0), (" absent", test, 1.0)]
     else:
@@ -343,11 +343,11 @@ def make_haystacks(config, source: str) -> tuple[Haystacks, dict[str, Haystacks]
         kinds = [("", test, 0.0), (" absent", test, 1.0), (" unseen concepts", unseen, 0.0)]
     n, sets = config.eval_samples, {}
     for kind, pictures, share in kinds:
-        pool = PicturePool(pictures)
+        pool = ImagePool(pictures)
         for grid in config.grids:
             name = f"{grid}x{grid}{kind}"  # one test set for every seed
             sets[name] = Haystacks(pool, (grid,), share, n, 0, name=f"test/{name}", cell=cell)
-    return Haystacks(PicturePool(train), config.grids, config.negatives, 1 << 16, config.seed, cell=cell), sets
+    return Haystacks(ImagePool(train), config.grids, config.negatives, 1 << 16, config.seed, cell=cell), sets
 
 
 def hold_out(source, config) -> tuple[list[int], list[int], str]:

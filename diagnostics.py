@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attention_maps, blend, dense_mask, rotate
+from attention import attention_maps, dense_mask, rotate
 from differential_attention import DifferentialAttention, Explained, differential_modules
+from kernels import blend
 
 See = Callable[[str, DifferentialAttention, Explained, Tensor], None]
 
@@ -21,7 +22,7 @@ See = Callable[[str, DifferentialAttention, Explained, Tensor], None]
 def lambda_values(model: nn.Module) -> dict[str, float]:
     """lambda of every layer that has one number: all kinds but `token`, whose mean is in `diagnostics`."""
     modules = differential_modules(model).items()
-    return {name: float(m.strength(None)) for name, m in modules if m.config.lambda_kind != "token"}
+    return {name: float(m.current_lambda(None)) for name, m in modules if m.config.lambda_kind != "token"}
 
 
 @torch.no_grad()
@@ -62,9 +63,9 @@ def diagnostics(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
 
     def see(name: str, module: DifferentialAttention, explained: Explained, valid: Tensor):
         at = valid[:, None].expand(-1, explained.out1.shape[1], -1)  # [B, H, L]
-        strength = explained.strength
+        lambda_ = explained.lambda_
         line = {
-            "lambda": strength if strength.ndim == 1 else strength[..., 0][at],
+            "lambda": lambda_ if lambda_.ndim == 1 else lambda_[..., 0][at],
             "entropy1": row_entropy(explained.first)[at],
         }
         if explained.out2 is not None:

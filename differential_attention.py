@@ -31,17 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import (
-    PrefixMask,
-    apply_maps,
-    attention,
-    attention_maps,
-    blend,
-    dense_mask,
-    differential_attention,
-    rotate,
-)
+from attention import PrefixMask, attention, attention_maps, dense_mask, differential_attention, rotate
 from errors import UserError
+from kernels import apply_maps, blend
 
 LAMBDA_MAX = 0.9  # of a normalised lambda: gamma is at most 9
 Tower = Literal["text", "vision"]
@@ -270,7 +262,7 @@ class Explained(NamedTuple):
     second: Tensor | None
     out1: Tensor  # outputs [B, H, L, Dv]
     out2: Tensor | None
-    strength: Tensor  # lambda, [1] or [B, H, L, 1]
+    lambda_: Tensor  # lambda, [1] or [B, H, L, 1]
 
 
 class DifferentialAttention(nn.Module):
@@ -470,7 +462,7 @@ class DifferentialAttention(nn.Module):
         return F.rms_norm(wide, out.shape[-1:], gain, eps=1e-5).to(out.dtype)
 
     # ---- lambda
-    def strength(self, x: Tensor) -> Tensor:
+    def current_lambda(self, x: Tensor) -> Tensor:
         """lambda as it acts now, signed: [1], or [B, H, L, 1] where it depends on the token x [B, L, C]."""
         config = self.config
         if config.lambda_kind == "vectors":
@@ -492,7 +484,7 @@ class DifferentialAttention(nn.Module):
         return -value if config.flip_sign else value
 
     def blend_weight(self, x: Tensor) -> Tensor:
-        value = self.strength(x)
+        value = self.current_lambda(x)
         return value / (1 - value) if self.config.combine == "normalised" else value
 
     # ---- looking inside
@@ -509,7 +501,7 @@ class DifferentialAttention(nn.Module):
         maps = [None if m is None else m.flatten(1, 2) for m in maps]
         if self.config.second in ("same", "value"):
             outs[1] = self._second_output(outs[0])
-        return Explained(*maps, *outs, self.strength(x))
+        return Explained(*maps, *outs, self.current_lambda(x))
 
 
 def last_rows(x: Tensor, q: Tensor) -> Tensor:

@@ -26,17 +26,18 @@ import tyro
 from accelerate import Accelerator
 from filelock import FileLock
 
-import mm_niah
-import pope
-from answering import Answerer, answer, encode_pictures, mark_too_long
-from checkpoint import locate, read_json, resolve_run, whole_or_nothing, write_json
+from checkpoint import locate, resolve_run
 from diagnostics import answer_attention, needle_share
 from errors import UserError, one_line_errors
-from haystack import PicturePool, Question, read_pictures, read_pool
-from mmneedle import build, cache_folder, candidates, read_questions, settings
+from files import atomic_folder, open_image, read_json, write_json
+from haystack import ImagePool, read_captioned_images, read_pool
 from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from processing_paligemma import PaliGemmaProcessor, open_image
-from report import BENCHMARKS, compare, report, slug
+from needle_eval import mm_niah, pope
+from needle_eval.mmneedle import build, cache_folder, candidates, read_questions, settings
+from needle_eval.questions import Question
+from needle_eval.report import BENCHMARKS, compare, report, slug
+from needle_eval.runner import Answerer, answer, encode_pictures, mark_too_long
+from processing_paligemma import PaliGemmaProcessor
 from run_folder import choose_dtype, device_name, git_commit, make_accelerator, portable_path, versions
 
 
@@ -119,7 +120,7 @@ def mmneedle_folder(config: Config, asked: list, builds: bool = True) -> Path:
     if kind != "haystack":
         return Path(config.data)
     split = config.split or ("test" if source else "test_style")
-    pictures = [p for p in (read_pictures(source) if source else read_pool()) if p.split == split]
+    pictures = [p for p in (read_captioned_images(source) if source else read_pool()) if p.split == split]
     if not source and split == "test_concept":
         pictures = [p for p in pictures if p.style == "noto"]  # the style that is never trained, as in test_style
     if not pictures:
@@ -130,7 +131,7 @@ def mmneedle_folder(config: Config, asked: list, builds: bool = True) -> Path:
     if builds:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # evaluations of two models may start together
-            pool = PicturePool(pictures)
+            pool = ImagePool(pictures)
             for setting in asked:
                 build(pool, folder, setting, samples, config.seed, cell)
     return folder
@@ -145,7 +146,7 @@ def mm_niah_questions(config: Config, accelerator: Accelerator) -> list[Question
         folder = cache_folder(Path("runs/haystacks"), "mm-niah-mini", pictures, config.seed, rows)
         with accelerator.main_process_first():
             if not folder.exists():
-                with whole_or_nothing(folder) as new:
+                with atomic_folder(folder) as new:
                     mm_niah.make_mini_set(new, pictures, config.seed, rows)
         questions = mm_niah.read_mm_niah(folder, folder / "images")
     return [replace(q, prompt=config.prefix + mm_niah.flatten_prompt(q.prompt)) for q in questions]
@@ -190,7 +191,7 @@ def fitting(config: Config, questions: list[Question], processor: PaliGemmaProce
     marked = mark_too_long(questions, processor, limit)
     long = [new for new, old in zip(marked, questions, strict=True) if new is not old]
     if long and config.benchmark != "mm-niah":
-        raise UserError(f"{long[0].id} and {len(long) - 1:,} other questions do not fit: {long[0].told['error']}")
+        raise UserError(f"{long[0].id} and {len(long) - 1:,} other questions do not fit: {long[0].fields['error']}")
     return marked
 
 
@@ -303,10 +304,10 @@ def attention_on_needles(answerer: Answerer, questions: list[Question], count: i
     """
     found = {}
     for setting in dict.fromkeys(q.setting for q in questions):
-        asked = [q for q in questions if q.setting == setting and q.told["kind"] == "positive"]
+        asked = [q for q in questions if q.setting == setting and q.fields["kind"] == "positive"]
         shares = [share for q in asked[:count] if (share := attention_on_needle(answerer, q)) is not None]
         if shares:
-            images, grid, _ = asked[0].told["shape"]
+            images, grid, _ = asked[0].fields["shape"]
             mean = torch.stack(shares).mean(0).tolist()
             even = 1 / (images * grid**2)
             found[setting] = {"n": len(shares), "even": even, "share": [round(x, 4) for x in mean]}
@@ -316,8 +317,8 @@ def attention_on_needles(answerer: Answerer, questions: list[Question], count: i
 def attention_on_needle(answerer: Answerer, question: Question) -> torch.Tensor | None:
     """The needle's share in every layer, the mean over the true answer's tokens: [layers]. None for a broken question
     and for several needles."""
-    images, grid, needles = question.told["shape"]
-    if "error" in question.told or needles > 1:
+    images, grid, needles = question.fields["shape"]
+    if "error" in question.fields or needles > 1:
         return None
     try:
         pixels = {path: answerer.processor.pixels(open_image(path)) for path in question.images}

@@ -19,11 +19,13 @@ import torch
 import tyro
 from huggingface_hub.errors import HTTPError
 
-from checkpoint import is_hub_id, locate, read_json, resolve_run, whole_or_nothing
+from adapters import merge
+from checkpoint import is_hub_id, locate, resolve_run
 from differential_attention import differential_config
 from errors import UserError, one_line_errors
-from intervals import wilson
+from files import atomic_folder, read_json
 from modeling_gemma import PaliGemmaForConditionalGeneration
+from needle_eval.statistics import wilson
 from run_folder import comparable
 
 ROOT = Path(__file__).resolve().parent
@@ -52,20 +54,6 @@ class Config:
     license: str = ""  # of the weights; empty: the base model's, where it is known
     push_to_hub: str = ""  # owner/name: upload the folder there too
     private: bool = True  # who sees that repository
-
-
-def merge(model: torch.nn.Module):
-    """Add every LoRA update to the weight that it belongs to, in place, and leave plain layers. Raises UserError where
-    a weight would not be finite."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
-        try:
-            layer.merge(safe_merge=True)
-        except ValueError as error:
-            raise UserError(f"{name}: cannot be merged ({error}): look at the run's losses") from error
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
 # ---- the model card
@@ -172,7 +160,7 @@ def main():
     # --- the folder
     record = read_json(adapter.parent / "run.json")
     evals = read_evals(adapter.parent, record.get("step"))
-    with whole_or_nothing(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         for file in (locate(base) / file for file in PROCESSOR):
             if file.is_file():

@@ -15,10 +15,11 @@ import tyro
 
 import plots
 import training
-from checkpoint import resolve_run, writing
+from checkpoint import resolve_run
 from data import make_data
 from differential_attention import differential_config
 from errors import UserError, one_line_errors
+from files import writing
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import open_run

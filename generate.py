@@ -15,8 +15,9 @@ import tyro
 from PIL import ImageDraw
 
 from errors import UserError, one_line_errors
+from files import open_image
 from modeling_gemma import PaliGemmaForConditionalGeneration
-from processing_paligemma import PaliGemmaProcessor, locs_to_boxes, open_image
+from processing_paligemma import PaliGemmaProcessor, locs_to_boxes
 
 
 @dataclass

@@ -7,22 +7,20 @@ which cell it describes. "index, row, column" count from 1; "-1" says that no ce
 import hashlib
 import json
 import random
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet
 from PIL import Image
 
-from checkpoint import read_json
 from errors import UserError
-from processing_paligemma import open_image
+from files import open_image, read_json
 
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
 
 
 @dataclass(frozen=True)
-class Picture:
+class PoolImage:
     """One captioned picture of a pool; `concept` names what several styles draw. `data`: its bytes, or its file."""
 
     data: bytes | Path
@@ -45,17 +43,17 @@ class Picture:
         return hashlib.sha256(told).digest() + self.caption.encode()
 
 
-def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) -> list[Picture]:
+def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) -> list[PoolImage]:
     """Pictures of a pool's parquet file, in file order, of the given splits or of all."""
     try:
         table = pyarrow.parquet.read_table(path, columns=["image", "caption", "concept", "style", "split"])
     except (OSError, KeyError, pyarrow.ArrowInvalid) as error:
         raise UserError(f"{path}: not a readable picture pool ({error}); see assets/haystack-pool/README.md") from error
-    pictures = [Picture(*row.values()) for row in table.to_pylist()]
+    pictures = [PoolImage(*row.values()) for row in table.to_pylist()]
     return [p for p in pictures if splits is None or p.split in splits]
 
 
-def read_pictures(source: str | Path) -> list[Picture]:
+def read_captioned_images(source: str | Path) -> list[PoolImage]:
     """Captioned pictures of a jsonl file of {image, caption}, paths relative to it, or of a folder: sorted by path.
 
     A folder holds captions.json, {file name: caption}, or beside every picture its caption, cat.txt beside cat.jpg.
@@ -75,7 +73,7 @@ def read_pictures(source: str | Path) -> list[Picture]:
         if not isinstance(caption, str) or not caption.strip():
             raise UserError(f"{source}: picture {name} has no caption: write one or remove it")
         split = "test" if hashlib.sha256(caption.strip().encode()).digest()[0] < 51 else "train"
-        pictures.append(Picture(folder / name, caption.strip(), name, source.stem, split))
+        pictures.append(PoolImage(folder / name, caption.strip(), name, source.stem, split))
     return pictures
 
 
@@ -131,10 +129,10 @@ def clean(caption: str) -> str:
     return " ".join(caption.split()).rstrip(".")
 
 
-class PicturePool:
+class ImagePool:
     """Captioned pictures, drawn into cells of one size once and kept, the newest 4,096 of them."""
 
-    def __init__(self, pictures: list[Picture]):
+    def __init__(self, pictures: list[PoolImage]):
         self.pictures = pictures
         self.by_caption: dict[str, list[int]] = {}
         for index, picture in enumerate(pictures):
@@ -191,38 +189,6 @@ class PicturePool:
 
 
 # ---- questions
-@dataclass(frozen=True)
-class Question:
-    """One question of a benchmark. `images` are paths of picture files, in prompt order; `truth` as the benchmark
-    writes it, json-able; `setting` names what is scored apart; `told` goes into the answer file as it is.
-
-    Its answer is one json object a line: {"id", "setting", "prompt", "response", "ground_truth", "images", "seconds",
-    **told}. `response` is None where a picture or the row was broken ("error" says why): wrong, and in every
-    denominator. All scores are computed from such rows alone.
-    """
-
-    id: str
-    setting: str
-    images: tuple[str, ...]
-    prompt: str
-    truth: object
-    max_new_tokens: int
-    told: dict
-
-
-def check_distinct(questions: list[Question], source):
-    """Raise UserError where an id of `source`, a file, stands twice."""
-    repeated = [name for name, times in Counter(question.id for question in questions).items() if times > 1]
-    if repeated:
-        raise UserError(f"{source}: {repeated[0]} stands there more than once: answers are told apart by it, mend it")
 
 
 # ---- scores
-def normalise(response: str) -> str:
-    """MMNeedle's normalisation: newlines deleted, blanks and full stops stripped."""
-    return response.replace("\n", "").strip().strip(".").strip()
-
-
-def is_exact(response: str, answer: str) -> bool:
-    """MMNeedle's strict exact match for one needle; a negative's answer is "-1". Other answers go by the same rule."""
-    return normalise(response) == normalise(answer)

@@ -8,6 +8,7 @@ Sources: PaliGemma (arXiv 2407.07726), PaliGemma 2 (2412.03555), Gemma (2403.082
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,21 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from adapters import attach_adapter, load_differential, save_differential, stored_differential
 from attention import PrefixMask, attention, rotate
-from checkpoint import (
-    attach_adapter,
-    load_differential,
-    load_weights,
-    locate,
-    read_json,
-    resolve_run,
-    save_model_folder,
-    stored_differential,
-)
+from checkpoint import load_weights, locate, resolve_run, save_model_folder
 from differential_attention import DifferentialConfig, add_differential, as_config
 from errors import UserError
-from lora import linears
-from loss import capped, head_loss
+from files import read_json
+from kernels import apply_linears, capped, head_loss
 from modeling_siglip import Embedding, SiglipVisionConfig, SiglipVisionModel
 
 ACTIVATIONS = {
@@ -216,7 +209,7 @@ class GemmaAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, C] -> q [B, H, L, D], k and v [B, K, L, D], not yet rotated."""
-        projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        projected = apply_linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
         return q, k, v
 
@@ -234,7 +227,7 @@ class GemmaAttention(nn.Module):
             if cache is not None:
                 k, v = cache.update(self.layer, k, v)
             out = attention(q, k, v, mask, self.scale, self.softcap, self.window)
-        return linears(out.transpose(1, 2).flatten(2), self.o_proj)[0]
+        return apply_linears(out.transpose(1, 2).flatten(2), self.o_proj)[0]
 
 
 class GemmaMLP(nn.Module):
@@ -246,8 +239,8 @@ class GemmaMLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linears(x, self.gate_proj, self.up_proj)
-        return linears(self.activation(gate) * up, self.down_proj)[0]
+        gate, up = apply_linears(x, self.gate_proj, self.up_proj)
+        return apply_linears(self.activation(gate) * up, self.down_proj)[0]
 
 
 class GemmaDecoderLayer(nn.Module):
@@ -440,7 +433,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         Differential attention goes into a file beside, which `from_pretrained` finds and transformers does not:
         there the model is the standard one.
         """
-        save_model_folder(self.state_dict(), self.config.to_dict(), folder, model=self)
+        save_model_folder(self.state_dict(), self.config.to_dict(), folder, partial(save_differential, self))
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""
@@ -448,7 +441,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         self.model.vision_tower.encoder.gradient_checkpointing = enabled
 
     def head(self, hidden: Tensor) -> Tensor:
-        return capped(linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
+        return capped(apply_linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
 
     def forward(
         self,

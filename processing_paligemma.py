@@ -7,18 +7,17 @@ Shapes: B batch, L sequence, I pictures in the batch, M pictures of one prompt, 
 S picture side in pixels.
 """
 
-import io
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from checkpoint import locate, read_json, resolve_run
+from checkpoint import locate, resolve_run
 from errors import UserError
+from files import one_line, open_image, read_json  # noqa: F401
 from modeling_gemma import PaliGemmaConfig
 
 IGNORE = -100  # the label that the loss skips
@@ -193,11 +192,11 @@ def read_tokenizer(path):
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: broken tokenizer ({_one_line(error)}); copy it anew") from error
+        raise UserError(f"{path}: broken tokenizer ({one_line(error)}); copy it anew") from error
 
 
 def read_picture_settings(folder, image_size):
-    """Picture settings of a model folder as constructor arguments; UserError if they resize to another image_size.
+    """Image settings of a model folder as constructor arguments; UserError if they resize to another image_size.
 
     Up to version 4 transformers writes preprocessor_config.json, version 5 a part of processor_config.json.
     """
@@ -211,28 +210,6 @@ def read_picture_settings(folder, image_size):
         raise UserError(f"{folder}: pictures are resized to {size}, config.json says image_size {image_size}: mend one")
     names = ("image_mean", "image_std", "rescale_factor", "resample")
     return {name: settings[name] for name in names if settings.get(name) is not None}
-
-
-def open_image(source, name=None):
-    """A picture file, or a picture's bytes, to a fully loaded PIL picture (of several frames the first).
-
-    Raises UserError that names the file, or `name`, if it is missing, unreadable, broken, cut short, or larger than
-    PIL's limit against decompression bombs.
-    """
-    name = name or ("picture bytes" if isinstance(source, bytes) else source)
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: cannot read the picture ({error.strerror})") from error
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: picture too large ({_one_line(error)}); scale it down") from error
-    except Exception as error:  # PIL's decoders raise whatever a broken file provokes
-        reason = "of no known format" if isinstance(error, Image.UnidentifiedImageError) else _one_line(error)
-        raise UserError(f"{name}: broken picture ({reason}); replace or remove it") from error
-    return image
 
 
 def to_rgb(image):
@@ -277,7 +254,3 @@ def locs_to_boxes(text, width, height):
 def _quote(text):
     """A user's string as it stands in a one-line message."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__

@@ -4,7 +4,6 @@ run.json (every hyperparameter, base model, versions, commit, device), metrics.j
 checkpoints/step-*/, best/, final/, plots/.
 """
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -21,11 +20,11 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from checkpoint import check_seal, hub_revision, read_json, resolve_run, write_json, writing
+from checkpoint import hub_revision, resolve_run
 from errors import UserError
+from files import LOCK, lock, read_json, verify_manifest, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
-LOCK = ".lock"
 # a run may continue with these changed: they say how it is watched and fitted into memory, not what it computes
 WATCHING = {
     "output_dir",
@@ -280,20 +279,6 @@ def start_tracker(run: Run, config):
     run.tracker.start()
 
 
-def lock(folder: Path):
-    """An open file that no other process can lock while this one lives. Raises UserError if one has."""
-    file = open(folder / LOCK, "w")  # noqa: SIM115, closed when the process ends
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"{folder}: another process is training into it: let it end, or give another --output_dir"
-        ) from error
-    except OSError:  # some network disks know no locks
-        pass
-    return file
-
-
 def empty_folder(folder: Path):
     """Delete the contents of a run folder, and of no other; the folder itself may be a link or a mount."""
     entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
@@ -372,7 +357,7 @@ def newest_checkpoint(run: Run) -> Path | None:
     folders = sorted((run.folder / "checkpoints").glob("step-*"), key=step_of, reverse=True)
     for folder in folders:
         try:
-            check_seal(folder)
+            verify_manifest(folder)
             return folder
         except UserError as error:
             run.say(f"skipped: {error}")

@@ -17,23 +17,19 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import (
+from adapters import (
     attach_adapter,
+    gathered,
     load_differential,
-    read_json,
-    resolve_run,
+    new_lora,
     save_differential,
-    seal,
+    shard_frozen_layers,
     stored_differential,
-    whole_or_nothing,
-    write_json,
-    writing,
+    trainable_counts,
 )
+from checkpoint import resolve_run
 from data import Haystacks, batch_order, loader, text_lengths
 from diagnostics import answer_attention, diagnostics, lambda_values, select_heads
 from differential_attention import (
@@ -43,18 +39,10 @@ from differential_attention import (
     unfreeze_differential,
 )
 from errors import UserError
-from haystack import is_exact
-from intervals import wilson
-from run_folder import (
-    WATCHING,
-    Run,
-    Stopped,
-    check_same_data,
-    read_trainer_state,
-    start_folder,
-    start_tracker,
-    step_of,
-)
+from files import atomic_folder, read_json, write_json, write_manifest, writing
+from needle_eval.questions import is_exact
+from needle_eval.statistics import wilson
+from run_folder import WATCHING, Run, Stopped, check_same_data, read_trainer_state, start_folder, start_tracker, step_of
 from vision_cache import VisionCache
 
 
@@ -80,77 +68,6 @@ def add_lora(run: Run, config, model):
     return adapted
 
 
-def new_lora(config, model):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(config.seed)
-    targets = "|".join(config.lora_targets)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        # anchored: bare names would put adapters into the vision tower too
-        target_modules=rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})",
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"lora_targets {config.lora_targets} do not fit the language model: {reason}") from error
-
-
-def quantize(model, device: torch.device):
-    """QLoRA (arXiv 2305.14314): the language model's frozen linears as 4-bit NF4 with doubly quantised scales, which
-    compute in bfloat16; embedding, head, vision tower and what differential attention added stay as they are.
-
-    `model` is on the CPU and goes to `device` piece by piece; returns it. Raises UserError without bitsandbytes.
-    """
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise UserError("--dtype=nf4: bitsandbytes is not installed: pip install bitsandbytes") from error
-    for layer in model.model.language_model.layers:
-        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]:
-            small = Linear4bit(
-                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-            )
-            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-            layer.set_submodule(name, small.to(device))  # quantised on the way
-    model.is_loaded_in_4bit = True  # so peft knows
-    return model.to(device)
-
-
-def shard(run: Run, model, adapted):
-    """FSDP2: each process keeps its share of the frozen layers' weights and gathers a layer when it acts.
-
-    What trains is small: it stays whole on each process and goes the way of DDP, as without shares. Accelerate's own
-    FSDP would cut it too, and does not run on a CPU.
-    """
-    whole = {p for n, p in adapted.named_parameters() if p.requires_grad or ".differential." in n}
-    if run.accelerator.num_processes == 1:
-        raise UserError("--shard=True: one process has no one to share with: start several with torchrun")
-    mesh = init_device_mesh(run.device.type, (run.accelerator.num_processes,))
-    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    frozen = [name for name, p in adapted.named_parameters() if not p.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, frozen)
-
-
-@contextlib.contextmanager
-def gathered(model):
-    """Whole layers on every process while each works at its own pace: outside, they gather in step."""
-    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for layer in layers:
-        layer.set_reshard_after_forward(False)
-        layer.unshard()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_reshard_after_forward(True)
-            layer.reshard()
-
-
 def make_optimizer(config, adapted) -> torch.optim.AdamW:
     """AdamW; what differential attention added takes no weight decay, which would move it without a gradient."""
     differential = differential_config(adapted)
@@ -163,18 +80,6 @@ def make_optimizer(config, adapted) -> torch.optim.AdamW:
             group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
             group["params"].append(p)
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-
-def trainable_counts(model) -> dict[str, list[int]]:
-    """Parameters by tower: [trainable, all]."""
-    counts: dict[str, list[int]] = {}
-    for name, p in model.named_parameters():
-        tower = next((t for t in ("vision_tower", "multi_modal_projector", "language_model") if t in name), "lm_head")
-        kind = " lora" if "lora_" in name else " differential" if ".differential." in name else ""
-        entry = counts.setdefault(tower + kind, [0, 0])
-        entry[0] += p.numel() * p.requires_grad
-        entry[1] += p.numel()
-    return counts
 
 
 def save_adapter(adapted, folder: Path, record: dict):
@@ -213,7 +118,7 @@ def train(run: Run, config, model, adapted, processor, source, eval_sets):
     cache = kept_features(config, model, source)
     optimizer, state = take_up(run, config, adapted)
     if config.shard:
-        shard(run, model, adapted)
+        shard_frozen_layers(model, adapted, run.accelerator)
     wrapped, optimizer = run.accelerator.prepare(adapted, optimizer)
     describe(run, config, adapted, processor, source, steps)
     check_same_data(run, {"train": source, **eval_sets})
@@ -419,10 +324,10 @@ def save_checkpoint(run: Run, config, adapted, optimizer, state: dict):
     """A whole checkpoint or none; the oldest beyond `keep_checkpoints` go."""
     if run.is_main:
         newest = run.folder / "checkpoints" / f"step-{state['step']:06d}"
-        with whole_or_nothing(newest) as folder:
+        with atomic_folder(newest) as folder:
             save_adapter(adapted, folder, run.record | {"step": state["step"]})
             save_state(state | {"optimizer": optimizer.state_dict()}, folder / "trainer.pt")
-            seal(folder)
+            write_manifest(folder)
         folders = sorted((run.folder / "checkpoints").glob("step-*"), key=step_of)
         for old in folders[: folders.index(newest) + 1][: -config.keep_checkpoints]:  # a later one is damaged
             shutil.rmtree(old)
@@ -441,7 +346,7 @@ def save_state(state: dict, path: Path):
 
 def keep(run: Run, adapted, folder: Path, more: dict):
     if run.is_main:
-        with whole_or_nothing(folder) as new:
+        with atomic_folder(folder) as new:
             save_adapter(adapted, new, run.record | more)
     run.accelerator.wait_for_everyone()
 

@@ -30,13 +30,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from answering import Answerer, answer_batches, plan_batches  # noqa: E402
+from adapters import new_lora  # noqa: E402
 from finetune_original import Config as Finetune  # noqa: E402
-from haystack import PicturePool, Question, read_pool  # noqa: E402
-from mmneedle import Setting, build, read_questions  # noqa: E402
+from haystack import ImagePool, read_pool  # noqa: E402
 from modeling_gemma import PaliGemmaForConditionalGeneration  # noqa: E402
+from needle_eval.mmneedle import Setting, build, read_questions  # noqa: E402
+from needle_eval.questions import Question  # noqa: E402
+from needle_eval.runner import Answerer, answer_batches, plan_batches  # noqa: E402
 from processing_paligemma import PaliGemmaProcessor  # noqa: E402
-from training import new_lora  # noqa: E402
 
 NANO = ROOT / "assets" / "paligemma-nano"
 
@@ -121,7 +122,7 @@ def main():
         "protocol": config.protocol,
     }
     with tempfile.TemporaryDirectory() as folder:
-        pool, setting = PicturePool(read_pool(splits=("test_style",))), Setting(1, 4)
+        pool, setting = ImagePool(read_pool(splits=("test_style",))), Setting(1, 4)
         build(pool, Path(folder), setting, config.samples, seed=0, cell=64)
         questions = read_questions(folder, setting, config.protocol, config.samples)
         for name, lora in (("untuned", False), ("with LoRA", True)):

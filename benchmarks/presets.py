@@ -20,13 +20,13 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from adapters import new_lora  # noqa: E402
 from data import loader, make_data  # noqa: E402
 from differential_attention import PRESETS, declared_trainable, differential_parameters  # noqa: E402
 from errors import UserError  # noqa: E402
 from finetune_original import Config as Finetune  # noqa: E402
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
 from processing_paligemma import PaliGemmaProcessor  # noqa: E402
-from training import new_lora  # noqa: E402
 
 
 @dataclass

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from pretrain import build_tokenizer
 
-from checkpoint import write_json
+from files import write_json
 from haystack import read_pool
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig
-from pretrain_nano import build_tokenizer
 
 
 @pytest.fixture(scope="session")

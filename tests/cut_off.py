@@ -32,7 +32,7 @@ from modeling_gemma import PaliGemmaForConditionalGeneration
 PLACES = {
     "step": (torch.optim.AdamW, "step"),  # gradients are there, weights not yet moved
     "checkpoint": (training, "save_state"),  # the adapter is written, the optimizer not
-    "seal": (training, "seal"),
+    "write_manifest": (training, "write_manifest"),
     "best": (training, "save_differential"),
     "evaluation": (PaliGemmaForConditionalGeneration, "generate"),
     "log": (run_folder.Run, "log"),

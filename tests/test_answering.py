@@ -9,19 +9,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from answering import Answerer, answer, answer_batches, mark_too_long, plan_batches, plan_pictures
 from errors import UserError
-from haystack import PicturePool, read_pool
-from mmneedle import Setting, build, candidates, read_questions
+from files import open_image
+from haystack import ImagePool, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
-from processing_paligemma import PaliGemmaProcessor, open_image
-from scoring import judge
+from needle_eval.mmneedle import Setting, build, candidates, judge, read_questions
+from needle_eval.runner import Answerer, answer, answer_batches, mark_too_long, plan_batches, plan_pictures
+from processing_paligemma import PaliGemmaProcessor
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("haystacks")
-    pool = PicturePool(read_pool(splits=("test_style",)))
+    pool = ImagePool(read_pool(splits=("test_style",)))
     for setting in (Setting(1, 2), Setting(3, 2)):
         build(pool, folder, setting, samples=6, seed=0, cell=16)
     return [q for s in (Setting(1, 2), Setting(3, 2)) for q in read_questions(folder, s, "finetuned", samples=6)]
@@ -41,7 +41,7 @@ def timeless(rows) -> list[dict]:
 
 
 def test_batches_hold_every_question_once(questions):
-    broken = [replace(questions[0], id="broken", told={**questions[0].told, "error": "lost"})]
+    broken = [replace(questions[0], id="broken", fields={**questions[0].fields, "error": "lost"})]
     batches = plan_batches(questions + broken, size=5)
     assert Counter(q.id for batch in batches for q in batch) == Counter(q.id for q in questions)
     assert all(len({(q.setting, len(q.images)) for q in batch}) == 1 and len(batch) <= 5 for batch in batches)
@@ -149,10 +149,10 @@ def test_answers_to_other_questions_are_refused(answerer, questions, tmp_path):
 
 def test_what_does_not_fit_the_model_is_marked_with_the_numbers(answerer, questions):
     marked = mark_too_long(questions, answerer.processor, limit=50)
-    long = [q for q in marked if "error" in q.told]
+    long = [q for q in marked if "error" in q.fields]
     assert {q.setting for q in long} == {"3x2x2"} and len(long) == 12
-    assert "3 pictures of 16 tokens (32 px), text and 12 to answer need" in long[0].told["error"]
-    assert "the model has 50" in long[0].told["error"]
+    assert "3 pictures of 16 tokens (32 px), text and 12 to answer need" in long[0].fields["error"]
+    assert "the model has 50" in long[0].fields["error"]
     assert mark_too_long(questions, answerer.processor, limit=500) == questions
 
 

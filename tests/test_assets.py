@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretrain import Config, Task, measure
 
 from checkpoint import resolve_run
+from files import open_image
 from haystack import read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
-from pretrain_nano import Config, Task, measure
-from processing_paligemma import PaliGemmaProcessor, open_image
+from processing_paligemma import PaliGemmaProcessor
 
 NANO = Path(__file__).parent.parent / "assets" / "paligemma-nano"
 SAMPLE = NANO.parent / "sample"

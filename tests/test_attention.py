@@ -8,13 +8,12 @@ from attention import (
     PrefixMask,
     attention,
     attention_reference,
-    blend,
     differential_attention,
     differential_reference,
     path_of,
-    row_chunks,
     sdpa,
 )
+from kernels import blend, row_chunks
 
 LONG = EXPLICIT_MAX_LENGTH + 8  # above the length where the path changes
 
@@ -67,12 +66,12 @@ SHAPES = {
     ],
 )
 def test_fast_paths_equal_the_formula(length, side, softcap, window, shapes, normalised):
-    q1, q2, k, v, strength = tensors(length, **SHAPES[shapes])
+    q1, q2, k, v, lambda_ = tensors(length, **SHAPES[shapes])
     mask = mask_of(length, side)
-    weight = strength / (1 - strength) if normalised else strength
+    weight = lambda_ / (1 - lambda_) if normalised else lambda_
     out = differential_attention(q1, q2, k, v, mask, 0.5, weight, normalised, softcap, window)
 
-    exact = [t.detach().double().requires_grad_() for t in (q1, q2, k, v, strength)]
+    exact = [t.detach().double().requires_grad_() for t in (q1, q2, k, v, lambda_)]
     keys = (exact[2], exact[2]) if k.shape[1] == v.shape[1] else exact[2].chunk(2, dim=1)
     dense = mask.dense(length, length, window)
     strength_seen = exact[4]
@@ -83,7 +82,7 @@ def test_fast_paths_equal_the_formula(length, side, softcap, window, shapes, nor
     assert out.isfinite().all()
     torch.testing.assert_close((out * rows).double(), expected * rows, atol=1e-5, rtol=1e-5)
     direction = torch.randn_like(out) * rows
-    found = torch.autograd.grad((out * direction).sum(), (q1, q2, k, v, strength))
+    found = torch.autograd.grad((out * direction).sum(), (q1, q2, k, v, lambda_))
     wanted = torch.autograd.grad((expected * direction).sum(), exact)
     for name, a, b in zip(("q1", "q2", "k", "v", "lambda"), found, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, atol=5e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -106,10 +105,10 @@ def test_the_formula_itself():
 
 
 def test_a_fast_path_in_float64_is_the_formula():
-    q1, q2, k, v, strength = (t.detach().double() for t in tensors(7))
+    q1, q2, k, v, lambda_ = (t.detach().double() for t in tensors(7))
     mask = mask_of(7, "left")
-    out = differential_attention(q1, q2, k, v, mask, 0.5, strength / (1 - strength), True)
-    expected = differential_reference(q1, q2, k, k, v, mask.dense(7, 7), 0.5, strength, True)
+    out = differential_attention(q1, q2, k, v, mask, 0.5, lambda_ / (1 - lambda_), True)
+    expected = differential_reference(q1, q2, k, k, v, mask.dense(7, 7), 0.5, lambda_, True)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
@@ -132,7 +131,7 @@ def test_equal_maps_give_the_bits_of_standard_attention(heads, kv_heads, length,
 
 def test_the_values_are_met_once_below_the_length_and_the_path_ignores_the_arm(monkeypatch):
     products = []
-    monkeypatch.setattr("attention.apply_maps", lambda maps, v: products.append(1) or maps.flatten(1, 2) @ v)
+    monkeypatch.setattr("kernels.apply_maps", lambda maps, v: products.append(1) or maps.flatten(1, 2) @ v)
     q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 1, 6, 8)
     differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert products == [1]
@@ -157,7 +156,7 @@ def test_a_second_query_serves_neighbouring_heads():
 def test_bf16_maps_are_blended_in_float32(monkeypatch):
     """Rounded first, the difference of two near maps would be rounding alone."""
     seen = []
-    monkeypatch.setattr("attention.blend", lambda first, *rest: seen.append(first.dtype) or blend(first, *rest))
+    monkeypatch.setattr("kernels.blend", lambda first, *rest: seen.append(first.dtype) or blend(first, *rest))
     q, kv = torch.randn(1, 4, 6, 8).bfloat16(), torch.randn(1, 1, 6, 8).bfloat16()
     out = differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert seen == [torch.float32] and out.dtype == torch.bfloat16
@@ -176,7 +175,7 @@ def shifted_mask(length: int) -> PrefixMask:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("shapes", ["one map", *SHAPES])
 def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap, monkeypatch):
-    monkeypatch.setattr("attention.CHUNK", 3)
+    monkeypatch.setattr("kernels.CHUNK", 3)
     monkeypatch.setattr("attention.path_of", lambda *args: "chunks")
     q1, q2, k, v, weight = (t.detach().double() for t in tensors(7, **SHAPES.get(shapes, {})))
     batch = (torch.cat((t, t[:2])) if t.ndim > 1 else t for t in (q1, q2, k, v, weight))
@@ -210,7 +209,7 @@ def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 7), (1, 7), (14, 14)])
 def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
-    monkeypatch.setattr("attention.CHUNK", 2)
+    monkeypatch.setattr("kernels.CHUNK", 2)
     types = torch.zeros(2, keys)
     types[:, -3:] = 1  # from here on alike in both rows
     alike = PrefixMask.from_tensors(torch.ones(2, keys), types)

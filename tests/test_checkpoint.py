@@ -18,7 +18,9 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import adapters
 import checkpoint
+import files
 from checkpoint import EMBEDDING, HEAD, INDEX, SINGLE
 from errors import UserError
 
@@ -294,7 +296,7 @@ def sharded(tmp_path):
     weight_map = {LINEAR: "a.safetensors", "linear.bias": "b.safetensors"}
 
     def write(**changes):
-        checkpoint.write_json(tmp_path / INDEX, {"metadata": {}, "weight_map": weight_map | changes})
+        files.write_json(tmp_path / INDEX, {"metadata": {}, "weight_map": weight_map | changes})
         return tmp_path
 
     return write
@@ -374,7 +376,7 @@ def unprivileged(folder: Path):
 
 def test_permission_denied(tiny):
     folder, _ = tiny
-    checkpoint.write_json(folder / "config.json", {})
+    files.write_json(folder / "config.json", {})
     (folder / "locked").mkdir()
     for path in (folder / SINGLE, folder / "config.json", folder / "locked"):
         path.chmod(0)
@@ -382,17 +384,17 @@ def test_permission_denied(tiny):
         with refused(folder / SINGLE, "Permission denied", "check"):
             load(meta_linear(), folder)
         with refused(folder / "config.json", "Permission denied"):
-            checkpoint.read_json(folder / "config.json")
+            files.read_json(folder / "config.json")
         with refused(folder / "locked", "Permission denied"):
             load(meta_linear(), folder / "locked")
         with refused(folder / "locked", "Permission denied"):
             checkpoint.resolve_run(folder / "locked")
         with refused(folder / "locked/in", "Permission denied"):
             checkpoint.locate(folder / "locked/in")
-        with refused(folder / "new", "Permission denied", "check"), checkpoint.whole_or_nothing(folder / "new"):
+        with refused(folder / "new", "Permission denied", "check"), files.atomic_folder(folder / "new"):
             pass
         with refused(folder / "new.json", "Permission denied"):
-            checkpoint.write_json(folder / "new.json", {})
+            files.write_json(folder / "new.json", {})
         with refused(folder, "Permission denied"):
             checkpoint.save_weights({LINEAR: torch.zeros(2, 2)}, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "locked", SINGLE]
@@ -403,44 +405,44 @@ def test_permission_denied(tiny):
 
 def test_json(tmp_path):
     path = tmp_path / "run.json"
-    checkpoint.write_json(path, {"b": 1, "a": {"é": [1.5, None]}})
-    assert checkpoint.read_json(path) == {"b": 1, "a": {"é": [1.5, None]}}
+    files.write_json(path, {"b": 1, "a": {"é": [1.5, None]}})
+    assert files.read_json(path) == {"b": 1, "a": {"é": [1.5, None]}}
     text = path.read_text()
     assert text.startswith('{\n  "b": 1,') and text.endswith("}\n")
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert path.read_text() == text
     for content, reason in ((b"{", "not valid json"), (b"\xff\xfe\x00", "not valid json"), (b"[1]", "list")):
         path.write_bytes(content)
         with refused(path, reason):
-            checkpoint.read_json(path)
+            files.read_json(path)
     with refused(tmp_path / "none.json", "No such file"):
-        checkpoint.read_json(tmp_path / "none.json")
+        files.read_json(tmp_path / "none.json")
     with refused(tmp_path, "Is a directory"):
-        checkpoint.read_json(tmp_path)
+        files.read_json(tmp_path)
 
 
 def test_interrupted_json_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    checkpoint.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
 
     def crash(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_json(path, {"new": 1})
-    assert checkpoint.read_json(path) == {"old": 1}
+        files.write_json(path, {"new": 1})
+    assert files.read_json(path) == {"old": 1}
     assert os.listdir(tmp_path) == ["run.json"]
 
 
 def test_whole_or_nothing(tmp_path):
     folder = tmp_path / "a" / "b"
-    with checkpoint.whole_or_nothing(folder) as inside:
+    with files.atomic_folder(folder) as inside:
         assert inside.parent == folder.parent and not folder.exists()
         checkpoint.save_weights({LINEAR: torch.zeros(2, 2)}, inside / "adapter")
     assert (folder / "adapter" / SINGLE).stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
-    with checkpoint.whole_or_nothing(folder) as inside:
+    with files.atomic_folder(folder) as inside:
         (inside / "new").touch()
         assert (folder / "adapter").exists()
     assert os.listdir(folder) == ["new"] and os.listdir(folder.parent) == ["b"]
@@ -448,16 +450,16 @@ def test_whole_or_nothing(tmp_path):
 
 @pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, FileNotFoundError])
 def test_a_crash_leaves_the_old_folder(tmp_path, fault):
-    with checkpoint.whole_or_nothing(tmp_path / "final") as inside:
+    with files.atomic_folder(tmp_path / "final") as inside:
         (inside / "old").touch()
-    with pytest.raises(fault), checkpoint.whole_or_nothing(tmp_path / "final") as inside:
+    with pytest.raises(fault), files.atomic_folder(tmp_path / "final") as inside:
         (inside / "new").touch()
         raise fault
     assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
 
 
 def test_a_crash_between_the_renames(tmp_path, monkeypatch):
-    with checkpoint.whole_or_nothing(tmp_path / "final") as inside:
+    with files.atomic_folder(tmp_path / "final") as inside:
         (inside / "old").touch()
     rename = Path.rename
 
@@ -467,14 +469,14 @@ def test_a_crash_between_the_renames(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(RuntimeError), checkpoint.whole_or_nothing(tmp_path / "final"):
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "final"):
         pass
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
 
     (tmp_path / "final").rename(tmp_path / ".final.old")  # what a kill there leaves behind
     (tmp_path / ".final.tmp").mkdir()
-    with pytest.raises(RuntimeError), checkpoint.whole_or_nothing(tmp_path / "final"):
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "final"):
         raise RuntimeError
     assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
 
@@ -487,18 +489,18 @@ def child(code: str, *arguments) -> subprocess.CompletedProcess:
 
 
 FULL_DISK = """
-import resource, sys, torch, checkpoint
+import resource, sys, torch, checkpoint, files
 from errors import UserError
 root = sys.argv[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 def weights(folder): checkpoint.save_weights({"w": torch.zeros(100_000)}, folder)
 def whole():
-    with checkpoint.whole_or_nothing(root + "/final") as inside:
+    with files.atomic_folder(root + "/final") as inside:
         weights(inside)
 def plain():
-    with checkpoint.whole_or_nothing(root + "/final") as inside:
+    with files.atomic_folder(root + "/final") as inside:
         (inside / "log").write_bytes(bytes(200_000))
-for write in (lambda: checkpoint.write_json(root + "/run.json", ["x" * 200_000]), whole, plain,
+for write in (lambda: files.write_json(root + "/run.json", ["x" * 200_000]), whole, plain,
               lambda: weights(root + "/bare")):
     try:
         write()
@@ -508,7 +510,7 @@ for write in (lambda: checkpoint.write_json(root + "/run.json", ["x" * 200_000])
 
 
 def test_disk_full(tmp_path):
-    checkpoint.write_json(tmp_path / "run.json", {"old": 1})
+    files.write_json(tmp_path / "run.json", {"old": 1})
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "old").touch()
     result = child(FULL_DISK, tmp_path)
@@ -516,7 +518,7 @@ def test_disk_full(tmp_path):
     named = [tmp_path / "run.json", tmp_path / "final", tmp_path / "final", tmp_path / "bare"]
     for line, path in zip(result.stdout.splitlines(), named, strict=True):
         assert line.startswith(f"{path}: cannot be written (File too large): free some space")
-    assert checkpoint.read_json(tmp_path / "run.json") == {"old": 1}
+    assert files.read_json(tmp_path / "run.json") == {"old": 1}
     assert os.listdir(tmp_path / "final") == ["old"]
     assert sorted(os.listdir(tmp_path)) == ["bare", "final", "run.json"]
     assert os.listdir(tmp_path / "bare") == []
@@ -619,7 +621,9 @@ def test_locate_offline_uses_the_cache(tmp_path):
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text("0" * 40)
     code = """
+import adapters
 import checkpoint
+import files
 from errors import UserError
 print(checkpoint.locate("org/name"))
 try:
@@ -643,8 +647,8 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     for inner in ("final", "best", "checkpoints/step-000400"):
         (tmp_path / "runs/x" / inner / "adapter").mkdir(parents=True)
-        checkpoint.write_json(tmp_path / "runs/x" / inner / "adapter/adapter_config.json", {})
-    checkpoint.write_json(tmp_path / "runs/x/run.json", {"base_model": "base"})
+        files.write_json(tmp_path / "runs/x" / inner / "adapter/adapter_config.json", {})
+    files.write_json(tmp_path / "runs/x/run.json", {"base_model": "base"})
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs/x"
 
@@ -656,9 +660,9 @@ def test_run_folders(run, monkeypatch):
     for inner in ("final", "best", "checkpoints/step-000400"):
         assert checkpoint.resolve_run(f"runs/x/{inner}") == ("base", Path("runs/x") / inner / "adapter")
     assert checkpoint.resolve_run("runs/x/best/adapter") == ("base", Path("runs/x/best/adapter"))
-    checkpoint.write_json(run / "best/run.json", {"base_model": "google/paligemma2-3b-pt-224"})  # its own goes first
+    files.write_json(run / "best/run.json", {"base_model": "google/paligemma2-3b-pt-224"})  # its own goes first
     assert checkpoint.resolve_run("runs/x/best")[0] == "google/paligemma2-3b-pt-224"
-    checkpoint.write_json(run / "run.json", {"base_model": str(run.parent.parent / "base")})
+    files.write_json(run / "run.json", {"base_model": str(run.parent.parent / "base")})
     monkeypatch.chdir(run / "final")
     assert checkpoint.resolve_run(".")[1] == Path("adapter")
 
@@ -667,23 +671,23 @@ def test_base_of_a_run(run, tmp_path, monkeypatch):
     root = tmp_path / "repository"
     (root / "assets/nano").mkdir(parents=True)
     monkeypatch.setattr(checkpoint, "ROOT", root)
-    checkpoint.write_json(run / "run.json", {"base_model": "assets/nano"})
+    files.write_json(run / "run.json", {"base_model": "assets/nano"})
     assert checkpoint.resolve_run("runs/x")[0] == str(root / "assets/nano")
     (tmp_path / "assets/nano").mkdir(parents=True)
     assert checkpoint.resolve_run("runs/x")[0] == "assets/nano"  # the current folder goes first
     for base in ("../gone", "/gone/too", "gone"):
-        checkpoint.write_json(run / "run.json", {"base_model": base})
+        files.write_json(run / "run.json", {"base_model": base})
         with refused(run / "run.json", "base_model", base):
             checkpoint.resolve_run(run)
     for content in ({}, {"base_model": None}, {"base_model": ""}):
-        checkpoint.write_json(run / "run.json", content)
+        files.write_json(run / "run.json", content)
         with refused(run / "run.json", "base_model"):
             checkpoint.resolve_run(run)
     (run / "run.json").write_text("{")
     with refused(run / "run.json", "not valid json"):
         checkpoint.resolve_run(run)
     (run / "run.json").unlink()
-    checkpoint.write_json(run / "final/adapter/adapter_config.json", {"base_model_name_or_path": "org/base"})
+    files.write_json(run / "final/adapter/adapter_config.json", {"base_model_name_or_path": "org/base"})
     assert checkpoint.resolve_run(run)[0] == "org/base"  # an adapter from elsewhere
 
 
@@ -700,8 +704,8 @@ def test_unfinished_run(run):
 
 
 def test_plain_models_are_no_runs(tmp_path):
-    checkpoint.write_json(tmp_path / "config.json", {})
-    checkpoint.write_json(tmp_path / "run.json", {})  # how the model was made
+    files.write_json(tmp_path / "config.json", {})
+    files.write_json(tmp_path / "run.json", {})  # how the model was made
     assert checkpoint.resolve_run(tmp_path) == (str(tmp_path), None)
     assert checkpoint.resolve_run("google/paligemma-3b-pt-224") == ("google/paligemma-3b-pt-224", None)
 
@@ -726,13 +730,13 @@ def attached(model) -> dict:
 def test_adapter_round_trip(tmp_path):
     stored = save_adapter(tmp_path)
     model = paligemma()
-    adapted = checkpoint.attach_adapter(model, tmp_path)
+    adapted = adapters.attach_adapter(model, tmp_path)
     assert adapted.get_base_model() is model
     found = attached(adapted)
     assert set(found) == set(stored) and len(stored) == 8
     assert all(torch.equal(found[key], stored[key]) for key in stored)
     assert not any(tensor.requires_grad for tensor in adapted.parameters()) and not adapted.training
-    adapted = checkpoint.attach_adapter(paligemma(), tmp_path, trainable=True)
+    adapted = adapters.attach_adapter(paligemma(), tmp_path, trainable=True)
     trainable = {name for name, tensor in adapted.named_parameters() if tensor.requires_grad}
     assert len(trainable) == 8 and all("lora_" in name for name in trainable)
 
@@ -745,7 +749,7 @@ def test_adapters_of_older_namings(tmp_path, which):
     old = layout({key.removeprefix(prefix): value for key, value in stored.items()}, which)
     assert set(old) & {key.removeprefix(prefix) for key in stored} != set(old)
     save_file({prefix + key: value for key, value in old.items()}, tmp_path / "adapter_model.safetensors")
-    found = attached(checkpoint.attach_adapter(paligemma(), tmp_path))
+    found = attached(adapters.attach_adapter(paligemma(), tmp_path))
     assert set(found) == set(stored)
     assert all(torch.equal(found[key], stored[key]) for key in stored)
 
@@ -753,47 +757,47 @@ def test_adapters_of_older_namings(tmp_path, which):
 def test_adapters_refused(tmp_path):
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     with refused(config, "No such file"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)
     stored = save_adapter(tmp_path)
     key = min(stored)
 
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-5])
     with refused(weights, "truncated or corrupt"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)
 
     save_file(stored | {"base_model.model.model.language_model.layers.9.x.lora_A.weight": torch.zeros(2)}, weights)
     with refused(weights, "layers.9.x", "no place", "(1 keys)"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)
 
     save_file({name: value for name, value in stored.items() if name != key}, weights)
     with refused(weights, key, "missing"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)
 
     save_file(stored | {key: torch.zeros(2, 7)}, weights)
     with refused(tmp_path, key.removesuffix(".weight"), "does not fit"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)
 
     weights.write_bytes(whole)
     with refused(weights, "missing for this model"):
-        checkpoint.attach_adapter(paligemma(layers=3), tmp_path)
+        adapters.attach_adapter(paligemma(layers=3), tmp_path)
     with refused(weights, "no place in this model"):
-        checkpoint.attach_adapter(paligemma(layers=1), tmp_path)
+        adapters.attach_adapter(paligemma(layers=1), tmp_path)
     with refused(tmp_path, "does not fit", "arget modules"):
-        checkpoint.attach_adapter(meta_linear(), tmp_path)
+        adapters.attach_adapter(meta_linear(), tmp_path)
 
-    content = checkpoint.read_json(config)
-    checkpoint.write_json(config, content | {"peft_type": "NOPE"})
+    content = files.read_json(config)
+    files.write_json(config, content | {"peft_type": "NOPE"})
     with refused(tmp_path, "does not fit", "NOPE"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)
     config.write_text("{")
     with refused(config, "not valid json"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
-    checkpoint.write_json(config, content)
+        adapters.attach_adapter(paligemma(), tmp_path)
+    files.write_json(config, content)
 
     weights.unlink()
     with refused(weights, "No such file"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)
     torch.save(stored, tmp_path / "adapter_model.bin")
     with refused("adapter_model.bin", "never loaded"):
-        checkpoint.attach_adapter(paligemma(), tmp_path)
+        adapters.attach_adapter(paligemma(), tmp_path)

@@ -24,10 +24,10 @@ from data import (
 )
 from errors import UserError
 from finetune_original import Config
-from haystack import PicturePool, needle_prompt, read_pictures, read_pool
+from haystack import ImagePool, needle_prompt, read_captioned_images, read_pool
 from processing_paligemma import PaliGemmaProcessor
 
-POOL = PicturePool(read_pool(splits=("train",)))
+POOL = ImagePool(read_pool(splits=("train",)))
 
 
 def source(**change):
@@ -42,7 +42,7 @@ def write_rows(folder, rows):
 
 
 def test_an_example_depends_on_seed_epoch_and_index_alone():
-    a, b = source().get(1, 5), source(pool=PicturePool(read_pool(splits=("train",)))).get(1, 5)
+    a, b = source().get(1, 5), source(pool=ImagePool(read_pool(splits=("train",)))).get(1, 5)
     assert (a.id, a.prefix, a.suffix) == (b.id, b.prefix, b.suffix)
     assert a.images[0].tobytes() == b.images[0].tobytes()
     others = [source().get(1, 6), source().get(2, 5), source(seed=1).get(1, 5), source(name="test").get(1, 5)]
@@ -72,7 +72,7 @@ def test_needles_are_everywhere_and_a_fifth_is_absent():
 
 
 def test_the_picture_shows_the_drawings_row_by_row():
-    flat = PicturePool(read_pool(splits=("train",))[:40])
+    flat = ImagePool(read_pool(splits=("train",))[:40])
     picture = flat.stitch("key", ((0, 1), (2, 3)), cell=64)
     assert picture.size == (128, 128)
     for place, index in enumerate((0, 1, 2, 3)):
@@ -86,7 +86,7 @@ def test_the_picture_shows_the_drawings_row_by_row():
 
 def test_a_pool_that_is_too_small_is_refused():
     with pytest.raises(UserError, match="17 captions"):
-        PicturePool(read_pool(splits=("train",))[:20]).make("k", 1, 4, True)
+        ImagePool(read_pool(splits=("train",))[:20]).make("k", 1, 4, True)
 
 
 def test_haystacks_of_one_s_own_pictures(tmp_path):
@@ -105,7 +105,7 @@ def test_haystacks_of_one_s_own_pictures(tmp_path):
         assert example.images[0].getpixel((256 * column + 128, 256 * row + 128)) == (number, 0, 255 - number)
         assert sets["2x2 absent"].get(0, i).suffix == "-1"
     (tmp_path / "0.txt").write_text(" A dog\nruns. ")
-    assert needle_prompt(read_pictures(tmp_path)[0].caption) == "answer en where is A dog runs?"
+    assert needle_prompt(read_captioned_images(tmp_path)[0].caption) == "answer en where is A dog runs?"
     with pytest.raises(UserError, match="0.txt:1: not a json object of image and caption"):
         make_data(Config(data=f"haystack:{tmp_path / '0.txt'}"))
 

@@ -7,9 +7,10 @@ import tiny
 import torch
 from test_differential import build, causal, layer, projected, stir
 
-from attention import attention_maps, blend, rotate
+from attention import attention_maps, rotate
 from diagnostics import diagnostics, look_inside, row_entropy, select_heads
 from differential_attention import differential_modules
+from kernels import blend
 
 
 @pytest.mark.parametrize("preset", ["split", "v2", "difflora", "v1", "grouped", "dex"])
@@ -22,7 +23,7 @@ def test_a_look_inside_sees_what_the_forward_pass_does(preset):
         assert torch.equal(valid, batch["attention_mask"].bool())
         torch.testing.assert_close(seen.first.sum(-1), torch.ones(seen.first.shape[:3]))
         normalised = module.config.combine == "normalised"
-        weight = seen.strength / (1 - seen.strength) if normalised else seen.strength
+        weight = seen.lambda_ / (1 - seen.lambda_) if normalised else seen.lambda_
         out = blend(seen.out1, seen.out2, weight, normalised)
         out = module._head_norm(out) if module.config.norm == "head" else out
         torch.testing.assert_close(out, outputs.pop(), atol=1e-5, rtol=1e-5)

@@ -322,9 +322,9 @@ def test_v2_halves_the_output_at_first():
 
 
 @pytest.mark.parametrize(
-    ("preset", "strength"), [("split", 0.3), ("flipped", -0.3), ("lambda_fixed", 0.1), ("lambda_zero", 0.0)]
+    ("preset", "lambda_"), [("split", 0.3), ("flipped", -0.3), ("lambda_fixed", 0.1), ("lambda_zero", 0.0)]
 )
-def test_split_and_its_controls_are_their_formula(preset, strength):
+def test_split_and_its_controls_are_their_formula(preset, lambda_):
     """The delta is added before rotation; gamma = exp(logit) is lambda / (1 - lambda)."""
     attend, x, rotary, mask = layer(preset)
     d = attend.differential
@@ -334,7 +334,7 @@ def test_split_and_its_controls_are_their_formula(preset, strength):
     delta = (x @ d.second_down.T @ d.second_up.T).unflatten(-1, (-1, 8)).transpose(1, 2)
     q, k, v = projected(attend, x, None)
     q1, q2, k = rotate(q, *rotary), rotate(q + delta, *rotary), rotate(k, *rotary)
-    out = differential_reference(q1, q2, k, k, v, causal(), 8**-0.5, strength, normalised=True)
+    out = differential_reference(q1, q2, k, k, v, causal(), 8**-0.5, lambda_, normalised=True)
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
     if preset == "split":
         torch.testing.assert_close(d.blend_weight(x), d.lambda_logit.exp())
@@ -365,8 +365,8 @@ def test_difflora_dex_and_grouped_are_their_formulas():
     d.selected.copy_(torch.tensor([1, 0, 1, 0]))
     d.progress.fill_(0.25)
     out = attention(q, k, v, mask, 8**-0.5)
-    strength = 0.1875 * (0.8 - 0.6 * math.exp(-0.6)) + 0.25 * d.lambda_learn
-    out = out - strength * (out @ d.value_map.T) * torch.tensor([1, 0, 1, 0]).view(4, 1, 1)
+    lambda_ = 0.1875 * (0.8 - 0.6 * math.exp(-0.6)) + 0.25 * d.lambda_learn
+    out = out - lambda_ * (out @ d.value_map.T) * torch.tensor([1, 0, 1, 0]).view(4, 1, 1)
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
 
     attend, x, rotary, mask = layer("grouped", heads=8, noise_ratio=2)
@@ -456,10 +456,10 @@ def test_vectors_start_as_v1s_and_gains_at_1():
 
 def test_a_normalised_lambda_keeps_below_its_bound_and_can_come_back():
     d = next(iter(da.differential_modules(build("split", lambda_start=0.9)).values()))
-    assert abs(d.strength(None) - 0.9) < 1e-6
+    assert abs(d.current_lambda(None) - 0.9) < 1e-6
     with torch.no_grad():
         d.lambda_logit.fill_(5.0)
-    value = d.strength(None)
+    value = d.current_lambda(None)
     assert abs(value - 0.9) < 1e-6 and abs(d.blend_weight(None) - 9) < 1e-4
     assert torch.autograd.grad(value.sum(), d.lambda_logit)[0] > 0
 
@@ -479,8 +479,8 @@ def test_lambda_warms_up_and_anneals_with_progress():
 
 
 def test_gamma_and_lambda_correspond():
-    for gamma, strength in ((0.25, 0.2), (0.5, 1 / 3), (1, 0.5), (2, 2 / 3), (4, 0.8)):
-        d = next(iter(da.differential_modules(build("split", lambda_start=strength)).values()))
+    for gamma, lambda_ in ((0.25, 0.2), (0.5, 1 / 3), (1, 0.5), (2, 2 / 3), (4, 0.8)):
+        d = next(iter(da.differential_modules(build("split", lambda_start=lambda_)).values()))
         assert d.blend_weight(None).item() == pytest.approx(gamma)
 
 
@@ -489,8 +489,8 @@ def test_defect_a_the_same_map_on_both_sides():
     attend, x, rotary, mask = layer("src_gemma_samemap", lambda_kind="fixed")
     other, *_ = layer("v1_width", width=8, lambda_kind="fixed")
 
-    def at(attend, strength):
-        attend.differential.config.lambda_start = strength
+    def at(attend, lambda_):
+        attend.differential.config.lambda_start = lambda_
         return attend(x, rotary, mask, None)
 
     size = at(attend, 0.2).abs().max()

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_differential import build, family_of, layer, logits, stir
 
-import checkpoint
+import adapters
 import differential_attention as da
+import files
+from adapters import load_differential, save_differential
 from attention import PrefixMask
-from checkpoint import DIFFERENTIAL, load_differential, save_differential
+from checkpoint import DIFFERENTIAL
 from diagnostics import lambda_values
 from differential_attention import PRESETS, DifferentialAttention, DifferentialConfig, set_progress
 from errors import UserError
@@ -357,7 +359,7 @@ def base(tmp_path):
 def run_folder(folder, base, adapted):
     adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     save_differential(adapted, folder)
-    checkpoint.write_json(folder / "run.json", {"base_model": str(base)})
+    files.write_json(folder / "run.json", {"base_model": str(base)})
     return folder
 
 
@@ -398,7 +400,7 @@ def test_defect_e_a_resumed_run_goes_on_as_it_would_have(base, tmp_path):
     config = DifferentialConfig("v1_width", seed=9)
     model = PaliGemmaForConditionalGeneration.from_pretrained(base, differential=config)
     model.requires_grad_(False)
-    resumed = checkpoint.attach_adapter(model, folder / "adapter", trainable=True)
+    resumed = adapters.attach_adapter(model, folder / "adapter", trainable=True)
     load_differential(resumed, folder)
     da.unfreeze_differential(resumed)
     trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (adapted, resumed)]
@@ -511,7 +513,7 @@ def test_a_saved_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("checkpoint.save_file", full_disk)
+    monkeypatch.setattr("adapters.save_file", full_disk)
     with pytest.raises(UserError, match="free some space"):
         save_differential(stir(build("split")), tmp_path / "new")
     assert [file.read_bytes() for file in (tmp_path / "new").iterdir()] == [before]

@@ -16,10 +16,10 @@ from PIL import Image
 from test_answering import timeless
 
 import eval_mmnih
-from checkpoint import read_json, write_json
 from diagnostics import needle_share
 from errors import UserError
 from eval_mmnih import Config
+from files import read_json, write_json
 from haystack import read_pool
 
 ROOT = Path(__file__).parent.parent
@@ -253,7 +253,7 @@ def test_numbers_that_no_run_can_have_are_refused(folder, capsys):
 def test_evaluations_that_start_together_share_what_is_built(folder):
     """Each in its own process, as two models on two cards are."""
     code = (
-        "import eval_mmnih as e; from mmneedle import Setting; "
+        "import eval_mmnih as e; from needle_eval.mmneedle import Setting; "
         "print(e.mmneedle_folder(e.Config(samples=150), [Setting(1, 2)]))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]

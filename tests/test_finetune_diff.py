@@ -12,13 +12,13 @@ from test_training import adapter, metrics
 
 import run_folder
 import training
-from attention import apply_maps
 from data import loader, make_data
 from diagnostics import acting_map
 from differential_attention import PRESETS, DifferentialConfig, declared_trainable, differential_parameters
 from errors import UserError
 from finetune_diff import Config
 from finetune_original import finetune
+from kernels import apply_maps
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
 

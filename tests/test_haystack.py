@@ -2,7 +2,7 @@
 
 import pytest
 
-from haystack import is_exact
+from needle_eval.questions import is_exact
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from intervals import (
+from needle_eval.statistics import (
     mcnemar_exact,
     mean_over_seeds,
     mean_rate,

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageChops
 
 from errors import UserError
+from files import open_image
 from haystack import read_pool
-from mm_niah import (
+from needle_eval.mm_niah import (
     CONTRACTIONS,
     TASKS,
     context_bin,
@@ -28,7 +29,7 @@ from mm_niah import (
     score_mm_niah,
     vqa_normalise,
 )
-from processing_paligemma import PaliGemmaProcessor, open_image
+from processing_paligemma import PaliGemmaProcessor
 
 NANO = Path(__file__).parent.parent / "assets" / "paligemma-nano"
 META = {"placed_depth": [0.2, 0.6], "context_length": 1023, "choices": None, "choices_image_path": None}
@@ -62,7 +63,7 @@ def test_an_open_question(tmp_path):
     asked = "Which tree?\nAnswer the question using a single word or phrase."
     assert question.prompt == f"One.\n<image>\nTwo. <image>\n{asked}"
     assert question.images == ("pictures/a.jpg", "pictures/b.jpg") and question.truth == "oak"
-    assert question.told == {
+    assert question.fields == {
         "question_id": 3,
         "context_length": 1023,
         "placed_depth": [0.2, 0.6],
@@ -94,7 +95,7 @@ def test_choices_of_pictures(tmp_path):
 def test_counts_may_be_a_string(tmp_path):
     for answer in ([1, 3, 2], "[1, 3, 2]"):
         question = read_one(tmp_path, ROW | {"answer": answer}, "counting-text")
-        assert question.truth == question.told["answer"] == [1, 3, 2] and question.max_new_tokens == 32
+        assert question.truth == question.fields["answer"] == [1, 3, 2] and question.max_new_tokens == 32
 
 
 def test_a_folder_or_a_file_and_the_limit_is_per_task(tmp_path):
@@ -306,7 +307,7 @@ def test_every_row_is_read_and_every_cell_met(mini):
     assert len(questions) == len({q.id for q in questions}) == 90
     met = {task: set() for task in TASKS}
     for q in questions:
-        met[q.setting].add((context_bin(q.told["context_length"]), depth_bin(q.told["placed_depth"])))
+        met[q.setting].add((context_bin(q.fields["context_length"]), depth_bin(q.fields["placed_depth"])))
     for task, cells in met.items():
         assert cells == {(c, d) for c in range(2 if task == "counting-image" else 3) for d in range(5)}, task
     for name in {name for q in questions for name in q.images}:
@@ -388,7 +389,7 @@ def test_an_oracle_scores_all_and_a_mute_nothing(mini):
     questions = read_mm_niah(mini, mini / "images")
     told = [q.truth if isinstance(q.truth, str) else json.dumps(q.truth) for q in questions]
     rows = [
-        {"id": q.id, "setting": q.setting, "response": r, "ground_truth": q.truth} | q.told
+        {"id": q.id, "setting": q.setting, "response": r, "ground_truth": q.truth} | q.fields
         for q, r in zip(questions, told, strict=True)
     ]
     oracle, mute = score_mm_niah(rows), score_mm_niah([row | {"response": None} for row in rows])

@@ -12,11 +12,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mmneedle
 from errors import UserError
-from haystack import Picture, PicturePool, read_pictures, read_pool
-from mmneedle import Setting, build, candidates, ground_truth, official_prompt, read_questions, settings
-from scoring import answers, score
+from haystack import ImagePool, PoolImage, read_captioned_images, read_pool
+from needle_eval import mmneedle
+from needle_eval.mmneedle import (
+    Setting,
+    answers,
+    build,
+    candidates,
+    ground_truth,
+    official_prompt,
+    read_questions,
+    score,
+    settings,
+)
 
 RELEASE = Path(os.environ.get("MMNEEDLE_DATA", ""))
 released = pytest.mark.skipif("MMNEEDLE_DATA" not in os.environ, reason="MMNEEDLE_DATA is not set")
@@ -28,15 +37,15 @@ def png(colour) -> bytes:
     return out.getvalue()
 
 
-def flat_pool(count: int = 40) -> PicturePool:
+def flat_pool(count: int = 40) -> ImagePool:
     """Pictures of one opaque colour each: what a cell shows can be read off a pixel."""
     colours = [(i, (i * 37) % 256, (i * 91) % 256) for i in range(count)]
-    return PicturePool([Picture(png(c), f"colour {i}", str(i), "flat", "test") for i, c in enumerate(colours)])
+    return ImagePool([PoolImage(png(c), f"colour {i}", str(i), "flat", "test") for i, c in enumerate(colours)])
 
 
 def oracle(questions, change=lambda truth: truth) -> list[dict]:
     return [
-        {"id": q.id, "setting": q.setting, "response": change(q.truth), "ground_truth": q.truth, **q.told}
+        {"id": q.id, "setting": q.setting, "response": change(q.truth), "ground_truth": q.truth, **q.fields}
         for q in questions
     ]
 
@@ -114,10 +123,10 @@ def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
         shown = [captions[name] for cells in inside for name in cells]
         assert len(question.images) == shape[0] and all(Path(path).is_file() for path in question.images)
         targets = row["target"] if shape[2] > 1 else [row["target"]]
-        assert [captions[target] for target in targets] == question.told["caption"]
+        assert [captions[target] for target in targets] == question.fields["caption"]
         if row["id"] >= 5000:
-            assert question.truth == "; ".join(["0, 0, 0"] * shape[2]) and question.told["kind"] == "negative"
-            assert not set(question.told["caption"]) & set(shown)
+            assert question.truth == "; ".join(["0, 0, 0"] * shape[2]) and question.fields["kind"] == "negative"
+            assert not set(question.fields["caption"]) & set(shown)
             continue
         for truth, target in zip(question.truth.split("; "), targets, strict=True):
             m, r, c = (int(n) - 1 for n in truth.split(", "))
@@ -128,7 +137,7 @@ def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        build(PicturePool(flat_pool().pictures), tmp_path / name, Setting(1, 2), samples=5, seed=1, cell=8)
+        build(ImagePool(flat_pool().pictures), tmp_path / name, Setting(1, 2), samples=5, seed=1, cell=8)
     build(flat_pool(), tmp_path / "c", Setting(1, 2), samples=5, seed=2, cell=8)
     files = [
         {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*") if f.is_file()} for n in "abc"
@@ -146,7 +155,7 @@ def test_several_pictures_make_another_haystack_for_every_question(tmp_path):
 
 
 def test_names_of_pictures_stay_apart():
-    pictures = [Picture(b"", "c", concept, "f", "test") for concept in ("a/b", "a-b", "a%2Fb")]
+    pictures = [PoolImage(b"", "c", concept, "f", "test") for concept in ("a/b", "a-b", "a%2Fb")]
     assert len({mmneedle.name_of(p) for p in pictures}) == 3 and "/" not in mmneedle.name_of(pictures[0])
 
 
@@ -186,9 +195,11 @@ def test_broken_rows_become_questions_that_count_as_wrong(tmp_path):
     ]
     write_release(tmp_path, rows, {"a.jpg": " A cat. "})
     questions = read_questions(tmp_path, Setting(1, 2), "official", samples=10)
-    assert [q.told["kind"] for q in questions] == ["positive"] * 5 + ["negative"]
-    assert ["error" in q.told for q in questions] == [False, True, True, True, True, False]
-    assert "id 1: KeyError 'lost.jpg'" in questions[1].told["error"] and "outside 1x2x2" in questions[2].told["error"]
+    assert [q.fields["kind"] for q in questions] == ["positive"] * 5 + ["negative"]
+    assert ["error" in q.fields for q in questions] == [False, True, True, True, True, False]
+    assert (
+        "id 1: KeyError 'lost.jpg'" in questions[1].fields["error"] and "outside 1x2x2" in questions[2].fields["error"]
+    )
     assert questions[0].truth == "1, 2, 1" and questions[0].prompt.endswith("Caption:  A cat. ")
     assert questions[0].images == (str(tmp_path / "images_stitched/2_2/s.jpg"),)
 
@@ -227,7 +238,7 @@ def test_a_repeated_id_is_refused(tmp_path):
 def test_so_many_of_every_cell(tmp_path):
     build(flat_pool(), tmp_path, Setting(1, 2), samples=40, seed=0, cell=4)
     questions = read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=3)
-    assert len(questions) == 24 and {q.told["kind"] for q in questions} == {"positive"}
+    assert len(questions) == 24 and {q.fields["kind"] for q in questions} == {"positive"}
     assert set(Counter(q.truth for q in questions).values()) == {6}
     with pytest.raises(UserError, match="a cell has .* positives, not 40"):
         read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=40)
@@ -238,27 +249,27 @@ def test_pictures_of_a_folder_and_of_a_jsonl(tmp_path):
     for i in range(60):
         (tmp_path / f"{i:02}.png").write_bytes(png((i, i, i)))
         (tmp_path / f"{i:02}.txt").write_text(f"a grey number {i}\n")
-    pictures = read_pictures(tmp_path)
+    pictures = read_captioned_images(tmp_path)
     assert [p.caption for p in pictures] == [f"a grey number {i}" for i in range(60)]
     train, test = ([p.caption for p in pictures if p.split == split] for split in ("train", "test"))
     assert len(train) + len(test) == 60 and 4 <= len(test) <= 22 and not set(train) & set(test)
     (tmp_path / "05.txt").write_bytes(b"\xe9")
     with pytest.raises(UserError, match="05.txt: cannot be read"):
-        read_pictures(tmp_path)
+        read_captioned_images(tmp_path)
     (tmp_path / "captions.json").write_text(json.dumps({"07.png": "seven", "03.png": "three"}))
-    assert [p.caption for p in read_pictures(tmp_path)] == ["three", "seven"]
+    assert [p.caption for p in read_captioned_images(tmp_path)] == ["three", "seven"]
     (tmp_path / "rows.jsonl").write_text('{"image": "05.png", "caption": "five"}\n')
-    assert read_pictures(tmp_path / "rows.jsonl")[0].open().getpixel((0, 0)) == (5, 5, 5)
+    assert read_captioned_images(tmp_path / "rows.jsonl")[0].open().getpixel((0, 0)) == (5, 5, 5)
     (tmp_path / "rows.jsonl").write_text('{"image": "05.png"}\n')
     with pytest.raises(UserError, match="rows.jsonl:1: not a json object of image and caption"):
-        read_pictures(tmp_path / "rows.jsonl")
+        read_captioned_images(tmp_path / "rows.jsonl")
     (tmp_path / "captions.json").write_text(json.dumps({"lost.png": "gone"}))
     with pytest.raises(UserError, match="lost.png does not exist"):
-        read_pictures(tmp_path)
+        read_captioned_images(tmp_path)
 
 
 def test_the_embedded_pool_is_drawn_on_colours():
-    pool = PicturePool(read_pool(splits=("test_style",)))
+    pool = ImagePool(read_pool(splits=("test_style",)))
     assert pool.drawing(0, 64).mode == "RGBA" and pool.drawing(0, 64).size == (56, 56)
 
 
@@ -308,11 +319,11 @@ def test_the_released_rows_read_as_they_are():
         5000: ("1534", "0, 0, 0", "She is well prepared to participate in the tennis match."),
     }
     questions = read_questions(RELEASE, Setting(1, 2), "official", samples=5000)
-    assert len(questions) == 10_000 and not any("error" in q.told for q in questions)
-    by_id = {q.told["row"]: q for q in questions}
+    assert len(questions) == 10_000 and not any("error" in q.fields for q in questions)
+    by_id = {q.fields["row"]: q for q in questions}
     for number, (stitched, truth, caption) in golden.items():
         assert by_id[number].images[0].endswith(f"images_stitched/2_2/COCO_val2014_stitched_{stitched}.jpg")
-        assert (by_id[number].truth, by_id[number].told["caption"]) == (truth, [caption])
+        assert (by_id[number].truth, by_id[number].fields["caption"]) == (truth, [caption])
     for grid, (stitched, truth) in {4: ("4220", "1, 4, 1"), 8: ("8484", "1, 7, 2")}.items():
         first = read_questions(RELEASE, Setting(1, grid), "official", samples=1)[0]
         assert stitched in first.images[0] and first.truth == truth

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pytest
 
 from errors import UserError
-from haystack import Question
-from pope import SPLITS, is_invalid, parse_pope, pope_table, read_pope, score_pope
+from needle_eval.pope import SPLITS, is_invalid, parse_pope, pope_table, read_pope, score_pope
+from needle_eval.questions import Question
 
 ROW = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard?", "label": "yes"}
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from errors import UserError
-from processing_paligemma import PaliGemmaProcessor, boxes_to_locs, locs_to_boxes, open_image
+from files import open_image
+from processing_paligemma import PaliGemmaProcessor, boxes_to_locs, locs_to_boxes
 
 # transformers' processor under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

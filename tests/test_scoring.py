@@ -2,9 +2,9 @@
 
 import pytest
 
-import scoring
 from errors import UserError
-from scoring import answers, lenient, score, strict, table, well_formed
+from needle_eval import mmneedle as scoring
+from needle_eval.mmneedle import answers, lenient, score, strict, table, well_formed
 
 ONE = "1, 2, 1"
 TWO = "1, 2, 1; 1, 1, 2"

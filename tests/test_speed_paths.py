@@ -9,10 +9,8 @@ import tiny
 import torch
 from torch import nn
 
-import lora
-import loss
-from lora import LowRankLinears, is_plain_lora, linears
-from loss import TiledHeadLoss, capped, head_loss
+import kernels
+from kernels import LowRankLinears, TiledHeadLoss, apply_linears, capped, head_loss, is_plain_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +36,7 @@ def test_linears_are_peft_s_in_float64():
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     assert all(is_plain_lora(module, x) for module in modules) and len(parameters) == 6
-    expected, found = tuple(module(x) for module in modules), linears(x, *modules)
+    expected, found = tuple(module(x) for module in modules), apply_linears(x, *modules)
     weights = [torch.randn_like(out) for out in expected]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
@@ -82,11 +80,11 @@ def test_whatever_is_not_plain_is_left_to_peft(change, monkeypatch):
         wrapped.base_model.set_adapter(["default", "other"])
     elif change == "plain":
         modules = [module.base_layer for module in modules]
-    monkeypatch.setattr(lora.LowRankLinears, "apply", None)
+    monkeypatch.setattr(kernels.LowRankLinears, "apply", None)
     x = torch.randn(3, 6, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         torch.manual_seed(1)
-        found = linears(x, *modules)
+        found = apply_linears(x, *modules)
         torch.manual_seed(1)  # dropout
         for a, b in zip(found, (module(x) for module in modules), strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
@@ -99,7 +97,7 @@ def test_float32_masters_on_a_bfloat16_base():
         if "lora_" in name:
             p.data = p.data.float()
     x = torch.randn(64, 6).bfloat16().requires_grad_()
-    outs = linears(x, *modules)
+    outs = apply_linears(x, *modules)
     assert all(out.dtype == torch.bfloat16 for out in outs)
     sum(out.float().square().sum() for out in outs).backward()
     assert x.grad.dtype == torch.bfloat16
@@ -113,7 +111,7 @@ def test_float32_masters_on_a_bfloat16_base():
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("tile", [5, 16, 100])  # one that does not divide the vocabulary, and one beyond it
 def test_the_tiled_loss_is_the_formula_in_float64(tile, softcap, monkeypatch):
-    monkeypatch.setattr(loss, "TILE", tile)
+    monkeypatch.setattr(kernels, "TILE", tile)
     torch.manual_seed(0)
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     weight, labels = 3 * torch.randn(32, 6, dtype=torch.float64), torch.tensor([0, 31, 4, 5, 15, 16, 4])
@@ -142,10 +140,10 @@ def test_a_model_takes_the_tiled_loss_where_its_head_is_frozen(dtype, monkeypatc
     batch = tiny.batch()
     tiled = []
     real = TiledHeadLoss.apply
-    monkeypatch.setattr(loss.TiledHeadLoss, "apply", lambda *args: tiled.append(1) or real(*args))
+    monkeypatch.setattr(kernels.TiledHeadLoss, "apply", lambda *args: tiled.append(1) or real(*args))
     results = []
     for small in (1 << 22, 0):
-        monkeypatch.setattr(loss, "SMALL", small)
+        monkeypatch.setattr(kernels, "SMALL", small)
         model.zero_grad()
         model.lm_head.weight.requires_grad_(True)
         model(**batch).loss.backward()
@@ -192,12 +190,12 @@ def test_one_bfloat16_row_is_a_vector():
     modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
     x = torch.randn(1, 1, 48).bfloat16()
     with torch.no_grad():
-        assert all(lora.takes_one_row(module, x) for module in modules)
-        found, expected = linears(x, *modules), [module.double()(x.double()) for module in modules]
+        assert all(kernels.takes_one_row(module, x) for module in modules)
+        found, expected = apply_linears(x, *modules), [module.double()(x.double()) for module in modules]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, atol=5e-3, rtol=5e-3)
-    assert not any(lora.takes_one_row(module, x) for module in modules)  # float64 by now
+    assert not any(kernels.takes_one_row(module, x) for module in modules)  # float64 by now
 
 
 def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):

@@ -19,12 +19,14 @@ import tiny
 import torch
 from test_data import parquet, vqav2
 
+import adapters
 import run_folder
 import training
-from checkpoint import resolve_run, seal
+from checkpoint import resolve_run
 from data import loader, make_data
 from differential_attention import DifferentialConfig
 from errors import UserError
+from files import write_manifest
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
@@ -166,7 +168,7 @@ def test_a_4_bit_base_computes_in_bfloat16(config, monkeypatch):
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        training.quantize(model, torch.device("cpu"))
+        adapters.quantize(model, torch.device("cpu"))
     told = []
     stand_in = types.ModuleType("bitsandbytes.nn")
     stand_in.Linear4bit, stand_in.Params4bit = (
@@ -175,7 +177,7 @@ def test_a_4_bit_base_computes_in_bfloat16(config, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", stand_in)
-    training.quantize(model, torch.device("cpu"))
+    adapters.quantize(model, torch.device("cpu"))
     assert told == [{"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}] * 14
 
 
@@ -184,7 +186,7 @@ def test_a_4_bit_base_trains(config):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     run = run_folder.open_run(config, "original")
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, torch.bfloat16)
-    training.quantize(model, torch.device("cpu"))
+    adapters.quantize(model, torch.device("cpu"))
     small = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(small) == 14 and all(m.compute_dtype == torch.bfloat16 for m in small)
     assert all(m.weight.quant_type == "nf4" and m.weight.quant_state is not None for m in small)
@@ -205,7 +207,7 @@ def test_lora_goes_into_the_language_model_only_and_changes_nothing_at_first(con
     source, _ = make_data(config)
     ((_, batch),) = loader(source, processor, [[(0, 0), (0, 1)]], with_suffix=True)
     assert torch.equal(adapted(**batch).loss, plain(**batch).loss)
-    counts = training.trainable_counts(adapted)
+    counts = adapters.trainable_counts(adapted)
     trained = {name for name, (trainable, _) in counts.items() if trainable}
     assert trained == {"language_model lora"}
     wrapped = {n for n, _ in adapted.named_parameters() if "lora_" in n}
@@ -221,7 +223,7 @@ def test_lora_counts_of_paligemma_3b():
     config = Config(model="google/paligemma-3b-pt-224", lora_rank=8)
     run = run_folder.Run(Path("none"), None, torch.float32, {})
     adapted = training.add_lora(run, config, model)
-    assert training.trainable_counts(adapted)["language_model lora"] == [9_805_824, 9_805_824]
+    assert adapters.trainable_counts(adapted)["language_model lora"] == [9_805_824, 9_805_824]
 
 
 def test_lora_that_fits_nothing_is_refused(config):
@@ -589,7 +591,7 @@ def test_a_checkpoint_after_a_damaged_one_is_kept(config):
     (folder / "checkpoints" / "step-000006").rename(folder / "checkpoints" / "step-000003")
     state = torch.load(folder / "checkpoints" / "step-000003" / "trainer.pt", weights_only=True)
     torch.save(state | {"step": 3}, folder / "checkpoints" / "step-000003" / "trainer.pt")
-    seal(folder / "checkpoints" / "step-000003")
+    write_manifest(folder / "checkpoints" / "step-000003")
     finetune(replace(config, keep_checkpoints=1, save_every=5), "original")
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000006", "step-000009"]
 

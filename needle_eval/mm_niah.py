@@ -19,8 +19,9 @@ from pathlib import Path
 from PIL import Image
 
 from errors import UserError
-from haystack import Picture, Question, check_distinct
-from intervals import mean_rate
+from haystack import PoolImage
+from needle_eval.questions import Question, check_distinct
+from needle_eval.statistics import mean_rate
 
 TASKS = ("retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image")
 MARK = "<image>"  # where a picture stands in the text
@@ -335,7 +336,7 @@ SENTENCES = (
 )
 
 
-def make_mini_set(folder: str | Path, pool_pictures: list[Picture], seed: int, rows_per_task: int):
+def make_mini_set(folder: str | Path, pool_pictures: list[PoolImage], seed: int, rows_per_task: int):
     """Write {task}.jsonl of all six tasks, in the released schema, and their pictures below `folder`/images.
 
     The documents are our own sentences and the pool's pictures, 1,000 to 4,200 tokens long if a word is one token and a
@@ -362,7 +363,7 @@ class _Studio:
     """Makes the pictures: captions' drawings on white, 128 pixels a side, as png files in `images`."""
 
     images: Path
-    things: dict[str, Picture]
+    things: dict[str, PoolImage]
     shown: dict[str, str] = field(default_factory=dict)
 
     def draw(self, grid: int, *placed: tuple[str, int]) -> str:

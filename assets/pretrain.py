@@ -1,6 +1,6 @@
 """Pretrain assets/paligemma-nano: a small PaliGemma that captions and detects the pictures of assets/haystack-pool.
 
-    python pretrain_nano.py      # about an hour on two CPU cores; killed, it continues from its last checkpoint
+    python assets/pretrain.py      # about an hour on two CPU cores; killed, it continues from its last checkpoint
 
 As with PaliGemma itself, the vision tower is trained first, to tell the concepts apart; then the whole model learns
 `caption en`, `detect {caption}` and `ocr` (so that digits and the words of questions, which no caption holds, are not
@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,13 +31,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import write_json
-from errors import one_line_errors
-from haystack import Picture, read_pool
-from intervals import wilson
-from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from modeling_siglip import SiglipVisionConfig
-from processing_paligemma import PaliGemmaProcessor
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from errors import one_line_errors  # noqa: E402
+from files import write_json  # noqa: E402
+from haystack import PoolImage, read_pool  # noqa: E402
+from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
+from modeling_siglip import SiglipVisionConfig  # noqa: E402
+from needle_eval.statistics import wilson  # noqa: E402
+from processing_paligemma import PaliGemmaProcessor  # noqa: E402
 
 # Words of needle questions, so that the tokenizer spells them in few tokens; the model never sees them here.
 INSTRUCTIONS = [
@@ -63,7 +65,7 @@ width {width}, pictures of {image} px in patches of {patch} ({tokens} image toke
 Trained from random weights on the pictures of `../haystack-pool` by
 
 ```
-python pretrain_nano.py
+python assets/pretrain.py
 ```
 
 which is seeded and continues when it is started again. It learned `caption en` (every drawing of a grid, row by row),
@@ -170,7 +172,7 @@ def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
 
 
 # ---- pictures
-def drawings(pictures: list[Picture], side: int) -> Tensor:
+def drawings(pictures: list[PoolImage], side: int) -> Tensor:
     """RGBA drawings [n, 4, side, side] in 0..1, colours premultiplied so that resampling leaves no fringe."""
     arrays = [np.asarray(p.open().resize((side, side), Image.Resampling.LANCZOS), np.float32) / 255 for p in pictures]
     rgba = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
@@ -276,7 +278,7 @@ def loc_text(box: Tensor, side: int) -> str:
 class Task:
     """Pool drawings as training batches; every batch is a pure function of (seed, step, concepts in play)."""
 
-    def __init__(self, config: Config, pictures: list[Picture], processor: PaliGemmaProcessor, augment: bool = True):
+    def __init__(self, config: Config, pictures: list[PoolImage], processor: PaliGemmaProcessor, augment: bool = True):
         self.config, self.processor, self.augment = config, processor, augment
         self.captions = [p.caption for p in pictures]
         self.first_loc = processor.tokenizer.token_to_id("<loc0000>")

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from errors import UserError
-from haystack import Question, check_distinct
-from intervals import rate
+from needle_eval.questions import Question, check_distinct
+from needle_eval.statistics import rate
 
 SPLITS = ("random", "popular", "adversarial")
 

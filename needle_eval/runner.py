@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from attention import PrefixMask
-from checkpoint import writing
 from errors import UserError
-from haystack import Question
+from files import open_image, writing
 from modeling_gemma import KVCache, positions_of
-from processing_paligemma import PaliGemmaProcessor, open_image
+from needle_eval.questions import Question
+from processing_paligemma import PaliGemmaProcessor
 
 KEPT_BYTES = 2 << 30  # of picture features, on the model's device
 
@@ -58,7 +58,7 @@ def mark_too_long(questions: list[Question], processor: PaliGemmaProcessor, limi
                 f" text and {question.max_new_tokens} to answer need {need:,} positions, the model has {limit:,}: take "
                 "fewer pictures or a model of lower resolution"
             )
-            question = replace(question, told={**question.told, "error": fault})
+            question = replace(question, fields={**question.fields, "error": fault})
         marked.append(question)
     return marked
 
@@ -72,7 +72,7 @@ def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
     def kind(question: Question) -> tuple:
         return question.setting, len(question.images), question.max_new_tokens
 
-    whole = sorted((q for q in questions if "error" not in q.told), key=lambda q: (*kind(q), len(q.prompt)))
+    whole = sorted((q for q in questions if "error" not in q.fields), key=lambda q: (*kind(q), len(q.prompt)))
     groups = [list(group) for _, group in groupby(whole, key=kind)]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
@@ -106,7 +106,7 @@ def answer(answerer: Answerer, questions: list[Question], file: Path, judge) -> 
     rows = {name: row for name, row in rows.items() if "error" not in row}
     answerer.accelerator.wait_for_everyone()  # all plan from the same file, before anybody writes
     batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
-    broken = [row_of(q, None, 0.0) for q in questions if "error" in q.told and q.id not in rows]
+    broken = [row_of(q, None, 0.0) for q in questions if "error" in q.fields and q.id not in rows]
     log = Log(file, rows, len(questions), judge) if main else None
     if main:
         log.write(broken)
@@ -261,7 +261,7 @@ def row_of(question: Question, response: str | None, seconds: float) -> dict:
         "ground_truth": question.truth,
         "images": list(question.images),
         "seconds": round(seconds, 4),
-        **question.told,
+        **question.fields,
     }
 
 

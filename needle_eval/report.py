@@ -11,14 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import mm_niah
-import plots
-import pope
-import scoring
-from checkpoint import read_json, write_json
 from errors import UserError
-from intervals import mean_over_seeds, paired_over_seeds
-from mmneedle import write_responses
+from files import read_json, read_json_lines, write_json
+from needle_eval import mm_niah, mmneedle, plots, pope
+from needle_eval.mmneedle import write_responses
+from needle_eval.statistics import mean_over_seeds, paired_over_seeds
 
 
 class Benchmark(NamedTuple):
@@ -30,7 +27,7 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "mmneedle": Benchmark(scoring.score, scoring.table, scoring.judge),
+    "mmneedle": Benchmark(mmneedle.score, mmneedle.table, mmneedle.judge),
     "pope": Benchmark(
         pope.score_pope, pope.pope_table, lambda row: pope.parse_pope(row["response"]) == row["ground_truth"]
     ),
@@ -50,7 +47,7 @@ def read_rows(folder: Path) -> list[dict]:
     """All answers of a folder. Raises UserError where some are still missing."""
     if not (folder / "answers.jsonl").is_file():
         raise UserError(f"{folder}: holds no answers.jsonl: give a folder that eval_mmnih.py wrote")
-    count, lines = read_json(folder / "eval.json").get("questions"), plots.read_lines(folder / "answers.jsonl")
+    count, lines = read_json(folder / "eval.json").get("questions"), read_json_lines(folder / "answers.jsonl")
     if count not in (None, len(lines)):
         raise UserError(f"{folder}: {len(lines):,} answers to {count:,} questions: run the evaluation again to end it")
     return lines
@@ -63,8 +60,8 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
         "skip_none": skip_none
     }
     if record["benchmark"] == "mmneedle":
-        scores = scoring.score(rows, skip_none)
-        write_responses(scoring.answers(rows), folder / "response", slug(record["model"]))
+        scores = mmneedle.score(rows, skip_none)
+        write_responses(mmneedle.answers(rows), folder / "response", slug(record["model"]))
         plots.draw_haystacks(scores, folder / "plots")
     else:
         scores = BENCHMARKS[record["benchmark"]].score(rows)
@@ -104,7 +101,7 @@ def report(folders: list[Path], skip_none: bool) -> list[str]:
         by_name = {name: scores for name, (_, scores) in zip(names, scored, strict=True)}
         what = f"MMNeedle's questions, protocol {config['protocol']}, data {config['data']}"
         plots.draw_side_by_side(by_name, folders[-1] / "plots" / "accuracy.png", what)
-        return [*lines, *scoring.table(by_name, ranked=config["protocol"] == "rank")]
+        return [*lines, *mmneedle.table(by_name, ranked=config["protocol"] == "rank")]
     if benchmark == "mm-niah" and config["data"] == "haystack":
         lines[0] += ": a small generated set in its schema, no score of the benchmark"
     for record, scores in scored:
@@ -121,8 +118,8 @@ def compare(first: str, second: str) -> list[str]:
         benchmark = read_json(one / "eval.json")["benchmark"]
         rows = [read_rows(folder) for folder in (one, other)]
         if benchmark == "mmneedle":
-            rows = [scoring.answers(part) for part in rows]
-        found.append(scoring.compare(*rows, BENCHMARKS[benchmark].judge))
+            rows = [mmneedle.answers(part) for part in rows]
+        found.append(mmneedle.compare(*rows, BENCHMARKS[benchmark].judge))
     lines = []
     for (one, other), scores in zip(pairs, found, strict=True):
         lines += [

@@ -1,0 +1,365 @@
+"""Hand-written autograd functions: blended attention maps, attention in chunks, tiled head loss, low-rank linears.
+
+Nothing here is needed to understand the model.
+
+Shapes: B batch, L query length, S key length, H query heads, K key/value heads, G = H / K, D head width, Dv value
+width, R second queries (H, or a few that are shared), n rows, C hidden width, V vocabulary, r rank.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 64  # query rows whose maps exist at a time above it: they stay in a core's cache
+TILE = 4096  # tokens of the vocabulary at a time: n x TILE logits stay in a core's cache
+SMALL = 1 << 22  # up to so many logits the plain formula takes no longer
+
+
+# ---- explicit attention, step by step
+def attention_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """Scores [B, K, G, L, S] of q [B, H, L, D] on k [B, K, S, D]: scaled, then soft-capped, not yet masked.
+
+    The soft-cap is `c tanh(s / c)` (Gemma 2, arXiv 2408.00118, section 2).
+    """
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    # query heads of a group share their keys: folded into rows, one matmul serves them all
+    rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * length, width)
+    scores = (rows @ k.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, length, -1)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def softmax_maps(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of scores [B, K, G, L, S], which may be overwritten, under mask [B, 1, L, S].
+
+    The maps are float32, or float64 for float64 scores. A row without any visible key gives a uniform map, never NaN.
+    """
+    if mask is not None:
+        scores = scores.masked_fill_(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def apply_maps(maps: Tensor, v: Tensor) -> Tensor:
+    """Weighted values [B, H, L, Dv] of maps [B, K, G, L, S] and v [B, K, S, Dv]."""
+    batch, kv_heads, groups, length, keys = maps.shape
+    return (maps.reshape(batch, kv_heads, groups * length, keys) @ v).view(batch, kv_heads * groups, length, -1)
+
+
+def blend(first: Tensor, second: Tensor, weight: Tensor, normalised: bool) -> Tensor:
+    """Maps or outputs, first [B, H, L, *] and second [B, R, L, *]; weight [1] or [B, H, L, 1].
+
+    `normalised`: first + weight (first - second), which is `first` to the bit where both are equal; else
+    first - weight second. Head h of `first` meets head h R / H of `second`.
+    """
+    if second.shape[1] != first.shape[1]:
+        second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
+    weight = weight.to(first.dtype)
+    if normalised:
+        return torch.lerp(first, second, -weight)  # that very sum, in one pass
+    return torch.addcmul(first, weight, second, value=-1)
+
+
+# ---- both maps: forward, and backward by hand
+class BlendedMaps(torch.autograd.Function):
+    """P v, P the blend of two maps that are kept for the backward pass; the values are met once each way.
+
+    With P = a P1 + b P2 and G the gradient of the output,
+
+        dv = P^T G    dP = G v^T    D_i = rowsum(P_i dP)    dS1 = a P1 (dP - D1)    dS2 = b P2 (dP - D2)
+
+    The weight's gradient is D1 - D2 where normalised (a = 1 + weight, b = -weight) and -D2 where not (a = 1,
+    b = -weight); the soft-cap's factor is 1 - (S / c)^2.
+    """
+
+    @staticmethod
+    def forward(ctx, q1, q2, k, v, weight, dense, scale, normalised, softcap) -> Tensor:
+        """Arguments as `differential_attention`'s, the mask dense."""
+        formed = form_maps(q1, q2, k, v, dense, scale, softcap)
+        ctx.save_for_backward(q1, q2, k, v, weight, *formed)
+        ctx.options = scale, normalised
+        return apply_blend(formed, v, weight, normalised)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        q1, q2, k, v, weight, *formed = ctx.saved_tensors
+        return *map_gradients(gradient, q1, q2, k, v, weight, formed, *ctx.options), *[None] * 4
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """The same, or the first map alone, a chunk of query rows at a time: nothing L x S is kept, the backward pass forms
+    every chunk's maps anew."""
+
+    @staticmethod
+    def forward(ctx, q1, q2, k, v, weight, mask, scale, normalised, softcap, window) -> Tensor:
+        """Arguments as `differential_attention`'s; q2 and weight None: the first map alone."""
+        ctx.save_for_backward(q1, q2, k, v, weight)
+        ctx.options = mask, scale, normalised, softcap, window
+        out = v.new_empty(*q1.shape[:3], v.shape[-1])
+        for rows, keys, dense in row_chunks(mask, q1.shape[2], k.shape[2], window):
+            seen = k[:, :, keys], v[:, :, keys]
+            formed = form_maps(rows_of(q1, rows), rows_of(q2, rows), *seen, dense, scale, softcap)
+            out[:, :, rows] = apply_blend(formed, seen[1], rows_of(weight, rows), normalised)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        q1, q2, k, v, weight = ctx.saved_tensors
+        mask, scale, normalised, softcap, window = ctx.options
+        wide = torch.promote_types(k.dtype, torch.float32)  # of what chunks add up to
+        d_q1, d_q2 = (None if q is None else torch.empty_like(q) for q in (q1, q2))
+        d_k, d_v, d_weight = (None if t is None else torch.zeros_like(t, dtype=wide) for t in (k, v, weight))
+        for rows, keys, dense in row_chunks(mask, q1.shape[2], k.shape[2], window):
+            here = [rows_of(q1, rows), rows_of(q2, rows), k[:, :, keys], v[:, :, keys]]
+            formed = form_maps(*here, dense, scale, softcap)
+            told = map_gradients(gradient[:, :, rows], *here, rows_of(weight, rows), formed, scale, normalised)
+            d_q1[:, :, rows] = told[0]
+            d_k[:, :, keys] += told[2]
+            d_v[:, :, keys] += told[3]
+            if q2 is not None:
+                d_q2[:, :, rows] = told[1]
+                rows_of(d_weight, rows).add_(told[4])
+        d_weight = None if weight is None else d_weight.to(weight.dtype)
+        return d_q1, d_q2, d_k.to(k.dtype), d_v.to(v.dtype), d_weight, *[None] * 5
+
+
+def row_chunks(mask, queries: int, keys: int, window: int | None) -> Iterator[tuple]:
+    """(rows, keys, dense): query rows by the CHUNK, the keys that any of them sees, and their mask or None."""
+    offset = keys - queries
+    for first in range(0, queries, CHUNK):
+        last = min(first + CHUNK, queries)
+        low, high, whole = (0, keys, True) if mask is None else mask.reach(offset + first, offset + last, keys)
+        dense = None if whole else mask.block((offset + first, offset + last), (low, high), window)
+        yield slice(first, last), slice(low, high), dense
+
+
+def rows_of(t: Tensor | None, rows: slice) -> Tensor | None:
+    """These query rows of t [B, H, L, *]; a weight [1] belongs to every row."""
+    return t if t is None or t.ndim == 1 else t[:, :, rows]
+
+
+def form_maps(q1, q2, k, v, dense, scale, softcap) -> tuple[Tensor | None, ...]:
+    """Both maps and the soft-cap's derivative at their scores, None where there is none: first, slope, second, slope.
+
+    Each map is formed by the very operations of the standard arm, so that equal queries give equal bits.
+    """
+    k1, k2 = halves_of(k, v)
+    formed = ()
+    for q, key in ((q1, k1), (q2, k2)):
+        scores = None if q is None else attention_scores(q, key, scale, softcap)
+        slope = None if q is None or softcap is None else 1 - (scores / softcap) ** 2  # unmasked: 0 times inf is NaN
+        formed += (None if q is None else softmax_maps(scores, dense), slope)
+    return formed
+
+
+def halves_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys of the first and of the second map, which may be the same."""
+    return (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
+
+
+def apply_blend(formed, v: Tensor, weight: Tensor | None, normalised: bool) -> Tensor:
+    return apply_maps(blended(formed, weight, normalised).to(v.dtype), v)
+
+
+def blended(formed, weight: Tensor | None, normalised: bool) -> Tensor:
+    first, _, second, _ = formed
+    if second is None:
+        return first
+    return blend(first.flatten(1, 2), second.flatten(1, 2), weight, normalised).view_as(first)
+
+
+def map_gradients(gradient, q1, q2, k, v, weight, formed, scale, normalised) -> tuple[Tensor | None, ...]:
+    """Gradients of q1, q2, k, v and weight by the formulas of `BlendedMaps`."""
+    first, slope1, second, slope2 = formed
+    (k1, k2), kv_heads = halves_of(k, v), v.shape[1]
+    g = gradient.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # query heads of a group as rows, as in the forward pass
+    d_v = blended(formed, weight, normalised).to(v.dtype).flatten(2, 3).mT @ g
+    d_maps = (g @ v.mT).to(first.dtype).view_as(first)
+    if q2 is None:
+        d_q1, d_k1 = through_softmax(d_maps, first, slope1, 1.0, q1, k1, scale)
+        return d_q1, None, d_k1, d_v, None
+    d_q1, d_k1 = through_softmax(d_maps, first, slope1, 1 + weight if normalised else 1.0, q1, k1, scale)
+    shared = first.shape[2] // second.shape[2]  # heads that share a second query
+    d_second, factor = d_maps, -weight
+    if shared > 1:
+        d_second, factor = (factor * d_maps.flatten(1, 2)).view_as(d_maps).unflatten(2, (-1, shared)).sum(3), 1.0
+    d_q2, d_k2 = through_softmax(d_second, second, slope2, factor, q2, k2, scale)
+    second = second.repeat_interleave(shared, dim=2) if shared > 1 else second
+    gap = ((second - first if normalised else second) * d_maps).sum(-1, keepdim=True).flatten(1, 2)
+    d_k = d_k1 + d_k2 if k1 is k2 else torch.cat((d_k1, d_k2), dim=1)
+    return d_q1, d_q2, d_k, d_v, -gap.sum_to_size(weight.shape).to(weight.dtype)
+
+
+def through_softmax(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k from that of factor x maps; the factor, a number or one per row, is multiplied into the
+    queries, which are narrower than the maps."""
+    d_scores = torch.ops.aten._softmax_backward_data(d_maps, maps, -1, maps.dtype)
+    d_scores = d_scores if slope is None else d_scores.mul_(slope)
+    d_scores, factor = d_scores.to(q.dtype).flatten(2, 3), factor * scale
+    scaled = (q * factor).to(q.dtype).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    d_q = (d_scores @ k).view(q.shape) * factor
+    return d_q.to(q.dtype), d_scores.mT @ scaled
+
+
+# ---- the loss of a frozen head
+def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None) -> Tensor:
+    """Mean cross entropy, float32, of hidden [n, C] against labels [n]; logits are head(hidden), soft-capped.
+
+    In tiles where the head is a frozen nn.Linear and the logits are many; the formula itself elsewhere.
+    """
+    plain_head = type(head) is nn.Linear and head.bias is None and not head._forward_hooks
+    if plain_head and not head.weight.requires_grad and len(labels) * head.out_features > SMALL:
+        return TiledHeadLoss.apply(hidden, head.weight, labels, softcap)
+    return F.cross_entropy(capped(head(hidden), softcap).float(), labels)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class TiledHeadLoss(torch.autograd.Function):
+    """The loss, and in the same pass its gradient: sum_v p_v W_v - W_label per row.
+
+    That sum is attention with the head's rows as keys and values, so it is formed as flash attention is: tile by tile,
+    rescaled where a later tile holds a larger logit. W is read once, nothing n x V exists.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+        rows, column = hidden.to(weight.dtype), labels[:, None]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        top = torch.full((len(rows), 1), -torch.inf, dtype=wide, device=rows.device)
+        total, target, own_slope = torch.zeros_like(top), torch.zeros_like(top), torch.ones_like(top)
+        mean = torch.zeros(rows.shape, dtype=wide, device=rows.device)  # sum_v exp(l_v - top) W_v
+        for start, tile in zip(range(0, len(weight), TILE), weight.split(TILE), strict=True):
+            logits = capped(rows @ tile.T, softcap).to(wide)
+            at = (column - start).clamp(0, len(tile) - 1)
+            here = (column >= start) & (column < start + len(tile))
+            target = torch.where(here, logits.gather(1, at), target)
+            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
+            fade = (top - new_top).exp_()
+            slope = None if softcap is None else 1 - (logits / softcap) ** 2
+            shares = logits.sub_(new_top).exp_()
+            total = total * fade + shares.sum(1, keepdim=True)
+            if slope is not None:
+                own_slope = torch.where(here, slope.gather(1, at), own_slope)
+                shares = shares * slope
+            if ctx.needs_input_grad[0]:
+                mean.mul_(fade).add_(shares.to(weight.dtype) @ tile)
+            top = new_top
+        if ctx.needs_input_grad[0]:
+            gradient = (mean / total - own_slope * weight[labels]) / len(labels)
+            ctx.save_for_backward(gradient.to(hidden.dtype))
+        return (top + total.log() - target).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (d_hidden,) = ctx.saved_tensors
+        return gradient * d_hidden, None, None, None
+
+
+# ---- LoRA
+def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """[module(x) for each], as one piece where every module is a peft LoRA layer on a frozen nn.Linear without bias.
+
+    Factors are float32 masters, cast to the base's dtype. Whatever else a module is or does, dropout, a bias, a merged
+    or disabled adapter, a hook, another kind of layer, autocast to another type, it is called as it stands.
+    """
+    if x.numel() == x.shape[-1] and all(takes_one_row(module, x) for module in modules):
+        return tuple((module.weight @ x.view(-1)).view(*x.shape[:-1], -1) for module in modules)
+    if not all(is_plain_lora(module, x) for module in modules):
+        return tuple(module(x) for module in modules)
+    names = [module.active_adapters[0] for module in modules]
+    pairs = list(zip(modules, names, strict=True))
+    return LowRankLinears.apply(
+        x,
+        [module.scaling[name] for module, name in pairs],
+        *(module.base_layer.weight for module in modules),
+        *(module.lora_A[name].weight for module, name in pairs),
+        *(module.lora_B[name].weight for module, name in pairs),
+    )
+
+
+def takes_one_row(module: nn.Module, x: Tensor) -> bool:
+    """Whether x, one row, is better multiplied as a vector: bfloat16 on a CPU, a decoding step."""
+    plain = type(module) is nn.Linear and module.bias is None and not (module._forward_hooks or x.requires_grad)
+    return plain and x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.bfloat16
+
+
+def is_plain_lora(module: nn.Module, x: Tensor) -> bool:
+    base = getattr(module, "base_layer", None)
+    if type(base) is not nn.Linear or not hasattr(module, "lora_A"):
+        return False
+    if len(module.active_adapters) != 1 or module.disable_adapters or module.merged:
+        return False
+    name, weight = module.active_adapters[0], base.weight
+    if name not in module.lora_A or name in getattr(module, "lora_variant", ()):  # DoRA and the like
+        return False
+    parts = (module.lora_A[name], module.lora_B[name])
+    dropout = module.lora_dropout[name]
+    return (
+        base.bias is None
+        and all(type(part) is nn.Linear and part.bias is None for part in parts)
+        and not (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training)
+        and not weight.requires_grad
+        and weight.dtype == x.dtype == computed_in(x)
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (module, base, *parts))
+    )
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """What a matmul of x gives here: autocast would mix its type with x's in the sums formed in place."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+class LowRankLinears(torch.autograd.Function):
+    """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; only x and the rank-r products are saved."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scales: list[float], *weights: Tensor) -> tuple[Tensor, ...]:
+        """`weights`: every W_i, then every A_i, then every B_i."""
+        bases, downs, ups = thirds(weights)
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ stacked(downs, scales, x.dtype).T
+        ctx.save_for_backward(rows, low, *weights)
+        ctx.scales, ctx.shape = scales, x.shape
+        outs = []
+        for base, up, h in zip(bases, ups, low.split([a.shape[0] for a in downs], dim=1), strict=True):
+            out = (rows @ base.T).addmm_(h, up.to(x.dtype).T)
+            outs.append(out.view(*x.shape[:-1], -1))
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        rows, low, *weights = ctx.saved_tensors
+        bases, downs, ups = thirds(weights)
+        ranks = [a.shape[0] for a in downs]
+        gradients = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        d_ups = [(h.T @ g).T.to(up.dtype) for h, g, up in zip(low.split(ranks, dim=1), gradients, ups, strict=True)]
+        d_low = torch.cat([g @ up.to(g.dtype) for g, up in zip(gradients, ups, strict=True)], dim=1)
+        d_stacked = (d_low.T @ rows).split(ranks)
+        d_downs = [scale * d.to(a.dtype) for scale, d, a in zip(ctx.scales, d_stacked, downs, strict=True)]
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_low @ stacked(downs, ctx.scales, rows.dtype)
+            for g, base in zip(gradients, bases, strict=True):
+                d_x.addmm_(g, base)
+            d_x = d_x.view(ctx.shape)
+        return d_x, None, *[None for _ in bases], *d_downs, *d_ups
+
+
+def thirds(weights: tuple) -> tuple[tuple, tuple, tuple]:
+    count = len(weights) // 3
+    return weights[:count], weights[count : 2 * count], weights[2 * count :]
+
+
+def stacked(downs: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype) -> Tensor:
+    """s_i A_i one below the other [sum r, C]."""
+    return torch.cat([scale * a for scale, a in zip(scales, downs, strict=True)]).to(dtype)
