@@ -1,7 +1,7 @@
-"""SigLIP vision tower, as PaliGemma uses it: no class token, no pooling head.
+"""SigLIP vision tower as PaliGemma uses it: no class token, no pooling head.
 
-Shapes: B images, N patches = (image_size / patch_size)^2, C hidden width, H heads, D head width.
-Module names are those of transformers >= 5, so that weights and LoRA adapters travel both ways.
+B images, N patches = (image_size / patch_size)^2, C hidden size, H heads, D head dim. Module names are those of
+transformers >= 5, so that weights and LoRA adapters can be exchanged.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import attention
+from attention import Attend
+from differential_attention import AttentionShape
 from errors import UserError
 
 
 @dataclass
 class SiglipVisionConfig:
-    """Defaults are So400m/14 at 224 px, PaliGemma's tower."""
+    """Defaults: So400m/14 at 224 px, the tower of PaliGemma."""
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -30,11 +31,11 @@ class SiglipVisionConfig:
 
     def __post_init__(self):
         if self.model_type != "siglip_vision_model":
-            raise UserError(f"vision model type {self.model_type!r} is unknown here: expected 'siglip_vision_model'")
+            raise UserError(f"vision model_type {self.model_type!r} is not supported: must be 'siglip_vision_model'")
         if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
             raise UserError(
-                f"vision_config: hidden_size {self.hidden_size} must divide into num_attention_heads "
-                f"{self.num_attention_heads}, and image_size {self.image_size} into patch_size {self.patch_size}"
+                f"vision_config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}, and image_size {self.image_size} of patch_size {self.patch_size}"
             )
 
     @property
@@ -43,7 +44,7 @@ class SiglipVisionConfig:
 
 
 class Embedding(nn.Embedding):
-    """Draws no weights on the meta device, where a draw imports torch.compile: most of a second, for nothing."""
+    """Draws no weights on the meta device, where a draw would import torch.compile, which takes most of a second."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -65,25 +66,31 @@ class SiglipEmbeddings(nn.Module):
 class SiglipAttention(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // self.heads
-        self.scale = self.head_dim**-0.5
+        heads = config.num_attention_heads
+        self.shape = AttentionShape(config.hidden_size, heads, heads, config.hidden_size // heads)
+        self.attend = Attend(mask=None, scale=self.shape.head_dim**-0.5)
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.differential = None  # or the DifferentialAttention that add_differential puts here
+        self.differential = None  # or a DifferentialAttention, see add_differential
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)  # [B, H, N, D]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)  # [B, H, N, D]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.differential is not None:  # a second map, and lambda between the two
-            out = self.differential(x, q, k, v)
+        if self.differential is None:
+            out = self.attend(q, k, v)
         else:
-            out = attention(q, k, v, mask=None, scale=self.scale)
+            k = self.differential.extend_keys(x, k, no_rotation)
+            out = self.differential(x, q, k, v, no_rotation, self.attend)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def no_rotation(t: Tensor) -> Tensor:
+    """SigLIP has learned positions and no rotary embedding."""
+    return t
 
 
 class SiglipMLP(nn.Module):
@@ -123,7 +130,7 @@ class SiglipEncoder(nn.Module):
 
 
 class SiglipVisionModel(nn.Module):
-    """Pictures [B, 3, image_size, image_size] in [-1, 1] -> patch features [B, N, C], after the last LayerNorm."""
+    """Images [B, 3, image_size, image_size] in [-1, 1] -> patch features [B, N, C], after the last LayerNorm."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()

@@ -8,8 +8,9 @@ import torch
 
 from attention import PrefixMask, attention, attention_reference
 from errors import UserError
-from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, sample
+from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig
+from modeling_vlm import sample
 
 FAMILIES = ["gemma", "gemma2"]
 
@@ -166,7 +167,7 @@ def test_every_row_stops_at_its_own_eos(monkeypatch):
     model = tiny.ours_like(tiny.hf_model("gemma"))
     script = torch.tensor([[5, 6, tiny.EOS, 9, 9], [5, tiny.EOS, 9, 9, 9], [5, 6, 7, tiny.EOS, 9]])
     step = iter(script.T)
-    monkeypatch.setattr("modeling_gemma.sample", lambda *args: next(step))
+    monkeypatch.setattr("modeling_vlm.sample", lambda *args: next(step))
     out = model.generate(**tiny.prompts(prefixes=(5, 2, 3)), max_new_tokens=20)
     assert out[:, -4:].tolist() == [[5, 6, 1, 0], [5, 1, 0, 0], [5, 6, 7, 1]]
 

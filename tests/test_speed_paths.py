@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kernels
-from kernels import LowRankLinears, TiledHeadLoss, apply_linears, capped, head_loss, is_plain_lora
+from kernels import LowRankLinears, TiledHeadLoss, apply_linears, apply_softcap, head_loss, is_plain_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +115,7 @@ def test_the_tiled_loss_is_the_formula_in_float64(tile, softcap, monkeypatch):
     torch.manual_seed(0)
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     weight, labels = 3 * torch.randn(32, 6, dtype=torch.float64), torch.tensor([0, 31, 4, 5, 15, 16, 4])
-    expected = nn.functional.cross_entropy(capped(hidden @ weight.T, softcap), labels)
+    expected = nn.functional.cross_entropy(apply_softcap(hidden @ weight.T, softcap), labels)
     found = TiledHeadLoss.apply(hidden, weight, labels, softcap)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     grads = [torch.autograd.grad(2 * value, hidden)[0] for value in (found, expected)]
@@ -143,7 +143,7 @@ def test_a_model_takes_the_tiled_loss_where_its_head_is_frozen(dtype, monkeypatc
     monkeypatch.setattr(kernels.TiledHeadLoss, "apply", lambda *args: tiled.append(1) or real(*args))
     results = []
     for small in (1 << 22, 0):
-        monkeypatch.setattr(kernels, "SMALL", small)
+        monkeypatch.setattr(kernels, "PLAIN_LOSS_MAX_LOGITS", small)
         model.zero_grad()
         model.lm_head.weight.requires_grad_(True)
         model(**batch).loss.backward()
@@ -190,12 +190,12 @@ def test_one_bfloat16_row_is_a_vector():
     modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
     x = torch.randn(1, 1, 48).bfloat16()
     with torch.no_grad():
-        assert all(kernels.takes_one_row(module, x) for module in modules)
+        assert all(kernels.is_single_bf16_row(module, x) for module in modules)
         found, expected = apply_linears(x, *modules), [module.double()(x.double()) for module in modules]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, atol=5e-3, rtol=5e-3)
-    assert not any(kernels.takes_one_row(module, x) for module in modules)  # float64 by now
+    assert not any(kernels.is_single_bf16_row(module, x) for module in modules)  # float64 by now
 
 
 def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):
