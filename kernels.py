@@ -230,7 +230,7 @@ def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | 
 
     Tiled where the head is a frozen nn.Linear and the logits are many, the plain formula elsewhere.
     """
-    is_plain = type(head) is nn.Linear and head.bias is None and not head._forward_hooks
+    is_plain = type(head) is nn.Linear and head.bias is None and not has_hooks(head)
     if is_plain and not head.weight.requires_grad and len(labels) * head.out_features > PLAIN_LOSS_MAX_LOGITS:
         return TiledHeadLoss.apply(hidden, head.weight, labels, softcap)
     return F.cross_entropy(apply_softcap(head(hidden), softcap).float(), labels)
@@ -307,7 +307,7 @@ def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
 
 def is_single_bf16_row(module: nn.Module, x: Tensor) -> bool:
     """Whether x is one bfloat16 row on a CPU, a decoding step, for which a matrix-vector product is faster."""
-    is_plain = type(module) is nn.Linear and module.bias is None and not (module._forward_hooks or x.requires_grad)
+    is_plain = type(module) is nn.Linear and module.bias is None and not (has_hooks(module) or x.requires_grad)
     return is_plain and x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.bfloat16
 
 
@@ -329,8 +329,14 @@ def is_plain_lora(module: nn.Module, x: Tensor) -> bool:
         and not (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training)
         and not weight.requires_grad
         and weight.dtype == x.dtype == matmul_dtype(x)
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in (module, base, *parts))
+        and not any(has_hooks(part) for part in (module, base, *parts))
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs hooks, which the functions here would skip."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

@@ -185,6 +185,33 @@ def test_the_last_layer_answers_for_the_last_rows_alone(family, side, monkeypatc
     assert seen[2:] == [2]
 
 
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_are_called_on_every_fast_path(hook, monkeypatch):
+    """LoRA in one piece, one bfloat16 row, and the tiled head loss."""
+    calls = []
+    _, modules = adapted()
+    for module in modules:
+        getattr(module.base_layer, f"register_{hook}")(lambda *args: calls.append("lora"))
+    sum(
+        out.sum() for out in apply_linears(torch.randn(2, 6, dtype=torch.float64, requires_grad=True), *modules)
+    ).backward()
+    assert calls == ["lora"] * 3
+    monkeypatch.setattr(kernels, "PLAIN_LOSS_MAX_LOGITS", 0)
+    head = nn.Linear(6, 9, bias=False).requires_grad_(False)
+    getattr(head, f"register_{hook}")(lambda *args: calls.append("head"))
+    head_loss(torch.randn(3, 6, requires_grad=True), head, torch.tensor([1, 2, 3]), None).backward()
+    assert calls[3:] == ["head"]
+    if hook.startswith("forward"):
+        row = nn.Linear(6, 9, bias=False).bfloat16()
+        getattr(row, f"register_{hook}")(lambda *args: calls.append("row"))
+        with torch.no_grad():
+            apply_linears(torch.randn(1, 1, 6).bfloat16(), row)
+        assert calls[4:] == ["row"]
+
+
 def test_one_bfloat16_row_is_a_vector():
     torch.manual_seed(0)
     modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
