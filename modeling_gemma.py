@@ -173,7 +173,8 @@ class GemmaRMSNorm(nn.Module):
 def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, L, D] of positions [B, L]; angles in float32, tables in `dtype` as in transformers."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=positions.device) / config.head_dim
-    angles = positions[..., None].float() * config.rope_theta**-exponent
+    # bit-equal to transformers; theta ** -exponent differs by a unit in the last place
+    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponent)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

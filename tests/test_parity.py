@@ -3,6 +3,9 @@
 import pytest
 import tiny
 import torch
+import transformers
+
+from modeling_gemma import GemmaConfig, rotary_tables
 
 FAMILIES = ["gemma", "gemma2"]
 
@@ -20,6 +23,16 @@ def test_logits_and_loss_equal_transformers(family, images, side):
     assert expected.logits[valid].std() > 0.5  # amplified: differences would show
     torch.testing.assert_close(found.logits[valid], expected.logits[valid], atol=1e-4, rtol=0)
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_tables_are_bit_equal_to_transformers_at_every_position(dtype):
+    from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding
+
+    positions = torch.arange(8192)[None]
+    expected = GemmaRotaryEmbedding(transformers.GemmaConfig(head_dim=256))(torch.zeros(1, dtype=dtype), positions)
+    found = rotary_tables(GemmaConfig(), positions, dtype)
+    assert all(torch.equal(ours[:, 0], theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
