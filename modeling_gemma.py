@@ -23,14 +23,38 @@ from differential_attention import AttentionShape
 from errors import UserError
 from files import read_json
 from kernels import apply_linears
-from modeling_siglip import Embedding, SiglipVisionConfig, SiglipVisionModel
+from modeling_siglip import (
+    ACTIVATIONS,
+    Depth,
+    Embedding,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    Size,
+    TokenId,
+    read_config,
+)
 from modeling_vlm import KVCache, VisionLanguageBackbone, VisionLanguageModel
 
-ACTIVATIONS = {
-    # Gemma's released configs say "gelu" or null and mean the tanh form
-    **dict.fromkeys([None, "gelu", "gelu_pytorch_tanh"], lambda x: F.gelu(x, approximate="tanh")),
-    "silu": F.silu,
-}
+GEMMA2_ONLY = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "sliding_window",
+    "layer_types",
+)
+
+
+def read_rope(data: dict) -> tuple[float, float]:
+    """(theta, factor) of a text_config: `rope_parameters` of version 5, `rope_theta` and `rope_scaling` before.
+
+    Raises UserError for scaling other than "linear".
+    """
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"text_config.rope_parameters {rope} is not supported: rope_type must be default or linear")
+    theta = rope.get("rope_theta") or data.get("rope_theta") or 10000.0
+    return theta, rope["factor"] if kind == "linear" else 1.0
 
 
 @dataclass
@@ -38,26 +62,28 @@ class GemmaConfig:
     """Decoder of either family, `model_type` "gemma" or "gemma2". Defaults: Gemma 2B, the decoder of PaliGemma 3b."""
 
     model_type: str = "gemma"
-    vocab_size: int = 257216
-    hidden_size: int = 2048
-    intermediate_size: int = 16384
-    num_hidden_layers: int = 18
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 1
-    head_dim: int = 256
-    hidden_activation: str | None = "gelu_pytorch_tanh"
-    max_position_embeddings: int = 8192
+    vocab_size: Size = 257216
+    hidden_size: Size = 2048
+    intermediate_size: Size = 16384
+    num_hidden_layers: Depth = 18
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size = 1
+    head_dim: Size = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: Size = 8192
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0  # rope_type "linear": positions are divided by it
     initializer_range: float = 0.02
     # Gemma 2 only
-    query_pre_attn_scalar: float | None = None  # query scale is this ** -0.5; None means head_dim
+    query_pre_attn_scalar: int | float | None = None  # query scale is this ** -0.5; None means head_dim
     attn_logit_softcapping: float | None = None
     # transformers >= 5.23 caps the final logits, 4.52 - 5.0 did not, big_vision never does in training;
     # greedy answers do not change, losses do: None turns it off
     final_logit_softcapping: float | None = None
-    # even layers; suffix rows only, as transformers >= 5.23 (big_vision has no window): no effect below 4096 tokens
+    # suffix rows only, as transformers >= 5.23 (big_vision has no window): no effect below 4096 tokens
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None  # sliding_attention or full_attention; None: they alternate
 
     GEMMA2_DEFAULTS = dict(
         hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_key_value_heads=4,
@@ -69,7 +95,15 @@ class GemmaConfig:
             raise UserError(f"text model_type {self.model_type!r} is not supported: must be 'gemma' or 'gemma2'")
         if self.hidden_activation not in ACTIVATIONS:
             raise UserError(
-                f"hidden_activation {self.hidden_activation!r} is not supported: {sorted(map(str, ACTIVATIONS))}"
+                f"text_config.hidden_activation {self.hidden_activation!r} is not supported: {', '.join(ACTIVATIONS)}"
+            )
+        types = self.layer_types
+        if types is not None and (
+            len(types) != self.num_hidden_layers or not set(types) <= {"sliding_attention", "full_attention"}
+        ):
+            raise UserError(
+                f"text_config.layer_types {list(types)} must be {self.num_hidden_layers} of sliding_attention and "
+                "full_attention"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
@@ -79,21 +113,43 @@ class GemmaConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> "GemmaConfig":
-        """The text_config of any version of transformers; fields equal to the family's default may be missing."""
+        """The text_config of any version of transformers; fields equal to the family's default may be missing.
+
+        Raises UserError for a field that changes the function of the model in a way that is not supported.
+        """
         data = dict(data)
-        if data.get("model_type", "gemma") == "gemma2":
+        is_gemma2 = data.get("model_type", "gemma") == "gemma2"
+        for name in ("attention_bias", "attention_dropout"):
+            if data.get(name):
+                raise UserError(f"text_config.{name} {data[name]!r} is not supported: must be absent, false or 0")
+        if is_gemma2:
             data = cls.GEMMA2_DEFAULTS | data
-        data["rope_theta"] = (data.get("rope_parameters") or {}).get("rope_theta") or data.get("rope_theta", 10000.0)
-        activation = data.get("hidden_activation") or data.get("hidden_act")
-        data["hidden_activation"] = activation or "gelu_pytorch_tanh"
-        return cls(**_known(cls, data))
+        else:  # transformers ignores these fields of Gemma 1
+            data = {key: value for key, value in data.items() if key not in GEMMA2_ONLY}
+        data["rope_theta"], data["rope_factor"] = read_rope(data)
+        activation = data.get("hidden_activation") or (None if is_gemma2 else data.get("hidden_act"))
+        if activation is None or (activation == "gelu" and not is_gemma2):
+            activation = "gelu_pytorch_tanh"  # released configs of Gemma 1 say "gelu" or null and mean the tanh form
+        data["hidden_activation"] = activation
+        if data.get("layer_types") is not None:
+            data["layer_types"] = tuple(data["layer_types"])
+        return read_config(cls, data, "text_config")
+
+    def window_of(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens; None: it sees every token."""
+        if self.layer_types is None:
+            return self.sliding_window if layer % 2 == 0 else None
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     def to_dict(self) -> dict:
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.rope_factor != 1:
+            rope |= {"rope_type": "linear", "factor": self.rope_factor}
         return {
-            **dataclasses.asdict(self),
-            "hidden_act": self.hidden_activation or "gelu_pytorch_tanh",
-            "hidden_activation": self.hidden_activation or "gelu_pytorch_tanh",
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            **{key: value for key, value in dataclasses.asdict(self).items() if key != "rope_factor"},
+            "hidden_act": self.hidden_activation,
+            "layer_types": None if self.layer_types is None else list(self.layer_types),
+            "rope_parameters": rope,
             "query_pre_attn_scalar": self.query_pre_attn_scalar or self.head_dim,
         }
 
@@ -102,10 +158,10 @@ class GemmaConfig:
 class PaliGemmaConfig:
     text_config: GemmaConfig = field(default_factory=GemmaConfig)
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
-    image_token_id: int = 257152
-    pad_token_id: int = 0
-    eos_token_id: int = 1
-    bos_token_id: int = 2
+    image_token_id: TokenId = 257152
+    pad_token_id: TokenId = 0
+    eos_token_id: TokenId = 1
+    bos_token_id: TokenId = 2
     tie_word_embeddings: bool = True
     model_type: str = "paligemma"
 
@@ -123,15 +179,17 @@ class PaliGemmaConfig:
                 "config.json asks to run code of its own (auto_map), which is never done: use a model without it"
             )
         text, vision = data.get("text_config", {}), data.get("vision_config", {})
-        names = ("pad_token_id", "eos_token_id", "bos_token_id")  # version 5 writes them inside text_config
-        ids = {name: text.get(name) if data.get(name) is None else data[name] for name in names}
-        return cls(
-            text_config=GemmaConfig.from_dict(text),
-            vision_config=SiglipVisionConfig(**_known(SiglipVisionConfig, vision)),
-            image_token_id=data.get("image_token_index", data.get("image_token_id", 257152)),
-            tie_word_embeddings=data.get("tie_word_embeddings", True),
-            **{name: value for name, value in ids.items() if value is not None},
-        )
+        for name, part in (("text_config", text), ("vision_config", vision)):
+            if not isinstance(part, dict):
+                raise UserError(f"{name} is {part!r:.80} where an object is expected: restore config.json")
+        top = {"text_config": GemmaConfig.from_dict(text)}
+        top["vision_config"] = read_config(SiglipVisionConfig, vision, "vision_config")
+        top["image_token_id"] = data.get("image_token_index", data.get("image_token_id", 257152))
+        top["tie_word_embeddings"] = data.get("tie_word_embeddings", True)
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):  # version 5 writes them inside text_config
+            value = text.get(name) if data.get(name) is None else data[name]
+            top |= {} if value is None else {name: value}
+        return read_config(cls, top, "config.json")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -153,11 +211,6 @@ class PaliGemmaConfig:
         }
 
 
-def _known(cls, data: dict) -> dict:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {key: value for key, value in data.items() if key in names}
-
-
 class GemmaRMSNorm(nn.Module):
     """x / rms(x) * (1 + weight), computed in float32 and cast back after the multiplication; weights start at 0."""
 
@@ -174,7 +227,8 @@ def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) ->
     """cos and sin [B, 1, L, D] of positions [B, L]; angles in float32, tables in `dtype` as in transformers."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=positions.device) / config.head_dim
     # bit-equal to transformers; theta ** -exponent differs by a unit in the last place
-    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponent)
+    frequencies = 1.0 / config.rope_theta**exponent / config.rope_factor
+    angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -188,7 +242,7 @@ class GemmaAttention(nn.Module):
         )
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap = config.attn_logit_softcapping
-        self.window = config.sliding_window if layer % 2 == 0 else None
+        self.window = config.window_of(layer)
         query_width, kv_width = (
             heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )

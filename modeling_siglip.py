@@ -4,8 +4,12 @@ B images, N patches = (image_size / patch_size)^2, C hidden size, H heads, D hea
 transformers >= 5, so that weights and LoRA adapters can be exchanged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Annotated, TypeVar
 
+import msgspec
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,24 +18,42 @@ from attention import Attend
 from differential_attention import AttentionShape
 from errors import UserError
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Depth = Annotated[int, msgspec.Meta(ge=1, le=1024)]  # number of layers
+
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
 
 @dataclass
 class SiglipVisionConfig:
     """Defaults: So400m/14 at 224 px, the tower of PaliGemma."""
 
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    image_size: int = 224
-    patch_size: int = 14
-    num_channels: int = 3
+    hidden_size: Size = 1152
+    intermediate_size: Size = 4304
+    num_hidden_layers: Depth = 27
+    num_attention_heads: Size = 16
+    image_size: Size = 224
+    patch_size: Size = 14
+    num_channels: Size = 3
     layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    attention_dropout: float = 0.0
     model_type: str = "siglip_vision_model"
 
     def __post_init__(self):
         if self.model_type != "siglip_vision_model":
             raise UserError(f"vision model_type {self.model_type!r} is not supported: must be 'siglip_vision_model'")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"vision_config.hidden_act {self.hidden_act!r} is not supported: {', '.join(ACTIVATIONS)}")
+        if self.attention_dropout:
+            raise UserError(f"vision_config.attention_dropout {self.attention_dropout} is not supported: must be 0")
         if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
             raise UserError(
                 f"vision_config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
@@ -41,6 +63,21 @@ class SiglipVisionConfig:
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+
+Config = TypeVar("Config")
+
+
+def read_config(cls: type[Config], data: dict, name: str) -> Config:
+    """The fields of a config dataclass from a part of config.json, called `name` in messages; others are ignored.
+
+    Raises UserError for a value of another type or out of range.
+    """
+    known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+    try:
+        return msgspec.convert(known, cls)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: {error}: restore config.json") from error
 
 
 class Embedding(nn.Embedding):
@@ -98,9 +135,10 @@ class SiglipMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class SiglipEncoderLayer(nn.Module):
