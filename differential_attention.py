@@ -261,7 +261,13 @@ class LowRankMap(DifferentialAttention):
 
 
 class PairedHeads(DifferentialAttention):
-    """V1 (arXiv 2410.05258): two heads are one head of twice the value width, whose maps are subtracted."""
+    """V1 (arXiv 2410.05258): two heads are one head of twice the value width, whose maps are subtracted.
+
+    `pairing` "groups" pairs query head g of key/value head 2i with query head g of key/value head 2i + 1, so that every
+    query keeps the keys and values that it was pretrained with. "adjacent" pairs query heads 2i and 2i + 1, as the
+    official flash code does in a model trained from scratch; with grouped queries, a pair then attends to two key/value
+    heads of which one is new to each query. Without grouped queries both are the same.
+    """
 
     trainable = ()
 
@@ -282,7 +288,25 @@ class PairedHeads(DifferentialAttention):
     def two_queries(self, x, q, k, v, rotate):
         k = torch.cat((k[:, 0::2], k[:, 1::2]), dim=1)
         v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)
-        return q[:, 0::2], q[:, 1::2], k, v
+        if self.config.pairing == "adjacent":
+            return q[:, 0::2], q[:, 1::2], k, v
+        q1, q2 = q.unflatten(1, (-1, 2, self.group_size)).unbind(2)  # [B, K / 2, group, L, D] each
+        return q1.flatten(1, 2), q2.flatten(1, 2), k, v
+
+    def forward(self, x, q, k, v, rotate, attend):
+        return self.restore_heads(super().forward(x, q, k, v, rotate, attend))
+
+    def restore_heads(self, out: Tensor) -> Tensor:
+        """Outputs of pairs [B, H / 2, L, 2 D]; with `pairing` "groups" [B, H, L, D], each half in the place of the head
+        whose values it holds."""
+        if self.config.pairing == "adjacent":
+            return out
+        out = out.unflatten(1, (-1, self.group_size)).unflatten(-1, (2, -1))  # [B, K / 2, group, L, 2, D]
+        return out.permute(0, 1, 4, 2, 3, 5).flatten(1, 3)
+
+    @property
+    def group_size(self) -> int:
+        return self.shape.num_heads // self.shape.num_kv_heads
 
 
 class HalvedHeads(DifferentialAttention):
@@ -386,6 +410,7 @@ Combine = Literal["subtract", "normalised", "replace"]
 Norm = Literal["none", "head"]
 Cut = Literal["even_odd", "contiguous", "front_back"]
 Scale = Literal["map", "head"]
+Pairing = Literal["groups", "adjacent"]
 
 
 @dataclass
@@ -412,6 +437,9 @@ class DifferentialConfig:
     noise_ratio: int | None = None  # heads of a key/value group that share one noise query
     anneal: bool | None = None  # lambda goes from 0 over lambda_init to the learned value during training
     flip_sign: bool | None = None  # lambda becomes -lambda
+    pairing: Pairing | None = (
+        None  # pairs: heads of two key/value groups (keeps every pretrained map), or adjacent ones
+    )
     halves_cut: Cut | None = None  # how heads are split: by whole rotary pairs, or front and back half
     halves_scale: Scale | None = None  # scores over the root of the map's dim or of the head's
     rotate_halves: bool | None = None  # rotate each half as a head of its own, instead of the head before the split
@@ -429,6 +457,7 @@ class DifferentialConfig:
 
     def _check(self):
         kinds = dict(second=Second, lambda_kind=Lambda, combine=Combine, norm=Norm, halves_cut=Cut, halves_scale=Scale)
+        kinds |= dict(pairing=Pairing)
         for key, kind in kinds.items():
             if getattr(self, key) not in get_args(kind):
                 known = ", ".join(get_args(kind))
@@ -468,6 +497,8 @@ class DifferentialConfig:
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"differential configuration: {min(unknown)!r} is unknown: written by another version?")
+        if data.get("second") == "pairs":  # resolved configurations of before the choice existed
+            data = {"pairing": "adjacent"} | data
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
     def same_method(self, other: "DifferentialConfig") -> bool:
@@ -497,8 +528,8 @@ class Preset(NamedTuple):
 
 DEFAULTS = dict(
     towers=("text",), second="delta", lambda_kind="scalar", combine="normalised", norm="none", rank=16,
-    lambda_start=0.5, adapter_scale=1.0, noise_ratio=4, anneal=False, flip_sign=False, halves_cut="even_odd",
-    halves_scale="map", rotate_halves=False, depth_offset=0, fresh_layer_norms=False,
+    lambda_start=0.5, adapter_scale=1.0, noise_ratio=4, anneal=False, flip_sign=False, pairing="groups",
+    halves_cut="even_odd", halves_scale="map", rotate_halves=False, depth_offset=0, fresh_layer_norms=False,
 )  # fmt: skip
 _V1 = dict(lambda_kind="vectors", combine="subtract", norm="head")
 _SOURCE = _V1 | dict(depth_offset=-1)  # its lambda_init schedule starts one layer early, at -0.0099
@@ -513,7 +544,7 @@ PRESETS = {
     ),
     "v1": Preset(
         _V1 | dict(second="pairs"),
-        "(1 - lambda_init) RMSNorm((A1 - lambda A2) [V1; V2]) on heads 2i, 2i + 1",
+        "(1 - lambda_init) RMSNorm((A1 - lambda A2) [V1; V2]) on pairs of heads that keep their pretrained keys",
         False, (*LAMBDA_VECTORS, "norm_gain"),
         "no more maps, 6 D parameters, same KV cache; an even number of kv heads",
         "arXiv 2410.05258",
@@ -557,7 +588,8 @@ PRESETS = {
     ),
     "src_gemma_split": Preset(
         _SOURCE | dict(second="halves", halves_cut="front_back", halves_scale="head", rotate_halves=True),
-        "v1_width on plain halves, each rotated as a head, scaled by the whole head's width",
+        "v1_width on plain halves, each rotated as a head, scaled by the whole head's width; each half attends to its own "
+        "half of the keys, which the source's repeat_kv mixes up",
         False, (*LAMBDA_VECTORS, "norm_gain"), "one more map, 3 D parameters, same KV cache",
         "the code behind arXiv 2507.15875",
     ),

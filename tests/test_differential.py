@@ -13,7 +13,7 @@ from torch import nn
 
 import differential_attention as da
 from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves, attention, blended_reference
-from diagnostics import lambda_values
+from diagnostics import compute_layer_maps, lambda_values
 from differential_attention import PRESETS, DifferentialConfig, add_differential, set_progress
 from errors import UserError
 from modeling_gemma import (
@@ -266,8 +266,51 @@ def rms_norm(t, gain):
     return t / (t.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
 
 
-def test_v1_is_its_formula():
+def test_v1_by_groups_is_its_formula():
     attend, x, rotary, mask = layer("v1", heads=8, kv_heads=4)
+    d = attend.differential
+    q, k, v = projected(attend, x, rotary)
+    init = 0.8 - 0.6 * math.exp(-0.6)
+    lam = (d.lambda_q1 @ d.lambda_k1).exp() - (d.lambda_q2 @ d.lambda_k2).exp() + init
+    heads = [None] * 8
+    for first in (0, 2):  # key/value heads `first` and `first` + 1, query heads 2 first + g and 2 (first + 1) + g
+        wide = torch.cat((v[:, first], v[:, first + 1]), dim=-1)
+        for g in (0, 1):
+            places = 2 * first + g, 2 * (first + 1) + g
+            maps = [
+                (q[:, place] @ k[:, place // 2].mT / math.sqrt(8)).masked_fill(~causal()[0], -torch.inf).softmax(-1)
+                for place in places
+            ]
+            out = (1 - init) * rms_norm((maps[0] - lam * maps[1]) @ wide, d.norm_gain)
+            heads[places[0]], heads[places[1]] = out.chunk(2, dim=-1)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(torch.cat(heads, -1)))
+
+
+@pytest.mark.parametrize(("pairing", "kept"), [("groups", 8), ("adjacent", 4)])
+def test_v1_by_groups_keeps_every_pretrained_map_and_adjacent_pairs_half_of_them(pairing, kept):
+    attend, x, rotary, mask = layer("v1", heads=8, kv_heads=4, pairing=pairing)
+    q, k, v, turn, host = attend.attention_inputs(x, rotary, mask, None, None)
+    pretrained = host.maps(q, k)
+    maps = compute_layer_maps(attend.differential, x, q, k, v, turn, host)
+    found = torch.cat((maps.map1, maps.map2), dim=1)
+    is_kept = [any(torch.allclose(found[:, i], pretrained[:, h]) for i in range(8)) for h in range(8)]
+    assert sum(is_kept) == kept
+    plain, *_ = layer("v1", heads=8, kv_heads=4, pairing=pairing, lambda_kind="fixed", lambda_start=0.0, norm="none")
+    own = host(q, k, v)  # with lambda 0 the first head of each pair is the pretrained head, in its own place
+    out = plain.differential(x, q, k, v, turn, host)
+    out = out if pairing == "groups" else out.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2)
+    assert sum(torch.allclose(out[:, h], own[:, h]) for h in range(8)) == (4 if pairing == "groups" else 2)
+
+
+def test_stored_configurations_of_v1_without_a_pairing_are_adjacent():
+    old = DifferentialConfig("v1").resolve().to_dict()
+    del old["pairing"]
+    assert DifferentialConfig.from_dict(old).pairing == "adjacent"
+    assert DifferentialConfig("v1").resolve().pairing == "groups"
+
+
+def test_v1_by_adjacent_heads_is_its_formula():
+    attend, x, rotary, mask = layer("v1", heads=8, kv_heads=4, pairing="adjacent")
     d = attend.differential
     q, k, v = projected(attend, x, rotary)
     lam = (d.lambda_q1 @ d.lambda_k1).exp() - (d.lambda_q2 @ d.lambda_k2).exp() + (0.8 - 0.6 * math.exp(-0.6))
@@ -291,7 +334,7 @@ def test_v1_equals_diffllama_after_the_permutation_of_heads():
     from transformers import DiffLlamaConfig
     from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
-    attend, x, rotary, mask = layer("v1", heads=8, kv_heads=4)
+    attend, x, rotary, mask = layer("v1", heads=8, kv_heads=4, pairing="adjacent")
     config = DiffLlamaConfig(
         hidden_size=24, num_attention_heads=8, num_key_value_heads=4, head_dim=8, rms_norm_eps=1e-5
     )
