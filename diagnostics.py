@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attention import Attend
 from differential_attention import DifferentialAttention, SameMap, differential_modules
-from kernels import apply_maps, blend, split_keys
+from fused_ops import apply_maps, blend, split_keys
 
 
 class LayerMaps(NamedTuple):

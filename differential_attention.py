@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from kernels import blend
+from fused_ops import blend
 
 LAMBDA_MAX = 0.9  # bound of a normalised lambda: gamma is at most 9
 SEED_STRIDE = 1_000_003  # seeds of neighbouring runs do not share the generators of their layers
@@ -437,9 +437,7 @@ class DifferentialConfig:
     noise_ratio: int | None = None  # heads of a key/value group that share one noise query
     anneal: bool | None = None  # lambda goes from 0 over lambda_init to the learned value during training
     flip_sign: bool | None = None  # lambda becomes -lambda
-    pairing: Pairing | None = (
-        None  # pairs: heads of two key/value groups (keeps every pretrained map), or adjacent ones
-    )
+    pairing: Pairing | None = None  # pairs: heads of two key/value groups, which keeps pretrained maps, or adjacent
     halves_cut: Cut | None = None  # how heads are split: by whole rotary pairs, or front and back half
     halves_scale: Scale | None = None  # scores over the root of the map's dim or of the head's
     rotate_halves: bool | None = None  # rotate each half as a head of its own, instead of the head before the split
@@ -588,8 +586,8 @@ PRESETS = {
     ),
     "src_gemma_split": Preset(
         _SOURCE | dict(second="halves", halves_cut="front_back", halves_scale="head", rotate_halves=True),
-        "v1_width on plain halves, each rotated as a head, scaled by the whole head's width; each half attends to its own "
-        "half of the keys, which the source's repeat_kv mixes up",
+        "v1_width on plain halves, each rotated as a head, scaled by the whole head's width; "
+        "each half attends to its own half of the keys, which the source's repeat_kv mixes up",
         False, (*LAMBDA_VECTORS, "norm_gain"), "one more map, 3 D parameters, same KV cache",
         "the code behind arXiv 2507.15875",
     ),

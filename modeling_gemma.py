@@ -22,7 +22,7 @@ from checkpoint import locate, resolve_run
 from differential_attention import AttentionShape
 from errors import UserError
 from files import read_json
-from kernels import apply_linears
+from fused_ops import apply_linears
 from modeling_siglip import (
     ACTIVATIONS,
     Depth,

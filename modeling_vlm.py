@@ -16,7 +16,7 @@ from attention import PrefixMask
 from checkpoint import load_weights, locate, resolve_run, save_model_folder
 from differential_attention import DifferentialConfig, add_differential, as_config
 from errors import UserError
-from kernels import apply_linears, apply_softcap, head_loss
+from fused_ops import apply_linears, apply_softcap, head_loss
 
 IGNORED_LABEL = -100
 

@@ -13,7 +13,7 @@ from attention import (
     choose_path,
     sdpa,
 )
-from kernels import blend, query_chunks
+from fused_ops import blend, query_chunks
 
 LONG = EXPLICIT_MAX_KEYS + 8  # above the length where the path changes
 
@@ -138,7 +138,7 @@ def test_equal_keys_of_their_own_give_standard_attention_up_to_rounding():
 
 def test_the_values_are_met_once_below_the_length_and_the_path_ignores_the_arm(monkeypatch):
     products = []
-    monkeypatch.setattr("kernels.apply_maps", lambda maps, v: products.append(1) or maps.flatten(1, 2) @ v)
+    monkeypatch.setattr("fused_ops.apply_maps", lambda maps, v: products.append(1) or maps.flatten(1, 2) @ v)
     q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 1, 6, 8)
     blended_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert products == [1]
@@ -163,7 +163,7 @@ def test_a_second_query_serves_neighbouring_heads():
 def test_bf16_maps_are_blended_in_float32(monkeypatch):
     """Rounded first, the difference of two near maps would be rounding alone."""
     seen = []
-    monkeypatch.setattr("kernels.blend", lambda first, *rest: seen.append(first.dtype) or blend(first, *rest))
+    monkeypatch.setattr("fused_ops.blend", lambda first, *rest: seen.append(first.dtype) or blend(first, *rest))
     q, kv = torch.randn(1, 4, 6, 8).bfloat16(), torch.randn(1, 1, 6, 8).bfloat16()
     out = blended_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert seen == [torch.float32] and out.dtype == torch.bfloat16
@@ -182,7 +182,7 @@ def shifted_mask(length: int) -> PrefixMask:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("shapes", ["one map", *SHAPES])
 def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap, monkeypatch):
-    monkeypatch.setattr("kernels.CHUNK", 3)
+    monkeypatch.setattr("fused_ops.CHUNK", 3)
     monkeypatch.setattr("attention.choose_path", lambda *args: "chunks")
     q1, q2, k, v, weight = (t.detach().double() for t in tensors(7, **SHAPES.get(shapes, {})))
     batch = (torch.cat((t, t[:2])) if t.ndim > 1 else t for t in (q1, q2, k, v, weight))
@@ -216,7 +216,7 @@ def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 7), (1, 7), (14, 14)])
 def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
-    monkeypatch.setattr("kernels.CHUNK", 2)
+    monkeypatch.setattr("fused_ops.CHUNK", 2)
     types = torch.zeros(2, keys)
     types[:, -3:] = 1  # from here on alike in both rows
     alike = PrefixMask.from_tensors(torch.ones(2, keys), types)

@@ -10,7 +10,7 @@ from test_differential import build, causal, layer, projected, stir
 from attention import Attend, apply_rotary, attention_maps
 from diagnostics import compute_layer_maps, measure_maps, row_entropy, select_heads, visit_differential_layers
 from differential_attention import differential_modules
-from kernels import blend
+from fused_ops import blend
 
 
 @pytest.mark.parametrize("preset", ["split", "v2", "difflora", "v1", "grouped", "dex"])

@@ -18,7 +18,7 @@ from differential_attention import PRESETS, DifferentialConfig, differential_par
 from errors import UserError
 from finetune_diff import Config
 from finetune_original import finetune
-from kernels import apply_maps
+from fused_ops import apply_maps
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
 

@@ -9,8 +9,8 @@ import tiny
 import torch
 from torch import nn
 
-import kernels
-from kernels import LowRankLinears, TiledHeadLoss, apply_linears, apply_softcap, head_loss, is_plain_lora
+import fused_ops
+from fused_ops import LowRankLinears, TiledHeadLoss, apply_linears, apply_softcap, head_loss, is_plain_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,7 +80,7 @@ def test_whatever_is_not_plain_is_left_to_peft(change, monkeypatch):
         wrapped.base_model.set_adapter(["default", "other"])
     elif change == "plain":
         modules = [module.base_layer for module in modules]
-    monkeypatch.setattr(kernels.LowRankLinears, "apply", None)
+    monkeypatch.setattr(fused_ops.LowRankLinears, "apply", None)
     x = torch.randn(3, 6, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         torch.manual_seed(1)
@@ -111,7 +111,7 @@ def test_float32_masters_on_a_bfloat16_base():
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("tile", [5, 16, 100])  # one that does not divide the vocabulary, and one beyond it
 def test_the_tiled_loss_is_the_formula_in_float64(tile, softcap, monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(fused_ops, "TILE", tile)
     torch.manual_seed(0)
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     weight, labels = 3 * torch.randn(32, 6, dtype=torch.float64), torch.tensor([0, 31, 4, 5, 15, 16, 4])
@@ -140,10 +140,10 @@ def test_a_model_takes_the_tiled_loss_where_its_head_is_frozen(dtype, monkeypatc
     batch = tiny.batch()
     tiled = []
     real = TiledHeadLoss.apply
-    monkeypatch.setattr(kernels.TiledHeadLoss, "apply", lambda *args: tiled.append(1) or real(*args))
+    monkeypatch.setattr(fused_ops.TiledHeadLoss, "apply", lambda *args: tiled.append(1) or real(*args))
     results = []
     for small in (1 << 22, 0):
-        monkeypatch.setattr(kernels, "PLAIN_LOSS_MAX_LOGITS", small)
+        monkeypatch.setattr(fused_ops, "PLAIN_LOSS_MAX_LOGITS", small)
         model.zero_grad()
         model.lm_head.weight.requires_grad_(True)
         model(**batch).loss.backward()
@@ -199,7 +199,7 @@ def test_hooks_are_called_on_every_fast_path(hook, monkeypatch):
         out.sum() for out in apply_linears(torch.randn(2, 6, dtype=torch.float64, requires_grad=True), *modules)
     ).backward()
     assert calls == ["lora"] * 3
-    monkeypatch.setattr(kernels, "PLAIN_LOSS_MAX_LOGITS", 0)
+    monkeypatch.setattr(fused_ops, "PLAIN_LOSS_MAX_LOGITS", 0)
     head = nn.Linear(6, 9, bias=False).requires_grad_(False)
     getattr(head, f"register_{hook}")(lambda *args: calls.append("head"))
     head_loss(torch.randn(3, 6, requires_grad=True), head, torch.tensor([1, 2, 3]), None).backward()
@@ -217,12 +217,12 @@ def test_one_bfloat16_row_is_a_vector():
     modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
     x = torch.randn(1, 1, 48).bfloat16()
     with torch.no_grad():
-        assert all(kernels.is_single_bf16_row(module, x) for module in modules)
+        assert all(fused_ops.is_single_bf16_row(module, x) for module in modules)
         found, expected = apply_linears(x, *modules), [module.double()(x.double()) for module in modules]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, atol=5e-3, rtol=5e-3)
-    assert not any(kernels.is_single_bf16_row(module, x) for module in modules)  # float64 by now
+    assert not any(fused_ops.is_single_bf16_row(module, x) for module in modules)  # float64 by now
 
 
 def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):

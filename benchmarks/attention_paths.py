@@ -1,6 +1,6 @@
 """Which way should attention go? Every path of attention.py at every length: what `path_of` was decided by.
 
-    python benchmarks/kernels.py
+    python benchmarks/attention_paths.py
 
 Forward + backward of the attention core alone on a CPU, one thread, process time, all paths turn by turn; the median
 over rounds of the ratio to standard attention through SDPA in the same round. "maps" keeps explicit maps, "chunks"
@@ -38,7 +38,7 @@ SHAPES = {  # query heads, key heads of each map, value heads, width of a map, o
 class Config:
     lengths: tuple[int, ...] = (256, 512, 768, 1024)
     rounds: int = 5  # timed, after one that is not
-    output: str = str(ROOT / "benchmarks" / "results" / "kernels.json")
+    output: str = str(ROOT / "benchmarks" / "results" / "attention_paths.json")
 
 
 def work(shape, length: int, dtype, path: str):
