@@ -16,7 +16,7 @@ from fused_ops import BlendedAttention, ChunkedAttention, apply_maps, attention_
 
 # On a CPU the forward + backward of differential attention is faster with explicit maps than with SDPA up to this many
 # keys (in bfloat16 with shared keys: below it); above it their memory costs more. Standard attention would be faster
-# with SDPA, by up to a third; it takes the same path so that both arms start bit-equal. See benchmarks/attention_paths.py.
+# with SDPA, by up to a third; it takes the same path so that both arms start bit-equal (benchmarks/attention_paths.py).
 EXPLICIT_MAX_KEYS = 512
 
 
