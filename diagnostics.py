@@ -1,84 +1,110 @@
-"""Looking inside differential attention: lambda and both maps of every layer, and the numbers that a run logs of them.
+"""What differential attention does inside a model: lambda, both maps of every layer, attention on the needle.
 
-Shapes: B batch, L sequence, S keys, H heads. Maps come from the explicit reference, beside a forward pass that returns
-its output and nothing else.
+B batch, L sequence, S keys, H heads, T answer tokens, N image tokens per image. The maps are explicit ones, computed
+beside the forward pass, which returns its output only.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attention_maps, dense_mask, rotate
-from differential_attention import DifferentialAttention, Explained, differential_modules
-from kernels import blend
+from attention import Attend
+from differential_attention import DifferentialAttention, SameMap, differential_modules
+from kernels import apply_maps, blend, split_keys
 
-See = Callable[[str, DifferentialAttention, Explained, Tensor], None]
+
+class LayerMaps(NamedTuple):
+    """Both branches of one layer; None where a method has no second map."""
+
+    map1: Tensor  # [B, H, L, S]
+    map2: Tensor | None
+    out1: Tensor  # [B, H, L, Dv]
+    out2: Tensor | None
+    lambda_: Tensor  # [1] or [B, H, L, 1]
+
+
+Visit = Callable[[str, DifferentialAttention, LayerMaps, Tensor], None]
+
+
+def compute_layer_maps(module: DifferentialAttention, x, q, k, v, rotate, attend: Attend) -> LayerMaps:
+    """Both maps and outputs by the explicit formula; arguments as those of `DifferentialAttention.forward`."""
+    x = x[:, -q.shape[2] :]
+    q1, q2, k, v = module.two_queries(x, q, k, v, rotate)
+    k1, k2 = split_keys(k, v)
+    attend = module.rescale(attend)
+    map1, map2 = attend.maps(q1, k1), None if q2 is None else attend.maps(q2, k2)
+    out1, out2 = (
+        None if m is None else apply_maps(m.to(q1.dtype).unflatten(1, (v.shape[1], -1)), v) for m in (map1, map2)
+    )
+    if isinstance(module, SameMap) and module.config.second != "none":
+        out2 = module.second_output(out1)
+    return LayerMaps(map1, map2, out1, out2, module.current_lambda(x))
 
 
 @torch.no_grad()
 def lambda_values(model: nn.Module) -> dict[str, float]:
-    """lambda of every layer that has one number: all kinds but `token`, whose mean is in `diagnostics`."""
+    """lambda of every layer that has a single one: all kinds but `token`, whose mean is in `measure_maps`."""
     modules = differential_modules(model).items()
     return {name: float(m.current_lambda(None)) for name, m in modules if m.config.lambda_kind != "token"}
 
 
 @torch.no_grad()
-def look_inside(model: nn.Module, batch: dict, see: See):
-    """Run `model` on `batch` and call see(name, module, explained, valid [B, L]) for every differential layer."""
+def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit):
+    """Run `model` on `batch` and call visit(name, module, layer_maps, valid) for every differential layer; valid [B, L]
+    is False on pads."""
 
-    def hook(name: str):
-        def call(module, args, kwargs, _):
-            x, *_ = args
-            mask = kwargs.get("mask", args[5] if len(args) > 5 else None)
+    def hook_of(name: str):
+        def hook(module, args, _):
+            x, *_, attend = args
             valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            if mask is not None:
+            if attend.mask is not None:
                 index = torch.arange(x.shape[1], device=x.device)
-                valid = (index >= mask.start[:, None]) & (index < mask.end[:, None])
-            see(name, module, module.explain(*args, **kwargs), valid)
+                valid = (index >= attend.mask.start[:, None]) & (index < attend.mask.end[:, None])
+            visit(name, module, compute_layer_maps(module, *args), valid)
 
-        return call
+        return hook
 
     modules = differential_modules(model).items()
-    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules]
-    training = model.training
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in modules]
+    was_training = model.training
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled layers would pass the hooks by
+        with torch.compiler.set_stance("force_eager"):  # compiled layers would skip the hooks
             model.eval().model(**{key: value for key, value in batch.items() if key != "labels"})
     finally:
-        model.train(training)
+        model.train(was_training)
         for handle in handles:
             handle.remove()
 
 
-def diagnostics(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
-    """Layer -> means over the batch's valid tokens and all heads, from the explicit reference.
+def measure_maps(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
+    """Layer -> means over the valid tokens of the batch and all heads; {} for standard attention.
 
-    `lambda`; `cosine` of the branches' outputs and `distance` |O1 - O2| / |O1|; `entropy1`, `entropy2` of the maps'
-    rows in nats. Values that a method lacks are left out.
+    `lambda`; `cosine` of the two outputs and `distance` |o1 - o2| / |o1|; `entropy1`, `entropy2`: mean entropy of the
+    rows of the maps in nats. Values that a method does not have are left out.
     """
-    told = {}
+    measured = {}
 
-    def see(name: str, module: DifferentialAttention, explained: Explained, valid: Tensor):
-        at = valid[:, None].expand(-1, explained.out1.shape[1], -1)  # [B, H, L]
-        lambda_ = explained.lambda_
-        line = {
-            "lambda": lambda_ if lambda_.ndim == 1 else lambda_[..., 0][at],
-            "entropy1": row_entropy(explained.first)[at],
+    def visit(name: str, module: DifferentialAttention, maps: LayerMaps, valid: Tensor):
+        is_valid = valid[:, None].expand(-1, maps.out1.shape[1], -1)  # [B, H, L]
+        values = {
+            "lambda": maps.lambda_ if maps.lambda_.ndim == 1 else maps.lambda_[..., 0][is_valid],
+            "entropy1": row_entropy(maps.map1)[is_valid],
         }
-        if explained.out2 is not None:
-            out1 = explained.out1.float()
-            out2 = explained.out2.float().repeat_interleave(out1.shape[1] // explained.out2.shape[1], dim=1)
-            line["cosine"] = F.cosine_similarity(out1, out2, dim=-1)[at]
-            line["distance"] = ((out1 - out2).norm(dim=-1) / out1.norm(dim=-1).clamp(min=1e-12))[at]
-        if explained.second is not None:
-            line["entropy2"] = row_entropy(explained.second)[valid[:, None].expand(explained.second.shape[:3])]
-        told[name] = {key: value.float().mean().item() for key, value in line.items()}
+        if maps.out2 is not None:
+            out1 = maps.out1.float()
+            out2 = maps.out2.float().repeat_interleave(out1.shape[1] // maps.out2.shape[1], dim=1)
+            values["cosine"] = F.cosine_similarity(out1, out2, dim=-1)[is_valid]
+            values["distance"] = ((out1 - out2).norm(dim=-1) / out1.norm(dim=-1).clamp(min=1e-12))[is_valid]
+        if maps.map2 is not None:
+            values["entropy2"] = row_entropy(maps.map2)[valid[:, None].expand(maps.map2.shape[:3])]
+        measured[name] = {key: value.float().mean().item() for key, value in values.items()}
 
-    look_inside(model, batch, see)
-    return told
+    visit_differential_layers(model, batch, visit)
+    return measured
 
 
 def row_entropy(maps: Tensor) -> Tensor:
@@ -87,33 +113,35 @@ def row_entropy(maps: Tensor) -> Tensor:
 
 
 def select_heads(model: nn.Module, batch: dict):
-    """DEX: restrict W_D to the half of each layer's heads whose rows have the highest entropy on `batch`."""
+    """DEX: restrict W_D to the half of the heads of each layer whose rows have the highest entropy on `batch`."""
 
-    def see(name: str, module: DifferentialAttention, explained: Explained, valid: Tensor):
+    def visit(name: str, module: DifferentialAttention, maps: LayerMaps, valid: Tensor):
         if module.config.second == "value":
-            entropy = (row_entropy(explained.first) * valid[:, None]).sum((0, 2))
+            entropy = (row_entropy(maps.map1) * valid[:, None]).sum((0, 2))
             module.selected.zero_()[entropy.topk(len(entropy) // 2).indices] = 1
 
-    look_inside(model, batch, see)
+    visit_differential_layers(model, batch, visit)
 
 
+# ---- attention on the needle
 @torch.no_grad()
 def answer_attention(model: nn.Module, batch: dict) -> Tensor:
-    """What the answer's tokens pay to each picture patch, in every decoder layer: [layers, B, T, N], heads averaged.
+    """Attention of the answer tokens to the image patches, heads averaged: [layers, B, T, N of all images].
 
     The map that acts: A in standard attention, A1 + gamma (A1 - A2) or A1 - lambda A2 in differential attention.
-    `batch` holds labels of T tokens in every row and N image tokens in every prompt; entry t predicts token t.
+    `batch` has labels of T tokens in every row, and the same number of image tokens in every prompt; entry t is the
+    attention that predicts token t.
     """
-    rows = batch["labels"][:, 1:] != -100
-    patches = batch["input_ids"] == model.config.image_token_id
-    count, layers = len(rows), model.model.language_model.layers
+    predicts = batch["labels"][:, 1:] != -100
+    is_patch = batch["input_ids"] == model.config.image_token_id
+    count, layers = len(predicts), model.model.language_model.layers
     found = []
 
-    def see(attend, args, _):
-        paid = acting_map(attend, *args[:3]).mean(1)[:, :-1][rows].unflatten(0, (count, -1))  # [B, T, S]
-        found.append(paid.transpose(1, 2)[patches].unflatten(0, (count, -1)).transpose(1, 2))
+    def hook(layer_attention, args, _):
+        to_all = acting_map(layer_attention, *args[:3]).mean(1)[:, :-1][predicts].unflatten(0, (count, -1))  # [B, T, S]
+        found.append(to_all.transpose(1, 2)[is_patch].unflatten(0, (count, -1)).transpose(1, 2))
 
-    handles = [layer.self_attn.register_forward_hook(see) for layer in layers]
+    handles = [layer.self_attn.register_forward_hook(hook) for layer in layers]
     try:
         model.eval()(**batch)
     finally:
@@ -122,28 +150,28 @@ def answer_attention(model: nn.Module, batch: dict) -> Tensor:
     return torch.stack(found)
 
 
-def needle_share(paid: Tensor, place: tuple[int, int, int], images: int, grid: int) -> Tensor:
-    """The needle's share of what is paid to the patches of all pictures: [..., M N] -> [...].
+def needle_share(attention: Tensor, needle: tuple[int, int, int], images: int, grid: int) -> Tensor:
+    """The needle's share of the attention to the patches of all images: [..., M N] -> [...].
 
-    `place` is (picture, row, column) from 0, N patches of each of M = `images` pictures lie row by row; a patch counts
-    to the cell that holds its centre. Shares are of absolute values: a differential map has negative entries.
+    `needle` is (image, row, column) from 0; the N patches of each of the M = `images` images are row-major; a patch
+    belongs to the cell with its centre. Shares are of absolute values: a differential map has negative entries.
     """
-    maps = paid.unflatten(-1, (images, -1)).abs()
+    maps = attention.unflatten(-1, (images, -1)).abs()
     side = math.isqrt(maps.shape[-1])
-    cell = ((torch.arange(side, device=paid.device) + 0.5) * grid / side).long()
-    inside = (cell[:, None] == place[1]) & (cell[None, :] == place[2])
-    return maps[..., place[0], :][..., inside.flatten()].sum(-1) / maps.sum((-1, -2))
+    cell = ((torch.arange(side, device=attention.device) + 0.5) * grid / side).long()
+    inside = (cell[:, None] == needle[1]) & (cell[None, :] == needle[2])
+    return maps[..., needle[0], :][..., inside.flatten()].sum(-1) / maps.sum((-1, -2))
 
 
-def acting_map(attend: nn.Module, x: Tensor, rotary, mask) -> Tensor:
-    """The map [B, H, L, S] by which a decoder layer's attention weighs its values."""
-    q, k, v = attend.project(x)
-    if attend.differential is None:
-        dense = dense_mask(mask, q.shape[2], k.shape[2], attend.window)
-        return attention_maps(rotate(q, *rotary), rotate(k, *rotary), dense, attend.scale, attend.softcap).flatten(1, 2)
-    added = attend.differential
-    explained = added.explain(x, q, k, v, rotary, mask)
-    if explained.second is None or added.config.combine == "replace":
-        return explained.first if explained.second is None else explained.second
-    weight = added.blend_weight(x)
-    return blend(explained.first, explained.second, weight, added.config.combine == "normalised")
+def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
+    """The map [B, H, L, S] with which a decoder layer's attention weighs its values; arguments as in its forward."""
+    q, k, v, rotate, attend = layer_attention.attention_inputs(x, rotary, mask, None, None)
+    module = layer_attention.differential
+    if module is None:
+        return attend.maps(q, k)
+    maps = compute_layer_maps(module, x, q, k, v, rotate, attend)
+    if maps.map2 is None or module.config.combine == "replace":
+        return maps.map1 if maps.map2 is None else maps.map2
+    is_normalised = module.config.combine == "normalised"
+    weight = maps.lambda_ / (1 - maps.lambda_) if is_normalised else maps.lambda_
+    return blend(maps.map1, maps.map2, weight, is_normalised)

@@ -1,25 +1,10 @@
-"""Differential attention: its family as points in a space of four choices, and the module that a layer gains by it.
+"""Differential attention inside a pretrained attention layer: the module, the ways to make its second map, the presets.
 
-    second map    delta    Q2 = Q1 + zero-initialised low rank, keys and values shared
-                  query    Q2 from a projection of its own, keys and values shared
-                  pairs    heads 2i and 2i + 1 are one head of twice the value width
-                  halves   one head's width is cut in two
-                  noise    a few queries of their own, each shared by several heads
-                  adapter  Q2 and K2 low rank alone, values shared
-                  same     the first map again
-                  value    none: a D x D matrix on the head's output
-                  none     none
-    lambda        vectors  exp(q1 . k1) - exp(q2 . k2) + lambda_init, one per layer
-                  token    sigmoid of a projection of the token, one per head
-                  scalar   one per layer: a logit where combine is normalised, the number itself elsewhere
-                  fixed    lambda_start for ever
-    combine       subtract    O1 - lambda O2
-                  normalised  (O1 - lambda O2) / (1 - lambda) = O1 + gamma (O1 - O2), gamma = lambda / (1 - lambda)
-                  replace     O2 alone
-    norm          none, or head: RMSNorm of each head, times (1 - lambda_init)
+Standard attention weighs its values by one softmax map. Differential attention subtracts a second map, weighted by a
+learnable lambda: (A1 - lambda A2) v (Differential Transformer, arXiv 2410.05258). `DifferentialAttention` below is the
+default, `split`, which computes the function of the pretrained layer before the first update.
 
-Shapes: B batch, L sequence, S keys, H query heads, K key/value heads, D head width, C hidden width, r rank, R second
-queries. Everything that is added lives in `self_attn.differential`; float32 whatever the model's dtype.
+B batch, L queries, S keys, H query heads, K key/value heads, D head dim, C hidden size, r rank, R second queries.
 """
 
 import math
@@ -31,11 +16,369 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import PrefixMask, attention, attention_maps, dense_mask, differential_attention, rotate
 from errors import UserError
-from kernels import apply_maps, blend
+from kernels import blend
 
-LAMBDA_MAX = 0.9  # of a normalised lambda: gamma is at most 9
+LAMBDA_MAX = 0.9  # bound of a normalised lambda: gamma is at most 9
+SEED_STRIDE = 1_000_003  # seeds of neighbouring runs do not share the generators of their layers
+VISION_SEED_OFFSET = 500_000
+VECTOR_STD = 0.1  # of V1's lambda vectors (arXiv 2410.05258)
+NORM_EPS = 1e-5  # of the head norm (arXiv 2410.05258)
+
+
+class AttentionShape(NamedTuple):
+    """Sizes of the attention layer that a differential module is added to."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class DifferentialAttention(nn.Module):
+    """What differential attention adds to one attention layer, and its forward pass. This class is the preset `split`:
+
+        q2  = q1 + rotate(x A^T B^T)      A = second_down [r, C], B = second_up [H D, r], which starts at 0
+        out = o1 + gamma (o1 - o2)        o1 = softmax(scale q1 k^T) v, o2 = softmax(scale q2 k^T) v
+        gamma = lambda / (1 - lambda)     the rows of the blended map sum to 1
+
+    With B = 0 the queries are equal, and so are the outputs: the layer computes the pretrained function. Subclasses
+    make the second map in other ways. All parameters are float32 masters, also after `model.to(bfloat16)`.
+    """
+
+    trainable: tuple[str, ...] = ("second_down", "second_up")  # beside lambda and the gain of the head norm
+
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor], attend: Callable
+    ) -> Tensor:
+        """Outputs of the heads [B, H, L, D], before the output projection.
+
+        x [B, >= L, C]: input of the layer; q [B, H, L, D] and k, v [B, K, S, D]: what the host would hand to its
+        attention, rotated, keys and values from the cache. `rotate(t)` is the host's rotary embedding of
+        t [B, heads, L, D]; `attend(q, k, v)` its attention by one map and `attend.blend(q1, q2, k, v, weight,
+        normalised)` by two (see `attention.Attend`).
+        """
+        x = x[:, -q.shape[2] :]  # the last decoder layer computes the last queries only
+        q1, q2, k, v = self.two_queries(x, q, k, v, rotate)
+        lambda_ = self.current_lambda(x)
+        if self.config.combine == "normalised":
+            gamma = lambda_ / (1 - lambda_)
+            out = attend.blend(q1, q2, k, v, gamma, normalised=True)  # o1 + gamma (o1 - o2)
+        elif self.config.combine == "subtract":
+            out = attend.blend(q1, q2, k, v, lambda_, normalised=False)  # o1 - lambda o2
+        else:  # "replace", a control
+            out = attend(q2, k, v)
+        return self.head_norm(out)
+
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(q1, q2, k, v) for `attend.blend`; q2 is None where the method has one map. Arguments as in `forward`."""
+        return q, q + rotate(self.low_rank(x, self.second_down, self.second_up)), k, v
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """x A^T B^T as heads [B, heads, L, D]."""
+        return self.to_heads(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)))
+
+    def to_heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        """Register the parameters of the second map; `query` is the pretrained query projection."""
+        rank, width = self.config.rank, self.shape.num_heads * self.shape.head_dim
+        self.second_down = uniform_parameter(generator, rank, self.shape.hidden_size)
+        self.second_up = nn.Parameter(torch.zeros(width, rank))
+
+    # ---- construction
+    def __init__(self, config: "DifferentialConfig", shape: AttentionShape, tower: str, layer: int, query: nn.Linear):
+        """`config`: resolved; `tower`: "text" or "vision"; `query`: the layer's pretrained query projection.
+
+        Raises UserError where the method does not fit the shape. Use `make_differential` to get the class of a config.
+        """
+        super().__init__()
+        self.config, self.shape, self.tower = config, shape, tower
+        self.check_shape()
+        scheduled = lambda_init_of(layer + config.depth_offset)
+        self.lambda_init = scheduled if config.lambda_init is None else config.lambda_init
+        # progress of training, 0 to 1: a tensor, so that compiled code does not depend on its value
+        self.register_buffer("progress", torch.zeros(1), persistent=False)
+        seed = config.seed * SEED_STRIDE + VISION_SEED_OFFSET * (tower == "vision") + layer
+        generator = torch.Generator().manual_seed(seed)
+        self.add_parameters(generator, query)
+        self.add_lambda(generator)
+        if config.norm == "head":
+            self.norm_gain = nn.Parameter(torch.ones(shape.head_dim * shape.num_heads // self.num_out_heads))
+        self.to(query.weight.device, torch.float32)
+        names = trainable_names(config)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in names)
+
+    @property
+    def num_out_heads(self) -> int:
+        """Heads whose outputs are blended: H, or H / 2 where heads are paired."""
+        return self.shape.num_heads
+
+    @property
+    def map_dim(self) -> int:
+        """Head dim of one map's queries and keys."""
+        return self.shape.head_dim
+
+    @property
+    def num_cached_key_heads(self) -> int:
+        """Key heads in the KV cache of the host."""
+        return self.shape.num_kv_heads
+
+    def check_shape(self):
+        """Raise UserError where the method does not fit `self.shape`."""
+
+    def extend_keys(self, x: Tensor, k: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The keys that the host caches, of x [B, L, C] and its rotated k [B, K, L, D]: k, or for a method with keys of
+        its own [B, 2K, L, D]."""
+        return k
+
+    def rescale(self, attend: Callable) -> Callable:
+        """The host's attention with the scale that the maps of this method need."""
+        return attend
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(keep_float32, recurse)
+
+    # ---- lambda and the head norm
+    def add_lambda(self, generator: torch.Generator):
+        kind, start = self.config.lambda_kind, self.config.lambda_start
+        if kind == "vectors":
+            for name in LAMBDA_VECTORS:
+                drawn = torch.randn(self.map_dim, generator=generator, device="cpu", dtype=torch.float32)
+                self.register_parameter(name, nn.Parameter(VECTOR_STD * drawn))
+        elif kind == "token":
+            self.lambda_token = nn.Parameter(torch.zeros(self.num_out_heads, self.shape.hidden_size))
+        elif kind == "scalar" and self.config.combine == "normalised":
+            self.lambda_logit = nn.Parameter(torch.full((1,), math.log(start / (1 - start))))
+        elif kind == "scalar":
+            self.lambda_learn = nn.Parameter(torch.full((1,), float(start)))
+
+    def current_lambda(self, x: Tensor) -> Tensor:
+        """lambda as it acts now, signed: [1], or [B, H, L, 1] where it depends on the token x [B, L, C]."""
+        config = self.config
+        if config.lambda_kind == "vectors":
+            pairs = (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
+            first, second = ((q * k).sum(-1, keepdim=True).exp() for q, k in pairs)  # autocast would round a matmul
+            value = first - second + self.lambda_init
+        elif config.lambda_kind == "token":
+            value = F.linear(x, self.lambda_token.to(x.dtype)).sigmoid().transpose(1, 2)[..., None]
+        elif config.lambda_kind == "fixed":
+            value = torch.full_like(self.progress, config.lambda_start)
+        else:
+            value = self.lambda_logit.sigmoid() if config.combine == "normalised" else self.lambda_learn
+        if config.anneal:  # DEX, arXiv 2505.16333
+            value = (1 - self.progress) * self.progress * self.lambda_init + self.progress * value
+        if config.lambda_warmup:
+            value = value * (self.progress / config.lambda_warmup).clamp(max=1)
+        if config.combine == "normalised":  # bounded, but with its gradient: a lambda at the bound can come back
+            value = value + (value.clamp(max=LAMBDA_MAX) - value).detach()
+        return -value if config.flip_sign else value
+
+    def head_norm(self, out: Tensor) -> Tensor:
+        """(1 - lambda_init) RMSNorm(out) of each head, where the configuration has it."""
+        if self.config.norm == "none":
+            return out
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        gain = (1 - self.lambda_init) * self.norm_gain
+        return F.rms_norm(wide, out.shape[-1:], gain, eps=NORM_EPS).to(out.dtype)
+
+
+def uniform_parameter(generator: torch.Generator, *shape: int) -> nn.Parameter:
+    """Drawn as nn.Linear's weight [out, in] is, from a generator of its own."""
+    drawn = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
+    return nn.Parameter(drawn * shape[-1] ** -0.5)
+
+
+def lambda_init_of(layer: int) -> float:
+    """0.8 - 0.6 exp(-0.3 layer), layers counted from 0 (arXiv 2410.05258, section 2.1, as its code counts)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+# ---- other ways of making the second map
+class ProjectedQuery(DifferentialAttention):
+    """q2 from a projection of its own that starts as a copy of the pretrained one (Differential Transformer V2)."""
+
+    trainable = ("second_query",)
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        self.second_query = nn.Parameter(query.weight.detach().float().clone())
+        if query.bias is not None:  # SigLIP's is part of both queries
+            self.register_buffer("second_bias", query.bias.detach().float().clone())
+
+    def two_queries(self, x, q, k, v, rotate):
+        bias = getattr(self, "second_bias", None)
+        weights = (t if t is None else t.to(x.dtype) for t in (self.second_query, bias))
+        return q, rotate(self.to_heads(F.linear(x, *weights))), k, v
+
+
+class SharedNoiseQuery(ProjectedQuery):
+    """A few queries of their own, each shared by `noise_ratio` heads of a key/value group (arXiv 2510.06949)."""
+
+    def check_shape(self):
+        groups = self.shape.num_heads // self.shape.num_kv_heads
+        if groups == 1 or groups % min(groups, self.config.noise_ratio):
+            raise UserError(
+                f"differential preset {self.config.preset}: {self.config.noise_ratio} heads share a noise query, but "
+                f"the key/value groups of the {self.tower} tower have {groups}: set another noise_ratio, or towers=text"
+            )
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        shared = min(self.config.noise_ratio, self.shape.num_heads // self.shape.num_kv_heads)
+        width = self.shape.num_heads * self.shape.head_dim // shared
+        self.second_query = uniform_parameter(generator, width, self.shape.hidden_size)
+
+
+class LowRankMap(DifferentialAttention):
+    """q2 and k2 low rank alone, none of their factors zero (DiffLoRA, arXiv 2507.23588); the host caches k2 as well."""
+
+    trainable = ("second_down", "second_up", "key_down", "key_up")
+
+    @property
+    def num_cached_key_heads(self) -> int:
+        return 2 * self.shape.num_kv_heads
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        hidden_size, num_heads, num_kv_heads, head_dim = self.shape
+        self.second_down = uniform_parameter(generator, self.config.rank, hidden_size)
+        self.second_up = uniform_parameter(generator, num_heads * head_dim, self.config.rank)
+        self.key_down = uniform_parameter(generator, self.config.rank, hidden_size)
+        self.key_up = uniform_parameter(generator, num_kv_heads * head_dim, self.config.rank)
+
+    def two_queries(self, x, q, k, v, rotate):
+        return q, rotate(self.config.adapter_scale * self.low_rank(x, self.second_down, self.second_up)), k, v
+
+    def extend_keys(self, x, k, rotate):
+        second = rotate(self.config.adapter_scale * self.low_rank(x, self.key_down, self.key_up))
+        return torch.cat((k, second), dim=1)
+
+
+class PairedHeads(DifferentialAttention):
+    """V1 (arXiv 2410.05258): two heads are one head of twice the value width, whose maps are subtracted."""
+
+    trainable = ()
+
+    @property
+    def num_out_heads(self) -> int:
+        return self.shape.num_heads // 2
+
+    def check_shape(self):
+        if self.shape.num_kv_heads % 2:
+            raise UserError(
+                f"differential preset {self.config.preset} pairs key/value heads, but the {self.tower} tower has "
+                f"{self.shape.num_kv_heads}: use v1_width, which splits each head in two"
+            )
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        pass
+
+    def two_queries(self, x, q, k, v, rotate):
+        k = torch.cat((k[:, 0::2], k[:, 1::2]), dim=1)
+        v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)
+        return q[:, 0::2], q[:, 1::2], k, v
+
+
+class HalvedHeads(DifferentialAttention):
+    """The two halves of each head's queries and keys make two maps of half the width, on shared values."""
+
+    trainable = ()
+
+    @property
+    def map_dim(self) -> int:
+        return self.shape.head_dim // 2
+
+    def check_shape(self):
+        if self.shape.head_dim % (2 if self.tower == "vision" else 4):
+            raise UserError(
+                f"differential preset {self.config.preset} cannot split heads of dim {self.shape.head_dim} in two"
+            )
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        pass
+
+    def two_queries(self, x, q, k, v, rotate):
+        return *self.split(q), torch.cat(self.split(k), dim=1), v
+
+    def forward(self, x, q, k, v, rotate, attend):
+        return super().forward(x, q, k, v, rotate, self.rescale(attend))
+
+    def rescale(self, attend):
+        return attend.rescale(math.sqrt(2)) if self.config.halves_scale == "map" else attend
+
+    def split(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both halves of t [B, heads, L, D]. Dimension i is rotated together with i + D / 2, so pairs stay whole unless
+        the cut is "front_back"; SigLIP rotates nothing."""
+        if self.tower == "vision" or self.config.halves_cut == "front_back":
+            return t.chunk(2, dim=-1)
+        pairs = t.unflatten(-1, (2, -1, 2) if self.config.halves_cut == "even_odd" else (2, 2, -1))
+        dim = -1 if self.config.halves_cut == "even_odd" else -2
+        first, second = (half.flatten(-2) for half in pairs.unbind(dim))
+        return first, second
+
+
+class SameMap(DifferentialAttention):
+    """The first map a second time: o1 - lambda o1."""
+
+    trainable = ()
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        pass
+
+    def two_queries(self, x, q, k, v, rotate):
+        return q, None, k, v
+
+    def second_output(self, out: Tensor) -> Tensor:
+        """o2 of o1 [B, H, L, D]."""
+        return out
+
+    def forward(self, x, q, k, v, rotate, attend):
+        out = attend(q, k, v)
+        lambda_ = self.current_lambda(x[:, -q.shape[2] :])
+        return self.head_norm(blend(out, self.second_output(out), lambda_, normalised=False))
+
+
+class ValueMap(SameMap):
+    """o1 - lambda o1 W_D on selected heads, W_D a D x D matrix (DEX, arXiv 2505.16333)."""
+
+    trainable = ("value_map",)
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        self.value_map = uniform_parameter(generator, self.shape.head_dim, self.shape.head_dim)
+        self.register_buffer("selected", torch.ones(self.shape.num_heads))  # see diagnostics.select_heads
+
+    def second_output(self, out: Tensor) -> Tensor:
+        return (out @ self.value_map.T.to(out.dtype)) * self.selected[:, None, None].to(out.dtype)
+
+
+class NoSecondMap(SameMap):
+    """Standard attention, with the head norm: a control."""
+
+    def forward(self, x, q, k, v, rotate, attend):
+        return self.head_norm(attend(q, k, v))
+
+
+SECOND_MAPS = {
+    "delta": DifferentialAttention,
+    "query": ProjectedQuery,
+    "noise": SharedNoiseQuery,
+    "adapter": LowRankMap,
+    "pairs": PairedHeads,
+    "halves": HalvedHeads,
+    "same": SameMap,
+    "value": ValueMap,
+    "none": NoSecondMap,
+}
+LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+
+# ---- configuration
 Tower = Literal["text", "vision"]
 Second = Literal["delta", "query", "pairs", "halves", "noise", "adapter", "same", "value", "none"]
 Lambda = Literal["vectors", "token", "scalar", "fixed"]
@@ -47,68 +390,70 @@ Scale = Literal["map", "head"]
 
 @dataclass
 class DifferentialConfig:
-    """A preset, and whatever is to differ from it. Fields that are None take the preset's value."""
+    """A preset, and the choices that differ from it. Fields that are None take the preset's value."""
 
-    preset: str = "split"  # a name in PRESETS
-    towers: tuple[Tower, ...] | None = None  # which towers get it
-    layers: tuple[int, ...] | None = None  # which layers of these towers, counted from 0; None: all
-    second: Second | None = None  # where the second map comes from
-    lambda_kind: Lambda | None = None  # what lambda is made of
-    combine: Combine | None = None  # how the two outputs become one
-    norm: Norm | None = None  # of the heads' outputs
+    preset: str = "split"  # name in PRESETS
+    towers: tuple[Tower, ...] | None = None  # towers whose attention becomes differential
+    layers: tuple[int, ...] | None = None  # layers of these towers, counted from 0; None: all
+    second: Second | None = None  # how the second map is made (SECOND_MAPS)
+    # vectors: exp(q1 . k1) - exp(q2 . k2) + lambda_init, one per layer; token: sigmoid of a projection of the token,
+    # one per head; scalar: one per layer, sigmoid of a logit where combine is normalised; fixed: not learned
+    lambda_kind: Lambda | None = None
+    # subtract: o1 - lambda o2; normalised: (o1 - lambda o2) / (1 - lambda); replace: o2 alone
+    combine: Combine | None = None
+    norm: Norm | None = None  # head: RMSNorm of each head's output, times (1 - lambda_init)
     rank: int | None = None  # of delta and adapter
-    lambda_start: float | None = None  # first value of a scalar lambda, only value of a fixed one
+    lambda_start: float | None = None  # initial value of a scalar lambda, value of a fixed one
     lambda_init: float | None = None  # constant of vectors, annealing and norm; None: 0.8 - 0.6 exp(-0.3 layer)
     lambda_warmup: float = 0.0  # share of training over which lambda grows linearly from 0
-    lambda_lr: float = 1.0  # lambda's learning rate over that of the other parameters
+    lambda_lr: float = 1.0  # learning rate of lambda over that of the other parameters
     seed: int = 0  # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
-    # --- particulars of single methods
-    adapter_scale: float | None = None  # the low-rank product of `adapter` is multiplied by this
-    noise_ratio: int | None = None  # heads that share one noise query, inside a key/value group
+    adapter_scale: float | None = None  # factor of the low-rank product of adapter
+    noise_ratio: int | None = None  # heads of a key/value group that share one noise query
     anneal: bool | None = None  # lambda goes from 0 over lambda_init to the learned value during training
     flip_sign: bool | None = None  # lambda becomes -lambda
-    halves_cut: Cut | None = None  # rotary pairs, or plain halves
-    halves_scale: Scale | None = None  # scores over the square root of the half or of the whole width
-    rotate_halves: bool | None = None  # rotate each half as if it were a head, instead of the head before the cut
-    depth_offset: int | None = None  # added to the layer in lambda_init's schedule
+    halves_cut: Cut | None = None  # how heads are split: by whole rotary pairs, or front and back half
+    halves_scale: Scale | None = None  # scores over the root of the map's dim or of the head's
+    rotate_halves: bool | None = None  # rotate each half as a head of its own, instead of the head before the split
+    depth_offset: int | None = None  # added to the layer in the schedule of lambda_init
     fresh_layer_norms: bool | None = None  # SigLIP's LayerNorms become RMSNorms with gain 1
 
     def resolve(self) -> "DifferentialConfig":
-        """The same with every None filled in (`layers` and `lambda_init` apart). Raises UserError for a bad value."""
+        """A copy with every None filled in, `layers` and `lambda_init` apart. Raises UserError for a bad value."""
         if self.preset not in PRESETS:
-            raise UserError(f"differential preset {self.preset!r} is unknown: one of {', '.join(PRESETS)}")
+            raise UserError(f"differential preset {self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         chosen = DEFAULTS | PRESETS[self.preset].choices
-        whole = replace(self, **{key: value for key, value in chosen.items() if getattr(self, key) is None})
-        whole._check()
-        return whole
+        resolved = replace(self, **{key: value for key, value in chosen.items() if getattr(self, key) is None})
+        resolved._check()
+        return resolved
 
     def _check(self):
         kinds = dict(second=Second, lambda_kind=Lambda, combine=Combine, norm=Norm, halves_cut=Cut, halves_scale=Scale)
         for key, kind in kinds.items():
             if getattr(self, key) not in get_args(kind):
                 known = ", ".join(get_args(kind))
-                raise UserError(f"differential.{key} {getattr(self, key)!r} is unknown: one of {known}")
+                raise UserError(f"differential.{key} {getattr(self, key)!r} is unknown: choose one of {known}")
         if not self.towers or not set(self.towers) <= set(get_args(Tower)):
-            raise UserError(f"differential.towers {self.towers!r}: give text, vision or both")
+            raise UserError(f"differential.towers {self.towers!r}: must be text, vision or both")
         if self.rank < 1 or self.noise_ratio < 1:
             raise UserError(f"differential.rank {self.rank} and noise_ratio {self.noise_ratio} must be at least 1")
         if not 0 <= self.lambda_warmup <= 1:
-            raise UserError(f"differential.lambda_warmup {self.lambda_warmup} is a share of training: 0 to 1")
-        without_lambda = self.combine == "replace" or self.second == "none"
-        if without_lambda and self.lambda_kind != "fixed":
+            raise UserError(f"differential.lambda_warmup {self.lambda_warmup}: must be a share of training, 0 to 1")
+        has_no_lambda = self.combine == "replace" or self.second == "none"
+        if has_no_lambda and self.lambda_kind != "fixed":
             raise UserError(
-                f"differential: lambda has no part in second={self.second}, combine={self.combine} and would never "
-                "learn: give lambda_kind=fixed"
+                f"differential: second={self.second} with combine={self.combine} does not use lambda, which would "
+                "never learn: set lambda_kind=fixed"
             )
         if self.combine == "replace" and self.second not in ("delta", "query"):
             raise UserError(f"differential.combine replace needs second=delta or query, not {self.second}")
         if self.combine == "normalised" and self.second in ("same", "value"):
-            raise UserError(f"differential: second={self.second} needs combine=subtract, normalised undoes it")
+            raise UserError(f"differential: second={self.second} needs combine=subtract: normalising would undo it")
         if self.rotate_halves and self.second != "halves":
             raise UserError(f"differential.rotate_halves needs second=halves, not {self.second}")
         if self.combine == "normalised" and self.lambda_kind in ("scalar", "fixed"):
-            dead = self.lambda_kind == "scalar" and self.lambda_start == 0
-            if dead or not 0 <= self.lambda_start <= LAMBDA_MAX:
+            is_dead = self.lambda_kind == "scalar" and self.lambda_start == 0
+            if is_dead or not 0 <= self.lambda_start <= LAMBDA_MAX:
                 raise UserError(
                     f"differential.lambda_start {self.lambda_start}: a normalised lambda starts above 0 (at 0 nothing "
                     f"would learn) and at most at {LAMBDA_MAX}"
@@ -119,29 +464,29 @@ class DifferentialConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> "DifferentialConfig":
-        """`to_dict` undone, also after a journey through json. Raises UserError for a name that is no field."""
+        """The inverse of `to_dict`, also after a round trip through json. Raises UserError for an unknown name."""
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"differential configuration: {min(unknown)!r} is unknown: written by another version?")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
     def same_method(self, other: "DifferentialConfig") -> bool:
-        """Whether both give the same function of the same parameters, wherever those start and however they learn."""
-        start = dict(preset="", seed=0, lambda_lr=1.0)
-        ours, theirs = (replace(config.resolve(), **start) for config in (self, other))
+        """Whether both give the same function of the same parameters, whatever their start and learning rates."""
+        ignored = dict(preset="", seed=0, lambda_lr=1.0)
+        ours, theirs = (replace(config.resolve(), **ignored) for config in (self, other))
         if ours.lambda_kind != "fixed":
             ours = replace(ours, lambda_start=theirs.lambda_start)
         return ours == theirs
 
 
 class Preset(NamedTuple):
-    """A row of the table: the choices, and three claims that tests hold it to."""
+    """A row of the table: its choices, and claims that tests/test_differential.py checks."""
 
     choices: dict
     formula: str
-    exact: bool  # before the first update the model's function is the pretrained one, to the bit in float32
+    exact: bool  # before the first update the model computes the pretrained function, bit-equal in float32
     gradient: tuple[str, ...]  # parameters with a non-zero gradient at the first update
-    cost: str  # per layer, beside standard attention
+    cost: str  # per layer, over standard attention
     source: str
 
     def describe(self) -> str:
@@ -155,7 +500,6 @@ DEFAULTS = dict(
     lambda_start=0.5, adapter_scale=1.0, noise_ratio=4, anneal=False, flip_sign=False, halves_cut="even_odd",
     halves_scale="map", rotate_halves=False, depth_offset=0, fresh_layer_norms=False,
 )  # fmt: skip
-_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 _V1 = dict(lambda_kind="vectors", combine="subtract", norm="head")
 _SOURCE = _V1 | dict(depth_offset=-1)  # its lambda_init schedule starts one layer early, at -0.0099
 _DELTA_COST = "one more map, r (C + H D) parameters and 1 lambda, same KV cache"
@@ -170,13 +514,14 @@ PRESETS = {
     "v1": Preset(
         _V1 | dict(second="pairs"),
         "(1 - lambda_init) RMSNorm((A1 - lambda A2) [V1; V2]) on heads 2i, 2i + 1",
-        False, (*_VECTORS, "norm_gain"), "no more maps, 6 D parameters, same KV cache; an even number of kv heads",
+        False, (*LAMBDA_VECTORS, "norm_gain"),
+        "no more maps, 6 D parameters, same KV cache; an even number of kv heads",
         "arXiv 2410.05258",
     ),
     "v1_width": Preset(
         _V1 | dict(second="halves"),
         "v1 on the two halves of each head, cut by whole rotary pairs after rotation",
-        False, (*_VECTORS, "norm_gain"), "one more map, 3 D parameters, same KV cache",
+        False, (*LAMBDA_VECTORS, "norm_gain"), "one more map, 3 D parameters, same KV cache",
         "arXiv 2410.05258, for models with one kv head",
     ),
     "v2": Preset(
@@ -208,18 +553,18 @@ PRESETS = {
         _SOURCE | dict(second="halves", towers=("vision",), halves_cut="front_back", halves_scale="head",
                        fresh_layer_norms=True),
         "v1_width on plain halves, scaled by the whole head's width; the LayerNorms become RMSNorms",
-        False, (*_VECTORS, "norm_gain"), "one more map, 3 D parameters", "the code behind arXiv 2507.15875",
+        False, (*LAMBDA_VECTORS, "norm_gain"), "one more map, 3 D parameters", "the code behind arXiv 2507.15875",
     ),
     "src_gemma_split": Preset(
         _SOURCE | dict(second="halves", halves_cut="front_back", halves_scale="head", rotate_halves=True),
         "v1_width on plain halves, each rotated as a head, scaled by the whole head's width",
-        False, (*_VECTORS, "norm_gain"), "one more map, 3 D parameters, same KV cache",
+        False, (*LAMBDA_VECTORS, "norm_gain"), "one more map, 3 D parameters, same KV cache",
         "the code behind arXiv 2507.15875",
     ),
     "src_gemma_samemap": Preset(
         _SOURCE | dict(second="same"),
         "(1 - lambda_init) RMSNorm((A - lambda A) V): lambda acts through the norm's eps alone",
-        False, (*_VECTORS, "norm_gain"), "5 D parameters, same KV cache", "the code behind arXiv 2507.15875",
+        False, (*LAMBDA_VECTORS, "norm_gain"), "5 D parameters, same KV cache", "the code behind arXiv 2507.15875",
     ),
     "additive": Preset(
         dict(lambda_kind="fixed", lambda_start=0.0, combine="replace"),
@@ -250,282 +595,37 @@ PRESETS = {
 # fmt: on
 
 
-def lambda_init_of(layer: int) -> float:
-    """0.8 - 0.6 exp(-0.3 layer), layers counted from 0 (arXiv 2410.05258, section 2.1, as its code counts)."""
-    return 0.8 - 0.6 * math.exp(-0.3 * layer)
-
-
-class Explained(NamedTuple):
-    """Both branches of one layer, spelt out; `None` where a method has no second map."""
-
-    first: Tensor  # maps [B, H, L, S]
-    second: Tensor | None
-    out1: Tensor  # outputs [B, H, L, Dv]
-    out2: Tensor | None
-    lambda_: Tensor  # lambda, [1] or [B, H, L, 1]
-
-
-class DifferentialAttention(nn.Module):
-    """What differential attention adds to one attention layer, and the attention itself.
-
-    Takes a layer's projections before rotation and gives its heads' outputs; projections stay where they are. All
-    parameters are float32 masters, cast where they are used, also after `model.to(bfloat16)`.
-    """
-
-    def __init__(self, config: DifferentialConfig, attend: nn.Module, tower: str, layer: int):
-        """`attend`: the SiglipAttention or GemmaAttention that this is for. Raises UserError where they do not fit."""
-        super().__init__()
-        self.config = config = config.resolve()
-        self.layer, self.tower, self.head_dim = layer, tower, attend.head_dim
-        self.hidden = attend.q_proj.in_features
-        self.heads = attend.q_proj.out_features // self.head_dim
-        self.kv_heads = attend.k_proj.out_features // self.head_dim
-        self.softcap, self.window = getattr(attend, "softcap", None), getattr(attend, "window", None)
-        self._check(tower)
-        is_half = config.second == "halves"
-        self.map_width = self.head_dim // 2 if is_half else self.head_dim
-        self.out_heads = self.heads // 2 if config.second == "pairs" else self.heads
-        self.scale = attend.scale * (math.sqrt(2) if is_half and config.halves_scale == "map" else 1.0)
-        scheduled = lambda_init_of(layer + config.depth_offset)
-        self.lambda_init = scheduled if config.lambda_init is None else config.lambda_init
-
-        # training's progress, 0 to 1: a tensor, so that compiled code need not know it
-        self.register_buffer("progress", torch.zeros(1), persistent=False)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_000 * (tower == "vision") + layer)
-        self._add_second(attend.q_proj, generator)
-        self._add_lambda(generator)
-        if config.norm == "head":
-            self.norm_gain = nn.Parameter(torch.ones(self.head_dim * self.heads // self.out_heads))
-        self.to(attend.q_proj.weight.device, torch.float32)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in declared_trainable(config))
-
-    # ---- construction
-    def _check(self, tower: str):
-        second, name, groups = self.config.second, self.config.preset, self.heads // self.kv_heads
-        if second == "pairs" and self.kv_heads % 2:
-            raise UserError(
-                f"differential preset {name} pairs key/value heads and the {tower} tower has {self.kv_heads}: "
-                "use v1_width, which cuts each head in two"
-            )
-        if second == "halves" and self.head_dim % (2 if tower == "vision" else 4):
-            raise UserError(f"differential preset {name} cannot cut heads of width {self.head_dim} in two")
-        if second == "noise" and (groups == 1 or groups % min(groups, self.config.noise_ratio)):
-            raise UserError(
-                f"differential preset {name} shares a noise query among {self.config.noise_ratio} heads of a key/value "
-                f"group and the {tower} tower has groups of {groups}: give another noise_ratio, or towers=text"
-            )
-
-    def _add_second(self, q_proj: nn.Module, generator: torch.Generator):
-        second, rank, width = self.config.second, self.config.rank, self.heads * self.head_dim
-
-        def uniform(*shape: int) -> nn.Parameter:  # as nn.Linear starts
-            drawn = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
-            return nn.Parameter(drawn * shape[-1] ** -0.5)
-
-        if second == "delta":
-            self.second_down, self.second_up = uniform(rank, self.hidden), nn.Parameter(torch.zeros(width, rank))
-        elif second == "adapter":
-            self.second_down, self.second_up = uniform(rank, self.hidden), uniform(width, rank)
-            self.key_down = uniform(rank, self.hidden)
-            self.key_up = uniform(self.kv_heads * self.head_dim, rank)
-        elif second == "query":
-            self.second_query = nn.Parameter(q_proj.weight.detach().float().clone())
-            if q_proj.bias is not None:  # SigLIP's is part of both queries
-                self.register_buffer("second_bias", q_proj.bias.detach().float().clone())
-        elif second == "noise":
-            shared = min(self.config.noise_ratio, self.heads // self.kv_heads)
-            self.second_query = uniform(width // shared, self.hidden)
-        elif second == "value":
-            self.value_map = uniform(self.head_dim, self.head_dim)
-            self.register_buffer("selected", torch.ones(self.heads))  # see select_heads
-
-    def _add_lambda(self, generator: torch.Generator):
-        kind, start = self.config.lambda_kind, self.config.lambda_start
-        if kind == "vectors":
-            for name in _VECTORS:
-                drawn = torch.randn(self.map_width, generator=generator, device="cpu", dtype=torch.float32)
-                self.register_parameter(name, nn.Parameter(0.1 * drawn))
-        elif kind == "token":
-            self.lambda_token = nn.Parameter(torch.zeros(self.out_heads, self.hidden))
-        elif kind == "scalar" and self.config.combine == "normalised":
-            self.lambda_logit = nn.Parameter(torch.full((1,), math.log(start / (1 - start))))
-        elif kind == "scalar":
-            self.lambda_learn = nn.Parameter(torch.full((1,), float(start)))
-
-    def _apply(self, fn, recurse=True):
-        def keep_master(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
-
-        return super()._apply(keep_master, recurse)
-
-    @property
-    def key_heads(self) -> int:
-        """Key heads that the KV cache holds; values are never more than the standard K."""
-        return self.kv_heads * (2 if self.config.second == "adapter" else 1)
-
-    # ---- the forward pass
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        mask: PrefixMask | None = None,
-        cache=None,
-    ) -> Tensor:
-        """x [B, L, C], the layer's input, and its projections q [B, H, L, D], k, v [B, K, L, D], not yet rotated ->
-        the heads' outputs [B, H, L, D] ([B, H / 2, L, 2 D] where heads are paired). `cache`: the decoder's KVCache.
-        q may hold the last positions of x alone; so do the outputs then."""
-        q1, q2, k, v = self.branches(x, q, k, v, rotary, cache)
-        x = last_rows(x, q)
-        if self.config.combine == "replace":
-            q1, q2 = q2, None
-        if q2 is None:
-            out = attention(q1, k, v, mask, self.scale, self.softcap, self.window)
-            if self.config.second in ("same", "value"):
-                out = blend(out, self._second_output(out), self.blend_weight(x), normalised=False)
-        else:
-            kernel = (
-                mask,
-                self.scale,
-                self.blend_weight(x),
-                self.config.combine == "normalised",
-                self.softcap,
-                self.window,
-            )
-            out = differential_attention(q1, q2, k, v, *kernel)
-        return self._head_norm(out) if self.config.norm == "head" else out
-
-    def branches(self, x, q, k, v, rotary=None, cache=None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Both queries and what they attend to, rotated: q1, q2 (or None), k and v as `differential_attention` takes
-        them; arguments as in `forward`."""
-        second = self.config.second
-        turn = self._rotation(rotary)
-        q1, q2, k = turn(q), None, turn(k)
-        if second == "delta":  # rotation is linear: the rotated sum is the sum of the rotated
-            q2 = q1 + turn(self._low_rank(last_rows(x, q), self.second_down, self.second_up))
-        elif second == "adapter":
-            scale = self.config.adapter_scale
-            q2 = turn(scale * self._low_rank(last_rows(x, q), self.second_down, self.second_up))
-            k = torch.cat((k, turn(scale * self._low_rank(x, self.key_down, self.key_up))), dim=1)
-        elif second in ("query", "noise"):
-            bias = getattr(self, "second_bias", None)
-            weights = (t if t is None else t.to(x.dtype) for t in (self.second_query, bias))
-            q2 = turn(self._heads(F.linear(last_rows(x, q), *weights)))
-        elif second == "pairs":
-            q1, q2 = q1[:, 0::2], q1[:, 1::2]
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        if second == "halves":  # after the cache, which holds whole keys
-            q1, q2 = self._halves(q1)
-            k = torch.cat(self._halves(k), dim=1)
-        elif second == "pairs":
-            k = torch.cat((k[:, 0::2], k[:, 1::2]), dim=1)
-            v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)
-        return q1, q2, k, v
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _halves(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Both maps' parts of heads [B, heads, L, D]; dimension i is rotated together with i + D / 2."""
-        if self.tower == "vision" or self.config.halves_cut == "front_back":  # nothing is rotated in SigLIP
-            return t.chunk(2, dim=-1)
-        pairs = t.unflatten(-1, (2, -1, 2) if self.config.halves_cut == "even_odd" else (2, 2, -1))
-        dim = -1 if self.config.halves_cut == "even_odd" else -2
-        first, second = (half.flatten(-2) for half in pairs.unbind(dim))
-        return first, second
-
-    def _low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return self._heads(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)))
-
-    def _rotation(self, rotary: tuple[Tensor, Tensor] | None) -> Callable[[Tensor], Tensor]:
-        if rotary is None:
-            return lambda t: t
-        if not self.config.rotate_halves:
-            return lambda t: rotate(t, *rotary)
-        # every second frequency of width D is the whole spectrum of width D / 2
-        cos, sin = (table[..., ::2] for table in rotary)
-        return lambda t: torch.cat([rotate(half, cos, sin) for half in t.chunk(2, dim=-1)], dim=-1)
-
-    def _second_output(self, out: Tensor) -> Tensor:
-        if self.config.second == "same":
-            return out
-        return (out @ self.value_map.T.to(out.dtype)) * self.selected[:, None, None].to(out.dtype)
-
-    def _head_norm(self, out: Tensor) -> Tensor:
-        wide = out.to(torch.promote_types(out.dtype, torch.float32))
-        gain = (1 - self.lambda_init) * self.norm_gain
-        return F.rms_norm(wide, out.shape[-1:], gain, eps=1e-5).to(out.dtype)
-
-    # ---- lambda
-    def current_lambda(self, x: Tensor) -> Tensor:
-        """lambda as it acts now, signed: [1], or [B, H, L, 1] where it depends on the token x [B, L, C]."""
-        config = self.config
-        if config.lambda_kind == "vectors":
-            pairs = (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
-            first, second = ((q * k).sum(-1, keepdim=True).exp() for q, k in pairs)  # autocast would round a matmul
-            value = first - second + self.lambda_init
-        elif config.lambda_kind == "token":
-            value = F.linear(x, self.lambda_token.to(x.dtype)).sigmoid().transpose(1, 2)[..., None]
-        elif config.lambda_kind == "fixed":
-            value = torch.full_like(self.progress, config.lambda_start)
-        else:
-            value = self.lambda_logit.sigmoid() if config.combine == "normalised" else self.lambda_learn
-        if config.anneal:  # DEX, arXiv 2505.16333
-            value = (1 - self.progress) * self.progress * self.lambda_init + self.progress * value
-        if config.lambda_warmup:
-            value = value * (self.progress / config.lambda_warmup).clamp(max=1)
-        if config.combine == "normalised":  # the gradient passes the bound, or a lambda that met it never came back
-            value = value + (value.clamp(max=LAMBDA_MAX) - value).detach()
-        return -value if config.flip_sign else value
-
-    def blend_weight(self, x: Tensor) -> Tensor:
-        value = self.current_lambda(x)
-        return value / (1 - value) if self.config.combine == "normalised" else value
-
-    # ---- looking inside
-    def explain(self, x, q, k, v, rotary=None, mask=None, cache=None) -> Explained:
-        """Both maps and both outputs by the explicit reference; arguments as in `forward`."""
-        q1, q2, k, v = self.branches(x, q, k, v, rotary, cache)
-        k1, k2 = (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
-        dense = dense_mask(mask, q1.shape[2], k.shape[2], self.window)
-        maps = [
-            None if query is None else attention_maps(query, key, dense, self.scale, self.softcap)
-            for query, key in ((q1, k1), (q2, k2))
-        ]
-        outs = [None if m is None else apply_maps(m.to(q1.dtype), v) for m in maps]
-        maps = [None if m is None else m.flatten(1, 2) for m in maps]
-        if self.config.second in ("same", "value"):
-            outs[1] = self._second_output(outs[0])
-        return Explained(*maps, *outs, self.current_lambda(x))
-
-
-def last_rows(x: Tensor, q: Tensor) -> Tensor:
-    """Of x [B, L, C] the positions that q [B, H, *, D] asks for."""
-    return x[:, -q.shape[2] :]
-
-
+# ---- models
 class UngainedRMSNorm(nn.LayerNorm):
-    """RMSNorm with gain 1 in a LayerNorm's place; its weight and bias stay for saving and act no more."""
+    """RMSNorm with gain 1 in the place of a LayerNorm, whose weight and bias are kept for saving but not used."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, None, self.eps)
 
+    @classmethod
+    def replacing(cls, norm: nn.LayerNorm) -> "UngainedRMSNorm":
+        new = cls(norm.normalized_shape, norm.eps, device="meta")
+        new.weight, new.bias = norm.weight, norm.bias
+        return new
 
-# ---- models
+
 def as_config(differential: DifferentialConfig | str) -> DifferentialConfig:
+    """A preset's name as a configuration."""
     return DifferentialConfig(preset=differential) if isinstance(differential, str) else differential
 
 
-def add_differential(model: nn.Module, differential: DifferentialConfig | str):
-    """Give the attention layers that the configuration names their `differential`, in place.
+def make_differential(
+    config: DifferentialConfig, shape: AttentionShape, tower: str, layer: int, query: nn.Linear
+) -> DifferentialAttention:
+    """The differential module of a resolved configuration for one attention layer; see `DifferentialAttention`."""
+    return SECOND_MAPS[config.second](config, shape, tower, layer, query)
 
-    To be called on a model whose weights are loaded and not yet wrapped: second queries start as copies. The global
-    random state is left alone. Raises UserError where configuration and model do not fit.
+
+def add_differential(model: nn.Module, differential: DifferentialConfig | str):
+    """Give the attention layers that the configuration names their `differential` module, in place.
+
+    Call it on a model with loaded weights that peft has not wrapped: second queries start as copies. The global random
+    state does not change. Raises UserError where configuration and model do not fit.
     """
     config = as_config(differential).resolve()
     towers = {"text": model.model.language_model.layers, "vision": model.model.vision_tower.encoder.layers}
@@ -536,20 +636,15 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
             raise UserError(f"differential.layers {config.layers}: the {tower} tower has layers 0 to {count - 1}")
         for index in chosen:
             layer = towers[tower][index]
-            layer.self_attn.differential = DifferentialAttention(config, layer.self_attn, tower, index)
+            attention = layer.self_attn
+            attention.differential = make_differential(config, attention.shape, tower, index, attention.q_proj)
             if config.fresh_layer_norms and tower == "vision":
-                for name in ("layer_norm1", "layer_norm2"):
-                    setattr(layer, name, _ungained(getattr(layer, name)))
-
-
-def _ungained(norm: nn.LayerNorm) -> UngainedRMSNorm:
-    new = UngainedRMSNorm(norm.normalized_shape, norm.eps, device="meta")
-    new.weight, new.bias = norm.weight, norm.bias
-    return new
+                layer.layer_norm1 = UngainedRMSNorm.replacing(layer.layer_norm1)
+                layer.layer_norm2 = UngainedRMSNorm.replacing(layer.layer_norm2)
 
 
 def differential_modules(model: nn.Module) -> dict[str, DifferentialAttention]:
-    """Name -> module; names are the unwrapped model's, also inside peft's wrapper."""
+    """Name -> module; the names are those of the unwrapped model, also inside peft's wrapper."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -566,38 +661,38 @@ def differential_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def declared_trainable(differential: DifferentialConfig | str) -> frozenset[str]:
-    """Names, inside `self_attn.differential`, of the parameters that train; a learnable lambda is always among them."""
-    config = as_config(differential).resolve()
-    names = {
-        "delta": ("second_down", "second_up"),
-        "adapter": ("second_down", "second_up", "key_down", "key_up"),
-        "query": ("second_query",),
-        "noise": ("second_query",),
-        "value": ("value_map",),
-    }.get(config.second, ())
+def trainable_names(config: DifferentialConfig) -> frozenset[str]:
+    """Names, inside `self_attn.differential`, of the parameters that train; a learnable lambda is always among them.
+
+    `config` is resolved.
+    """
+    names = SECOND_MAPS[config.second].trainable
     if config.lambda_kind == "fixed" and config.lambda_start == 0 and config.combine != "replace":
-        names = ()  # no gradient ever reaches the second map
+        names = ()  # the second map never gets a gradient
     scalar = "lambda_logit" if config.combine == "normalised" else "lambda_learn"
-    names += {"vectors": _VECTORS, "token": ("lambda_token",), "scalar": (scalar,), "fixed": ()}[config.lambda_kind]
+    names += {"vectors": LAMBDA_VECTORS, "token": ("lambda_token",), "scalar": (scalar,), "fixed": ()}[
+        config.lambda_kind
+    ]
     return frozenset(names + (("norm_gain",) if config.norm == "head" else ()))
 
 
 def unfreeze_differential(model: nn.Module) -> list[str]:
-    """Make exactly the declared differential parameters trainable, after peft froze them all; returns their names."""
-    trainable = []
-    for name, parameter in differential_parameters(model).items():
-        parameter.requires_grad_(name.rpartition(".")[2] in declared_trainable(differential_config(model)))
-        trainable += [name] if parameter.requires_grad else []
-    return trainable
+    """Make exactly the `trainable_names` trainable, after peft froze every parameter; returns their full names."""
+    unfrozen = []
+    for name, module in differential_modules(model).items():
+        names = trainable_names(module.config)
+        for key, parameter in module.named_parameters():
+            parameter.requires_grad_(key in names)
+            unfrozen += [f"{name}.{key}"] if key in names else []
+    return unfrozen
 
 
 def differential_config(model: nn.Module) -> DifferentialConfig | None:
-    """The configuration that the model was built with, resolved; None for standard attention."""
-    return next((module.config for module in differential_modules(model).values()), None)
+    """The resolved configuration that the model was built with; None for standard attention."""
+    return next((module.config for module in model.modules() if isinstance(module, DifferentialAttention)), None)
 
 
 def set_progress(model: nn.Module, fraction: float):
-    """Tell every lambda that warms up or anneals how far training is, 0 to 1: (step + 1) / steps before a step."""
+    """Set how far training is, 0 to 1, for every lambda that warms up or anneals: (step + 1) / steps before a step."""
     for module in differential_modules(model).values():
         module.progress.fill_(fraction)

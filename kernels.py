@@ -1,9 +1,10 @@
-"""Hand-written autograd functions: blended attention maps, attention in chunks, tiled head loss, low-rank linears.
+"""Hand-written autograd functions: blended attention maps, attention in chunks of queries, the tiled head loss, LoRA.
 
-Nothing here is needed to understand the model.
+Nothing here is needed to understand the model: every function names the plain formula that it equals and the test that
+proves it. The first section is the formula itself, step by step, which `attention.py`'s references are made of.
 
-Shapes: B batch, L query length, S key length, H query heads, K key/value heads, G = H / K, D head width, Dv value
-width, R second queries (H, or a few that are shared), n rows, C hidden width, V vocabulary, r rank.
+B batch, L queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, Dv value head dim, R second
+queries (H, or fewer, each shared by H / R heads), n rows, C hidden size, V vocabulary, r rank.
 """
 
 from collections.abc import Iterator
@@ -13,29 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64  # query rows whose maps exist at a time above it: they stay in a core's cache
-TILE = 4096  # tokens of the vocabulary at a time: n x TILE logits stay in a core's cache
-SMALL = 1 << 22  # up to so many logits the plain formula takes no longer
+CHUNK = 64  # queries whose maps exist at a time: they stay in a core's cache
+TILE = 4096  # tokens of the vocabulary whose logits exist at a time: n x TILE logits stay in a core's cache
+PLAIN_LOSS_MAX_LOGITS = 1 << 22  # up to this many logits the plain loss is as fast as the tiled one
 
 
 # ---- explicit attention, step by step
 def attention_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """Scores [B, K, G, L, S] of q [B, H, L, D] on k [B, K, S, D]: scaled, then soft-capped, not yet masked.
+    """Scores [B, K, G, L, S] of q [B, H, L, D] and k [B, K, S, D]: scaled, then soft-capped, not masked.
 
     The soft-cap is `c tanh(s / c)` (Gemma 2, arXiv 2408.00118, section 2).
     """
-    batch, heads, length, width = q.shape
+    batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
-    # query heads of a group share their keys: folded into rows, one matmul serves them all
-    rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * length, width)
+    # the query heads of a group share their keys: folded into rows, one matmul serves them all
+    rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
     scores = (rows @ k.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, length, -1)
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return apply_softcap(scores, softcap)
+
+
+def apply_softcap(x: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(x / c), or x itself where `softcap` is None."""
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
 def softmax_maps(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of scores [B, K, G, L, S], which may be overwritten, under mask [B, 1, L, S].
+    """Softmax over keys of scores [B, K, G, L, S], which may be overwritten, under the bool mask [B, 1, L, S].
 
-    The maps are float32, or float64 for float64 scores. A row without any visible key gives a uniform map, never NaN.
+    The maps are float32, or float64 for float64 scores. A query without any visible key gets a uniform map, never NaN.
     """
     if mask is not None:
         scores = scores.masked_fill_(~mask[:, :, None], torch.finfo(scores.dtype).min)
@@ -43,66 +49,73 @@ def softmax_maps(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def apply_maps(maps: Tensor, v: Tensor) -> Tensor:
-    """Weighted values [B, H, L, Dv] of maps [B, K, G, L, S] and v [B, K, S, Dv]."""
+    """Weighted sums of the values [B, H, L, Dv] for maps [B, K, G, L, S] and v [B, K, S, Dv]."""
     batch, kv_heads, groups, length, keys = maps.shape
     return (maps.reshape(batch, kv_heads, groups * length, keys) @ v).view(batch, kv_heads * groups, length, -1)
 
 
 def blend(first: Tensor, second: Tensor, weight: Tensor, normalised: bool) -> Tensor:
-    """Maps or outputs, first [B, H, L, *] and second [B, R, L, *]; weight [1] or [B, H, L, 1].
+    """Blend of two maps or two outputs, first [B, H, L, *] and second [B, R, L, *]; weight [1] or [B, H, L, 1].
 
-    `normalised`: first + weight (first - second), which is `first` to the bit where both are equal; else
-    first - weight second. Head h of `first` meets head h R / H of `second`.
+    `normalised`: first + weight (first - second), bit-equal to `first` where both are equal; otherwise
+    first - weight second. Head h of `first` is paired with head h R / H of `second`.
     """
     if second.shape[1] != first.shape[1]:
         second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
     weight = weight.to(first.dtype)
     if normalised:
-        return torch.lerp(first, second, -weight)  # that very sum, in one pass
+        return torch.lerp(first, second, -weight)  # the same sum in one pass
     return torch.addcmul(first, weight, second, value=-1)
 
 
-# ---- both maps: forward, and backward by hand
-class BlendedMaps(torch.autograd.Function):
-    """P v, P the blend of two maps that are kept for the backward pass; the values are met once each way.
+# ---- both maps: forward and backward
+class BlendedAttention(torch.autograd.Function):
+    """P v for the blend P of two attention maps, which are kept for the backward pass; each pass multiplies by the
+    values once.
 
-    With P = a P1 + b P2 and G the gradient of the output,
+    Equals `attention.blended_reference`: tests/test_attention.py, test_fast_paths_equal_the_formula. With
+    P = a P1 + b P2, G the gradient of the output, and `*` elementwise:
 
-        dv = P^T G    dP = G v^T    D_i = rowsum(P_i dP)    dS1 = a P1 (dP - D1)    dS2 = b P2 (dP - D2)
+        dv = P^T G    dP = G v^T    D_i = rowsum(P_i * dP)    dS1 = a P1 * (dP - D1)    dS2 = b P2 * (dP - D2)
 
-    The weight's gradient is D1 - D2 where normalised (a = 1 + weight, b = -weight) and -D2 where not (a = 1,
-    b = -weight); the soft-cap's factor is 1 - (S / c)^2.
+    The gradient of the weight is D1 - D2 where normalised (a = 1 + weight, b = -weight) and -D2 otherwise (a = 1,
+    b = -weight); a soft-cap adds the factor 1 - (S / c)^2 to dS.
     """
 
     @staticmethod
     def forward(ctx, q1, q2, k, v, weight, dense, scale, normalised, softcap) -> Tensor:
-        """Arguments as `differential_attention`'s, the mask dense."""
-        formed = form_maps(q1, q2, k, v, dense, scale, softcap)
-        ctx.save_for_backward(q1, q2, k, v, weight, *formed)
+        """Arguments as those of `attention.blended_attention`; `dense` is the bool mask [B, 1, L, S] or None."""
+        computed = compute_maps(q1, q2, k, v, dense, scale, softcap)
+        ctx.save_for_backward(q1, q2, k, v, weight, *computed)
         ctx.options = scale, normalised
-        return apply_blend(formed, v, weight, normalised)
+        return apply_maps(blend_maps(computed, weight, normalised).to(v.dtype), v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        q1, q2, k, v, weight, *formed = ctx.saved_tensors
-        return *map_gradients(gradient, q1, q2, k, v, weight, formed, *ctx.options), *[None] * 4
+        q1, q2, k, v, weight, *computed = ctx.saved_tensors
+        return *attention_gradients(gradient, q1, q2, k, v, weight, computed, *ctx.options), *[None] * 4
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """The same, or the first map alone, a chunk of query rows at a time: nothing L x S is kept, the backward pass forms
-    every chunk's maps anew."""
+    """The same, or attention by the first map alone, for CHUNK queries at a time: the backward pass computes the maps
+    of each chunk again, so no [L, S] tensor is kept.
+
+    Equals `attention.blended_reference` and `attention.attention_reference`: tests/test_attention.py,
+    test_chunks_equal_the_formula.
+    """
 
     @staticmethod
     def forward(ctx, q1, q2, k, v, weight, mask, scale, normalised, softcap, window) -> Tensor:
-        """Arguments as `differential_attention`'s; q2 and weight None: the first map alone."""
+        """Arguments as those of `attention.blended_attention`; q2 and weight None: the first map alone."""
         ctx.save_for_backward(q1, q2, k, v, weight)
         ctx.options = mask, scale, normalised, softcap, window
         out = v.new_empty(*q1.shape[:3], v.shape[-1])
-        for rows, keys, dense in row_chunks(mask, q1.shape[2], k.shape[2], window):
-            seen = k[:, :, keys], v[:, :, keys]
-            formed = form_maps(rows_of(q1, rows), rows_of(q2, rows), *seen, dense, scale, softcap)
-            out[:, :, rows] = apply_blend(formed, seen[1], rows_of(weight, rows), normalised)
+        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window):
+            k_seen, v_seen = k[:, :, keys], v[:, :, keys]
+            computed = compute_maps(select_rows(q1, rows), select_rows(q2, rows), k_seen, v_seen, dense, scale, softcap)
+            maps = blend_maps(computed, select_rows(weight, rows), normalised)
+            out[:, :, rows] = apply_maps(maps.to(v.dtype), v_seen)
         return out
 
     @staticmethod
@@ -110,93 +123,99 @@ class ChunkedAttention(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         q1, q2, k, v, weight = ctx.saved_tensors
         mask, scale, normalised, softcap, window = ctx.options
-        wide = torch.promote_types(k.dtype, torch.float32)  # of what chunks add up to
+        wide = torch.promote_types(k.dtype, torch.float32)  # for sums over chunks
         d_q1, d_q2 = (None if q is None else torch.empty_like(q) for q in (q1, q2))
         d_k, d_v, d_weight = (None if t is None else torch.zeros_like(t, dtype=wide) for t in (k, v, weight))
-        for rows, keys, dense in row_chunks(mask, q1.shape[2], k.shape[2], window):
-            here = [rows_of(q1, rows), rows_of(q2, rows), k[:, :, keys], v[:, :, keys]]
-            formed = form_maps(*here, dense, scale, softcap)
-            told = map_gradients(gradient[:, :, rows], *here, rows_of(weight, rows), formed, scale, normalised)
-            d_q1[:, :, rows] = told[0]
-            d_k[:, :, keys] += told[2]
-            d_v[:, :, keys] += told[3]
+        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window):
+            inputs = [select_rows(q1, rows), select_rows(q2, rows), k[:, :, keys], v[:, :, keys]]
+            computed = compute_maps(*inputs, dense, scale, softcap)
+            chunk_weight = select_rows(weight, rows)
+            gradients = attention_gradients(gradient[:, :, rows], *inputs, chunk_weight, computed, scale, normalised)
+            d_q1[:, :, rows] = gradients[0]
+            d_k[:, :, keys] += gradients[2]
+            d_v[:, :, keys] += gradients[3]
             if q2 is not None:
-                d_q2[:, :, rows] = told[1]
-                rows_of(d_weight, rows).add_(told[4])
+                d_q2[:, :, rows] = gradients[1]
+                select_rows(d_weight, rows).add_(gradients[4])
         d_weight = None if weight is None else d_weight.to(weight.dtype)
         return d_q1, d_q2, d_k.to(k.dtype), d_v.to(v.dtype), d_weight, *[None] * 5
 
 
-def row_chunks(mask, queries: int, keys: int, window: int | None) -> Iterator[tuple]:
-    """(rows, keys, dense): query rows by the CHUNK, the keys that any of them sees, and their mask or None."""
+def query_chunks(mask, queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """(rows, keys, dense): CHUNK queries at a time, the keys that any of them sees, and their mask, None where every
+    query sees all of these keys. `mask`: a PrefixMask or None."""
     offset = keys - queries
     for first in range(0, queries, CHUNK):
         last = min(first + CHUNK, queries)
-        low, high, whole = (0, keys, True) if mask is None else mask.reach(offset + first, offset + last, keys)
-        dense = None if whole else mask.block((offset + first, offset + last), (low, high), window)
+        if mask is None:
+            low, high, dense = 0, keys, None
+        else:
+            low, high, sees_all = mask.visible_keys(offset + first, offset + last, keys)
+            dense = None if sees_all else mask.block((offset + first, offset + last), (low, high), window)
         yield slice(first, last), slice(low, high), dense
 
 
-def rows_of(t: Tensor | None, rows: slice) -> Tensor | None:
-    """These query rows of t [B, H, L, *]; a weight [1] belongs to every row."""
+def select_rows(t: Tensor | None, rows: slice) -> Tensor | None:
+    """These queries of t [B, H, L, *]; a weight [1] belongs to every query."""
     return t if t is None or t.ndim == 1 else t[:, :, rows]
 
 
-def form_maps(q1, q2, k, v, dense, scale, softcap) -> tuple[Tensor | None, ...]:
-    """Both maps and the soft-cap's derivative at their scores, None where there is none: first, slope, second, slope.
+def compute_maps(q1, q2, k, v, dense, scale, softcap) -> tuple[Tensor | None, ...]:
+    """(first map, slope, second map, slope): maps [B, K, G, L, S] and the derivative of the soft-cap at their scores.
 
-    Each map is formed by the very operations of the standard arm, so that equal queries give equal bits.
+    None for a map or slope that does not exist. Each map is computed by the operations of standard attention, so that
+    equal queries give equal bits.
     """
-    k1, k2 = halves_of(k, v)
-    formed = ()
+    k1, k2 = split_keys(k, v)
+    computed = ()
     for q, key in ((q1, k1), (q2, k2)):
         scores = None if q is None else attention_scores(q, key, scale, softcap)
-        slope = None if q is None or softcap is None else 1 - (scores / softcap) ** 2  # unmasked: 0 times inf is NaN
-        formed += (None if q is None else softmax_maps(scores, dense), slope)
-    return formed
+        # of unmasked scores: 0 times inf would be NaN
+        slope = None if q is None or softcap is None else 1 - (scores / softcap) ** 2
+        computed += (None if q is None else softmax_maps(scores, dense), slope)
+    return computed
 
 
-def halves_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys of the first and of the second map, which may be the same."""
+def split_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys of the first and of the second map, which are the same tensor where k has as many heads as v."""
     return (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
 
 
-def apply_blend(formed, v: Tensor, weight: Tensor | None, normalised: bool) -> Tensor:
-    return apply_maps(blended(formed, weight, normalised).to(v.dtype), v)
-
-
-def blended(formed, weight: Tensor | None, normalised: bool) -> Tensor:
-    first, _, second, _ = formed
+def blend_maps(computed, weight: Tensor | None, normalised: bool) -> Tensor:
+    """The map that is applied to the values, of what `compute_maps` returns."""
+    first, _, second, _ = computed
     if second is None:
         return first
     return blend(first.flatten(1, 2), second.flatten(1, 2), weight, normalised).view_as(first)
 
 
-def map_gradients(gradient, q1, q2, k, v, weight, formed, scale, normalised) -> tuple[Tensor | None, ...]:
-    """Gradients of q1, q2, k, v and weight by the formulas of `BlendedMaps`."""
-    first, slope1, second, slope2 = formed
-    (k1, k2), kv_heads = halves_of(k, v), v.shape[1]
+def attention_gradients(gradient, q1, q2, k, v, weight, computed, scale, normalised) -> tuple[Tensor | None, ...]:
+    """Gradients of q1, q2, k, v and weight by the formulas of `BlendedAttention`."""
+    first, slope1, second, slope2 = computed
+    (k1, k2), kv_heads = split_keys(k, v), v.shape[1]
     g = gradient.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # query heads of a group as rows, as in the forward pass
-    d_v = blended(formed, weight, normalised).to(v.dtype).flatten(2, 3).mT @ g
+    d_v = blend_maps(computed, weight, normalised).to(v.dtype).flatten(2, 3).mT @ g
     d_maps = (g @ v.mT).to(first.dtype).view_as(first)
     if q2 is None:
-        d_q1, d_k1 = through_softmax(d_maps, first, slope1, 1.0, q1, k1, scale)
+        d_q1, d_k1 = softmax_gradients(d_maps, first, slope1, 1.0, q1, k1, scale)
         return d_q1, None, d_k1, d_v, None
-    d_q1, d_k1 = through_softmax(d_maps, first, slope1, 1 + weight if normalised else 1.0, q1, k1, scale)
+    d_q1, d_k1 = softmax_gradients(d_maps, first, slope1, 1 + weight if normalised else 1.0, q1, k1, scale)
     shared = first.shape[2] // second.shape[2]  # heads that share a second query
     d_second, factor = d_maps, -weight
     if shared > 1:
         d_second, factor = (factor * d_maps.flatten(1, 2)).view_as(d_maps).unflatten(2, (-1, shared)).sum(3), 1.0
-    d_q2, d_k2 = through_softmax(d_second, second, slope2, factor, q2, k2, scale)
+    d_q2, d_k2 = softmax_gradients(d_second, second, slope2, factor, q2, k2, scale)
     second = second.repeat_interleave(shared, dim=2) if shared > 1 else second
     gap = ((second - first if normalised else second) * d_maps).sum(-1, keepdim=True).flatten(1, 2)
     d_k = d_k1 + d_k2 if k1 is k2 else torch.cat((d_k1, d_k2), dim=1)
     return d_q1, d_q2, d_k, d_v, -gap.sum_to_size(weight.shape).to(weight.dtype)
 
 
-def through_softmax(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k from that of factor x maps; the factor, a number or one per row, is multiplied into the
-    queries, which are narrower than the maps."""
+def softmax_gradients(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k from the gradient of factor x maps.
+
+    The factor, a number or one per query, is multiplied into the queries, which are narrower than the maps.
+    """
     d_scores = torch.ops.aten._softmax_backward_data(d_maps, maps, -1, maps.dtype)
     d_scores = d_scores if slope is None else d_scores.mul_(slope)
     d_scores, factor = d_scores.to(q.dtype).flatten(2, 3), factor * scale
@@ -207,25 +226,23 @@ def through_softmax(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor, T
 
 # ---- the loss of a frozen head
 def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None) -> Tensor:
-    """Mean cross entropy, float32, of hidden [n, C] against labels [n]; logits are head(hidden), soft-capped.
+    """Mean cross entropy, float32, of hidden [n, C] against labels [n]; the logits are head(hidden), soft-capped.
 
-    In tiles where the head is a frozen nn.Linear and the logits are many; the formula itself elsewhere.
+    Tiled where the head is a frozen nn.Linear and the logits are many, the plain formula elsewhere.
     """
-    plain_head = type(head) is nn.Linear and head.bias is None and not head._forward_hooks
-    if plain_head and not head.weight.requires_grad and len(labels) * head.out_features > SMALL:
+    is_plain = type(head) is nn.Linear and head.bias is None and not has_hooks(head)
+    if is_plain and not head.weight.requires_grad and len(labels) * head.out_features > PLAIN_LOSS_MAX_LOGITS:
         return TiledHeadLoss.apply(hidden, head.weight, labels, softcap)
-    return F.cross_entropy(capped(head(hidden), softcap).float(), labels)
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(apply_softcap(head(hidden), softcap).float(), labels)
 
 
 class TiledHeadLoss(torch.autograd.Function):
-    """The loss, and in the same pass its gradient: sum_v p_v W_v - W_label per row.
+    """F.cross_entropy(soft-capped hidden @ weight.T, labels) without its logits: tests/test_speed_paths.py,
+    test_the_tiled_loss_is_the_formula.
 
-    That sum is attention with the head's rows as keys and values, so it is formed as flash attention is: tile by tile,
-    rescaled where a later tile holds a larger logit. W is read once, nothing n x V exists.
+    The gradient is computed in the forward pass: sum_v p_v W_v - W_label per row. The sum is attention with the rows of
+    the head as keys and values, so it is computed as flash attention is: tile by tile, rescaled where a later tile
+    holds a larger logit. W is read once and nothing of size n x V exists.
     """
 
     @staticmethod
@@ -233,26 +250,26 @@ class TiledHeadLoss(torch.autograd.Function):
         rows, column = hidden.to(weight.dtype), labels[:, None]
         wide = torch.promote_types(weight.dtype, torch.float32)
         top = torch.full((len(rows), 1), -torch.inf, dtype=wide, device=rows.device)
-        total, target, own_slope = torch.zeros_like(top), torch.zeros_like(top), torch.ones_like(top)
+        total, target, target_slope = torch.zeros_like(top), torch.zeros_like(top), torch.ones_like(top)
         mean = torch.zeros(rows.shape, dtype=wide, device=rows.device)  # sum_v exp(l_v - top) W_v
         for start, tile in zip(range(0, len(weight), TILE), weight.split(TILE), strict=True):
-            logits = capped(rows @ tile.T, softcap).to(wide)
+            logits = apply_softcap(rows @ tile.T, softcap).to(wide)
             at = (column - start).clamp(0, len(tile) - 1)
-            here = (column >= start) & (column < start + len(tile))
-            target = torch.where(here, logits.gather(1, at), target)
+            is_here = (column >= start) & (column < start + len(tile))
+            target = torch.where(is_here, logits.gather(1, at), target)
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            fade = (top - new_top).exp_()
+            rescale = (top - new_top).exp_()
             slope = None if softcap is None else 1 - (logits / softcap) ** 2
             shares = logits.sub_(new_top).exp_()
-            total = total * fade + shares.sum(1, keepdim=True)
+            total = total * rescale + shares.sum(1, keepdim=True)
             if slope is not None:
-                own_slope = torch.where(here, slope.gather(1, at), own_slope)
+                target_slope = torch.where(is_here, slope.gather(1, at), target_slope)
                 shares = shares * slope
             if ctx.needs_input_grad[0]:
-                mean.mul_(fade).add_(shares.to(weight.dtype) @ tile)
+                mean.mul_(rescale).add_(shares.to(weight.dtype) @ tile)
             top = new_top
         if ctx.needs_input_grad[0]:
-            gradient = (mean / total - own_slope * weight[labels]) / len(labels)
+            gradient = (mean / total - target_slope * weight[labels]) / len(labels)
             ctx.save_for_backward(gradient.to(hidden.dtype))
         return (top + total.log() - target).mean()
 
@@ -265,12 +282,15 @@ class TiledHeadLoss(torch.autograd.Function):
 
 # ---- LoRA
 def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
-    """[module(x) for each], as one piece where every module is a peft LoRA layer on a frozen nn.Linear without bias.
+    """(module(x) for each module); in one piece where every module is a peft LoRA layer on a frozen nn.Linear.
 
-    Factors are float32 masters, cast to the base's dtype. Whatever else a module is or does, dropout, a bias, a merged
-    or disabled adapter, a hook, another kind of layer, autocast to another type, it is called as it stands.
+    peft computes x W^T, then (x A^T) B^T, scales it and adds it, each a pass over the whole output, and in float32
+    where the base is bfloat16. Here the layers of one input share one product with their stacked A, and B is added
+    inside a matmul. The factors are float32 masters, cast to the dtype of the base; parameters, names and files stay
+    peft's. Anything else a module is or does (dropout, a bias, a merged or disabled adapter, a hook, another kind of
+    layer, autocast to another dtype) is left to the module itself.
     """
-    if x.numel() == x.shape[-1] and all(takes_one_row(module, x) for module in modules):
+    if x.numel() == x.shape[-1] and all(is_single_bf16_row(module, x) for module in modules):
         return tuple((module.weight @ x.view(-1)).view(*x.shape[:-1], -1) for module in modules)
     if not all(is_plain_lora(module, x) for module in modules):
         return tuple(module(x) for module in modules)
@@ -285,20 +305,21 @@ def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     )
 
 
-def takes_one_row(module: nn.Module, x: Tensor) -> bool:
-    """Whether x, one row, is better multiplied as a vector: bfloat16 on a CPU, a decoding step."""
-    plain = type(module) is nn.Linear and module.bias is None and not (module._forward_hooks or x.requires_grad)
-    return plain and x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.bfloat16
+def is_single_bf16_row(module: nn.Module, x: Tensor) -> bool:
+    """Whether x is one bfloat16 row on a CPU, a decoding step, for which a matrix-vector product is faster."""
+    is_plain = type(module) is nn.Linear and module.bias is None and not (has_hooks(module) or x.requires_grad)
+    return is_plain and x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.bfloat16
 
 
 def is_plain_lora(module: nn.Module, x: Tensor) -> bool:
+    """Whether `LowRankLinears` computes what `module`, a peft LoRA layer, does on x."""
     base = getattr(module, "base_layer", None)
     if type(base) is not nn.Linear or not hasattr(module, "lora_A"):
         return False
     if len(module.active_adapters) != 1 or module.disable_adapters or module.merged:
         return False
     name, weight = module.active_adapters[0], base.weight
-    if name not in module.lora_A or name in getattr(module, "lora_variant", ()):  # DoRA and the like
+    if name not in module.lora_A or name in getattr(module, "lora_variant", ()):  # DoRA and others
         return False
     parts = (module.lora_A[name], module.lora_B[name])
     dropout = module.lora_dropout[name]
@@ -307,26 +328,35 @@ def is_plain_lora(module: nn.Module, x: Tensor) -> bool:
         and all(type(part) is nn.Linear and part.bias is None for part in parts)
         and not (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training)
         and not weight.requires_grad
-        and weight.dtype == x.dtype == computed_in(x)
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in (module, base, *parts))
+        and weight.dtype == x.dtype == matmul_dtype(x)
+        and not any(has_hooks(part) for part in (module, base, *parts))
     )
 
 
-def computed_in(x: Tensor) -> torch.dtype:
-    """What a matmul of x gives here: autocast would mix its type with x's in the sums formed in place."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs hooks, which the functions here would skip."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matmul of x here: under autocast it may differ from that of the sums computed in place."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 class LowRankLinears(torch.autograd.Function):
-    """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; only x and the rank-r products are saved."""
+    """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; only x and the rank-r products are saved.
+
+    Equals peft's layers: tests/test_speed_paths.py, test_lora_equals_pefts.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, scales: list[float], *weights: Tensor) -> tuple[Tensor, ...]:
         """`weights`: every W_i, then every A_i, then every B_i."""
-        bases, downs, ups = thirds(weights)
+        bases, downs, ups = split_weights(weights)
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ stacked(downs, scales, x.dtype).T
+        low = rows @ stack_scaled(downs, scales, x.dtype).T
         ctx.save_for_backward(rows, low, *weights)
         ctx.scales, ctx.shape = scales, x.shape
         outs = []
@@ -339,7 +369,7 @@ class LowRankLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
         rows, low, *weights = ctx.saved_tensors
-        bases, downs, ups = thirds(weights)
+        bases, downs, ups = split_weights(weights)
         ranks = [a.shape[0] for a in downs]
         gradients = [g.reshape(-1, g.shape[-1]) for g in gradients]
         d_ups = [(h.T @ g).T.to(up.dtype) for h, g, up in zip(low.split(ranks, dim=1), gradients, ups, strict=True)]
@@ -348,18 +378,18 @@ class LowRankLinears(torch.autograd.Function):
         d_downs = [scale * d.to(a.dtype) for scale, d, a in zip(ctx.scales, d_stacked, downs, strict=True)]
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_low @ stacked(downs, ctx.scales, rows.dtype)
+            d_x = d_low @ stack_scaled(downs, ctx.scales, rows.dtype)
             for g, base in zip(gradients, bases, strict=True):
                 d_x.addmm_(g, base)
             d_x = d_x.view(ctx.shape)
         return d_x, None, *[None for _ in bases], *d_downs, *d_ups
 
 
-def thirds(weights: tuple) -> tuple[tuple, tuple, tuple]:
+def split_weights(weights: tuple[Tensor, ...]) -> tuple[tuple, tuple, tuple]:
     count = len(weights) // 3
     return weights[:count], weights[count : 2 * count], weights[2 * count :]
 
 
-def stacked(downs: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype) -> Tensor:
-    """s_i A_i one below the other [sum r, C]."""
+def stack_scaled(downs: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype) -> Tensor:
+    """s_i A_i stacked along their rows [sum of r, C]."""
     return torch.cat([scale * a for scale, a in zip(scales, downs, strict=True)]).to(dtype)

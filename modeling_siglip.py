@@ -1,40 +1,63 @@
-"""SigLIP vision tower, as PaliGemma uses it: no class token, no pooling head.
+"""SigLIP vision tower as PaliGemma uses it: no class token, no pooling head.
 
-Shapes: B images, N patches = (image_size / patch_size)^2, C hidden width, H heads, D head width.
-Module names are those of transformers >= 5, so that weights and LoRA adapters travel both ways.
+B images, N patches = (image_size / patch_size)^2, C hidden size, H heads, D head dim. Module names are those of
+transformers >= 5, so that weights and LoRA adapters can be exchanged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Annotated, TypeVar
 
+import msgspec
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import attention
+from attention import Attend
+from differential_attention import AttentionShape
 from errors import UserError
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Depth = Annotated[int, msgspec.Meta(ge=1, le=1024)]  # number of layers
+
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 @dataclass
 class SiglipVisionConfig:
-    """Defaults are So400m/14 at 224 px, PaliGemma's tower."""
+    """Defaults: So400m/14 at 224 px, the tower of PaliGemma."""
 
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    image_size: int = 224
-    patch_size: int = 14
-    num_channels: int = 3
+    hidden_size: Size = 1152
+    intermediate_size: Size = 4304
+    num_hidden_layers: Depth = 27
+    num_attention_heads: Size = 16
+    image_size: Size = 224
+    patch_size: Size = 14
+    num_channels: Size = 3
     layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    attention_dropout: float = 0.0
     model_type: str = "siglip_vision_model"
 
     def __post_init__(self):
         if self.model_type != "siglip_vision_model":
-            raise UserError(f"vision model type {self.model_type!r} is unknown here: expected 'siglip_vision_model'")
+            raise UserError(f"vision model_type {self.model_type!r} is not supported: must be 'siglip_vision_model'")
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"vision_config.hidden_act {self.hidden_act!r} is not supported: {', '.join(ACTIVATIONS)}")
+        if self.attention_dropout:
+            raise UserError(f"vision_config.attention_dropout {self.attention_dropout} is not supported: must be 0")
         if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
             raise UserError(
-                f"vision_config: hidden_size {self.hidden_size} must divide into num_attention_heads "
-                f"{self.num_attention_heads}, and image_size {self.image_size} into patch_size {self.patch_size}"
+                f"vision_config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}, and image_size {self.image_size} of patch_size {self.patch_size}"
             )
 
     @property
@@ -42,8 +65,23 @@ class SiglipVisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+Config = TypeVar("Config")
+
+
+def read_config(cls: type[Config], data: dict, name: str) -> Config:
+    """The fields of a config dataclass from a part of config.json, called `name` in messages; others are ignored.
+
+    Raises UserError for a value of another type or out of range.
+    """
+    known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+    try:
+        return msgspec.convert(known, cls)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: {error}: restore config.json") from error
+
+
 class Embedding(nn.Embedding):
-    """Draws no weights on the meta device, where a draw imports torch.compile: most of a second, for nothing."""
+    """Draws no weights on the meta device, where a draw would import torch.compile, which takes most of a second."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -65,25 +103,31 @@ class SiglipEmbeddings(nn.Module):
 class SiglipAttention(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // self.heads
-        self.scale = self.head_dim**-0.5
+        heads = config.num_attention_heads
+        self.shape = AttentionShape(config.hidden_size, heads, heads, config.hidden_size // heads)
+        self.attend = Attend(mask=None, scale=self.shape.head_dim**-0.5)
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.differential = None  # or the DifferentialAttention that add_differential puts here
+        self.differential = None  # or a DifferentialAttention, see add_differential
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)  # [B, H, N, D]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)  # [B, H, N, D]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.differential is not None:  # a second map, and lambda between the two
-            out = self.differential(x, q, k, v)
+        if self.differential is None:
+            out = self.attend(q, k, v)
         else:
-            out = attention(q, k, v, mask=None, scale=self.scale)
+            k = self.differential.extend_keys(x, k, no_rotation)
+            out = self.differential(x, q, k, v, no_rotation, self.attend)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def no_rotation(t: Tensor) -> Tensor:
+    """SigLIP has learned positions and no rotary embedding."""
+    return t
 
 
 class SiglipMLP(nn.Module):
@@ -91,9 +135,10 @@ class SiglipMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class SiglipEncoderLayer(nn.Module):
@@ -123,7 +168,7 @@ class SiglipEncoder(nn.Module):
 
 
 class SiglipVisionModel(nn.Module):
-    """Pictures [B, 3, image_size, image_size] in [-1, 1] -> patch features [B, N, C], after the last LayerNorm."""
+    """Images [B, 3, image_size, image_size] in [-1, 1] -> patch features [B, N, C], after the last LayerNorm."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()

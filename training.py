@@ -31,7 +31,7 @@ from adapters import (
 )
 from checkpoint import resolve_run
 from data import Haystacks, batch_order, loader, text_lengths
-from diagnostics import answer_attention, diagnostics, lambda_values, select_heads
+from diagnostics import answer_attention, lambda_values, measure_maps, select_heads
 from differential_attention import (
     differential_config,
     differential_parameters,
@@ -214,7 +214,7 @@ def look(run: Run, config, model, adapted, processor, eval_sets: dict, probe: di
     step = state["step"]
     limit = None if step in (0, steps) else 2 * config.eval_batch_size
     scores = evaluate(run, config, model, processor, eval_sets, limit)
-    log_scores(run, step, scores, diagnostics(model, probe))
+    log_scores(run, step, scores, measure_maps(model, probe))
     found = headline_rate(scores, eval_sets, config)
     if step > 0 and (found > state["best"] or (step == steps and found == state["best"])):
         state["best"] = found

@@ -52,9 +52,9 @@ def work(shape, length: int, dtype, path: str):
     weight, direction = torch.ones(1, requires_grad=True), torch.randn(1, heads, length, value_width).to(dtype)
 
     def run():
-        attention.path_of = lambda *args: path
+        attention.choose_path = lambda *args: path
         if differential:
-            out = attention.differential_attention(q1, q2, k, v, mask, 0.0625, weight, True)
+            out = attention.blended_attention(q1, q2, k, v, mask, 0.0625, weight, True)
         else:
             out = attention.attention(q1, k, v, mask, 0.0625)
         out.backward(direction)
@@ -68,7 +68,7 @@ def main():
     result = {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), "torch": torch.__version__}
     result |= {"rounds": config.rounds, "rows": []}
     print("| shape | S | dtype | taken | maps | chunks | sdpa |\n|---|---|---|---|---|---|---|")
-    chosen = attention.path_of
+    chosen = attention.choose_path
     for (name, shape), length in ((item, s) for item in SHAPES.items() for s in config.lengths):
         for dtype in (torch.float32, torch.bfloat16):
             width, value_width = shape[3:5]

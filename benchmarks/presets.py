@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from adapters import new_lora  # noqa: E402
 from data import loader, make_data  # noqa: E402
-from differential_attention import PRESETS, declared_trainable, differential_parameters  # noqa: E402
+from differential_attention import PRESETS, differential_parameters, unfreeze_differential  # noqa: E402
 from errors import UserError  # noqa: E402
 from finetune_original import Config as Finetune  # noqa: E402
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
@@ -43,16 +43,14 @@ def parameters_at_3b(preset: str) -> int:
     )
     with torch.device("meta"):
         model = PaliGemmaForConditionalGeneration(PaliGemmaConfig(text_config=text), preset)
-    names = declared_trainable(preset)
-    return sum(p.numel() for n, p in differential_parameters(model).items() if n.rpartition(".")[2] in names)
+    unfreeze_differential(model)
+    return sum(p.numel() for p in differential_parameters(model).values() if p.requires_grad)
 
 
 def variant(preset: str | None):
     model = PaliGemmaForConditionalGeneration.from_pretrained(ROOT / "assets" / "paligemma-nano", differential=preset)
-    names = declared_trainable(preset) if preset else ()
     adapted = new_lora(Finetune(), model.requires_grad_(False))
-    for name, p in differential_parameters(model).items():
-        p.requires_grad_(name.rpartition(".")[2] in names)
+    unfreeze_differential(model)
     return adapted.train()
 
 

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from attention import PrefixMask
 from errors import UserError
 from files import open_image, writing
-from modeling_gemma import KVCache, positions_of
+from modeling_vlm import KVCache
 from needle_eval.questions import Question
 from processing_paligemma import PaliGemmaProcessor
 
@@ -210,7 +209,7 @@ def rank(answerer: Answerer, tensors: dict, features: Tensor, candidates: list[s
     model, language = answerer.model, answerer.model.model.language_model
     count, length = tensors["input_ids"].shape
     ids, held = candidate_tensors(answerer.processor, candidates, features.device)
-    mask, positions = PrefixMask.from_tensors(tensors["attention_mask"]), positions_of(tensors["attention_mask"])
+    mask, positions = model.model.mask(tensors["attention_mask"]), model.model.positions(tensors["attention_mask"])
     x = model.model.embed(tensors["input_ids"], features)
     cache = KVCache(language, count, length, x.dtype, x.device)
     first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
@@ -236,7 +235,7 @@ def continuations(model, cache: KVCache, prompt: Tensor, row: int, ids: Tensor) 
     valid = torch.cat((prompt.expand(count, -1), torch.ones_like(ids)), dim=1)
     types = torch.zeros_like(valid)
     types[:, length:] = 1
-    mask, positions = PrefixMask.from_tensors(valid, types), positions_of(valid)[:, length:]
+    mask, positions = model.model.mask(valid, types), model.model.positions(valid)[:, length:]
     hidden = language(language.embed(ids), positions, mask, wide)
     return model.head(hidden[:, :-1]).float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from attention import (
-    EXPLICIT_MAX_LENGTH,
+    EXPLICIT_MAX_KEYS,
     PrefixMask,
     attention,
     attention_reference,
-    differential_attention,
-    differential_reference,
-    path_of,
+    blended_attention,
+    blended_reference,
+    choose_path,
     sdpa,
 )
-from kernels import blend, row_chunks
+from kernels import blend, query_chunks
 
-LONG = EXPLICIT_MAX_LENGTH + 8  # above the length where the path changes
+LONG = EXPLICIT_MAX_KEYS + 8  # above the length where the path changes
 
 
 def mask_of(length: int, side: str) -> PrefixMask:
@@ -69,13 +69,13 @@ def test_fast_paths_equal_the_formula(length, side, softcap, window, shapes, nor
     q1, q2, k, v, lambda_ = tensors(length, **SHAPES[shapes])
     mask = mask_of(length, side)
     weight = lambda_ / (1 - lambda_) if normalised else lambda_
-    out = differential_attention(q1, q2, k, v, mask, 0.5, weight, normalised, softcap, window)
+    out = blended_attention(q1, q2, k, v, mask, 0.5, weight, normalised, softcap, window)
 
     exact = [t.detach().double().requires_grad_() for t in (q1, q2, k, v, lambda_)]
     keys = (exact[2], exact[2]) if k.shape[1] == v.shape[1] else exact[2].chunk(2, dim=1)
     dense = mask.dense(length, length, window)
     strength_seen = exact[4]
-    expected = differential_reference(
+    expected = blended_reference(
         exact[0], exact[1], *keys, exact[3], dense, 0.5, strength_seen, normalised, softcap
     )  # fmt: skip
     rows = dense.any(-1)[..., None]  # a row without keys: uniform here, zero in SDPA
@@ -93,7 +93,7 @@ def test_the_formula_itself():
     q1, q2, k1, k2, v = (torch.randn(2, h, 5, 4, dtype=torch.double) for h in (4, 4, 2, 2, 2))
     mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     for normalised in (True, False):
-        out = differential_reference(q1, q2, k1, k2, v, mask, 0.5, 0.3, normalised)
+        out = blended_reference(q1, q2, k1, k2, v, mask, 0.5, 0.3, normalised)
         for b in range(2):
             for h in range(4):
                 for row in range(5):
@@ -107,8 +107,8 @@ def test_the_formula_itself():
 def test_a_fast_path_in_float64_is_the_formula():
     q1, q2, k, v, lambda_ = (t.detach().double() for t in tensors(7))
     mask = mask_of(7, "left")
-    out = differential_attention(q1, q2, k, v, mask, 0.5, lambda_ / (1 - lambda_), True)
-    expected = differential_reference(q1, q2, k, k, v, mask.dense(7, 7), 0.5, lambda_, True)
+    out = blended_attention(q1, q2, k, v, mask, 0.5, lambda_ / (1 - lambda_), True)
+    expected = blended_reference(q1, q2, k, k, v, mask.dense(7, 7), 0.5, lambda_, True)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
@@ -123,27 +123,34 @@ def test_equal_maps_give_the_bits_of_standard_attention(heads, kv_heads, length,
     mask = PrefixMask.from_tensors(torch.ones(2, length), types)
     standard = attention(q, k, v, mask, 0.25)
     for gamma in (1 / 9, 1.0, 9.0, -1 / 3):
-        assert torch.equal(differential_attention(q, q, k, v, mask, 0.25, torch.tensor([gamma]), True), standard)
-    assert torch.equal(differential_attention(q, -q, k, v, mask, 0.25, torch.tensor([0.0]), False), standard)
-    twice = torch.cat((k, k), 1)
-    assert torch.equal(differential_attention(q, q, twice, v, mask, 0.25, torch.tensor([3.0]), True), standard)
+        assert torch.equal(blended_attention(q, q, k, v, mask, 0.25, torch.tensor([gamma]), True), standard)
+    assert torch.equal(blended_attention(q, -q, k, v, mask, 0.25, torch.tensor([0.0]), False), standard)
+
+
+def test_equal_keys_of_their_own_give_standard_attention_up_to_rounding():
+    """Keys of the second map are a view of a larger tensor, for which a matmul may choose another kernel."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 7, 16) for heads in (4, 2, 2))
+    standard = attention(q, k, v, None, 0.25)
+    found = blended_attention(q, q, torch.cat((k, k), 1), v, None, 0.25, torch.tensor([3.0]), True)
+    torch.testing.assert_close(found, standard, atol=1e-6, rtol=1e-5)
 
 
 def test_the_values_are_met_once_below_the_length_and_the_path_ignores_the_arm(monkeypatch):
     products = []
     monkeypatch.setattr("kernels.apply_maps", lambda maps, v: products.append(1) or maps.flatten(1, 2) @ v)
     q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 1, 6, 8)
-    differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
+    blended_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert products == [1]
     calls = []
     real = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         "attention.F.scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape[1]) or real(*a, **k)
     )
-    for length in (EXPLICIT_MAX_LENGTH, LONG):
+    for length in (EXPLICIT_MAX_KEYS, LONG):
         q, kv = torch.randn(1, 4, length, 8), torch.randn(1, 1, length, 8)
         attention(q, kv, kv, None, 1.0)
-        differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
+        blended_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert calls == [4, 8]  # one call each, above the length alone
 
 
@@ -158,7 +165,7 @@ def test_bf16_maps_are_blended_in_float32(monkeypatch):
     seen = []
     monkeypatch.setattr("kernels.blend", lambda first, *rest: seen.append(first.dtype) or blend(first, *rest))
     q, kv = torch.randn(1, 4, 6, 8).bfloat16(), torch.randn(1, 1, 6, 8).bfloat16()
-    out = differential_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
+    out = blended_attention(q, q, kv, kv, None, 1.0, torch.ones(1), True)
     assert seen == [torch.float32] and out.dtype == torch.bfloat16
 
 
@@ -176,7 +183,7 @@ def shifted_mask(length: int) -> PrefixMask:
 @pytest.mark.parametrize("shapes", ["one map", *SHAPES])
 def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap, monkeypatch):
     monkeypatch.setattr("kernels.CHUNK", 3)
-    monkeypatch.setattr("attention.path_of", lambda *args: "chunks")
+    monkeypatch.setattr("attention.choose_path", lambda *args: "chunks")
     q1, q2, k, v, weight = (t.detach().double() for t in tensors(7, **SHAPES.get(shapes, {})))
     batch = (torch.cat((t, t[:2])) if t.ndim > 1 else t for t in (q1, q2, k, v, weight))
     q1, q2, k, v, weight = (t.requires_grad_() for t in batch)
@@ -195,10 +202,10 @@ def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap
         keys = (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
 
         def kernel(q1, q2, k, v, weight):
-            return differential_attention(q1, q2, k, v, mask, 0.5, weight, True, softcap, window) * rows
+            return blended_attention(q1, q2, k, v, mask, 0.5, weight, True, softcap, window) * rows
 
         lam = weight / (1 + weight)
-        expected = differential_reference(q1, q2, *keys, v, dense, 0.5, lam, True, softcap) * rows
+        expected = blended_reference(q1, q2, *keys, v, dense, 0.5, lam, True, softcap) * rows
     torch.testing.assert_close(kernel(*leaves), expected, atol=1e-12, rtol=1e-12)
     assert torch.autograd.gradcheck(kernel, leaves, fast_mode=True)
     direction = torch.randn_like(expected)
@@ -215,11 +222,11 @@ def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
     alike = PrefixMask.from_tensors(torch.ones(2, keys), types)
     types[1, -5:] = 1
     ragged = PrefixMask.from_tensors(torch.ones(2, keys), types)
-    for mask in (shifted_mask(keys), alike, ragged, shifted_mask(keys).grow(0), None):
+    for mask in (shifted_mask(keys), alike, ragged, shifted_mask(keys).extend(0), None):
         for window in (None, 2):
             full = torch.ones(1, 1, queries, keys) if mask is None else mask.dense(queries, keys, window)
             built = torch.zeros_like(full, dtype=torch.bool)
-            for rows, seen, dense in row_chunks(mask, queries, keys, window):
+            for rows, seen, dense in query_chunks(mask, queries, keys, window):
                 built[:, :, rows, seen] = True if dense is None else dense
             assert torch.equal(built, full.bool())
 
@@ -257,7 +264,9 @@ def test_a_dense_mask_meets_keys_of_every_head_off_the_cpu(monkeypatch):
     q, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
     valid = torch.ones(2, 9)
     valid[1, 0] = 0
-    padded, calls = PrefixMask.from_tensors(valid).to("meta"), []
+    padded, calls = PrefixMask.from_tensors(valid), []
+    parts = (t.to("meta") for t in (padded.start, padded.prefix_end, padded.end))
+    padded = PrefixMask(*parts, padded.sees_all, padded.spans)
     real = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         "attention.F.scaled_dot_product_attention", lambda *a, **o: calls.append((a, o)) or real(*a, **o)
@@ -275,10 +284,10 @@ def test_paths():
     def keys(length, width=8):
         return torch.empty(1, 1, length, width, device="meta"), torch.empty(1, 1, length, 8, device="meta")
 
-    assert path_of(torch.empty(1, 1, EXPLICIT_MAX_LENGTH, 8), torch.empty(1, 1, EXPLICIT_MAX_LENGTH, 8), None) == "maps"
-    assert path_of(*keys(300), None) == "sdpa" and path_of(*keys(300), 50.0) == "maps"
-    assert path_of(*keys(LONG), None) == "sdpa" and path_of(*keys(LONG), 50.0) == "chunks"
-    assert path_of(*keys(300, 4), None) == "maps" and path_of(*keys(LONG, 4), None) == "chunks"
+    assert choose_path(torch.empty(1, 1, EXPLICIT_MAX_KEYS, 8), torch.empty(1, 1, EXPLICIT_MAX_KEYS, 8), None) == "maps"
+    assert choose_path(*keys(300), None) == "sdpa" and choose_path(*keys(300), 50.0) == "maps"
+    assert choose_path(*keys(LONG), None) == "sdpa" and choose_path(*keys(LONG), 50.0) == "chunks"
+    assert choose_path(*keys(300, 4), None) == "maps" and choose_path(*keys(LONG, 4), None) == "chunks"
 
 
 def test_nothing_as_large_as_the_maps_is_kept():
@@ -286,5 +295,5 @@ def test_nothing_as_large_as_the_maps_is_kept():
     q, v = torch.randn(1, 4, LONG, 8, requires_grad=True), torch.randn(1, 1, LONG, 16, requires_grad=True)
     k = torch.randn(1, 2, LONG, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        differential_attention(q, q, k, v, None, 1.0, torch.ones(1), True).sum()
+        blended_attention(q, q, k, v, None, 1.0, torch.ones(1), True).sum()
     assert 0 < max(saved) <= 4 * LONG * 16

@@ -7,49 +7,49 @@ import tiny
 import torch
 from test_differential import build, causal, layer, projected, stir
 
-from attention import attention_maps, rotate
-from diagnostics import diagnostics, look_inside, row_entropy, select_heads
+from attention import Attend, apply_rotary, attention_maps
+from diagnostics import compute_layer_maps, measure_maps, row_entropy, select_heads, visit_differential_layers
 from differential_attention import differential_modules
 from kernels import blend
 
 
 @pytest.mark.parametrize("preset", ["split", "v2", "difflora", "v1", "grouped", "dex"])
-def test_a_look_inside_sees_what_the_forward_pass_does(preset):
+def test_a_visit_differential_layers_sees_what_the_forward_pass_does(preset):
     model, batch, outputs = stir(build(preset)), tiny.batch(), []
     for module in differential_modules(model).values():
         module.register_forward_hook(lambda module, inputs, out: outputs.append(out))
 
     def see(name, module, seen, valid):
         assert torch.equal(valid, batch["attention_mask"].bool())
-        torch.testing.assert_close(seen.first.sum(-1), torch.ones(seen.first.shape[:3]))
+        torch.testing.assert_close(seen.map1.sum(-1), torch.ones(seen.map1.shape[:3]))
         normalised = module.config.combine == "normalised"
         weight = seen.lambda_ / (1 - seen.lambda_) if normalised else seen.lambda_
         out = blend(seen.out1, seen.out2, weight, normalised)
-        out = module._head_norm(out) if module.config.norm == "head" else out
+        out = module.head_norm(out)
         torch.testing.assert_close(out, outputs.pop(), atol=1e-5, rtol=1e-5)
         told.append(name)
 
     told = []
-    look_inside(model, batch, see)
+    visit_differential_layers(model, batch, see)
     assert told == [f"model.language_model.layers.{i}.self_attn.differential" for i in range(3)]
 
 
 def test_diagnostics():
     model, batch = build("split"), tiny.batch()
-    for line in diagnostics(model, batch).values():
+    for line in measure_maps(model, batch).values():
         assert line["cosine"] == pytest.approx(1, abs=1e-6) and line["distance"] == 0
         assert line["entropy1"] == line["entropy2"] > 0 and line["lambda"] == pytest.approx(0.5)
-    found = diagnostics(stir(model), batch)
+    found = measure_maps(stir(model), batch)
     for line in found.values():
         assert line["cosine"] < 0.999 and line["distance"] > 0.01 and line["entropy1"] != line["entropy2"]
     other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 55)}
-    assert diagnostics(model, other) == found  # pads count nowhere
-    assert diagnostics(build(), batch) == {}
+    assert measure_maps(model, other) == found  # pads count nowhere
+    assert measure_maps(build(), batch) == {}
     token = stir(build("v2"))
-    start = {name: line["lambda"] for name, line in diagnostics(token, batch).items()}
-    assert diagnostics(token, other).items() and all(0 < value < 1 for value in start.values())
-    assert {name: line["lambda"] for name, line in diagnostics(token, other).items()} == start
-    single = diagnostics(build("norm_only"), batch)
+    start = {name: line["lambda"] for name, line in measure_maps(token, batch).items()}
+    assert measure_maps(token, other).items() and all(0 < value < 1 for value in start.values())
+    assert {name: line["lambda"] for name, line in measure_maps(token, other).items()} == start
+    single = measure_maps(build("norm_only"), batch)
     assert all(set(line) == {"lambda", "entropy1"} for line in single.values())
     uniform = torch.full((1, 1, 2, 8), 1 / 8)
     assert row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
@@ -57,13 +57,13 @@ def test_diagnostics():
 
 def test_compiled_layers_are_looked_into_as_well():
     model, batch = stir(build("split")), tiny.batch()
-    expected = diagnostics(model, batch)
+    expected = measure_maps(model, batch)
     for decoder_layer in model.model.language_model.layers:
         decoder_layer.compile(fullgraph=True, backend="eager")
     with torch.no_grad():  # as an evaluation before: without hooks, and compiled so
         model(**{key: value for key, value in batch.items() if key != "labels"}, logits_to_keep=1)
-    assert diagnostics(model, batch) == expected and not model.training
-    assert diagnostics(model.train(), batch) == expected and model.training
+    assert measure_maps(model, batch) == expected and not model.training
+    assert measure_maps(model.train(), batch) == expected and model.training
 
 
 def test_dex_takes_the_heads_of_highest_entropy():
@@ -71,9 +71,9 @@ def test_dex_takes_the_heads_of_highest_entropy():
     entropies = {}
 
     def see(name, module, seen, valid):
-        entropies[name] = (row_entropy(seen.first) * valid[:, None]).sum((0, 2))
+        entropies[name] = (row_entropy(seen.map1) * valid[:, None]).sum((0, 2))
 
-    look_inside(model, tiny.batch(), see)
+    visit_differential_layers(model, tiny.batch(), see)
     select_heads(model, tiny.batch())
     for name, module in differential_modules(model).items():
         assert module.selected.sum() == 2
@@ -82,8 +82,9 @@ def test_dex_takes_the_heads_of_highest_entropy():
 
 def test_maps_of_the_two_branches_are_attention_maps():
     attend, x, rotary, mask = layer("split")
-    q, k, v = projected(attend, x, None)
-    seen = attend.differential.explain(x, q, k, v, rotary, mask)
-    q1, k = rotate(q, *rotary), rotate(k, *rotary)
-    torch.testing.assert_close(seen.first, attention_maps(q1, k, causal(), 8**-0.5).flatten(1, 2))
-    assert (seen.first - seen.second).abs().max() > 0.01
+    q, k, v = projected(attend, x, rotary)
+    seen = compute_layer_maps(
+        attend.differential, x, q, k, v, lambda t: apply_rotary(t, *rotary), Attend(mask, 8**-0.5)
+    )
+    torch.testing.assert_close(seen.map1, attention_maps(q, k, causal(), 8**-0.5).flatten(1, 2))
+    assert (seen.map1 - seen.map2).abs().max() > 0.01

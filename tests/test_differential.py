@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import differential_attention as da
-from attention import PrefixMask, attention, differential_reference, rotate
+from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves, attention, blended_reference
 from diagnostics import lambda_values
-from differential_attention import PRESETS, DifferentialAttention, DifferentialConfig, add_differential, set_progress
+from differential_attention import PRESETS, DifferentialConfig, add_differential, set_progress
 from errors import UserError
 from modeling_gemma import (
     GemmaAttention,
@@ -91,7 +91,7 @@ def test_first_gradients_are_the_claimed_ones(preset, tower):
     model.requires_grad_(False)
     trained = da.unfreeze_differential(model)
     parameters = da.differential_parameters(model)
-    declared = da.declared_trainable(preset)
+    declared = da.trainable_names(DifferentialConfig(preset).resolve())
     assert {name for name in parameters if name.rpartition(".")[2] in declared} == set(trained)
     assert {name.rpartition(".")[2] for name in parameters} >= declared >= set(PRESETS[preset].gradient)
     assert (not trained) == (preset == "lambda_zero")
@@ -154,7 +154,7 @@ def test_other_starting_points_behave_as_known():
     assert not torch.equal(logits(model, tiny.batch()), standard)
     found = gradients(model)
     assert found.pop("lambda_learn") > 0 and not any(found.values())
-    model = zeroed(build("difflora", **vectors).double(), "second_up", "key_up", *da._VECTORS)
+    model = zeroed(build("difflora", **vectors).double(), "second_up", "key_up", *da.LAMBDA_VECTORS)
     assert torch.equal(logits(model, tiny.batch()), standard)
     assert not any(gradients(model).values())
 
@@ -218,6 +218,16 @@ def test_every_row_says_what_it_does():
 
 
 # ---- formulas, in float64
+def module_for(attend, depth=2, **choices):
+    config = DifferentialConfig(**choices).resolve()
+    return da.make_differential(config, attend.shape, "text", depth, attend.q_proj)
+
+
+def gamma_of(module):
+    lambda_ = module.current_lambda(None)
+    return lambda_ / (1 - lambda_)
+
+
 def layer(preset, heads=4, kv_heads=2, width=8, hidden=24, depth=2, **changes):
     """One Gemma attention layer with differential attention, float64, every parameter stirred; its inputs."""
     torch.manual_seed(1)
@@ -228,7 +238,7 @@ def layer(preset, heads=4, kv_heads=2, width=8, hidden=24, depth=2, **changes):
     for parameter in attend.parameters():
         nn.init.normal_(parameter, std=0.4)
     if preset is not None:
-        attend.differential = DifferentialAttention(DifferentialConfig(preset, **changes), attend, "text", depth)
+        attend.differential = module_for(attend, depth, preset=preset, **changes)
         attend.differential.double()
         with torch.no_grad():
             for parameter in attend.differential.parameters():
@@ -242,10 +252,10 @@ def layer(preset, heads=4, kv_heads=2, width=8, hidden=24, depth=2, **changes):
 
 def projected(attend, x, rotary):
     q, k, v = (
-        proj(x).unflatten(-1, (-1, attend.head_dim)).transpose(1, 2)
+        proj(x).unflatten(-1, (-1, attend.shape.head_dim)).transpose(1, 2)
         for proj in (attend.q_proj, attend.k_proj, attend.v_proj)
     )
-    return (q, k, v) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary), v)
+    return (q, k, v) if rotary is None else (apply_rotary(q, *rotary), apply_rotary(k, *rotary), v)
 
 
 def causal(queries=6):
@@ -290,7 +300,7 @@ def test_v1_equals_diffllama_after_the_permutation_of_heads():
     with torch.no_grad():
         attend.differential.norm_gain.fill_(1)
         theirs.o_proj.weight.copy_(attend.o_proj.weight)
-        for name in da._VECTORS:
+        for name in da.LAMBDA_VECTORS:
             getattr(theirs, name).copy_(getattr(attend.differential, name))
         for name, heads in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4)):
             order = torch.arange(heads).view(-1, 2).T.flatten()  # theirs h = ours order[h]
@@ -306,7 +316,7 @@ def test_v2_is_its_formula():
     attend, x, rotary, mask = layer("v2")
     d = attend.differential
     q, k, v = projected(attend, x, rotary)
-    second = rotate((x @ d.second_query.T).unflatten(-1, (-1, 8)).transpose(1, 2), *rotary)
+    second = apply_rotary((x @ d.second_query.T).unflatten(-1, (-1, 8)).transpose(1, 2), *rotary)
     interleaved = torch.stack((q, second), dim=2).flatten(1, 2)  # as its code has them: 0::2 and 1::2
     both = attention(interleaved, k, v, mask, 8**-0.5)
     out = both[:, 0::2] - torch.sigmoid(x @ d.lambda_token.T).mT[..., None] * both[:, 1::2]
@@ -316,7 +326,7 @@ def test_v2_is_its_formula():
 def test_v2_halves_the_output_at_first():
     standard, x, rotary, mask = layer(None)
     attend, *_ = layer(None)
-    attend.differential = DifferentialAttention(DifferentialConfig("v2"), attend, "text", 2).double()
+    attend.differential = module_for(attend, preset="v2").double()
     half = 0.5 * standard(x, rotary, mask, None)  # the copied query is float32
     torch.testing.assert_close(attend(x, rotary, mask, None), half, atol=1e-6, rtol=1e-6)
 
@@ -333,11 +343,11 @@ def test_split_and_its_controls_are_their_formula(preset, lambda_):
             d.lambda_logit.fill_(math.log(0.3 / 0.7))
     delta = (x @ d.second_down.T @ d.second_up.T).unflatten(-1, (-1, 8)).transpose(1, 2)
     q, k, v = projected(attend, x, None)
-    q1, q2, k = rotate(q, *rotary), rotate(q + delta, *rotary), rotate(k, *rotary)
-    out = differential_reference(q1, q2, k, k, v, causal(), 8**-0.5, lambda_, normalised=True)
+    q1, q2, k = apply_rotary(q, *rotary), apply_rotary(q + delta, *rotary), apply_rotary(k, *rotary)
+    out = blended_reference(q1, q2, k, k, v, causal(), 8**-0.5, lambda_, normalised=True)
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
     if preset == "split":
-        torch.testing.assert_close(d.blend_weight(x), d.lambda_logit.exp())
+        torch.testing.assert_close(gamma_of(d), d.lambda_logit.exp())
 
 
 def test_additive_is_attention_with_the_delta_on_its_one_query():
@@ -345,7 +355,7 @@ def test_additive_is_attention_with_the_delta_on_its_one_query():
     d = attend.differential
     q, k, v = projected(attend, x, None)
     q = q + (x @ d.second_down.T @ d.second_up.T).unflatten(-1, (-1, 8)).transpose(1, 2)
-    out = attention(rotate(q, *rotary), rotate(k, *rotary), v, mask, 8**-0.5)
+    out = attention(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v, mask, 8**-0.5)
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -355,9 +365,9 @@ def test_difflora_dex_and_grouped_are_their_formulas():
 
     attend, x, rotary, mask = layer("difflora", rank=3)
     d, (q, k, v) = attend.differential, projected(attend, x, rotary)
-    q2 = rotate(heads(2 * x @ d.second_down.T @ d.second_up.T), *rotary)
-    k2 = rotate(heads(2 * x @ d.key_down.T @ d.key_up.T), *rotary)
-    out = differential_reference(q, q2, k, k2, v, causal(), 8**-0.5, d.lambda_learn, normalised=False)
+    q2 = apply_rotary(heads(2 * x @ d.second_down.T @ d.second_up.T), *rotary)
+    k2 = apply_rotary(heads(2 * x @ d.key_down.T @ d.key_up.T), *rotary)
+    out = blended_reference(q, q2, k, k2, v, causal(), 8**-0.5, d.lambda_learn, normalised=False)
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
 
     attend, x, rotary, mask = layer("dex")
@@ -371,7 +381,7 @@ def test_difflora_dex_and_grouped_are_their_formulas():
 
     attend, x, rotary, mask = layer("grouped", heads=8, noise_ratio=2)
     d, (q, k, v) = attend.differential, projected(attend, x, rotary)
-    noise = rotate(heads(x @ d.second_query.T), *rotary)  # four queries for eight heads, two key/value groups
+    noise = apply_rotary(heads(x @ d.second_query.T), *rotary)  # four queries for eight heads, two key/value groups
     out = attention(q, k, v, mask, 8**-0.5)
     out = out - d.lambda_learn * attention(noise, k, v, mask, 8**-0.5).repeat_interleave(2, dim=1)
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
@@ -384,7 +394,7 @@ def test_v1_width_is_its_formula(cut):
     first = [0, 2, 4, 6, 8, 10, 12, 14] if cut == "even_odd" else [0, 1, 2, 3, 8, 9, 10, 11]
     second = [i for i in range(16) if i not in first]
     lam = (d.lambda_q1 @ d.lambda_k1).exp() - (d.lambda_q2 @ d.lambda_k2).exp() + (0.8 - 0.6 * math.exp(-0.6))
-    out = differential_reference(
+    out = blended_reference(
         q[..., first], q[..., second], k[..., first], k[..., second], v, causal(), 8**-0.5, lam, normalised=False
     )
     out = (1 - (0.8 - 0.6 * math.exp(-0.6))) * rms_norm(out, d.norm_gain)
@@ -397,9 +407,7 @@ def test_src_siglip_split_is_its_formula():
     attend, x = encoder.self_attn, torch.randn(2, 4, 36, dtype=torch.double)
     d, (q, k, v) = attend.differential, projected(attend, x, None)
     lam = (d.lambda_q1 @ d.lambda_k1).exp() - (d.lambda_q2 @ d.lambda_k2).exp() + 0.2  # layer 1, counted from -1
-    out = differential_reference(
-        q[..., :6], q[..., 6:], k[..., :6], k[..., 6:], v, None, 12**-0.5, lam, normalised=False
-    )
+    out = blended_reference(q[..., :6], q[..., 6:], k[..., :6], k[..., 6:], v, None, 12**-0.5, lam, normalised=False)
     out = (1 - 0.2) * rms_norm(out, d.norm_gain)
     torch.testing.assert_close(attend(x), attend.out_proj(out.transpose(1, 2).flatten(2)))
     torch.testing.assert_close(encoder.layer_norm1(x), x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
@@ -418,7 +426,7 @@ def test_every_allowed_combination_of_the_four_choices_computes():
         out = attend(x, rotary, mask, None)
         out.sum().backward()
         trained = {name for name, p in attend.differential.named_parameters() if p.requires_grad}
-        assert trained == da.declared_trainable(attend.differential.config)
+        assert trained == da.trainable_names(attend.differential.config)
         assert out.shape == x.shape and all(attend.differential.get_parameter(n).grad.isfinite().all() for n in trained)
         for name in trained:
             learns = attend.differential.get_parameter(name).grad.abs().max() > 0
@@ -444,8 +452,8 @@ def test_vectors_start_as_v1s_and_gains_at_1():
     attend, *_ = layer(None, heads=8, kv_heads=2, width=128)
     drawn = []
     for seed in range(20):
-        d = DifferentialAttention(DifferentialConfig("v1", seed=seed), attend, "text", 0)
-        drawn += [torch.stack([getattr(d, name) for name in da._VECTORS]).flatten()]
+        d = module_for(attend, 0, preset="v1", seed=seed)
+        drawn += [torch.stack([getattr(d, name) for name in da.LAMBDA_VECTORS]).flatten()]
         assert torch.equal(d.norm_gain, torch.ones(256)) and d.lambda_q1.dtype == torch.float32
     drawn = torch.cat(drawn)
     assert abs(drawn.std() - 0.1) < 0.005 and abs(drawn.mean()) < 0.005
@@ -460,7 +468,7 @@ def test_a_normalised_lambda_keeps_below_its_bound_and_can_come_back():
     with torch.no_grad():
         d.lambda_logit.fill_(5.0)
     value = d.current_lambda(None)
-    assert abs(value - 0.9) < 1e-6 and abs(d.blend_weight(None) - 9) < 1e-4
+    assert abs(value - 0.9) < 1e-6 and abs(gamma_of(d) - 9) < 1e-4
     assert torch.autograd.grad(value.sum(), d.lambda_logit)[0] > 0
 
 
@@ -481,7 +489,7 @@ def test_lambda_warms_up_and_anneals_with_progress():
 def test_gamma_and_lambda_correspond():
     for gamma, lambda_ in ((0.25, 0.2), (0.5, 1 / 3), (1, 0.5), (2, 2 / 3), (4, 0.8)):
         d = next(iter(da.differential_modules(build("split", lambda_start=lambda_)).values()))
-        assert d.blend_weight(None).item() == pytest.approx(gamma)
+        assert gamma_of(d).item() == pytest.approx(gamma)
 
 
 # ---- the source project's defects (a, g, h here; b, c, f above; d, e, i, j, k in test_differential_model.py)
@@ -503,7 +511,8 @@ def test_defect_a_the_same_map_on_both_sides():
 
 def scores(attend, rotary, q, k):
     """Both maps' logits of raw one-head queries and keys [1, 1, L, D], at the positions of `rotary`."""
-    q1, q2, k, _ = attend.differential.branches(torch.zeros(1), q, k, k, rotary)
+    turn = apply_rotary_to_halves if attend.differential.config.rotate_halves else apply_rotary
+    q1, q2, k, _ = attend.differential.two_queries(None, turn(q, *rotary), turn(k, *rotary), k, None)
     k1, k2 = k.chunk(2, dim=1)
     return q1 @ k1.mT, q2 @ k2.mT
 
@@ -524,7 +533,7 @@ def test_defect_g_rotary_pairs_stay_whole(preset, cut, relative, adds_up):
     tables = [rotary_tables(config, torch.arange(n, n + 8)[None], torch.double) for n in (0, 100)]
     near, far = (scores(attend, table, q.expand(1, 1, 8, 16), k.expand(1, 1, 8, 16)) for table in tables)
     assert relative == all(torch.allclose(a, b, atol=1e-4) for a, b in zip(near, far, strict=True))
-    whole = rotate(q.expand(1, 1, 8, 16), *tables[0]) @ rotate(k.expand(1, 1, 8, 16), *tables[0]).mT
+    whole = apply_rotary(q.expand(1, 1, 8, 16), *tables[0]) @ apply_rotary(k.expand(1, 1, 8, 16), *tables[0]).mT
     assert adds_up == torch.allclose(near[0] + near[1], whole, atol=1e-6)
 
 
@@ -532,7 +541,7 @@ def test_defect_g_rotary_pairs_stay_whole(preset, cut, relative, adds_up):
 def test_defect_h_each_branch_meets_the_keys_of_its_own_half(preset):
     attend, x, _, _ = layer(preset, heads=4, kv_heads=1, width=8, halves_cut="front_back")
     q, k, v = projected(attend, x, None)
-    q1, q2, keys, _ = attend.differential.branches(x, q, k, v, None)
+    q1, q2, keys, _ = attend.differential.two_queries(x, q, k, v, None)
     k1, k2 = keys.chunk(2, dim=1)
     torch.testing.assert_close(q1 @ k1.mT, q[..., :4] @ k[..., :4].mT)  # every head of a group
     torch.testing.assert_close(q2 @ k2.mT, q[..., 4:] @ k[..., 4:].mT)
@@ -541,4 +550,5 @@ def test_defect_h_each_branch_meets_the_keys_of_its_own_half(preset):
 def test_scores_are_scaled_by_the_width_that_the_method_says():
     for preset, width in (("v1_width", 8), ("src_gemma_split", 16)):
         attend, *_ = layer(preset, width=16)
-        assert attend.differential.scale == pytest.approx(width**-0.5)
+        host = Attend(None, attend.scale)
+        assert attend.differential.rescale(host).scale == pytest.approx(width**-0.5)

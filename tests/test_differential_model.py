@@ -21,7 +21,8 @@ from checkpoint import DIFFERENTIAL
 from diagnostics import lambda_values
 from differential_attention import PRESETS, DifferentialAttention, DifferentialConfig, set_progress
 from errors import UserError
-from modeling_gemma import KVCache, PaliGemmaForConditionalGeneration, positions_of
+from modeling_gemma import PaliGemmaForConditionalGeneration
+from modeling_vlm import KVCache
 
 BOTH = dict(towers=("text", "vision"))
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
@@ -58,13 +59,13 @@ REFUSED = {
     "second": dict(second="twin"),
     "lambda_kind": dict(lambda_kind="matrix"),
     "towers": dict(towers=("audio",)),
-    "give text": dict(towers=()),
+    "must be text": dict(towers=()),
     "rank": dict(rank=0),
     "lambda_warmup": dict(lambda_warmup=2.0),
     "never learn": dict(preset="additive", lambda_kind="scalar"),
     "would never": dict(second="none"),
     "replace needs": dict(preset="additive", second="pairs"),
-    "undoes it": dict(preset="dex", combine="normalised", lambda_start=0.5),
+    "would undo it": dict(preset="dex", combine="normalised", lambda_start=0.5),
     "rotate_halves needs": dict(rotate_halves=True),
     "at 0 nothing": dict(lambda_start=0.0),
     "at most at 0.9": dict(lambda_start=0.95),
@@ -85,7 +86,7 @@ def test_a_configuration_that_cannot_work_is_refused_in_one_line(told):
 
 
 def test_heads_that_cannot_be_cut_are_refused():
-    with pytest.raises(UserError, match="width 6"):
+    with pytest.raises(UserError, match="dim 6"):
         layer("v1_width", width=6)
 
 
@@ -111,7 +112,7 @@ def test_names_are_lambdas_own_and_nobody_elses():
             inside = name.partition(".differential.")[2]
             assert not any(part in inside for part in PROJECTIONS)
             assert parameter.dtype == torch.float32
-        learnable = {name for name in da.declared_trainable(preset) if "lambda" in name}
+        learnable = {name for name in da.trainable_names(DifferentialConfig(preset).resolve()) if "lambda" in name}
         assert bool(learnable) == (DifferentialConfig(preset).resolve().lambda_kind != "fixed")
 
 
@@ -186,7 +187,7 @@ def test_cached_logits_and_greedy_tokens_equal_uncached(preset):
         x = torch.cat((prompt, decoder.embed(found)), dim=1)
         valid = torch.cat((batch["attention_mask"], torch.ones_like(found)), dim=1)
         suffix = torch.cat((batch["token_type_ids"], torch.ones_like(found)), dim=1)
-        positions = positions_of(valid)
+        positions = model.model.positions(valid)
         full = model.head(decoder(x, positions, PrefixMask.from_tensors(valid, suffix)))
         cache = KVCache(decoder, 3, length + new, torch.float32, "cpu")
         mask, at = PrefixMask.from_tensors(batch["attention_mask"]), slice(0, length)
@@ -195,7 +196,7 @@ def test_cached_logits_and_greedy_tokens_equal_uncached(preset):
             assert (last - expected).norm() <= 1e-6 * expected.norm()
             alive = (found[:, :step] != tiny.EOS).all(1)
             assert torch.equal(expected.argmax(-1)[alive], found[alive, step])
-            mask, at = mask.grow(1), slice(at.stop, at.stop + 1)
+            mask, at = mask.extend(1), slice(at.stop, at.stop + 1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -287,7 +288,7 @@ def test_exactly_the_declared_parameters_train_beside_lora(preset):
     adapted = adapt(build(preset))
     assert any(isinstance(module, DifferentialAttention) for module in adapted.modules())
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    declared = da.declared_trainable(preset)
+    declared = da.trainable_names(DifferentialConfig(preset).resolve())
     assert all("lora_" in name or name.rpartition(".")[2] in declared for name in trained)
     assert {name.rpartition(".")[2] for name in trained if "lora_" not in name} == declared
     assert not any("lora_" in name and ".differential." in name for name, _ in adapted.named_parameters())
@@ -297,7 +298,7 @@ def test_exactly_the_declared_parameters_train_beside_lora(preset):
 def test_what_is_to_train_learns_and_is_saved_lambda_from_step_2_on(preset, tmp_path):
     adapted = adapt(build(preset))
     trained = da.unfreeze_differential(adapted)
-    assert {name.rpartition(".")[2] for name in trained} == da.declared_trainable(preset)
+    assert {name.rpartition(".")[2] for name in trained} == da.trainable_names(DifferentialConfig(preset).resolve())
     before = {name: p.detach().clone() for name, p in da.differential_parameters(adapted).items()}
     steps(adapted, 2)
     gradients = {name: p.grad for name, p in da.differential_parameters(adapted).items()}

@@ -14,7 +14,7 @@ import run_folder
 import training
 from data import loader, make_data
 from diagnostics import acting_map
-from differential_attention import PRESETS, DifferentialConfig, declared_trainable, differential_parameters
+from differential_attention import PRESETS, DifferentialConfig, differential_parameters, trainable_names
 from errors import UserError
 from finetune_diff import Config
 from finetune_original import finetune
@@ -109,7 +109,7 @@ def test_every_preset_trains(config, preset):
     assert len(metrics(config)) == 2
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
     learnable = {name for name in differential_parameters(model) if "lambda" in name}
-    declared = {name for name in declared_trainable(config.differential) if "lambda" in name}
+    declared = {name for name in trainable_names(config.differential.resolve()) if "lambda" in name}
     assert {name.rpartition(".")[2] for name in learnable} >= declared
 
 
@@ -147,11 +147,11 @@ def test_the_map_that_is_drawn_is_the_map_that_acts(config, preset):
 
     def check(module, args, out):
         x, rotary, mask, *_ = args
-        v = attend.project(x)[2]
+        v = attend.attention_inputs(x, rotary, mask, None, None)[2]
         acting = acting_map(attend, x, rotary, mask).unflatten(1, (v.shape[1], -1))
         weighed = apply_maps(acting, v)
         if preset == "v1_width":  # a norm follows the map
-            weighed = attend.differential._head_norm(weighed)
+            weighed = attend.differential.head_norm(weighed)
         weighed = weighed[:, :, -out.shape[1] :]  # the last layer answers for label rows alone
         torch.testing.assert_close(attend.o_proj(weighed.transpose(1, 2).flatten(2)), out, atol=1e-5, rtol=1e-4)
         checked.append(1)

@@ -8,8 +8,9 @@ import torch
 
 from attention import PrefixMask, attention, attention_reference
 from errors import UserError
-from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, sample
+from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig
+from modeling_vlm import sample
 
 FAMILIES = ["gemma", "gemma2"]
 
@@ -166,7 +167,7 @@ def test_every_row_stops_at_its_own_eos(monkeypatch):
     model = tiny.ours_like(tiny.hf_model("gemma"))
     script = torch.tensor([[5, 6, tiny.EOS, 9, 9], [5, tiny.EOS, 9, 9, 9], [5, 6, 7, tiny.EOS, 9]])
     step = iter(script.T)
-    monkeypatch.setattr("modeling_gemma.sample", lambda *args: next(step))
+    monkeypatch.setattr("modeling_vlm.sample", lambda *args: next(step))
     out = model.generate(**tiny.prompts(prefixes=(5, 2, 3)), max_new_tokens=20)
     assert out[:, -4:].tolist() == [[5, 6, 1, 0], [5, 1, 0, 0], [5, 6, 7, 1]]
 
@@ -244,10 +245,34 @@ def test_a_config_tolerates_unknown_keys_and_refuses_unknown_models():
         {"model_type": "llava"},
         {"model_type": "paligemma", "text_config": {"model_type": "gemma3"}},
         {"model_type": "paligemma", "vision_config": {"model_type": "clip_vision_model"}},
-        {"model_type": "paligemma", "text_config": {"hidden_act": "relu"}},
     ):
         with pytest.raises(UserError):
             PaliGemmaConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "vision"),
+    [
+        ("hidden_activation", dict(hidden_act="swish"), {}),
+        ("hidden_activation", dict(model_type="gemma2", hidden_activation="gelu_fast"), {}),
+        ("attention_bias", dict(attention_bias=True), {}),
+        ("attention_dropout", dict(attention_dropout=0.1), {}),
+        ("rope_parameters", dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), {}),
+        ("rope_parameters", dict(rope_scaling=dict(type="dynamic", factor=4.0)), {}),
+        ("layer_types", dict(model_type="gemma2", layer_types=["full_attention"]), {}),
+        ("layer_types", dict(model_type="gemma2", num_hidden_layers=1, layer_types=["chunked_attention"]), {}),
+        ("hidden_act", {}, dict(hidden_act="tanh")),
+        ("attention_dropout", {}, dict(attention_dropout=0.1)),
+        ("hidden_size", dict(hidden_size="2048"), {}),
+        ("num_hidden_layers", dict(num_hidden_layers=10**9), {}),
+        ("head_dim", dict(head_dim=0), {}),
+        ("patch_size", {}, dict(patch_size=14.5)),
+        ("vision_config", {}, [1]),
+    ],
+)
+def test_config_fields_that_are_not_supported_are_refused_by_name(field, text, vision):
+    with pytest.raises(UserError, match=field):
+        PaliGemmaConfig.from_dict({"model_type": "paligemma", "text_config": text, "vision_config": vision})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,9 @@
 import pytest
 import tiny
 import torch
+import transformers
+
+from modeling_gemma import GemmaConfig, rotary_tables
 
 FAMILIES = ["gemma", "gemma2"]
 
@@ -20,6 +23,47 @@ def test_logits_and_loss_equal_transformers(family, images, side):
     assert expected.logits[valid].std() > 0.5  # amplified: differences would show
     torch.testing.assert_close(found.logits[valid], expected.logits[valid], atol=1e-4, rtol=0)
     torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=0)
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+FIELDS = {
+    "layer types": ("gemma2", dict(layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    "linear rope of Gemma 1": ("gemma", dict(rope_parameters=LINEAR)),
+    "linear rope of Gemma 2": ("gemma2", dict(rope_parameters=LINEAR)),
+    "erf gelu of Gemma 2": ("gemma2", dict(hidden_activation="gelu")),
+    "relu of Gemma 2": ("gemma2", dict(hidden_activation="relu")),
+    "gelu of Gemma 1 is the tanh form": ("gemma", dict(hidden_act="gelu")),
+    "silu of Gemma 1": ("gemma", dict(hidden_act="silu")),
+    **{f"vision {name}": ("gemma", dict(vision=dict(hidden_act=name))) for name in ("relu", "gelu", "quick_gelu")},
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_config_fields_that_change_the_function_are_read(field):
+    """In float64, where both programs differ by nothing but the field."""
+    family, changes = FIELDS[field]
+    hf, ours = (model.double() for model in tiny.pair(family, **changes))
+    standard = tiny.ours_like(tiny.hf_model(family)).double()
+    batch = tiny.batch()
+    batch["pixel_values"] = batch["pixel_values"].double()
+    valid, length = batch["attention_mask"].bool(), batch["input_ids"].shape[1]
+    with torch.no_grad():
+        expected = hf(**batch).logits[valid]
+        found = ours(**batch, logits_to_keep=length).logits[valid]
+        unchanged = standard(**batch, logits_to_keep=length).logits[valid]
+    # rotary angles are float32 in both programs
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert ((unchanged - expected).abs().max() > 1e-4) != ("tanh form" in field)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_tables_are_bit_equal_to_transformers_at_every_position(dtype):
+    from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding
+
+    positions = torch.arange(8192)[None]
+    expected = GemmaRotaryEmbedding(transformers.GemmaConfig(head_dim=256))(torch.zeros(1, dtype=dtype), positions)
+    found = rotary_tables(GemmaConfig(), positions, dtype)
+    assert all(torch.equal(ours[:, 0], theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kernels
-from kernels import LowRankLinears, TiledHeadLoss, apply_linears, capped, head_loss, is_plain_lora
+from kernels import LowRankLinears, TiledHeadLoss, apply_linears, apply_softcap, head_loss, is_plain_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +115,7 @@ def test_the_tiled_loss_is_the_formula_in_float64(tile, softcap, monkeypatch):
     torch.manual_seed(0)
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     weight, labels = 3 * torch.randn(32, 6, dtype=torch.float64), torch.tensor([0, 31, 4, 5, 15, 16, 4])
-    expected = nn.functional.cross_entropy(capped(hidden @ weight.T, softcap), labels)
+    expected = nn.functional.cross_entropy(apply_softcap(hidden @ weight.T, softcap), labels)
     found = TiledHeadLoss.apply(hidden, weight, labels, softcap)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     grads = [torch.autograd.grad(2 * value, hidden)[0] for value in (found, expected)]
@@ -143,7 +143,7 @@ def test_a_model_takes_the_tiled_loss_where_its_head_is_frozen(dtype, monkeypatc
     monkeypatch.setattr(kernels.TiledHeadLoss, "apply", lambda *args: tiled.append(1) or real(*args))
     results = []
     for small in (1 << 22, 0):
-        monkeypatch.setattr(kernels, "SMALL", small)
+        monkeypatch.setattr(kernels, "PLAIN_LOSS_MAX_LOGITS", small)
         model.zero_grad()
         model.lm_head.weight.requires_grad_(True)
         model(**batch).loss.backward()
@@ -185,17 +185,44 @@ def test_the_last_layer_answers_for_the_last_rows_alone(family, side, monkeypatc
     assert seen[2:] == [2]
 
 
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_are_called_on_every_fast_path(hook, monkeypatch):
+    """LoRA in one piece, one bfloat16 row, and the tiled head loss."""
+    calls = []
+    _, modules = adapted()
+    for module in modules:
+        getattr(module.base_layer, f"register_{hook}")(lambda *args: calls.append("lora"))
+    sum(
+        out.sum() for out in apply_linears(torch.randn(2, 6, dtype=torch.float64, requires_grad=True), *modules)
+    ).backward()
+    assert calls == ["lora"] * 3
+    monkeypatch.setattr(kernels, "PLAIN_LOSS_MAX_LOGITS", 0)
+    head = nn.Linear(6, 9, bias=False).requires_grad_(False)
+    getattr(head, f"register_{hook}")(lambda *args: calls.append("head"))
+    head_loss(torch.randn(3, 6, requires_grad=True), head, torch.tensor([1, 2, 3]), None).backward()
+    assert calls[3:] == ["head"]
+    if hook.startswith("forward"):
+        row = nn.Linear(6, 9, bias=False).bfloat16()
+        getattr(row, f"register_{hook}")(lambda *args: calls.append("row"))
+        with torch.no_grad():
+            apply_linears(torch.randn(1, 1, 6).bfloat16(), row)
+        assert calls[4:] == ["row"]
+
+
 def test_one_bfloat16_row_is_a_vector():
     torch.manual_seed(0)
     modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
     x = torch.randn(1, 1, 48).bfloat16()
     with torch.no_grad():
-        assert all(kernels.takes_one_row(module, x) for module in modules)
+        assert all(kernels.is_single_bf16_row(module, x) for module in modules)
         found, expected = apply_linears(x, *modules), [module.double()(x.double()) for module in modules]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), b, atol=5e-3, rtol=5e-3)
-    assert not any(kernels.takes_one_row(module, x) for module in modules)  # float64 by now
+    assert not any(kernels.is_single_bf16_row(module, x) for module in modules)  # float64 by now
 
 
 def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):

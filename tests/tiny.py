@@ -9,7 +9,7 @@ IMAGE, PAD, EOS, BOS, NEWLINE = 90, 0, 1, 2, 3
 PATCHES = 4  # image tokens per picture
 
 
-def hf_config(family: str, **text) -> transformers.PaliGemmaConfig:
+def hf_config(family: str, vision: dict | None = None, **text) -> transformers.PaliGemmaConfig:
     shared = dict(vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=3, head_dim=16)
     if family == "gemma":
         shared |= dict(num_attention_heads=4, num_key_value_heads=1)
@@ -17,11 +17,12 @@ def hf_config(family: str, **text) -> transformers.PaliGemmaConfig:
         shared |= dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=5, query_pre_attn_scalar=24)
         shared |= dict(attn_logit_softcapping=5.0, final_logit_softcapping=8.0)
     text_class = transformers.GemmaConfig if family == "gemma" else transformers.Gemma2Config
+    changes = vision or {}
     vision = dict(hidden_size=36, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
     vision |= dict(image_size=28, patch_size=14, vision_use_head=False)
     return transformers.PaliGemmaConfig(
         text_config=text_class(**shared | text),
-        vision_config=transformers.SiglipVisionConfig(**vision),
+        vision_config=transformers.SiglipVisionConfig(**vision | changes),
         image_token_index=IMAGE,
         projection_dim=48,
         pad_token_id=PAD,

@@ -1,0 +1,290 @@
+"""What every vision-language model here shares: loading and saving, embedding of images, forward pass, loss, KV cache
+and generation. A family brings its decoder and tower, its mask and its positions.
+
+B batch, L sequence, K key/value heads, D head dim, C hidden size, n images, N image tokens per image, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adapters import attach_adapter, load_differential, save_differential, stored_differential
+from attention import PrefixMask
+from checkpoint import load_weights, locate, resolve_run, save_model_folder
+from differential_attention import DifferentialConfig, add_differential, as_config
+from errors import UserError
+from kernels import apply_linears, apply_softcap, head_loss
+
+IGNORED_LABEL = -100
+
+
+class KVCache:
+    """Rotated keys and values of every layer, allocated once: [B, K, max_length, D] each, with more key heads where the
+    second map of a layer has keys of its own."""
+
+    def __init__(self, decoder: nn.Module, batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str):
+        shapes = [layer.self_attn.shape for layer in decoder.layers]
+        modules = [layer.self_attn.differential for layer in decoder.layers]
+        key_heads = [
+            shape.num_kv_heads if module is None else module.num_cached_key_heads
+            for shape, module in zip(shapes, modules, strict=True)
+        ]
+        self.keys, self.values = (
+            [
+                torch.empty(batch, count, max_length, shape.head_dim, dtype=dtype, device=device)
+                for count, shape in zip(counts, shapes, strict=True)
+            ]
+            for counts in (key_heads, [shape.num_kv_heads for shape in shapes])
+        )
+        self.length = 0  # tokens in the cache of every layer; the decoder advances it after its last layer
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v [B, K, L, D] to a layer's cache; returns all its keys and values up to here."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class VisionLanguageBackbone(nn.Module):
+    """Tower, projector and decoder under transformers' names. A family sets `config`, `vision_tower`,
+    `multi_modal_projector` and `language_model`, and implements `mask` and `positions`."""
+
+    def mask(self, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PrefixMask:
+        """The attention mask of a batch; both arguments [B, L], see `forward`."""
+        raise NotImplementedError
+
+    def positions(self, attention_mask: Tensor) -> Tensor:
+        """Positions [B, L] of the tokens."""
+        raise NotImplementedError
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower."""
+        dtype = self.vision_tower.post_layernorm.weight.dtype
+        return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """Embeddings [B, L, C] of the tokens, with the image features [n, N, C] at the `<image>` tokens, in order.
+
+        Raises UserError where the numbers of `<image>` tokens and of features differ.
+        """
+        is_image = input_ids == self.config.image_token_id
+        x = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # the id of <image> may be outside the table
+        if image_features is None:
+            if bool(is_image.any()):
+                raise UserError("input_ids contain <image> tokens but there are no images: pass pixel_values")
+            return x
+        tokens, features = int(is_image.sum()), image_features.shape[0] * image_features.shape[1]
+        if tokens != features:
+            raise UserError(
+                f"input_ids contain {tokens} <image> tokens but the images have {features} features "
+                f"({image_features.shape[0]} x {image_features.shape[1]}): pass every image of every prompt once"
+            )
+        return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        rows: int | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, C], or of the last `rows` positions; other arguments as in `VisionLanguageModel`."""
+        mask = self.mask(attention_mask, token_type_ids)
+        if image_features is None and pixel_values is not None:
+            image_features = self.image_features(pixel_values)
+        x = self.embed(input_ids, image_features)
+        return self.language_model(x, self.positions(attention_mask), mask, rows=rows)
+
+
+@dataclass
+class VisionLanguageOutput:
+    loss: Tensor | None = None  # scalar float32
+    logits: Tensor | None = None  # [B, L or logits_to_keep, V]
+
+
+class VisionLanguageModel(nn.Module):
+    """A backbone with its language-model head. `differential`: a DifferentialConfig, a preset's name, or None."""
+
+    config_class: type  # of the family; has from_pretrained and to_dict
+    backbone_class: type[VisionLanguageBackbone]
+
+    def __init__(self, config, differential: DifferentialConfig | str | None = None):
+        super().__init__()
+        self.config = config
+        self.model = self.backbone_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        self.tie_weights()
+        if differential is not None:
+            add_differential(self, differential)
+
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) and not module.weight.is_meta:
+            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.language_model.embed_tokens.weight
+
+    # ---- loading and saving
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        differential: DifferentialConfig | str | None = None,
+    ) -> "VisionLanguageModel":
+        """Load a hub id, a model folder, or a run folder (its base model with its LoRA adapter).
+
+        A folder with differential attention brings its own configuration; elsewhere `differential` (a
+        DifferentialConfig or a preset's name) adds it at its initial values, in float32 whatever `dtype` is. The model
+        is built on the meta device and filled from memory-mapped safetensors: there is no second copy of the weights.
+        Raises UserError, one line with file and key, for anything that does not fit.
+        """
+        base, adapter = resolve_run(path_or_hub_id)
+        folder = locate(base)
+        candidates = [folder] if adapter is None else [adapter.parent, folder]
+        stored = next((path for path in candidates if stored_differential(path) is not None), None)
+        if differential is None and stored is not None:
+            differential = stored_differential(stored)
+        config = cls.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, folder, dtype, device, tied=config.tie_word_embeddings)
+        model.tie_weights()
+        model.name_or_path = str(path_or_hub_id)
+        if differential is not None:
+            add_differential(model, as_config(differential))
+        if adapter is not None:
+            attach_adapter(model, adapter)
+        if stored is not None:
+            load_differential(model, stored)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path):
+        """Write config.json and safetensors. transformers loads a standard model back with equal logits; differential
+        attention is saved in a file of its own."""
+        save_model_folder(self.state_dict(), self.config.to_dict(), folder, partial(save_differential, self))
+
+    def gradient_checkpointing_enable(self, enabled: bool = True):
+        """Recompute layers in the backward pass: less memory, same results."""
+        self.model.language_model.gradient_checkpointing = enabled
+        self.model.vision_tower.encoder.gradient_checkpointing = enabled
+
+    # ---- forward pass and loss
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | None = None,
+        image_features: Tensor | None = None,
+    ) -> VisionLanguageOutput:
+        """`logits` or `loss` of a batch.
+
+        input_ids, attention_mask (1 token, 0 pad), token_type_ids (1 suffix; None: all prefix), labels (-100: no loss):
+        [B, L]; pixel_values [n, 3, S, S]: the images of all prompts in order, or instead their image_features
+        [n, N, C]. Without labels: logits [B, L, V], or of the last `logits_to_keep` positions. With labels: the loss,
+        the float32 mean over all label tokens of the batch, for which the head runs on their positions only; logits
+        only if `logits_to_keep` is given.
+        """
+        rows = count_needed_rows(labels, logits_to_keep)
+        hidden = self.model(input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows)
+        loss = logits = None
+        if labels is not None:
+            loss = self.label_loss(hidden, labels[:, -hidden.shape[1] :])
+        if labels is None or logits_to_keep is not None:
+            logits = self.head(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
+        return VisionLanguageOutput(loss, logits)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., C]."""
+        return apply_softcap(apply_linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
+
+    def label_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, float32, of hidden [B, L, C] at each position whose next token has a label [B, L]."""
+        has_label = labels[:, 1:] != IGNORED_LABEL
+        softcap = self.config.text_config.final_logit_softcapping
+        return head_loss(hidden[:, :-1][has_label], self.lm_head, labels[:, 1:][has_label], softcap)
+
+    # ---- generation
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor,
+        max_new_tokens: int = 20,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        image_features: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Continue prompts [B, L], padded on the left -> ids [B, L + new], with pad tokens after the eos of a row.
+
+        Greedy at temperature 0, otherwise sampled from the smallest set of tokens whose probability reaches `top_p`.
+        Stops when every row has its eos. `token_type_ids` is accepted for `model.generate(**batch)`: a prompt is all
+        prefix. Raises UserError for a row that ends in a pad, for a suffix, and for more positions than the model has.
+        """
+        if not bool(attention_mask[:, -1].all()):
+            raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
+        if token_type_ids is not None and bool(token_type_ids.any()):
+            raise UserError("generate takes prompts only, but token_type_ids mark a suffix: leave it out of the batch")
+        batch, length = input_ids.shape
+        limit = self.config.text_config.max_position_embeddings
+        if length + max_new_tokens > limit:
+            raise UserError(
+                f"the sequence needs {length + max_new_tokens} positions but the model has {limit}: use fewer or "
+                "smaller images"
+            )
+        if image_features is None and pixel_values is not None:
+            image_features = self.model.image_features(pixel_values)
+        decoder = self.model.language_model
+        x = self.model.embed(input_ids, image_features)
+        mask, positions = self.model.mask(attention_mask), self.model.positions(attention_mask)
+        cache = KVCache(decoder, batch, length + max_new_tokens, x.dtype, x.device)
+
+        new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        for step in range(max_new_tokens):
+            hidden = decoder(x, positions, mask, cache, rows=1)
+            token = sample(self.head(hidden[:, -1]), temperature, top_p, generator)
+            token = token.masked_fill(finished, self.config.pad_token_id)
+            new_ids.append(token)
+            for stop_id in self.config.stop_ids:
+                finished = finished | (token == stop_id)
+            if step + 1 == max_new_tokens or bool(finished.all()):
+                break
+            x, positions, mask = decoder.embed(token[:, None]), positions[:, -1:] + 1, mask.extend(1)
+        return torch.cat([input_ids, *(token[:, None] for token in new_ids)], dim=1)
+
+
+def count_needed_rows(labels: Tensor | None, logits_to_keep: int | None) -> int | None:
+    """How many of the last positions the head needs; None: all. A label is predicted one position before it."""
+    if labels is None:
+        return logits_to_keep
+    has_label = (labels != IGNORED_LABEL).any(0)
+    first = int(has_label.int().argmax()) if bool(has_label.any()) else labels.shape[1] - 1
+    return max(labels.shape[1] - max(first - 1, 0), logits_to_keep or 0)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Next tokens [B] of logits [B, V]; nucleus sampling (Holtzman et al., arXiv 1904.09751), greedy at temperature
+    0."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= top_p) & (before > 0), 0.0)  # the first token always stays
+    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
