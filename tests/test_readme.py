@@ -1,5 +1,6 @@
 """README.md and docs/ are true: commands run, flags exist, links resolve, tables equal the committed results."""
 
+import ast
 import functools
 import importlib.util
 import json
@@ -148,10 +149,30 @@ def test_every_page_is_linked_from_the_readme():
     assert {name for name in PAGES if name != "README.md"} <= set(re.findall(r"\]\((docs/[\w.]+)\)", README))
 
 
-def test_the_repository_map_lists_every_module():
+def mapped_modules() -> list[str]:
+    """Module names of the README's repository map, in its order: `files`, `needle_eval.pope`."""
     (tree,) = [block for block in blocks(README, "") if block.startswith("errors.py")]
-    named = set(re.findall(r"^ *(\w+\.py) ", tree, re.M))
-    assert named == {path.name for folder in (ROOT, ROOT / "needle_eval") for path in folder.glob("*.py")}
+    rows = re.findall(r"^( *)(\w+)\.py ", tree, re.M)
+    return [f"needle_eval.{name}" if indent else name for indent, name in rows]
+
+
+def test_the_repository_map_lists_every_module():
+    paths = [*ROOT.glob("*.py"), *(ROOT / "needle_eval").glob("*.py")]
+    found = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    assert sorted(mapped_modules()) == sorted(found)
+
+
+def test_a_module_imports_only_from_modules_above_it():
+    names = mapped_modules()
+    for at, name in enumerate(names):
+        for node in ast.walk(ast.parse((ROOT / f"{name.replace('.', '/')}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            else:
+                continue
+            assert not imported & set(names[at:]), f"{name} imports {sorted(imported & set(names[at:]))}"
 
 
 def test_the_table_of_presets_is_the_code_s():
