@@ -63,7 +63,6 @@ def peak_gb() -> float:
 def measure(config: Config) -> dict:
     """Load the model and answer once with `config.side`. Peak memory is only right in a fresh process."""
     # --- import and load
-    sys.path.pop(0)  # this folder: transformers would import a kernels.py from it as the package of that name
     before, dtype = peak_gb(), getattr(torch, config.dtype)
     started = time.perf_counter()
     if config.side == "ours":
