@@ -29,7 +29,7 @@ from filelock import FileLock
 from checkpoint import locate, resolve_run
 from diagnostics import answer_attention, needle_share
 from errors import UserError, one_line_errors
-from files import atomic_folder, open_image, read_json, write_json
+from files import open_image, read_json, write_json
 from haystack import ImagePool, read_captioned_images, read_pool
 from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from needle_eval import mm_niah, pope
@@ -96,7 +96,7 @@ def make_questions(config: Config, accelerator: Accelerator) -> list[Question]:
             raise UserError("POPE needs --data, the folder of its files, and --pictures, that of COCO val2014")
         questions = pope.read_pope(config.data, config.pictures, prefix=config.prefix, limit=config.samples or None)
     elif config.benchmark == "mm-niah":
-        questions = mm_niah_questions(config, accelerator)
+        questions = mm_niah_questions(config)
     else:
         asked = settings(config.images, config.grids, config.needles)
         with accelerator.main_process_first():  # which builds what the others then find
@@ -137,18 +137,11 @@ def mmneedle_folder(config: Config, asked: list, builds: bool = True) -> Path:
     return folder
 
 
-def mm_niah_questions(config: Config, accelerator: Accelerator) -> list[Question]:
-    """The benchmark's questions, or with --data=haystack those of a small generated set."""
-    if config.data != "haystack":
-        questions = mm_niah.read_mm_niah(config.data, config.pictures or config.data, limit=config.samples or None)
-    else:
-        pictures, rows = read_pool(splits=("test_style",)), config.samples or 15
-        folder = cache_folder(Path("runs/haystacks"), "mm-niah-mini", pictures, config.seed, rows)
-        with accelerator.main_process_first():
-            if not folder.exists():
-                with atomic_folder(folder) as new:
-                    mm_niah.make_mini_set(new, pictures, config.seed, rows)
-        questions = mm_niah.read_mm_niah(folder, folder / "images")
+def mm_niah_questions(config: Config) -> list[Question]:
+    """The benchmark's questions. Raises UserError where `config.data` names no folder or file of the release."""
+    if config.data.partition(":")[0] == "haystack":
+        raise UserError(f"--benchmark=mm-niah --data={config.data}: give the folder or a file of the released MM-NIAH")
+    questions = mm_niah.read_mm_niah(config.data, config.pictures or config.data, limit=config.samples or None)
     return [replace(q, prompt=config.prefix + mm_niah.flatten_prompt(q.prompt)) for q in questions]
 
 

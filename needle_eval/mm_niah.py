@@ -1,25 +1,19 @@
 """MM-NIAH: needles in long documents of text and pictures (Wang et al., arXiv 2406.07230; OpenGVLab/MM-NIAH).
 
 Another benchmark than MMNeedle (arXiv 2406.11230), which haystack.py is about. Here are its reader, prompts, scoring
-rule and bins, and a small generated set in its schema to try them on. No MM-NIAH score is advertised: most documents
-are longer than the 8,192 positions of PaliGemma's decoder, which also takes all pictures before the text.
+rule and bins. No MM-NIAH score is advertised: most documents are longer than the 8,192 positions of PaliGemma's
+decoder, which also takes all pictures before the text.
 
 Context lengths are in tokens, text and pictures together, as the rows tell them; depths are fractions of the document.
 """
 
 import bisect
-import hashlib
 import json
-import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from errors import UserError
-from haystack import PoolImage
 from needle_eval.questions import Question, check_distinct
 from needle_eval.statistics import mean_rate
 
@@ -320,179 +314,3 @@ def output_rows(rows: Iterable[dict]) -> list[dict]:
     """Answer rows of one task as the official scorer reads them. No response is written "None", as its runners do."""
     kept = ("question_id", "question", "answer", "response", "context_length", "placed_depth")
     return [{key: "None" if row[key] is None else row[key] for key in kept} for row in rows]
-
-
-# ---- a small generated set
-WORDS = 250  # of every document, beside its needles
-PICTURE_TOKENS = 256  # PaliGemma's at 224 pixels
-PICTURES = (3, 7, 15)  # of a document: with the words enough for the 1k, 2k and 4k bins
-SENTENCES = (
-    "On Monday the {} was left beside the {}.",
-    "Nobody at the harbour had asked for the {} or the {}.",
-    "The baker would trade the {} for the {} any day.",
-    "Rain fell on the {} and on the {} alike.",
-    "A child drew the {} with the {} behind it.",
-    "In the attic stood the {}, and under it the {}.",
-)
-
-
-def make_mini_set(folder: str | Path, pool_pictures: list[PoolImage], seed: int, rows_per_task: int):
-    """Write {task}.jsonl of all six tasks, in the released schema, and their pictures below `folder`/images.
-
-    The documents are our own sentences and the pool's pictures, 1,000 to 4,200 tokens long if a word is one token and a
-    picture 256. Fifteen rows fill three context bins (ten fill two of counting-image, whose answer must fit 32 tokens)
-    by five depths. The same arguments give the same bytes. Raises UserError for a pool of fewer than 24 captions, and
-    for a folder that cannot be written.
-    """
-    folder, things = Path(folder), {picture.caption: picture for picture in pool_pictures}
-    if len(things) < 24:
-        raise UserError(f"the pool has {len(things)} captions, a document needs 24: give more pictures")
-    try:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        studio = _Studio(folder / "images", things)
-        for task in TASKS:
-            rows = [_mini_row(task, number, seed, studio) for number in range(rows_per_task)]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{task}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}): give another folder") from error
-
-
-@dataclass
-class _Studio:
-    """Makes the pictures: captions' drawings on white, 128 pixels a side, as png files in `images`."""
-
-    images: Path
-    things: dict[str, PoolImage]
-    shown: dict[str, str] = field(default_factory=dict)
-
-    def draw(self, grid: int, *placed: tuple[str, int]) -> str:
-        """The file name of a picture of (caption, cell), cells counted row by row in a grid x grid raster."""
-        side = 128 // grid
-        canvas = Image.new("RGB", (128, 128), "white")
-        for caption, cell in placed:
-            drawing = self.things[caption].open().resize((side, side), Image.Resampling.LANCZOS)
-            canvas.paste(drawing, (cell % grid * side, cell // grid * side), drawing)
-        name = f"{hashlib.sha256(canvas.tobytes()).hexdigest()[:16]}.png"  # equal pictures are one file
-        canvas.save(self.images / name)
-        return name
-
-    def show(self, caption: str) -> str:
-        if caption not in self.shown:
-            self.shown[caption] = self.draw(1, (caption, 0))
-        return self.shown[caption]
-
-
-def _mini_row(task: str, number: int, seed: int, studio: _Studio) -> dict:
-    rng = random.Random(f"{seed}/{task}/{number}")
-    captions = rng.sample(sorted(studio.things), 24)
-    sizes = PICTURES[:2] if task == "counting-image" else PICTURES
-    size = sizes[number % len(sizes)]
-    needles, question, answer, choices = MAKERS[task](rng, captions[:6], studio, size)
-    depths = sorted((number % DEPTH_BINS + rng.random()) / DEPTH_BINS for _ in needles)
-    if task == "counting-image":
-        depths[0] = 0.0  # the pattern to count opens the document
-    context, images = _document(rng, list(zip(depths, needles, strict=True)), captions[6:], studio, size)
-    if task == "counting-image":
-        del depths[0]  # and is not to be found
-    text_length, image_length = len(context.replace(MARK, "").split()), PICTURE_TOKENS * len(images)
-    meta = {
-        "placed_depth": depths if len(depths) > 1 else depths[0],
-        "context_length": text_length + image_length,
-        "context_length_text": text_length,
-        "context_length_image": image_length,
-        "num_images": len(images),
-        "needles": [picture or text for text, picture in needles],
-        "choices": None,
-        "choices_image_path": None,
-        "category": task,
-    }
-    return {
-        "id": number,
-        "images_list": images,
-        "context": context,
-        "question": question,
-        "answer": answer,
-        "meta": meta | choices,
-    }
-
-
-def _document(rng, placed: list[tuple], captions: list[str], studio: _Studio, size: int) -> tuple[str, list[str]]:
-    """Text and pictures of a document that holds (depth, (text, picture)) pieces among sentences and other pictures."""
-    sentences = _sentences(rng, captions)
-    more = size - sum(picture is not None for _, (_, picture) in placed)
-    pieces = [
-        *placed,
-        *((rng.random(), (MARK, studio.show(caption))) for caption in captions[:more]),
-        *((i / len(sentences), (sentence, None)) for i, sentence in enumerate(sentences)),
-    ]
-    pieces.sort(key=lambda piece: piece[0])
-    texts, pictures = zip(*(piece for _, piece in pieces), strict=True)
-    return "\n".join(texts), [picture for picture in pictures if picture]
-
-
-def _sentences(rng: random.Random, captions: list[str]) -> list[str]:
-    sentences, words = [], 0
-    while words < WORDS:
-        sentences.append(rng.choice(SENTENCES).format(*rng.sample(captions, 2)))
-        words += len(sentences[-1].split())
-    return sentences
-
-
-# A maker returns the needles in order as (text, None) or (MARK, picture), the question, the answer, and its choices.
-def _retrieval_text(rng, captions, studio, size):
-    person, thing = captions[:2]
-    needle = f"The secret word of the {person} is {thing}."
-    return [(needle, None)], f"What is the secret word of the {person}?", thing, {}
-
-
-def _counting_text(rng, captions, studio, size):
-    counts = rng.sample(range(2, 10), 3)
-    needles = [(f"That day the keeper saw the {captions[0]} {count} times.", None) for count in counts]
-    question = f"How many times did the keeper see the {captions[0]} each day? Give a list in the text's order: [4, 2]"
-    return needles, question, counts, {}
-
-
-def _reasoning_text(rng, captions, studio, size):
-    first, second, third = captions[:3]
-    pairs = [(first, second), (second, third)]
-    rng.shuffle(pairs)
-    asked = rng.sample([first, second, third], 3)
-    needles = [(f"The {a} is taller than the {b}.", None) for a, b in pairs]
-    return needles, "Which is the tallest, the {}, the {} or the {}?".format(*asked), first, {}
-
-
-def _retrieval_image(rng, captions, studio, size):
-    pictures = [studio.show(caption) for caption in captions[:4]]
-    answer = rng.randrange(4)
-    question = "Which of these pictures is in the document?"
-    return [(MARK, pictures[answer])], question, answer, {"choices_image_path": pictures}
-
-
-def _counting_image(rng, captions, studio, size):
-    pattern, other = captions[:2]
-    counts = [rng.randint(0, 3) for _ in range(size - 1)]
-    pictures = [studio.show(pattern)]
-    for count in counts:
-        cells = rng.sample(range(16), 4)
-        pictures.append(studio.draw(4, *((pattern if i < count else other, cell) for i, cell in enumerate(cells))))
-    question = "How often is the first picture's thing in each of the others? Give a list in their order: [1, 0]"
-    return [(MARK, picture) for picture in pictures], question, counts, {}
-
-
-def _reasoning_image(rng, captions, studio, size):
-    cells = rng.sample(range(4), 2)  # of the first row
-    answer = int(cells[0] < cells[1])
-    pictures = [studio.draw(4, (captions[0], cell)) for cell in cells]
-    question = f"Two pictures show the {captions[0]} small. Where does it go from the first to the second?"
-    return [(MARK, picture) for picture in pictures], question, answer, {"choices": ["to the left", "to the right"]}
-
-
-MAKERS = {
-    "retrieval-text": _retrieval_text,
-    "counting-text": _counting_text,
-    "reasoning-text": _reasoning_text,
-    "retrieval-image": _retrieval_image,
-    "counting-image": _counting_image,
-    "reasoning-image": _reasoning_image,
-}

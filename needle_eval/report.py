@@ -102,8 +102,6 @@ def report(folders: list[Path], skip_none: bool) -> list[str]:
         what = f"MMNeedle's questions, protocol {config['protocol']}, data {config['data']}"
         plots.draw_side_by_side(by_name, folders[-1] / "plots" / "accuracy.png", what)
         return [*lines, *mmneedle.table(by_name, ranked=config["protocol"] == "rank")]
-    if benchmark == "mm-niah" and config["data"] == "haystack":
-        lines[0] += ": a small generated set in its schema, no score of the benchmark"
     for record, scores in scored:
         lines += [f"\n{record['model']}", *BENCHMARKS[benchmark].table(scores)]
     return lines

@@ -21,6 +21,7 @@ from errors import UserError
 from eval_mmnih import Config
 from files import read_json, write_json
 from haystack import read_pool
+from needle_eval import mm_niah
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -221,13 +222,27 @@ def test_pope(tiny_model, folder, capsys):
     assert "none of 4 pictures is there" in told and not (folder / "x").exists()
 
 
-def test_mm_niah_on_the_generated_set(tiny_model, folder, capsys):
-    out = evaluate(f"--model={tiny_model}", "--benchmark=mm-niah", "--samples=1", "--output_dir=out", capsys=capsys)
-    rows, told = rows_of(folder / "out"), read_json(folder / "out" / "scores.json")
-    assert told["benchmark"] == "mm-niah" and len(rows) == 6 and "no score of the benchmark" in out
-    assert not any("<image>" in row["prompt"] for row in rows) and set(told["scores"]["tasks"]) == {
-        r["setting"] for r in rows
-    }
+def test_mm_niah(tiny_model, folder, capsys):
+    """Rows of every task in the released schema; one document is longer than the model and counts as wrong."""
+    (folder / "niah").mkdir()
+    picture = read_pool(splits=("test_style",))[0]
+    picture.open().convert("RGB").save(folder / "niah" / "a.jpg")
+    for task in mm_niah.TASKS:
+        answer = [1] if task.startswith("counting") else "oak"
+        for number in range(2):
+            meta = {"placed_depth": 0.5, "context_length": 1500, "choices": None, "choices_image_path": None}
+            text = "word " * 3000 if number and task == "retrieval-text" else "Some words."
+            row = {"id": number, "images_list": ["a.jpg"], "context": f"{text}\n<image>", "question": "Which tree?"}
+            with open(folder / "niah" / f"{task}.jsonl", "a") as file:
+                file.write(json.dumps(row | {"answer": answer, "meta": meta}) + "\n")
+    flags = (f"--model={tiny_model}", "--benchmark=mm-niah", "--output_dir=out")
+    assert "--data=haystack: give the folder or a file of the released MM-NIAH" in refused(capsys, *flags)
+    evaluate(*flags, "--data=niah", capsys=capsys)
+    rows, found = rows_of(folder / "out"), read_json(folder / "out" / "scores.json")
+    assert found["benchmark"] == "mm-niah" and len(rows) == 12 and set(found["scores"]["tasks"]) == set(mm_niah.TASKS)
+    assert not any("<image>" in row["prompt"] for row in rows)
+    assert [row["id"] for row in rows if row["response"] is None] == ["mm-niah/retrieval-text/1"]
+    assert found["scores"]["tasks"]["retrieval-text"]["broken"] == 1 and "the model has" in found["broken"][0]
     assert len(list((folder / "out" / "response").glob("*_*-val.jsonl"))) == 6
 
 
