@@ -62,7 +62,7 @@ class Haystacks:
 
     def fingerprint(self) -> str:
         """SHA-256 of what the examples are made of."""
-        told = [picture.fingerprint().hex() for picture in self.pool.pictures]
+        told = [picture.fingerprint().hex() for picture in self.pool.images]
         return digest([told, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
 
     def get(self, epoch: int, index: int) -> Example:

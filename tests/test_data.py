@@ -53,7 +53,7 @@ def test_the_answer_is_where_the_needle_is():
     for index in range(40):
         key = f"k{index}"
         haystack = POOL.make(key, images=2, grid=2, positive=index % 4 > 0)
-        captions = [[[POOL.pictures[i].caption for i in row] for row in cells] for cells in haystack.cells]
+        captions = [[[POOL.images[i].caption for i in row] for row in cells] for cells in haystack.cells]
         flat = [c for cells in captions for row in cells for c in row]
         assert len(set(flat)) == 8
         if haystack.needle is None:
@@ -76,7 +76,7 @@ def test_the_picture_shows_the_drawings_row_by_row():
     picture = flat.stitch("key", ((0, 1), (2, 3)), cell=64)
     assert picture.size == (128, 128)
     for place, index in enumerate((0, 1, 2, 3)):
-        drawing = flat.drawing(index, 64)
+        drawing = flat.resized(index, 64)
         cell = picture.crop((place % 2 * 64, place // 2 * 64, place % 2 * 64 + 64, place // 2 * 64 + 64))
         background = cell.getpixel((0, 0))
         expected = Image.new("RGB", (64, 64), background)
@@ -95,7 +95,7 @@ def test_haystacks_of_one_s_own_pictures(tmp_path):
         Image.new("RGB", (30, 20), (i, 0, 255 - i)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"thing {i}")
     train, sets = make_data(Config(data=f"haystack:{tmp_path}", grids=(2,), eval_samples=5))
-    trained, tested = ({p.caption for p in s.pool.pictures} for s in (train, sets["2x2"]))
+    trained, tested = ({p.caption for p in s.pool.images} for s in (train, sets["2x2"]))
     assert list(sets) == ["2x2", "2x2 absent"] and not trained & tested and len(trained | tested) == 120
     assert train.get(0, 0).images[0].size == (512, 512)
     for i in range(5):
@@ -112,15 +112,15 @@ def test_haystacks_of_one_s_own_pictures(tmp_path):
 
 def test_training_and_test_sets_do_not_meet():
     train, sets = make_data(Config())
-    styles = {p.style for p in train.pool.pictures}
+    styles = {p.style for p in train.pool.images}
     assert styles == {"fluent", "twemoji"}
-    trained = {p.concept for p in train.pool.pictures}
+    trained = {p.concept for p in train.pool.images}
     assert list(sets) == [
         "2x2", "4x4", "2x2 absent", "4x4 absent", "2x2 unseen concepts", "4x4 unseen concepts",
     ]  # fmt: skip
     for name, held_out in sets.items():
-        assert {p.style for p in held_out.pool.pictures} == {"noto"}
-        concepts = {p.concept for p in held_out.pool.pictures}
+        assert {p.style for p in held_out.pool.images} == {"noto"}
+        concepts = {p.concept for p in held_out.pool.images}
         assert concepts.isdisjoint(trained) if "unseen" in name else concepts == trained
         assert all((held_out.get(0, i).suffix == "-1") == ("absent" in name) for i in range(5))
     assert [sets[name].chance for name in ("2x2", "4x4", "2x2 absent")] == [0.25, 0.0625, None]
