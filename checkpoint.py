@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from errors import UserError
-from files import atomic_folder, read_json, reading, write_json, writing
+from files import atomic_folder, check_regular, read_json, reading, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -178,6 +178,7 @@ class _Entry(NamedTuple):
 @contextmanager
 def open_safetensors(file: Path):
     with reading(file):
+        check_regular(file)
         with open(file, "rb") as probe:  # also tells a missing permission apart, which safetensors does not
             if probe.read(30).startswith(b"version https://git-lfs"):
                 raise UserError(f"{file}: a git-lfs pointer instead of the weights: run `git lfs pull`")

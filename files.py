@@ -1,33 +1,44 @@
-"""Files: json, atomic writes, folders that appear whole or not at all, manifests with hashes, locks, image files.
+"""Files: typed JSON, atomic writes, folders that appear complete or not at all, manifests, locks, image files.
 
-No torch is imported here. What the disk refuses becomes a UserError of one line.
+torch is not imported here. Faults of the file system become a UserError of one line.
 """
 
+import dataclasses
 import errno
-import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
+import filelock
+import msgspec
 from PIL import Image
 from safetensors import SafetensorError
 
 from errors import UserError
 
-MANIFEST = "files.json"  # in a checkpoint: what its files hashed to when they were written
-_MENDS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or raise the limit")
-_MENDS |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check the permissions")
+MANIFEST = "files.json"  # in a checkpoint: the SHA-256 of each of its files
 LOCK = ".lock"
+INT64 = range(-(1 << 63), 1 << 63)
+FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or raise the limit")
+FIXES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check the permissions")
+
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
 
 
+# ---- faults of the file system
 @contextmanager
-def reading(file):
-    """Whatever disk or safetensors hold against `file` becomes one line."""
+def reading(file: PathLike) -> Iterator[None]:
+    """Turns a fault of the file system or of safetensors inside the block into a UserError that names `file`."""
     try:
         yield
     except OSError as error:
@@ -38,19 +49,26 @@ def reading(file):
 
 
 @contextmanager
-def writing(path):
-    """A full disk or a missing permission becomes one line that names `path`; other faults pass."""
+def writing(path: PathLike) -> Iterator[None]:
+    """Turns a full disk or a missing permission inside the block into a UserError that names `path`; other faults
+    pass."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        told = re.search(r"os error (\d+)", str(error))  # safetensors gives the system's number in its text only
-        number = int(told[1]) if told else getattr(error, "errno", None)
-        if number not in _MENDS:
+        os_error = re.search(r"os error (\d+)", str(error))  # safetensors gives the error number only in its text
+        number = int(os_error[1]) if os_error else getattr(error, "errno", None)
+        if number not in FIXES:
             raise
-        raise UserError(f"{path}: cannot be written ({os.strerror(number)}): {_MENDS[number]}") from error
+        raise UserError(f"{path}: cannot be written ({os.strerror(number)}): {FIXES[number]}") from error
 
 
-def sync(path):
+def one_line(error: Exception) -> str:
+    """The message of an exception on one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def sync(path: PathLike) -> None:
+    """Flush a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,95 +76,194 @@ def sync(path):
         os.close(descriptor)
 
 
-def read_json(path) -> dict:
-    """The object in a json file. Raises UserError naming the file: missing, unreadable, not json, not an object."""
-    with reading(path):
-        raw = Path(path).read_bytes()
+# ---- reading
+def check_regular(path: PathLike) -> None:
+    """Raise UserError unless `path` is a regular file, also through links: a pipe or a device may never end."""
     try:
-        data = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid json ({error}): restore or delete it") from error
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a null byte or a lone surrogate in the name
+        raise UserError(f"{str(path)!a}: not a valid path ({error}): correct it") from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: not a regular file but a pipe, socket or device: give a file")
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """The content of a regular file. Raises UserError: missing, unreadable, not a regular file."""
+    with reading(path):
+        check_regular(path)
+        return Path(path).read_bytes()
+
+
+def read_typed(path: PathLike, type_: type[T], fix: str = "restore the file") -> T:
+    """The content of a JSON file as `type_`: a msgspec Struct, a dataclass, `dict[str, int]`, ...
+
+    Raises UserError naming the file and, for a value of another type or out of range, the field.
+    """
+    return decode_typed(read_bytes(path), type_, path, fix)
+
+
+def decode_typed(raw: bytes, type_: type[T], name: PathLike, fix: str = "restore the file") -> T:
+    """JSON as `type_`; errors as in `read_typed`, with `name` in the place of the file."""
+    try:
+        return msgspec.json.decode(raw, type=type_)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: {describe(error)}: {fix}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{name}: not valid JSON ({describe(error)}): {fix}") from error
+
+
+def describe(error: Exception) -> str:
+    """The message of a msgspec error on one line, without backticks."""
+    return one_line(error).replace("`", "")[:300]
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError naming the file: missing, unreadable, not JSON, not an object."""
+    return read_typed(path, dict[str, Any])
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines. Raises UserError naming the file and the line."""
+    lines = read_bytes(path).splitlines()
+    return [decode_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def decode_line(line: bytes, name: str) -> dict[str, Any]:
+    # not msgspec: a log may hold NaN, which Python writes and reads and JSON does not have
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not valid JSON ({one_line(error)}): restore the file") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a json {type(data).__name__} where an object {{...}} is needed")
+        raise UserError(f"{name}: Expected object, got {type(data).__name__}: restore the file")
     return data
 
 
-def read_json_lines(path: Path) -> list[dict]:
+def open_image(source: PathLike | bytes, name: PathLike | None = None) -> Image.Image:
+    """An image file, or the bytes of one, as a fully loaded PIL image (the first frame of several).
+
+    Raises UserError that names the file, or `name`, if it is missing, unreadable, not a regular file, broken,
+    truncated, or larger than PIL's limit against decompression bombs.
+    """
+    name = name or ("image bytes" if isinstance(source, bytes) else source)
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give a folder that a script here wrote") from error
+        data = source if isinstance(source, bytes) else read_bytes(source)
+    except UserError as error:
+        raise UserError(str(error).replace(str(source), str(name), 1)) from error
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: image too large ({one_line(error)}): scale it down") from error
+    except Exception as error:  # PIL's decoders raise any exception for a broken file
+        # PIL's own message holds the address of the buffer, which differs each time
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
+        raise UserError(f"{name}: broken image ({reason}): replace or remove it") from error
+    return image
 
 
-def write_json(path, data):
-    """Write `data` whole or not at all: beside, fsynced, renamed. Raises UserError when the disk refuses."""
+def resolve_inside(folder: PathLike, name: PathLike) -> Path:
+    """The path of the file `name` in `folder`, links followed. Raises UserError if it is outside the folder.
+
+    The file may be missing. A link loop and a name that no file can have are refused as well.
+    """
+    try:
+        root = Path(folder).resolve()
+        path = (root / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{str(name)!a:.200} in {folder}: not a valid path ({one_line(error):.200})") from error
+    if not path.is_relative_to(root):
+        raise UserError(f"{name}: is outside the folder {folder}: only files inside it are read")
+    return path
+
+
+# ---- ranges of a configuration
+def check_ranges(config: Any, prefix: str = "--") -> None:
+    """Check every number of a dataclass, also of nested ones, against `Annotated[int, msgspec.Meta(ge=1)]` in its type.
+
+    Floats must be finite and ints fit 64 bits. Raises UserError, as in `--max_steps=-1: expected int >= 1`.
+    """
+    types = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{flag}.")
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{flag}={number}: expected a finite number")
+            if isinstance(number, int) and number not in INT64:
+                raise UserError(f"{flag}={number}: expected an integer of at most 64 bits")
+        try:
+            msgspec.convert(value, types[field.name])
+        except msgspec.ValidationError as error:
+            expected = describe(error)
+            raise UserError(f"{flag}={value}: {expected[:1].lower()}{expected[1:]}") from error
+
+
+# ---- writing
+def write_json(path: PathLike, data: Any) -> None:
+    """Write `data` completely or not at all: to a temporary file beside it, synced, then renamed.
+
+    Raises UserError when the disk is full or a permission is missing.
+    """
     path, text = Path(path), json.dumps(data, indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
+            remove(temporary)
             temporary.write_text(text, encoding="utf-8")
             sync(temporary)
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
             raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(folder):
-    """Yields an empty folder beside `folder` that takes its place when the block ends well, and vanishes when not.
+def atomic_folder(folder: PathLike) -> Iterator[Path]:
+    """Yields an empty folder beside `folder` that replaces it when the block ends, and is deleted when it fails.
 
-    An older `folder` stays untouched until then. Raises UserError when the disk is full or a permission lacks.
+    An older `folder` stays untouched until then. Raises UserError when the disk is full or a permission is missing.
     """
     folder = Path(folder).resolve()  # a link keeps pointing at the same place
-    temporary, aside = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists() and not folder.exists():
-            aside.rename(folder)  # an earlier process was killed between the two renames below
-        for leftover in (temporary, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # an earlier process was killed between the two renames below
+        remove(temporary)
+        remove(old)
         temporary.mkdir()
         try:
             yield temporary
-            _settle(temporary)
+            sync_folder(temporary)
             if folder.exists():
-                folder.rename(aside)
+                folder.rename(old)
             temporary.rename(folder)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if aside.exists() and not folder.exists():
-                aside.rename(folder)
-            if isinstance(error, UserError):  # nobody asked for the temporary name
+            remove(temporary)
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            if isinstance(error, UserError):  # the user knows the final name, not the temporary one
                 raise UserError(str(error).replace(str(temporary), str(folder))) from error
             raise
         sync(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(old)
 
 
-def write_manifest(folder: Path):
-    """Note the SHA-256 of every file under `folder` in its files.json: neither safetensors nor torch would see a
-    flipped bit among weights. The last thing to be written into it."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != MANIFEST)
-    write_json(Path(folder, MANIFEST), {str(file.relative_to(folder)): _sha256(file) for file in files})
-
-
-def verify_manifest(folder: Path):
-    """Raise UserError naming the first file under a sealed `folder` that is gone or is not as it was written."""
-    for name, digest in read_json(Path(folder, MANIFEST)).items():
-        file = Path(folder, name)
-        with reading(file):
-            if _sha256(file) != digest:
-                raise UserError(f"{file}: damaged, not the bytes that were written: delete {folder}")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def _settle(folder: Path):
-    """Everything under `folder` reaches the disk and is as readable as the folder (safetensors writes mode 0600)."""
+def sync_folder(folder: Path) -> None:
+    """Flush all files under `folder` to the disk, as readable as the folder itself (safetensors writes mode 0600)."""
     for parent, _, names in os.walk(folder):
         for file in (Path(parent, name) for name in names):
             file.chmod(folder.stat().st_mode & 0o666)
@@ -154,41 +271,48 @@ def _settle(folder: Path):
         sync(parent)
 
 
-def lock(folder: Path):
-    """An open file that no other process can lock while this one lives. Raises UserError if one has."""
-    file = open(folder / LOCK, "w")  # noqa: SIM115, closed when the process ends
+# ---- manifests
+def write_manifest(folder: PathLike) -> None:
+    """Write the SHA-256 of every file under `folder` into its files.json, as the last file of the folder.
+
+    Neither safetensors nor torch notices a flipped bit in weights.
+    """
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name != MANIFEST)
+    write_json(Path(folder, MANIFEST), {file.relative_to(folder).as_posix(): sha256(file) for file in files})
+
+
+def verify_manifest(folder: PathLike) -> None:
+    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content."""
+    for name, digest in read_typed(Path(folder, MANIFEST), dict[str, str], f"delete {folder}").items():
+        resolve_inside(folder, name)
+        file = Path(folder, name)
+        with reading(file):
+            check_regular(file)
+            if sha256(file) != digest:
+                raise UserError(f"{file}: damaged, not the content that was written: delete {folder}")
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal."""
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+# ---- locks
+def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    """Lock `folder` against other processes until the returned lock is released or this process ends.
+
+    A file system without locks is tolerated. Raises UserError if another process holds the lock.
+    """
+    # A soft lock, the default where the file system has no locks, would outlive a killed process.
+    lock = filelock.FileLock(Path(folder, LOCK), blocking=False, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire()
+    except filelock.Timeout as error:
         raise UserError(
             f"{folder}: another process is training into it: let it end, or give another --output_dir"
         ) from error
-    except OSError:  # some network disks know no locks
-        pass
-    return file
-
-
-def open_image(source, name=None):
-    """A picture file, or a picture's bytes, to a fully loaded PIL picture (of several frames the first).
-
-    Raises UserError that names the file, or `name`, if it is missing, unreadable, broken, cut short, or larger than
-    PIL's limit against decompression bombs.
-    """
-    name = name or ("picture bytes" if isinstance(source, bytes) else source)
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: cannot read the picture ({error.strerror})") from error
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: picture too large ({one_line(error)}); scale it down") from error
-    except Exception as error:  # PIL's decoders raise whatever a broken file provokes
-        reason = "of no known format" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
-        raise UserError(f"{name}: broken picture ({reason}); replace or remove it") from error
-    return image
-
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
+        if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.EROFS):
+            raise UserError(f"{Path(folder, LOCK)}: cannot be locked ({error.strerror}): delete it") from error
+    return lock

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import hub_revision, resolve_run
 from errors import UserError
-from files import LOCK, lock, read_json, verify_manifest, write_json, writing
+from files import LOCK, lock_folder, read_json, verify_manifest, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 # a run may continue with these changed: they say how it is watched and fitted into memory, not what it computes
@@ -234,7 +234,7 @@ def start_folder(run: Run, faults: list[str]):
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            run.lock = lock(run.folder)
+            run.lock = lock_folder(run.folder)
             if run.resume is None:
                 empty_folder(run.folder)
         except OSError as error:

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
+from refusals import child, refused, unprivileged
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,21 +20,9 @@ import adapters
 import checkpoint
 import files
 from checkpoint import EMBEDDING, HEAD, INDEX, SINGLE
-from errors import UserError
 
 FAMILIES = {"gemma": transformers.GemmaConfig, "gemma2": transformers.Gemma2Config}
 LINEAR = "linear.weight"
-
-
-@contextmanager
-def refused(*parts):
-    """The block raises a UserError of one line that names every part."""
-    with pytest.raises(UserError) as caught:
-        yield
-    line = str(caught.value)
-    assert "\n" not in line
-    for part in parts:
-        assert str(part) in line, f"{part!r} not in {line!r}"
 
 
 def paligemma(family="gemma", device="cpu", layers=2, **changes):
@@ -355,25 +341,6 @@ def test_no_weights(tmp_path):
         load(meta_linear(), tmp_path)
 
 
-@contextmanager
-def unprivileged(folder: Path):
-    """Root reads and writes everything, so step down; `folder` itself becomes reachable."""
-    if os.geteuid():
-        yield
-        return
-    chain = [path for path in (folder, *folder.parents) if not path.stat().st_mode & 0o005]
-    modes = {path: path.stat().st_mode for path in chain}
-    for path in chain:
-        path.chmod(0o755)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        for path, mode in modes.items():
-            path.chmod(mode)
-
-
 def test_permission_denied(tiny):
     folder, _ = tiny
     files.write_json(folder / "config.json", {})
@@ -398,130 +365,6 @@ def test_permission_denied(tiny):
         with refused(folder, "Permission denied"):
             checkpoint.save_weights({LINEAR: torch.zeros(2, 2)}, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "locked", SINGLE]
-
-
-# ---- json and atomic writes
-
-
-def test_json(tmp_path):
-    path = tmp_path / "run.json"
-    files.write_json(path, {"b": 1, "a": {"é": [1.5, None]}})
-    assert files.read_json(path) == {"b": 1, "a": {"é": [1.5, None]}}
-    text = path.read_text()
-    assert text.startswith('{\n  "b": 1,') and text.endswith("}\n")
-    with pytest.raises(TypeError):
-        files.write_json(path, {"a": object()})
-    assert path.read_text() == text
-    for content, reason in ((b"{", "not valid json"), (b"\xff\xfe\x00", "not valid json"), (b"[1]", "list")):
-        path.write_bytes(content)
-        with refused(path, reason):
-            files.read_json(path)
-    with refused(tmp_path / "none.json", "No such file"):
-        files.read_json(tmp_path / "none.json")
-    with refused(tmp_path, "Is a directory"):
-        files.read_json(tmp_path)
-
-
-def test_interrupted_json_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
-    files.write_json(path, {"old": 1})
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        files.write_json(path, {"new": 1})
-    assert files.read_json(path) == {"old": 1}
-    assert os.listdir(tmp_path) == ["run.json"]
-
-
-def test_whole_or_nothing(tmp_path):
-    folder = tmp_path / "a" / "b"
-    with files.atomic_folder(folder) as inside:
-        assert inside.parent == folder.parent and not folder.exists()
-        checkpoint.save_weights({LINEAR: torch.zeros(2, 2)}, inside / "adapter")
-    assert (folder / "adapter" / SINGLE).stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
-    with files.atomic_folder(folder) as inside:
-        (inside / "new").touch()
-        assert (folder / "adapter").exists()
-    assert os.listdir(folder) == ["new"] and os.listdir(folder.parent) == ["b"]
-
-
-@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, FileNotFoundError])
-def test_a_crash_leaves_the_old_folder(tmp_path, fault):
-    with files.atomic_folder(tmp_path / "final") as inside:
-        (inside / "old").touch()
-    with pytest.raises(fault), files.atomic_folder(tmp_path / "final") as inside:
-        (inside / "new").touch()
-        raise fault
-    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
-
-
-def test_a_crash_between_the_renames(tmp_path, monkeypatch):
-    with files.atomic_folder(tmp_path / "final") as inside:
-        (inside / "old").touch()
-    rename = Path.rename
-
-    def failing(path, target):
-        if path.name.endswith(".tmp"):
-            raise RuntimeError
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "final"):
-        pass
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
-
-    (tmp_path / "final").rename(tmp_path / ".final.old")  # what a kill there leaves behind
-    (tmp_path / ".final.tmp").mkdir()
-    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "final"):
-        raise RuntimeError
-    assert os.listdir(tmp_path) == ["final"] and os.listdir(tmp_path / "final") == ["old"]
-
-
-def child(code: str, *arguments) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([str(Path(checkpoint.__file__).parent), str(Path(__file__).parent)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *([code] if code.endswith(".py") else ["-c", code]), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
-FULL_DISK = """
-import resource, sys, torch, checkpoint, files
-from errors import UserError
-root = sys.argv[1]
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-def weights(folder): checkpoint.save_weights({"w": torch.zeros(100_000)}, folder)
-def whole():
-    with files.atomic_folder(root + "/final") as inside:
-        weights(inside)
-def plain():
-    with files.atomic_folder(root + "/final") as inside:
-        (inside / "log").write_bytes(bytes(200_000))
-for write in (lambda: files.write_json(root + "/run.json", ["x" * 200_000]), whole, plain,
-              lambda: weights(root + "/bare")):
-    try:
-        write()
-    except UserError as error:
-        print(error)
-"""
-
-
-def test_disk_full(tmp_path):
-    files.write_json(tmp_path / "run.json", {"old": 1})
-    (tmp_path / "final").mkdir()
-    (tmp_path / "final" / "old").touch()
-    result = child(FULL_DISK, tmp_path)
-    assert result.returncode == 0, result.stderr
-    named = [tmp_path / "run.json", tmp_path / "final", tmp_path / "final", tmp_path / "bare"]
-    for line, path in zip(result.stdout.splitlines(), named, strict=True):
-        assert line.startswith(f"{path}: cannot be written (File too large): free some space")
-    assert files.read_json(tmp_path / "run.json") == {"old": 1}
-    assert os.listdir(tmp_path / "final") == ["old"]
-    assert sorted(os.listdir(tmp_path)) == ["bare", "final", "run.json"]
-    assert os.listdir(tmp_path / "bare") == []
 
 
 # ---- memory
@@ -684,7 +527,7 @@ def test_base_of_a_run(run, tmp_path, monkeypatch):
         with refused(run / "run.json", "base_model"):
             checkpoint.resolve_run(run)
     (run / "run.json").write_text("{")
-    with refused(run / "run.json", "not valid json"):
+    with refused(run / "run.json", "not valid JSON"):
         checkpoint.resolve_run(run)
     (run / "run.json").unlink()
     files.write_json(run / "final/adapter/adapter_config.json", {"base_model_name_or_path": "org/base"})
@@ -791,7 +634,7 @@ def test_adapters_refused(tmp_path):
     with refused(tmp_path, "does not fit", "NOPE"):
         adapters.attach_adapter(paligemma(), tmp_path)
     config.write_text("{")
-    with refused(config, "not valid json"):
+    with refused(config, "not valid JSON"):
         adapters.attach_adapter(paligemma(), tmp_path)
     files.write_json(config, content)
 

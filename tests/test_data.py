@@ -235,7 +235,7 @@ def test_broken_pictures_and_bombs_are_left_out_of_a_batch(tmp_path, tiny_model,
     assert [[e.index for e in examples] for examples, _ in found] == [[2], [], [], [2]]
     assert all(torch.equal(found[0][1][key], batch[key]) for _, batch in found for key in batch)
     assert len(faults) == 2 and "rows.jsonl:1: c.png: broken" in faults[0] and "too large" in faults[1]
-    with pytest.raises(UserError, match=r"rows.jsonl:2: b.png: picture too large"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: b.png: image too large"):
         list(loader(rows, processor, batches[1:], True, workers))
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of its 3 rows can be used"):

@@ -477,44 +477,6 @@ def test_unknown_padding_side_is_refused(tiny):
     assert "'middle'" in fault(tiny, [picture()], ["cat"], padding_side="middle")
 
 
-def jpeg():
-    buffer = io.BytesIO()
-    picture(width=200, height=200).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def test_open_image_loads_paths_and_bytes(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(jpeg())
-    image = open_image(tmp_path / "a.jpg")
-    (tmp_path / "a.jpg").unlink()  # nothing is read later
-    assert image.mode == "RGB" and image.size == (200, 200)
-    assert image.tobytes() == open_image(jpeg()).tobytes()
-
-
-@pytest.mark.parametrize("content", [b"", b"no picture", jpeg()[:2000], reloaded(picture()).tobytes()])
-def test_broken_pictures_are_named(tmp_path, content):
-    path = tmp_path / "cow.jpg"
-    path.write_bytes(content)
-    assert fault(open_image, str(path)).startswith(f"{path}: broken picture (")
-    assert fault(open_image, content, name="pool.parquet row 7").startswith("pool.parquet row 7: broken picture (")
-
-
-def test_truncated_png_is_named():
-    buffer = io.BytesIO()
-    picture(width=200, height=200).save(buffer, "PNG")
-    assert "broken picture" in fault(open_image, buffer.getvalue()[:5000])
-
-
-def test_missing_picture_and_folder_are_named(tmp_path):
-    assert "cow.jpg: cannot read the picture (No such file" in fault(open_image, tmp_path / "cow.jpg")
-    assert fault(open_image, tmp_path).startswith(f"{tmp_path}: cannot read")
-
-
-def test_huge_picture_is_named(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert "too large" in fault(open_image, jpeg(), name="bomb.jpg")
-
-
 # ---- from_pretrained
 
 

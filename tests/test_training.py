@@ -364,7 +364,7 @@ def test_bad_rows_are_counted_and_named_or_refused(config, tmp_path, capsys):
     assert not Path(config.output_dir).exists()
     finetune(config, "original")
     told = capsys.readouterr().out
-    assert "1 rows cannot be used" in told and told.count("some.jsonl:3: broken.png: broken picture") == 1
+    assert "1 rows cannot be used" in told and told.count("some.jsonl:3: broken.png: broken image") == 1
     named = (Path(config.output_dir) / "skipped.log").read_text()
     assert [line.partition("some.jsonl:")[2][0] for line in named.splitlines()] == ["2", "3"]
     assert metrics(config, "eval")[0][1] == {"some.jsonl": [0, 2]}
