@@ -1,6 +1,7 @@
 """Scores, tables, figures and comparisons of evaluations, from the files in their folders and nothing else."""
 
 import glob
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -8,7 +9,7 @@ from errors import UserError
 from files import read_json, write_json
 from needle_eval import mm_niah, mmneedle, plots, pope
 from needle_eval.folder import changed_fields, read_record, read_rows, slug
-from needle_eval.statistics import mcnemar_exact, mean_over_seeds, paired_bootstrap, paired_over_seeds, rate
+from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, paired_difference, paired_over_seeds, rate
 
 # A benchmark is a module with load_questions(config), is_correct(row), score(rows), format_table(scores_by_model),
 # write_official(rows, folder, model_name) and FLAGS, the flags that are its own. It may have more: prepare_rows(rows),
@@ -75,13 +76,15 @@ def compare(first: str, second: str) -> list[str]:
     lines = []
     for (one, other), groups in zip(pairs, compared, strict=True):
         lines.append(
-            f"\n{other} against {one}: difference of right answers in points, 95 % interval of a paired bootstrap"
+            f"\n{other} against {one}: difference of right answers in points, 95 % score interval for paired rates"
         )
         lines += [format_comparison(name, found) for name, found in groups.items()]
     written = {"pairs": [[str(a), str(b)] for a, b in pairs], "by pair": compared}
     if len(pairs) > 1:
         written["over seeds"] = compare_over_seeds(compared)
-        lines.append(f"\nover {len(pairs)} seeds: mean, 95 % t interval; paired t test")
+        tested = "mean, 95 % t interval; paired t test"
+        few = f"mean; interval and test need {MIN_SEEDS} seeds"
+        lines.append(f"\nover {len(pairs)} seeds: {tested if len(pairs) >= MIN_SEEDS else few}")
         lines += [format_seeds(name, over) for name, over in written["over seeds"].items()]
     write_json(pairs[-1][1] / "comparison.json", written)
     return lines
@@ -114,13 +117,12 @@ def compare_answers(first: list[dict], second: list[dict], benchmark: ModuleType
 
 def compare_pairs(pairs: list[tuple[bool, bool]]) -> dict:
     """Rates, difference and McNemar's test of questions that were right or wrong in two runs."""
-    a, b = ([int(pair[i]) for pair in pairs] for i in (0, 1))
-    difference, low, high = paired_bootstrap(a, b)
-    only_a, only_b = (sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs))
+    counts = Counter(pairs)
+    both, only_a, only_b = counts[True, True], counts[True, False], counts[False, True]
     return {
-        "first": rate(sum(a), len(a)),
-        "second": rate(sum(b), len(b)),
-        "difference": {"mean": difference, "low": low, "high": high},
+        "first": rate(both + only_a, len(pairs)),
+        "second": rate(both + only_b, len(pairs)),
+        "difference": paired_difference(both, only_a, only_b, counts[False, False]),
         "only first": only_a,
         "only second": only_b,
         "p": mcnemar_exact(only_a, only_b),
@@ -186,9 +188,9 @@ def format_comparison(name: str, found: dict) -> str:
 
 def format_seeds(name: str, over: dict) -> str:
     def interval(found: dict) -> str:
-        return f"{100 * found['mean']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+        ends = "" if found["low"] is None else f" [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+        return f"{100 * found['mean']:.1f}{ends}"
 
-    return (
-        f"{name:24}{interval(over['first'])} -> {interval(over['second'])}, difference {interval(over['difference'])}, "
-        f"p = {over['difference']['p']:.3g}"
-    )
+    first, second, difference = (interval(over[key]) for key in ("first", "second", "difference"))
+    p = "" if over["difference"]["p"] is None else f", p = {over['difference']['p']:.3g}"
+    return f"{name:24}{first} -> {second}, difference {difference}{p}, n = {over['first']['n']} seeds"
