@@ -486,7 +486,7 @@ class _Fetch(torch.utils.data.Dataset):
         if not used:
             return (), None, faults
         examples, rows, pixels = zip(*used, strict=True)
-        tensors = self.processor.pad(list(rows), "left")
+        tensors = self.processor.pad(list(rows))
         tensors["pixel_values"] = torch.stack([p for row in pixels for p in row])
         return examples if good else (), tensors, faults
 

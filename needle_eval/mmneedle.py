@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from boxes import locs_to_boxes
 from errors import UserError
 from files import atomic_folder, write_json
 from haystack import ImagePool, PoolImage, clean, needle_prompt
 from needle_eval.questions import Question, check_distinct, normalise
 from needle_eval.statistics import mcnemar_exact, paired_bootstrap, rate
-from processing_paligemma import locs_to_boxes
 
 ABSENT = "-1"
 PROTOCOLS = {  # and the longest answer, in tokens a needle

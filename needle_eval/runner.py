@@ -186,7 +186,7 @@ def answer_batch(answerer: Answerer, batch: list[Question], kept: dict, began: f
     if good:
         features = torch.stack([kept[path] for question in good for path in question.images])
         device = features.device
-        tensors = {key: tensor.to(device) for key, tensor in answerer.processor.pad(rows, "left").items()}
+        tensors = {key: tensor.to(device) for key, tensor in answerer.processor.pad(rows).items()}
         if answerer.candidates:
             texts = rank(answerer, tensors, features, answerer.candidates[good[0].setting])
         else:
