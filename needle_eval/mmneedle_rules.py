@@ -19,20 +19,30 @@ def score_strict(response: str | None, truth: str, needles: int) -> dict:
     """
     if response is None:
         return {"existence": False, "index": False, "exact": False, "first": (False, False), "each": []}
-    answer, absent = normalise(response), set(re.findall(r"\d+", truth)) == {"0"}
-    given, true = ([part.strip() for part in text.split("; ")] if needles > 1 else [text] for text in (answer, truth))
+    absent = set(re.findall(r"\d+", truth)) == {"0"}
+    given, true = split_needles(normalise(response), needles), split_needles(truth, needles)
     pairs = [(g.split(", ")[0] == t.split(", ")[0], g == t) for g, t in zip(given, true, strict=False)]
     return {
-        "existence": (answer in absent_answers(needles)) == absent,
+        "existence": says_absent(response, needles) == absent,
         "index": len(given) == len(true) and all(index for index, _ in pairs),
-        "exact": answer == ABSENT if absent else given == true,
+        "exact": given == [ABSENT] if absent else given == true,
         "first": pairs[0],
         "each": pairs,
     }
 
 
+def split_needles(answer: str, needles: int) -> list[str]:
+    """The parts of an answer, one a needle, as the official scorer splits it."""
+    return [part.strip() for part in answer.split("; ")] if needles > 1 else [answer]
+
+
+def says_absent(response: str, needles: int) -> bool:
+    """Whether the official scorer takes an answer for "no needle"."""
+    return "; ".join(split_needles(normalise(response), needles)) in absent_answers(needles)
+
+
 def absent_answers(needles: int) -> set[str]:
-    """Every answer that the official scorer takes for "no needle", once normalised."""
+    """Every answer that the official scorer takes for "no needle", normalised, split and joined again."""
     if needles == 1:
         return {ABSENT}
     one = [ABSENT] * needles
@@ -47,7 +57,7 @@ def parse_lenient(response: str | None, needles: int = 1) -> str | None:
     """
     text = re.sub(r"<\w+>", " ", response or "")  # location tokens are no numbers
     numbers = re.findall(r"(?<!\w)-\d+|\d+", text)  # "1-2-1" and "row-2" have no minus
-    if numbers and (set(numbers) == {ABSENT} or normalise(response) in absent_answers(needles)):
+    if numbers and (set(numbers) == {ABSENT} or says_absent(response, needles)):
         return "; ".join([ABSENT] * needles)
     found = []
     while numbers and len(found) < needles:
@@ -62,7 +72,7 @@ def parse_lenient(response: str | None, needles: int = 1) -> str | None:
 def is_well_formed(response: str, needles: int = 1) -> bool:
     """Whether an answer has the form that was asked for, right or wrong."""
     one = r"(-1|\d+, \d+, \d+)"
-    answer = normalise(response)
+    answer = "; ".join(split_needles(normalise(response), needles))
     return answer in absent_answers(needles) or bool(re.fullmatch("; ".join([one] * needles), answer))
 
 

@@ -1,5 +1,7 @@
 """MMNeedle's official rule by its golden cases, and what is ours beside it."""
 
+import random
+
 import pytest
 
 from errors import UserError
@@ -68,6 +70,67 @@ def test_two_needles(truth, response, index, exact, first, each_index, each_exac
     assert (told["index"], told["exact"], told["existence"]) == (bool(index), bool(exact), bool(exist))
     assert told["first"] == tuple(map(bool, first))
     assert [pair[0] for pair in told["each"]] == each_index and [pair[1] for pair in told["each"]] == each_exact
+
+
+def official_verdict(response: str, truth: str, needles: int) -> dict:
+    """The released scorer's rule for one row, transcribed apart from the product's code.
+
+    Both strings lose newlines, outer blanks and full stops. For several needles both are split at "; ", the parts
+    stripped, and the answer joined again before it is compared with the ways to say that there is no needle.
+    """
+    answer = response.replace("\n", "").strip().strip(".").strip()
+    if needles == 1:
+        true = "-1" if truth == "0, 0, 0" else truth
+        return {
+            "index": answer.split(", ")[0] == truth.split(", ")[0],
+            "exact": answer == true,
+            "existence": (true == "-1") == (answer == "-1"),
+        }
+    nothing = truth == "; ".join(["0, 0, 0"] * needles)
+    parts, wanted = ([part.strip() for part in text.split("; ")] for text in (answer, truth))
+    said_nothing = "; ".join(parts) in (
+        "-1",
+        "; ".join(["-1"] * needles),
+        ", ".join(["-1"] * needles),
+        "-1" * needles,
+        "; ".join(["-1, -1, -1"] * needles),
+    )
+    same_count = len(parts) == len(wanted)
+    return {
+        "index": same_count and all(p.split(", ")[0] == w.split(", ")[0] for p, w in zip(parts, wanted, strict=True)),
+        "exact": "; ".join(parts) == "-1" if nothing else parts == wanted,
+        "existence": said_nothing == nothing,
+    }
+
+
+def test_two_thousand_answers_are_judged_as_the_official_rule_judges_them():
+    rng = random.Random(0)
+    pieces = ["1", "2", "-1", "0", ", ", ",", "; ", ";", " ; ", ";  ", " ", "\n", ".", "1, 2, 1", "1, 1, 2"]
+    pieces += ["-1, -1, -1", "0, 0, 0", "None", "\t"]
+    for _ in range(2000):
+        needles = rng.choice((1, 2, 2, 2, 5))
+        place = rng.choice(("0, 0, 0", "place"))
+        truth = "; ".join(
+            f"1, {rng.choice('12')}, {rng.choice('12')}" if place == "place" else place for _ in range(needles)
+        )
+        parts = rng.choice((truth.split("; "), ["-1"] * needles, ["-1, -1, -1"] * needles, rng.choices(pieces, k=4)))
+        response = rng.choice(("; ", ";", " ; ", ";  ", ", ", "", "\n")).join(parts)
+        if rng.random() < 0.3:
+            cut = rng.randrange(len(response) + 1)
+            response = response[:cut] + rng.choice(pieces) + response[cut:]
+        found = score_strict(response, truth, needles)
+        assert {key: found[key] for key in ("index", "exact", "existence")} == official_verdict(
+            response, truth, needles
+        ), (
+            response,
+            truth,
+        )
+
+
+@pytest.mark.parametrize("response", ["-1 ; -1", "-1;  -1", "-1, -1, -1 ; -1, -1, -1"])
+def test_blanks_beside_the_separator_do_not_hide_that_there_is_no_needle(response):
+    assert score_strict(response, "0, 0, 0; 0, 0, 0", 2)["existence"]
+    assert not score_strict(response, TWO, 2)["existence"]
 
 
 @pytest.mark.parametrize(
