@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors in every layout that exists, from the hub or a folder; saving; run folders; adapters.
+"""Weights on disk: safetensors in every layout that exists, from the hub or a folder; saving; run folders.
 
 Tensors, keys and files only: no model class is known here. Nothing that could run code is ever loaded. The layouts:
 
@@ -10,23 +10,27 @@ Tensors, keys and files only: no model class is known here. Nothing that could r
 
 import os
 import re
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import huggingface_hub
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 
 from errors import UserError
-from files import atomic_folder, check_regular, read_json, reading, write_json, writing
+from files import PathLike, atomic_folder, check_regular, one_line, read_json, reading, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside a whole model's weights
-PIECE = 8 << 20  # bytes converted at a time: bounds what a change of dtype needs beyond its result
+DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # all that is fetched from the hub
+PIECE = 8 << 20  # bytes converted at a time: bounds the memory of a change of dtype beyond its result
 
 KEYS_TO_MEMORY = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
@@ -34,160 +38,153 @@ KEYS_TO_MEMORY = {
     r"^(model\.)?vision_tower\.(vision_model\.)?": "model.vision_tower.",
     r"^(model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
 }
-_TO_HUB = {
+KEYS_TO_HUB = {
     r"^lm_head\.": "language_model.lm_head.",
     r"^model\.language_model\.": "language_model.model.",
     r"^model\.vision_tower\.": "vision_tower.vision_model.",
     r"^model\.multi_modal_projector\.": "multi_modal_projector.",
 }
-_HINTS = (  # (which keys, what one of them contains, what that means)
+KEY_HINTS = (  # (kind of keys, part of one of them, what it means)
     ("unexpected", "pre_feedforward", "this is a Gemma 2 (PaliGemma 2) checkpoint but config.json says gemma"),
     ("missing", "pre_feedforward", "this is a Gemma 1 (PaliGemma 1) checkpoint but config.json says gemma2"),
     (
         "unexpected",
         ".differential.",
-        "these hold differential attention too: save_pretrained keeps its differential configuration and values apart",
+        "these include differential attention, whose differential configuration belongs in a file of its own: "
+        "save the model with save_pretrained",
     ),
-    ("unexpected", ".lora_", "these hold an adapter: merge it, or give the run folder"),
+    ("unexpected", ".lora_", "these include an adapter: merge it, or give the run folder"),
     ("", "", "these weights do not belong to config.json"),
 )
 
 
-# ---- names
+# ---- names of weights
+def rename_key(key: str) -> str:
+    """A weight's name in any layout -> its name in memory. Idempotent; unknown names are returned unchanged."""
+    return apply_rule(key, KEYS_TO_MEMORY)
 
 
-def _rename(key: str, rules: dict) -> str:
+def hub_key(key: str) -> str:
+    """A weight's name in any layout -> its name in layout L1, which every version of transformers reads."""
+    return apply_rule(rename_key(key), KEYS_TO_HUB)
+
+
+def apply_rule(key: str, rules: dict[str, str]) -> str:
     rule = next((pattern for pattern in rules if re.match(pattern, key)), None)
     return re.sub(rule, rules[rule], key) if rule else key
 
 
-def rename_key(key: str) -> str:
-    """A weight's name in any layout -> its name in memory. Idempotent; unknown names pass."""
-    return _rename(key, KEYS_TO_MEMORY)
-
-
-def hub_key(key: str) -> str:
-    """A weight's name in any layout -> its name on the hub (the first layout), which every transformers reads."""
-    return _rename(rename_key(key), _TO_HUB)
-
-
-# ---- files
-
-
-# ---- where a model is
-
-
+# ---- finding a model
 def is_hub_id(text: str) -> bool:
-    """`org/name` or `org/name@revision`."""
+    """Whether `text` has the form `org/name` or `org/name@revision`."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", text) is not None
 
 
 def hub_revision(path_or_hub_id: str) -> str | None:
-    """The commit of a hub id, fetched if need be; None for a folder."""
+    """The commit of a hub id, fetched if necessary; None for a folder."""
     folder = locate(path_or_hub_id)
     return folder.name if folder.parent.name == "snapshots" and not Path(path_or_hub_id).is_dir() else None
 
 
-def locate(path_or_hub_id, revision=None) -> Path:
-    """A model's folder: a local one as it is, a hub id (`org/name`, `org/name@revision`) fetched into the hub's cache,
-    or taken from it.
+def locate(path_or_hub_id: PathLike) -> Path:
+    """The folder of a model: a local one unchanged, a hub id (`org/name`, `org/name@revision`) from the hub or its
+    cache.
 
-    Fetches json, safetensors and tokenizer files alone. Raises UserError: no such folder or model, login, network.
+    Fetches JSON, safetensors and tokenizer files only. Raises UserError: no such folder or model, login, network.
     """
     name, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
     with reading(name):
         if folder.is_dir():
             return folder
         if folder.exists():
-            raise UserError(f"{name}: a file; give the folder that holds it")
+            raise UserError(f"{name}: is a file: give the folder that contains it")
     if not is_hub_id(name):
         raise UserError(f"{name}: no such folder, and not a hub id (org/name): check the path")
-    name, _, at = name.partition("@")
-    revision = at or revision
-    from huggingface_hub import errors as faults  # brings an http client: only when something is fetched
+    name, _, revision = name.partition("@")
+    from huggingface_hub import errors as hub_errors  # imports an HTTP client: only when something is fetched
 
-    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError, faults.HTTPError) as error:
-        raise UserError(
-            f"{name}: no such folder, and from the hub: {_hub_fault(error, faults, name, revision)}"
-        ) from error
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, hub_errors.HTTPError) as error:
+        fault = describe_hub_fault(error, hub_errors, name, revision)
+        raise UserError(f"{name}: no such folder, and from the hub: {fault}") from error
 
 
-def _hub_fault(error, faults, name, revision) -> str:
+def describe_hub_fault(error: Exception, hub_errors: ModuleType, name: str, revision: str) -> str:
+    """What went wrong in a download and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    unknown = isinstance(error, faults.RepositoryNotFoundError)  # a 401 as well, when not logged in
-    if isinstance(error, faults.GatedRepoError) or (status in (401, 403) and not unknown):
-        return f"access refused: accept the licence at https://huggingface.co/{name} and run `hf auth login`"
-    if unknown:
+    is_unknown = isinstance(error, hub_errors.RepositoryNotFoundError)  # also a 401 without login
+    if isinstance(error, hub_errors.GatedRepoError) or (status in (401, 403) and not is_unknown):
+        return f"access refused: accept the license at https://huggingface.co/{name} and run `hf auth login`"
+    if is_unknown:
         return "no such model: check the name (if it is private, run `hf auth login`)"
-    if isinstance(error, faults.RevisionNotFoundError):
+    if isinstance(error, hub_errors.RevisionNotFoundError):
         return f"no revision {revision!r}: check it"
-    if isinstance(error, faults.LocalEntryNotFoundError):
+    if isinstance(error, hub_errors.LocalEntryNotFoundError):
         return "not reachable and not in the cache: connect (HF_HUB_OFFLINE unset), or give a local folder"
-    return f"not fetched ({type(error).__name__}: {' '.join(str(error).split())[:200]}): try again"
+    return f"not fetched ({type(error).__name__}: {one_line(error)[:200]}): try again"
 
 
-def resolve_run(path_or_hub_id) -> tuple[str, Path | None]:
-    """What `--model` takes -> (base model's folder or hub id, adapter folder or None).
+def resolve_run(path_or_hub_id: PathLike) -> tuple[str, Path | None]:
+    """What `--model` accepts -> (folder or hub id of the base model, adapter folder or None).
 
-    A run folder stands for its `final/`; `final/`, `best/` and `checkpoints/step-*` (each holds `adapter/`), and an
-    adapter folder itself, are taken too. Anything else is a plain model. Raises UserError for an unfinished run.
+    A run folder means its `final/`. Its `final/`, `best/` and `checkpoints/step-*` (each contains `adapter/`) and an
+    adapter folder itself are accepted too. Everything else is a plain model. Raises UserError for an unfinished run.
     """
     folder = Path(path_or_hub_id).expanduser()
-    if not folder.exists() and (ROOT / folder).is_dir():
-        folder = path_or_hub_id = ROOT / folder  # assets/paligemma-nano, asked for from another directory
-    with reading(folder):
+    with reading(path_or_hub_id):
+        if not folder.exists() and (ROOT / folder).is_dir():
+            folder = path_or_hub_id = ROOT / folder  # assets/paligemma-nano, from another working directory
         for adapter in (folder, folder / "adapter", folder / "final" / "adapter"):
             if (adapter / ADAPTER_CONFIG).is_file():
-                return _base_model(adapter.absolute()), adapter
+                return base_of_adapter(adapter.absolute()), adapter
         is_run = any((folder / name).exists() for name in ("run.json", "final", "adapter"))
         if not is_run or (folder / "config.json").is_file():
             return str(path_or_hub_id), None
         newest = max(folder.glob("checkpoints/step-*"), default="none yet")
-    mend = f"run the same command again to continue it, or give one of its checkpoints/ (newest: {newest})"
-    raise UserError(f"{folder}: an unfinished run, without final/adapter/{ADAPTER_CONFIG}: {mend}")
+    fix = f"run the same command again to continue it, or give one of its checkpoints/ (newest: {newest})"
+    raise UserError(f"{folder}: an unfinished run, without final/adapter/{ADAPTER_CONFIG}: {fix}")
 
 
-def _base_model(adapter: Path) -> str:
-    """The base that run.json beside the adapter, or up to two levels above, names; else the adapter's configuration."""
+def base_of_adapter(adapter: Path) -> str:
+    """The base model named by run.json beside the adapter or up to two levels above, else by the adapter's config."""
     run = next((parent / "run.json" for parent in adapter.parents[:3] if (parent / "run.json").is_file()), None)
     source, key = (run, "base_model") if run else (adapter / ADAPTER_CONFIG, "base_model_name_or_path")
-    told = read_json(source)
-    base, revision = told.get(key), told.get("base_revision")
+    record = read_json(source)
+    base, revision = record.get(key), record.get("base_revision")
     if not isinstance(base, str) or not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
     for candidate in (Path(base), ROOT / base):
         if candidate.is_dir():
             return str(candidate)
     if not is_hub_id(base):
-        raise UserError(f"{source}: {key!r} names the folder {base}, not found: restore it or correct the entry")
+        raise UserError(f"{source}: {key!r} names the folder {base}, which does not exist: restore it or correct it")
     return f"{base}@{revision}" if revision and "@" not in base else base
 
 
 # ---- reading weights
+class Entry(NamedTuple):
+    """Where a weight is stored."""
 
-
-class _Entry(NamedTuple):
     file: Path
-    key: str  # as the file has it
-    shape: tuple
+    key: str  # its name in the file
+    shape: tuple[int, ...]
 
 
 @contextmanager
-def open_safetensors(file: Path):
+def open_safetensors(file: Path) -> Iterator[safe_open]:
+    """Yields the handle of a safetensors file. Raises UserError: missing, unreadable, corrupt, a git-lfs pointer."""
     with reading(file):
         check_regular(file)
-        with open(file, "rb") as probe:  # also tells a missing permission apart, which safetensors does not
-            if probe.read(30).startswith(b"version https://git-lfs"):
+        with open(file, "rb") as start:  # safetensors does not report a missing permission as such
+            if start.read(30).startswith(b"version https://git-lfs"):
                 raise UserError(f"{file}: a git-lfs pointer instead of the weights: run `git lfs pull`")
         with safe_open(file, framework="pt") as handle:
             yield handle
 
 
-def _weight_files(folder: Path) -> dict[Path, list]:
-    """The folder's weight files, each with the keys that the index promises in it (none promised: all it has)."""
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The weight files of a folder, each with its keys in the index; an empty list means all keys of the file."""
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: []}
@@ -198,56 +195,59 @@ def _weight_files(folder: Path) -> dict[Path, list]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: no valid 'weight_map': download it again")
-    files = {}
+    files: dict[Path, list[str]] = {}
     for key, name in weight_map.items():
+        # only the name counts: in the hub's cache every file is a link out of its folder
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{index}: puts {key} in {name}, outside the folder: refused, download the model again")
+            raise UserError(f"{index}: puts {key} in {name}, outside the folder: download the model again")
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: not there, though {INDEX} puts {key} in it: download it again")
+            raise UserError(f"{folder / name}: missing, but {INDEX} puts {key} in it: download it again")
         files.setdefault(folder / name, []).append(key)
     return files
 
 
-def _headers(folder: Path) -> dict[str, _Entry]:
-    """Name in memory -> where and what, from the files' headers alone."""
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Name in memory -> entry for every weight of a folder, from the headers of the files."""
     with reading(folder):
-        files = _weight_files(folder)
-    entries = {}
-    for file, promised in files.items():
+        files = weight_files(folder)
+    entries: dict[str, Entry] = {}
+    for file, indexed in files.items():
         with open_safetensors(file) as handle:
-            held = list(handle.keys())
-            lost = sorted(set(promised) - set(held))
-            if lost:
-                raise UserError(f"{file}: lacks {lost[0]} ({len(lost)} keys) that {INDEX} promises: download it again")
-            for key in promised or held:
-                entry = _Entry(file, key, tuple(handle.get_slice(key).get_shape()))
-                twin = entries.setdefault(rename_key(key), entry)
-                if twin is not entry:
-                    raise UserError(f"{file}: {key} and {twin.key} are two names of one weight: delete one")
+            stored = list(handle.keys())
+            missing = sorted(set(indexed) - set(stored))
+            if missing:
+                raise UserError(
+                    f"{file}: has no {missing[0]} ({len(missing)} keys), which {INDEX} lists: download it again"
+                )
+            for key in indexed or stored:
+                entry = Entry(file, key, tuple(handle.get_slice(key).get_shape()))
+                first = entries.setdefault(rename_key(key), entry)
+                if first is not entry:
+                    raise UserError(f"{file}: {key} and {first.key} are two names of one weight: delete one")
     return entries
 
 
-def _check(entries: dict, wanted: dict, optional, folder: Path):
-    """UserError unless files and model hold the same names, but for `optional` ones, in the same shapes."""
-    unexpected = [name for name in entries if name not in wanted]
-    missing = [name for name in wanted if name not in entries and not any(part in name for part in optional)]
+def check_entries(entries: dict[str, Entry], expected: dict[str, Tensor], folder: Path) -> None:
+    """Raise UserError unless files and model have the same names with the same shapes."""
+    unexpected = [name for name in entries if name not in expected]
+    missing = [name for name in expected if name not in entries]
     for kind, names in (("unexpected", unexpected), ("missing", missing)):
         if names:
             file = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
             file, key, _ = entries.get(names[0], (file, names[0], None))
-            hint = next(text for when, part, text in _HINTS if when in ("", kind) and any(part in n for n in names))
+            hint = next(text for when, part, text in KEY_HINTS if when in ("", kind) and any(part in n for n in names))
             raise UserError(f"{file}: {len(names)} {kind} keys (first {key}): {hint}")
-    wrong = [name for name, entry in entries.items() if entry.shape != wanted[name].shape]
+    wrong = [name for name, entry in entries.items() if entry.shape != expected[name].shape]
     if wrong:
         file, key, shape = entries[wrong[0]]
-        fault = f"{key} has shape {shape} where config.json asks for {tuple(wanted[wrong[0]].shape)}"
-        raise UserError(f"{file}: {fault} ({len(wrong)} such keys): {_HINTS[-1][-1]}")
+        fault = f"{key} has shape {shape} but config.json gives {tuple(expected[wrong[0]].shape)}"
+        raise UserError(f"{file}: {fault} ({len(wrong)} such keys): {KEY_HINTS[-1][-1]}")
 
 
-def _tensors(file: Path, keys: list, dtype):
+def read_tensors(file: Path, keys: list[str], dtype: torch.dtype) -> Iterator[Tensor]:
     """Yields the tensors of `keys`: views of the mapped file, or converted copies where a floating dtype differs."""
     with open_safetensors(file) as views, ExitStack() as mapped:
-        unread = 0  # bytes to go until the file is mapped anew: the pages read never add up with the copies
+        unread = 0  # bytes until the file is mapped again, so that pages already read do not add to the copies
         for key in keys:
             view = views.get_tensor(key)
             if view.dtype == dtype or not view.is_floating_point() or view.dim() == 0:
@@ -265,35 +265,40 @@ def _tensors(file: Path, keys: list, dtype):
             yield copy
 
 
-def load_weights(model, folder, dtype, device="cpu", may_be_missing=(), tied=True) -> dict:
-    """Fill `model`, built on the meta device, from the safetensors of `folder`, without holding weights twice.
+def load_weights(
+    model: nn.Module,
+    folder: PathLike,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    tied: bool = True,
+) -> None:
+    """Fill `model`, built on the meta device, from the safetensors of `folder`, without a second copy of the weights.
 
     Floating tensors get `dtype`; where the file has it already, parameters are views of the mapped file (copied on
-    write). Everything is checked from the headers before anything is loaded. `may_be_missing`: parts of names that the
-    file may lack. `tied`: the caller ties `lm_head.weight` to the embedding afterwards; the file's own is dropped, or
-    serves as the embedding where that lacks. Returns {"loaded": count, "missing": [names still on the meta device]}.
-    Raises UserError, one line with file and key: no, corrupt or incomplete files, wrong keys, wrong shapes.
+    write). Everything is checked from the headers before anything is loaded. `tied`: the caller ties `lm_head.weight`
+    to the embedding afterwards; a stored head is dropped, or used as the embedding if that is missing.
+    Raises UserError, one line with file and key: missing, corrupt or incomplete files, wrong keys, wrong shapes.
     """
-    folder, entries, wanted = Path(folder), _headers(Path(folder)), model.state_dict()
+    folder, entries, expected = Path(folder), read_entries(Path(folder)), model.state_dict()
     if tied:
-        wanted.pop(HEAD, None)
+        expected.pop(HEAD, None)
         head = entries.pop(HEAD, None)
         if head and EMBEDDING not in entries:
             entries[EMBEDDING] = head
-    _check(entries, wanted, may_be_missing, folder)
+    check_entries(entries, expected, folder)
     state = {}
     for file in dict.fromkeys(entry.file for entry in entries.values()):
-        names = {name: entry.key for name, entry in entries.items() if entry.file == file}
-        for name, tensor in zip(names, _tensors(file, list(names.values()), dtype), strict=True):
+        keys = {name: entry.key for name, entry in entries.items() if entry.file == file}
+        for name, tensor in zip(keys, read_tensors(file, list(keys.values()), dtype), strict=True):
             state[name] = tensor.to(device)
-    model.load_state_dict(state, strict=False, assign=True)  # strict by the check above
-    return {"loaded": len(state), "missing": [name for name in wanted if name not in state]}
+    model.load_state_dict(state, strict=False, assign=True)  # strict except for a tied head, see check_entries
 
 
-def save_weights(state_dict: dict, folder, max_shard_size="5GB"):
+# ---- saving weights
+def save_weights(state_dict: dict[str, Tensor], folder: PathLike, max_shard_size: int | str = "5GB") -> None:
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
 
-    Raises UserError when the disk is full or a permission lacks. For all or nothing, write into `atomic_folder`.
+    Raises UserError when the disk is full or a permission is missing. Inside `atomic_folder` it is all or nothing.
     """
     tensors = {hub_key(key): tensor for key, tensor in state_dict.items()}
     head, embedding = tensors.get(hub_key(HEAD)), tensors.get(hub_key(EMBEDDING))
@@ -304,13 +309,15 @@ def save_weights(state_dict: dict, folder, max_shard_size="5GB"):
         huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
 
 
-def save_model_folder(state_dict: dict, config: dict, folder, write_more=None):
-    """Write weights and config.json into `folder`, made if absent; its other files stay.
+def save_model_folder(
+    state_dict: dict[str, Tensor], config: dict, folder: PathLike, write_more: Callable[[Path], None] | None = None
+) -> None:
+    """Write weights and config.json into `folder`, which is created if missing; its other files stay.
 
-    `write_more(folder)` adds further files to it, such as those of differential attention.
+    `write_more(folder)` adds further files, such as those of differential attention.
 
-    The new files are staged inside it and moved in at the end, so a failure leaves an older model as it was, and a
-    model that is memory-mapped from this very folder keeps its pages.
+    The new files are written into a temporary folder inside it and moved at the end, so a failure leaves an older model
+    unchanged, and a model that is memory-mapped from the same folder keeps its pages.
     """
     folder = Path(folder)
     with writing(folder):
@@ -325,13 +332,7 @@ def save_model_folder(state_dict: dict, config: dict, folder, write_more=None):
         for pattern in ("model*.safetensors", "model*.safetensors.index.json", DIFFERENTIAL):
             for old in folder.glob(pattern):
                 if old.name not in {file.name for file in new}:
-                    old.unlink()  # left by an older save
+                    old.unlink()  # from an older save
         for file in new:
             os.replace(file, folder / file.name)
         (folder / ".saving").rmdir()
-
-
-# ---- adapters
-
-
-# ---- differential attention

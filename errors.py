@@ -1,23 +1,28 @@
-"""Faults that a user can mend: one exception, and the wrapper that prints it as one line."""
+"""Faults that a user can fix: one exception, and the wrapper that prints it as one line."""
 
 import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
+
+EXIT_CODE = 2
+
+Params, Result = ParamSpec("Params"), TypeVar("Result")
 
 
 class UserError(Exception):
-    """Raised where a fault is found. The message is one line that names the culprit and the mend."""
+    """Raised where a fault is found. The message is one line: the file, flag or value at fault, and how to fix it."""
 
 
-def one_line_errors(main):
+def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
     """Wrap a script's `main`: a `UserError` ends in its one line on stderr and exit code 2, without a traceback.
 
-    Of several processes the first to fail speaks for all. Torchrun then ends the others; what they raise when their
-    neighbour is gone says nothing new and is not printed.
+    Of several processes only the first that fails prints: the others fail because it ended.
     """
 
     @functools.wraps(main)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -33,7 +38,7 @@ def one_line_errors(main):
 
 
 def failed_before() -> int:
-    """How many processes of this job failed before this one; counted in the store by which they found each other."""
+    """How many processes of this job failed before this one, counted in the store of torch.distributed."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0
     from torch.distributed import TCPStore
@@ -41,14 +46,14 @@ def failed_before() -> int:
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return store.add("failed processes", 1) - 1
-    except (KeyError, RuntimeError):  # no store, or gone with the process that held it
+    except (KeyError, RuntimeError):  # no store, or it ended with its process
         return 0
 
 
-def leave():
-    """Exit with code 2; one of several processes at once, since an orderly exit waits for those that wait for it."""
+def leave() -> NoReturn:
+    """Exit with code 2; one of several processes immediately, since an orderly exit would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(2)
-    sys.exit(2)
+        os._exit(EXIT_CODE)
+    sys.exit(EXIT_CODE)

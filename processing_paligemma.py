@@ -1,219 +1,127 @@
-"""Pictures and strings to tensors and back: the PaliGemma sequence layout, its labels, and boxes as location tokens.
+"""Images and strings to tensors and back: the sequence layout of PaliGemma and its labels.
 
-One row of a batch reads, from left to right: `<image>` x N M, `<bos>`, prefix and newline, then in training suffix and
-`<eos>`. Tokenizer, PIL, numpy and torch are used directly: a processor costs no transformers import.
+A row of a batch is, from left to right: padding, `<image>` x N M, `<bos>`, prefix and newline, then in training suffix
+and `<eos>`. Tokenizer, PIL, numpy and torch are used directly, without transformers.
 
-Shapes: B batch, L sequence, I pictures in the batch, M pictures of one prompt, N image tokens of one picture,
-S picture side in pixels.
+B batch, L sequence, n images in the batch, M images of one prompt, N image tokens per image, S side of the image in
+pixels.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch import Tensor
 
+from boxes import LOC_TOKENS
 from checkpoint import locate, resolve_run
 from errors import UserError
-from files import one_line, open_image, read_json  # noqa: F401
-from modeling_gemma import PaliGemmaConfig
+from files import PathLike, one_line, read_bytes, read_typed
 
-IGNORE = -100  # the label that the loss skips
-LOC_STEPS = 1024  # <loc0000> .. <loc1023>: a coordinate is a fraction of the picture's side in 1024 steps
-LOC_TOKENS = [f"<loc{step:04d}>" for step in range(LOC_STEPS)]
+IGNORED_LABEL = -100  # the loss skips it
 ANSWER_TOKEN = re.compile(r"<loc\d{4}>|<seg\d{3}>")
-DETECTION = re.compile(r"\s*((?:<loc\d{4}>){4})(?:<seg\d{3}>)*([^<]*)")
+MAX_QUOTE = 60  # characters of a user's text in an error message
+
+Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Row = tuple[list[int], list[int]]  # token ids and token types of one example
 
 
-@dataclass(eq=False)
-class PaliGemmaProcessor:
-    """Turns pictures and prompts into the tensors that PaliGemma takes, and token ids back into text.
+# ---- what is read from the files of a model
+class VisionFields(msgspec.Struct, frozen=True):
+    """The fields of vision_config that the processor needs; defaults as in `SiglipVisionConfig`."""
 
-    `image_size` and `patch_size` are in pixels; the ids are those of the model's config. `source` names the tokenizer
-    in error messages. Raises UserError where the tokenizer and the ids do not belong together.
-    Source: transformers' PaliGemmaProcessor and SiglipImageProcessorPil, 5.23.
-    """
+    image_size: Pixels = 224
+    patch_size: Pixels = 14
 
-    tokenizer: Tokenizer = field(repr=False)  # its repr is the whole vocabulary
-    image_token_id: int
-    image_size: int = 224
-    patch_size: int = 14
-    bos_token_id: int = 2
-    eos_token_id: int = 1
-    pad_token_id: int = 0
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
-    resample: int = Image.Resampling.BICUBIC
-    source: str = "the tokenizer"
 
-    def __post_init__(self):
-        self.tokenizer.no_padding()  # a tokenizer.json can carry both from an earlier use
-        self.tokenizer.no_truncation()
-        self.num_image_tokens = (self.image_size // self.patch_size) ** 2  # N
-        # The layout sets these four by place; met inside a user's text, they would shift every picture or label.
-        self.reserved = {
-            "<image>": self.image_token_id,
-            "<bos>": self.bos_token_id,
-            "<eos>": self.eos_token_id,
-            "<pad>": self.pad_token_id,
-        }
-        self._check_tokenizer()
-        added = self.tokenizer.get_added_tokens_decoder().items()
-        special = {i for i, token in added if token.special and not ANSWER_TOKEN.fullmatch(token.content)}
-        self.skipped = {*self.reserved.values(), *special, IGNORE}  # by decode; boxes and masks stay, as answers
+class TextFields(msgspec.Struct, frozen=True):
+    """Token ids inside text_config, where transformers 5 writes them."""
 
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id):
-        """Reads tokenizer.json, config.json and the picture settings, if any, of a model folder, run folder or hub id.
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
 
-        Raises UserError for a missing or broken file, and for a tokenizer that is not the one of the config.
-        """
-        base, _ = resolve_run(path_or_hub_id)
-        folder = locate(base)
-        config = PaliGemmaConfig.from_pretrained(base)  # the model's own reading, so that the two cannot disagree
-        return cls(
-            tokenizer=read_tokenizer(folder / "tokenizer.json"),
-            image_token_id=config.image_token_id,
-            image_size=config.vision_config.image_size,
-            patch_size=config.vision_config.patch_size,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            source=str(folder / "tokenizer.json"),
-            **read_picture_settings(folder, config.vision_config.image_size),
-        )
 
-    def __call__(self, images, text, suffix=None, padding_side="left", max_length=None):
-        """Pictures and prompts to one batch.
+class ModelFields(msgspec.Struct):
+    """The fields of config.json that the processor needs; defaults as in `PaliGemmaConfig.from_dict`."""
 
-        images: a list with one PIL picture per prompt, or with a list of pictures per prompt. text: list of B prefixes.
-        suffix: list of B answers, in training only: a batch to generate from must not hold them. One picture with one
-        string is a batch of one. max_length: the most tokens of a row, `<image>` not counted.
+    image_token_index: TokenId | None = None  # older name of image_token_id
+    image_token_id: TokenId | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
+    text_config: TextFields = TextFields()
+    vision_config: VisionFields = VisionFields()
 
-        Returns input_ids, attention_mask, token_type_ids (1 on suffix and `<eos>`, else 0), all [B, L] int64;
-        pixel_values [I, 3, S, S] float32; with a suffix labels [B, L] (-100 off the suffix and its `<eos>`).
-        Raises UserError for lists of unequal length, a prompt without picture, and whatever `encode` refuses.
-        """
-        text = [text] if isinstance(text, str) else list(text)
-        suffix = [suffix] if isinstance(suffix, str) else suffix
-        images = [images] if isinstance(images, Image.Image) else images
-        images = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in images]
-        suffixes = [None] * len(text) if suffix is None else list(suffix)
-        if not len(images) == len(text) == len(suffixes):
-            counts = f"{len(images)} pictures or lists of pictures, {len(text)} prompts, {len(suffixes)} suffixes"
-            raise UserError(f"{counts}: give one of each per prompt; several pictures of one prompt go in a list")
-        if [] in images:
-            raise UserError(f"prompt {_quote(text[images.index([])])} has no picture: give it at least one")
-        rows = [
-            self.encode(prefix, answer, len(pictures), max_length)
-            for prefix, answer, pictures in zip(text, suffixes, images, strict=True)
-        ]
-        pixels = [self.pixels(image) for pictures in images for image in pictures]
-        return {**self.pad(rows, padding_side), "pixel_values": torch.stack(pixels)}
-
-    def encode(self, prefix, suffix=None, num_images=1, max_length=None):
-        """One prompt to (ids, token types), two lists of ints: `<image>` x N M, bos, prefix newline, suffix eos.
-
-        Raises UserError if a string holds `<image>`, `<bos>`, `<eos>` or `<pad>`, or if there are more than max_length
-        tokens beside the `<image>` ones: nothing is ever cut.
-        """
-        # One string, as transformers has it. big_vision tokenises "\n" apart, which differs after a prefix in newline.
-        prompt = [self.bos_token_id, *self._tokens("prompt", prefix + "\n")]
-        answer = [] if suffix is None else [*self._tokens("suffix", suffix), self.eos_token_id]
-        if max_length is not None and len(prompt) + len(answer) > max_length:
-            lengths = f"{len(prompt)} tokens and its suffix {len(answer)}, more than max_length {max_length} together"
-            raise UserError(f"prompt {_quote(prefix)} has {lengths}: shorten it or raise max_length")
-        front = [self.image_token_id] * (num_images * self.num_image_tokens) + prompt
-        return front + answer, [0] * len(front) + [1] * len(answer)
-
-    def pad(self, rows, padding_side="left"):
-        """Rows of `encode` to input_ids, attention_mask, token_type_ids, and labels if any row has a suffix: [B, L]."""
-        if padding_side not in ("left", "right"):
-            raise UserError(f"padding_side {padding_side!r}: choose left or right")
-        shape = len(rows), max(len(ids) for ids, _ in rows)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask, token_type_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        for row, (ids, types) in enumerate(rows):
-            place = slice(len(ids)) if padding_side == "right" else slice(shape[1] - len(ids), None)
-            input_ids[row, place] = torch.tensor(ids)
-            token_type_ids[row, place] = torch.tensor(types)
-            attention_mask[row, place] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        if token_type_ids.any():  # a suffix has at least its <eos>
-            batch["labels"] = input_ids.masked_fill(token_type_ids == 0, IGNORE)
-        return batch
-
-    def pixels(self, image):
-        """One PIL picture to [3, S, S] float32 in -1..1: RGB, resized without regard to its aspect ratio, normalised.
-
-        An EXIF orientation is not applied, as in transformers.
-        """
-        resized = to_rgb(image).resize((self.image_size, self.image_size), self.resample)
-        values = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous() * self.rescale_factor
-        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
-        return (values - mean[:, None, None]) / std[:, None, None]
-
-    def decode(self, ids, skip_special_tokens=True):
-        """One row of ids, list or tensor [L], to text. Skipping drops `<image>`, bos, eos, pad and labels of -100, and
-        keeps `<loc....>` and `<seg...>`, since they are the answer."""
-        ids = torch.as_tensor(ids).tolist()
-        kept = [i for i in ids if i not in self.skipped] if skip_special_tokens else ids
-        return self.tokenizer.decode(kept, skip_special_tokens=False)
-
-    def batch_decode(self, ids, skip_special_tokens=True):
-        """Rows of ids, a list of lists or a tensor [B, L], to a list of B texts."""
-        return [self.decode(row, skip_special_tokens) for row in ids]
-
-    def _tokens(self, role, text):
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        for token, token_id in self.reserved.items():
-            if token_id in ids:
-                raise UserError(f"{role} {_quote(text.strip())} holds {token}, which the processor sets: remove it")
+    def token_ids(self) -> dict[str, int]:
+        """The four ids as arguments of `PaliGemmaProcessor`."""
+        image_ids = (self.image_token_index, self.image_token_id, 257152)
+        ids = {"image_token_id": next(i for i in image_ids if i is not None)}
+        for name, default in (("bos_token_id", 2), ("eos_token_id", 1), ("pad_token_id", 0)):
+            values = (getattr(self, name), getattr(self.text_config, name), default)
+            ids[name] = next(i for i in values if i is not None)
         return ids
 
-    def _check_tokenizer(self):
-        """An id of the wrong token, or a location split into characters, would train and answer without an error."""
-        mend = "take tokenizer.json and config.json from one PaliGemma model"
-        for token, token_id in self.reserved.items():
-            ids = self.tokenizer.encode(token, add_special_tokens=False).ids
-            if ids != [token_id]:
-                raise UserError(f"{self.source}: {token} becomes {ids}, config.json says {token_id}: {mend}")
-        if self.tokenizer.encode("".join(LOC_TOKENS), add_special_tokens=False).tokens != LOC_TOKENS:
-            raise UserError(f"{self.source}: <loc0000> .. <loc1023> are not one token each: {mend}")
+
+Three = msgspec.Meta(min_length=3, max_length=3)  # one number per channel
 
 
-def read_tokenizer(path):
-    """tokenizer.json to a Tokenizer; UserError naming the file if it is missing or broken."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a PaliGemma folder holds its tokenizer as tokenizer.json")
+class ImageFields(msgspec.Struct):
+    """The image settings of preprocessor_config.json, or of "image_processor" in processor_config.json."""
+
+    size: dict[str, int] | None = None
+    image_mean: Annotated[list[float], Three] | None = None
+    image_std: Annotated[list[Positive], Three] | None = None
+    rescale_factor: Positive | None = None
+    resample: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+
+
+class ProcessorFields(msgspec.Struct):
+    image_processor: ImageFields | None = None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json. Raises UserError naming the file if it is missing or broken."""
+    raw = read_bytes(path)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(raw)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: broken tokenizer ({one_line(error)}); copy it anew") from error
+        raise UserError(f"{path}: broken tokenizer ({one_line(error):.200}): restore the file") from error
 
 
-def read_picture_settings(folder, image_size):
-    """Image settings of a model folder as constructor arguments; UserError if they resize to another image_size.
+def read_image_settings(folder: Path, image_size: int) -> dict:
+    """The image settings of a model folder as arguments of `PaliGemmaProcessor`.
 
-    Up to version 4 transformers writes preprocessor_config.json, version 5 a part of processor_config.json.
+    transformers 4 writes preprocessor_config.json, version 5 a part of processor_config.json. Raises UserError for a
+    value of another type or out of range, and for images that are resized to another size than `image_size`.
     """
-    settings = {}
+    settings = ImageFields()
     if (folder / "preprocessor_config.json").is_file():
-        settings = read_json(folder / "preprocessor_config.json")
+        settings = read_typed(folder / "preprocessor_config.json", ImageFields)
     elif (folder / "processor_config.json").is_file():
-        settings = read_json(folder / "processor_config.json").get("image_processor") or {}
-    size = settings.get("size") or {"height": image_size, "width": image_size}
-    if size != {"height": image_size, "width": image_size}:
-        raise UserError(f"{folder}: pictures are resized to {size}, config.json says image_size {image_size}: mend one")
+        settings = read_typed(folder / "processor_config.json", ProcessorFields).image_processor or settings
+    size = {"height": image_size, "width": image_size}
+    if settings.size and settings.size != size:
+        raise UserError(
+            f"{folder}: images are resized to {settings.size} but config.json says image_size {image_size}: correct one"
+        )
     names = ("image_mean", "image_std", "rescale_factor", "resample")
-    return {name: settings[name] for name in names if settings.get(name) is not None}
+    values = {name: getattr(settings, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def to_rgb(image):
-    """A PIL picture of any mode to RGB, transparency composed onto white as transformers 5.23 does (5.17 drops it).
+# ---- images
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, transparency composed onto white as in transformers 5.23 (5.17 drops it).
 
     16-bit grey, mode I;16 or mode I beyond 255, is scaled to 8 bit: PIL, and so transformers, clips it to white.
     """
@@ -227,30 +135,167 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def boxes_to_locs(boxes, labels, width, height):
-    """Boxes (x0, y0, x1, y1) in pixels and their labels to PaliGemma's answer, in the order y0, x0, y1, x1:
-    "<loc0102><loc0204><loc0512><loc0820> cat ; ...". width, height: the picture's, in pixels. A label holds no ";"."""
+# ---- the processor
+@dataclass(eq=False)
+class PaliGemmaProcessor:
+    """Turns images and prompts into the tensors that PaliGemma takes, and token ids back into text.
 
-    def loc(coordinate, side):
-        return LOC_TOKENS[min(max(round(coordinate / side * LOC_STEPS), 0), LOC_STEPS - 1)]
+    `image_size` and `patch_size` are in pixels; the ids are those of the model's config. `source` names the tokenizer
+    in error messages. Raises UserError where the tokenizer and the ids do not belong together.
+    Source: transformers' PaliGemmaProcessor and SiglipImageProcessorPil, 5.23.
+    """
 
-    return " ; ".join(
-        f"{loc(y0, height)}{loc(x0, width)}{loc(y1, height)}{loc(x1, width)} {label}"
-        for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True)
-    )
+    tokenizer: Tokenizer = field(repr=False)  # its repr is the whole vocabulary
+    image_token_id: int
+    image_size: int = 224
+    patch_size: int = 14
+    bos_token_id: int = 2
+    eos_token_id: int = 1
+    pad_token_id: int = 0
+    image_mean: Sequence[float] = (0.5, 0.5, 0.5)
+    image_std: Sequence[float] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    resample: int = Image.Resampling.BICUBIC
+    source: str = "the tokenizer"
+
+    def __post_init__(self):
+        self.tokenizer.no_padding()  # tokenizer.json may contain both from an earlier use
+        self.tokenizer.no_truncation()
+        self.num_image_tokens = (self.image_size // self.patch_size) ** 2  # N
+        # The layout sets these four; inside a user's text they would shift images or labels.
+        self.reserved = {
+            "<image>": self.image_token_id,
+            "<bos>": self.bos_token_id,
+            "<eos>": self.eos_token_id,
+            "<pad>": self.pad_token_id,
+        }
+        self._check_tokenizer()
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        special = {i for i, token in added if token.special and not ANSWER_TOKEN.fullmatch(token.content)}
+        self.skipped = {*self.reserved.values(), *special, IGNORED_LABEL}  # by decode, which returns boxes and masks
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: PathLike) -> "PaliGemmaProcessor":
+        """Read tokenizer.json, config.json and the image settings, if any, of a model folder, run folder or hub id.
+
+        Raises UserError for a missing or broken file, and for a tokenizer that does not belong to the config.
+        """
+        folder = locate(resolve_run(path_or_hub_id)[0])
+        config = read_typed(folder / "config.json", ModelFields)
+        vision = config.vision_config
+        return cls(
+            tokenizer=read_tokenizer(folder / "tokenizer.json"),
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            source=str(folder / "tokenizer.json"),
+            **config.token_ids(),
+            **read_image_settings(folder, vision.image_size),
+        )
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image | Sequence[Image.Image]],
+        text: str | Sequence[str],
+        suffix: str | Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Images and prompts as one batch, padded on the left.
+
+        images: one PIL image per prompt, or a list of images per prompt. text: B prefixes. suffix: B answers, in
+        training only: a batch for generation must not contain them. One image with one string is a batch of one.
+
+        Returns input_ids, attention_mask, token_type_ids (1 on suffix and `<eos>`, else 0), all [B, L] int64;
+        pixel_values [n, 3, S, S] float32; with a suffix labels [B, L] (-100 outside the suffix and its `<eos>`).
+        Raises UserError for lists of unequal length, a prompt without image, and what `encode` refuses.
+        """
+        text = [text] if isinstance(text, str) else list(text)
+        suffix = [suffix] if isinstance(suffix, str) else suffix
+        images = [images] if isinstance(images, Image.Image) else images
+        images = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in images]
+        suffixes = [None] * len(text) if suffix is None else list(suffix)
+        if not len(images) == len(text) == len(suffixes):
+            counts = f"{len(images)} images or lists of images, {len(text)} prompts, {len(suffixes)} suffixes"
+            raise UserError(f"{counts}: give one of each per prompt; several images of one prompt go in a list")
+        if [] in images:
+            raise UserError(f"prompt {quote(text[images.index([])])} has no image: give it at least one")
+        rows = [
+            self.encode(prefix, answer, len(group))
+            for prefix, answer, group in zip(text, suffixes, images, strict=True)
+        ]
+        return {
+            **self.pad(rows),
+            "pixel_values": torch.stack([self.pixels(image) for group in images for image in group]),
+        }
+
+    def encode(self, prefix: str, suffix: str | None = None, num_images: int = 1) -> Row:
+        """One prompt as (ids, token types): `<image>` x N M, bos, prefix, newline, suffix, eos.
+
+        Raises UserError if a string contains `<image>`, `<bos>`, `<eos>` or `<pad>`.
+        """
+        # One string, as in transformers. big_vision tokenizes "\n" separately: other ids after a prefix in newline.
+        prompt = [self.bos_token_id, *self._tokenize("prompt", prefix + "\n")]
+        answer = [] if suffix is None else [*self._tokenize("suffix", suffix), self.eos_token_id]
+        prefix_ids = [self.image_token_id] * (num_images * self.num_image_tokens) + prompt
+        return prefix_ids + answer, [0] * len(prefix_ids) + [1] * len(answer)
+
+    def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows of `encode`, padded on the left: input_ids, attention_mask, token_type_ids, and labels if any row has a
+        suffix, [B, L]."""
+        shape = len(rows), max(len(ids) for ids, _ in rows)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask, token_type_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        for row, (ids, types) in enumerate(rows):
+            start = shape[1] - len(ids)
+            input_ids[row, start:] = torch.tensor(ids)
+            token_type_ids[row, start:] = torch.tensor(types)
+            attention_mask[row, start:] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        if token_type_ids.any():  # a suffix has at least its <eos>
+            batch["labels"] = input_ids.masked_fill(token_type_ids == 0, IGNORED_LABEL)
+        return batch
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """One PIL image as [3, S, S] float32 in -1..1: RGB, resized without regard to its aspect ratio, normalized.
+
+        An EXIF orientation is not applied, as in transformers.
+        """
+        resized = to_rgb(image).resize((self.image_size, self.image_size), self.resample)
+        values = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous() * self.rescale_factor
+        mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+        return (values - mean[:, None, None]) / std[:, None, None]
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """One row of ids [L] as text. Skipping drops `<image>`, bos, eos, pad and labels of -100; `<loc....>` and
+        `<seg...>` stay, since they are part of an answer."""
+        ids = torch.as_tensor(ids).tolist()
+        shown = [i for i in ids if i not in self.skipped] if skip_special_tokens else ids
+        return self.tokenizer.decode(shown, skip_special_tokens=False)
+
+    def batch_decode(self, ids: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = True) -> list[str]:
+        """Rows of ids [B, L] as B texts."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
+
+    def _tokenize(self, role: str, text: str) -> list[int]:
+        """Ids of a prompt or suffix. Raises UserError if they include a token that the layout sets."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        for token, token_id in self.reserved.items():
+            if token_id in ids:
+                raise UserError(f"{role} {quote(text.strip())} contains {token}, which the processor sets: remove it")
+        return ids
+
+    def _check_tokenizer(self) -> None:
+        """Raise UserError unless special tokens have the ids of the config and each location is one token.
+
+        Otherwise the model would train and answer with wrong tokens, without an error.
+        """
+        fix = "take tokenizer.json and config.json from one PaliGemma model"
+        for token, token_id in self.reserved.items():
+            ids = self.tokenizer.encode(token, add_special_tokens=False).ids
+            if ids != [token_id]:
+                raise UserError(f"{self.source}: {token} becomes {ids}, config.json says {token_id}: {fix}")
+        if self.tokenizer.encode("".join(LOC_TOKENS), add_special_tokens=False).tokens != LOC_TOKENS:
+            raise UserError(f"{self.source}: <loc0000> .. <loc1023> are not one token each: {fix}")
 
 
-def locs_to_boxes(text, width, height):
-    """A detection or segmentation answer to [((x0, y0, x1, y1) in pixels, label)]; malformed parts are skipped."""
-    found = []
-    for match in map(DETECTION.fullmatch, text.split(";")):
-        steps = [int(step) for step in re.findall(r"\d{4}", match[1])] if match else []
-        if steps and max(steps) < LOC_STEPS:
-            y0, x0, y1, x1 = (step / LOC_STEPS for step in steps)
-            found.append(((x0 * width, y0 * height, x1 * width, y1 * height), match[2].strip()))
-    return found
-
-
-def _quote(text):
-    """A user's string as it stands in a one-line message."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def quote(text: str) -> str:
+    """A user's text, shortened, for a one-line message."""
+    return repr(text if len(text) <= MAX_QUOTE else text[: MAX_QUOTE - 3] + "...")

@@ -319,7 +319,7 @@ class Task:
     def text_batch(self, prefixes: list[str], suffixes: list[str] | None) -> dict[str, Tensor]:
         suffixes = suffixes or [None] * len(prefixes)
         rows = [self.processor.encode(p, s) for p, s in zip(prefixes, suffixes, strict=True)]
-        return self.processor.pad(rows, "left")
+        return self.processor.pad(rows)
 
 
 # ---- measuring

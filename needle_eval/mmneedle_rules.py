@@ -85,7 +85,7 @@ def prepare_rows(rows: list[dict]) -> list[dict]:
 
 def cell_of_box(row: dict) -> str | None:
     """`detect`: the cell that holds the centre of the first box; no answer at all is "-1"; other text stays."""
-    from processing_paligemma import locs_to_boxes
+    from boxes import locs_to_boxes
 
     response, grid = row["response"], row["shape"][1]
     if response is None:
