@@ -91,7 +91,7 @@ class Haystacks:
         rng = random.Random(f"{key}/kind")
         haystack = self.pool.make(key, 1, rng.choice(self.grids), positive=rng.random() >= self.negatives)
         images = [self.pool.stitch(f"{key}/{m}", cells, self.cell) for m, cells in enumerate(haystack.cells)]
-        return Example(key, images, needle_prompt(haystack.caption), haystack.answer)
+        return Example(key, images, needle_prompt(*haystack.captions), haystack.answer)
 
 
 # ---- rows of a file

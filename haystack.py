@@ -7,6 +7,7 @@ which cell it describes. "index, row, column" count from 1; "-1" says that no ce
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from errors import UserError
 from files import open_image, read_json
 
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
-TEST_BYTES = 51  # of the 256 first bytes that a caption's hash can have: a fifth of captions is for testing
+TEST_SHARE = 5  # a fifth of the captions of one's own images is for testing
+TEST_BYTES = 256 // TEST_SHARE  # of the first bytes that a caption's hash can have
 LIGHT = 178  # the darkest level of a light background colour
 DRAWN_IMAGES = 4096  # resized images that a pool remembers
 
@@ -109,24 +111,26 @@ def read_text(file: Path) -> str:
 # ---- haystacks
 @dataclass(frozen=True)
 class Haystack:
-    """M stitched grids of N x N pool images and one caption to find. `cells[m][row][column]` index the pool.
+    """M stitched grids of N x N pool images, and K captions to find. `cells[m][row][column]` index the pool.
 
-    `needle` is (image, row, column), counted from 0, or None when no cell shows the caption.
+    `needles` are K places (image, row, column), counted from 0, or empty where no cell shows the captions. `targets`
+    index the K pool images that the captions describe.
     """
 
     cells: tuple[tuple[tuple[int, ...], ...], ...]
-    needle: tuple[int, int, int] | None
-    caption: str
+    needles: tuple[tuple[int, int, int], ...]
+    targets: tuple[int, ...]
+    captions: tuple[str, ...]
 
     @property
     def answer(self) -> str:
-        """MMNeedle's answer: "index, row, column" counted from 1, or "-1"."""
-        return "-1" if self.needle is None else ", ".join(str(i + 1) for i in self.needle)
+        """MMNeedle's answer: "index, row, column" counted from 1, "; " between needles, or "-1"."""
+        return "; ".join(", ".join(str(i + 1) for i in place) for place in self.needles) or "-1"
 
 
-def needle_prompt(caption: str) -> str:
+def needle_prompt(*captions: str) -> str:
     """The short question of the `finetuned` protocol, in the form of PaliGemma's question answering."""
-    return f"answer en where is {clean_caption(caption)}?"
+    return f"answer en where is {'; '.join(map(clean_caption, captions))}?"
 
 
 def clean_caption(caption: str) -> str:
@@ -145,23 +149,42 @@ class ImagePool:
         self.captions = sorted(self.by_caption)
         self._resized: dict[tuple[int, int], Image.Image] = {}
 
-    def make(self, key: str, images: int, grid: int, positive: bool) -> Haystack:
-        """The haystack of a key: the same key and pool give the same one, in any process. Captions do not repeat."""
-        rng = random.Random(key)
-        cells = images * grid * grid
-        if cells + 1 > len(self.captions):
+    def make(self, key: str, images: int, grid: int, positive: bool, needles: int = 1) -> Haystack:
+        """The haystack of a key, for training and for evaluation: the same key, pool and numbers give the same one, in
+        any process.
+
+        Captions do not repeat within an image, and a needle's caption is in no other cell of any image. With one key a
+        positive and a negative share their cells. Raises UserError when the pool has too few captions.
+        """
+        if grid**2 + needles > len(self.captions):
             raise UserError(
-                f"{images} x {grid} x {grid} cells and a needle outside need {cells + 1} captions, the pool has "
+                f"{grid} x {grid} cells and {needles} absent captions need {grid**2 + needles} captions, the pool has "
                 f"{len(self.captions)}: use fewer cells or a larger pool"
             )
-        *inside, outside = rng.sample(self.captions, cells + 1)
-        drawn = [rng.choice(self.by_caption[caption]) for caption in inside]
-        place = rng.randrange(cells)
-        shape = tuple(
-            tuple(tuple(drawn[(m * grid + row) * grid :][:grid]) for row in range(grid)) for m in range(images)
+        rng = random.Random(key)
+        drawn = rng.sample(self.captions, grid**2 + needles)
+        shown, absent = drawn[: grid**2], drawn[grid**2 :]
+        others = [caption for caption in self.captions if caption not in absent]
+        for _ in range(images - 1):
+            shown += rng.sample(others, grid**2)
+        indices = [rng.choice(self.by_caption[caption]) for caption in shown]
+        places = [(m, row, column) for m in range(images) for row in range(grid) for column in range(grid)]
+        cells = tuple(
+            tuple(tuple(indices[(m * grid + row) * grid :][:grid]) for row in range(grid)) for m in range(images)
         )
-        needle = (place // grid**2, place // grid % grid, place % grid) if positive else None
-        return Haystack(shape, needle, inside[place] if positive else outside)
+        times = Counter(shown)
+        unique = [i for i, caption in enumerate(shown) if times[caption] == 1]
+        if len(unique) < needles:
+            raise UserError(
+                f"{images} x {grid} x {grid} cells: {len(unique)} captions are in one cell alone, {needles} needed: "
+                "use fewer cells or a larger pool"
+            )
+        chosen = rng.sample(unique, needles)
+        if positive:
+            found, targets = tuple(places[i] for i in chosen), tuple(indices[i] for i in chosen)
+        else:
+            found, targets = (), tuple(rng.choice(self.by_caption[caption]) for caption in absent)
+        return Haystack(cells, found, targets, tuple(self.images[i].caption for i in targets))
 
     def stitch(self, key: str, cells: tuple[tuple[int, ...], ...], cell: int) -> Image.Image:
         """One grid as an RGB image, `cell` pixels a cell, row-major.

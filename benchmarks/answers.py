@@ -35,7 +35,7 @@ from finetune_original import Config as Finetune  # noqa: E402
 from haystack import ImagePool, read_pool  # noqa: E402
 from modeling_gemma import PaliGemmaForConditionalGeneration  # noqa: E402
 from needle_eval.mmneedle import read_questions  # noqa: E402
-from needle_eval.mmneedle_build import build  # noqa: E402
+from needle_eval.mmneedle_build import write_haystacks  # noqa: E402
 from needle_eval.mmneedle_prompts import Setting  # noqa: E402
 from needle_eval.questions import Question  # noqa: E402
 from needle_eval.runner import Answerer, answer_batches, plan_batches  # noqa: E402
@@ -125,7 +125,7 @@ def main():
     }
     with tempfile.TemporaryDirectory() as folder:
         pool, setting = ImagePool(read_pool(splits=("test_style",))), Setting(1, 4)
-        build(pool, Path(folder), setting, config.samples, seed=0, cell=64)
+        write_haystacks(pool, Path(folder), setting, config.samples, seed=0, cell=64)
         questions = read_questions(folder, setting, config.protocol, config.samples)
         for name, lora in (("untuned", False), ("with LoRA", True)):
             result[f"answers per second, {name}"] = measure(config, lora, questions, f"{folder}/adapter")

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 FLAGS = ("split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
 NAME_FLAGS = ("protocol", "data")  # always part of an evaluation folder's name
 HAS_CELLS = True  # its scores are drawn as maps of cells, and models side by side
-SAMPLES = {1: 1000, 2: 100, 5: 100}  # positives, and negatives, that the paper evaluates, by number of needles
-SAMPLES_OTHERWISE = 100
 PLACE_PROTOCOLS = ("finetuned", "official", "rank")  # they answer a place in words: attention on it can be measured
 
 
@@ -55,12 +53,11 @@ def load_questions(config: "Config") -> list[Question]:
         check_protocol(config.protocol, setting)
     if config.attention and config.protocol not in PLACE_PROTOCOLS:
         raise UserError(f"--attention: needs a protocol that answers a place: {', '.join(PLACE_PROTOCOLS)}")
-    folder = build_haystacks(config, settings) if config.data.partition(":")[0] == "haystack" else Path(config.data)
-    questions = [
-        question
-        for setting in settings
-        for question in read_questions(folder, setting, config.protocol, config.samples, config.per_cell, config.prefix)
-    ]
+    questions = []
+    for setting in settings:
+        builds = config.data.partition(":")[0] == "haystack"
+        folder = build_haystacks(config, setting) if builds else Path(config.data)
+        questions += read_questions(folder, setting, config.protocol, config.samples, config.per_cell, config.prefix)
     check_some_image_exists(questions, "complete the data folder")
     return questions
 
@@ -82,7 +79,7 @@ def read_questions(
         if not isinstance(row, dict) or not {"id", "index"} <= set(row):
             raise UserError(f"{folder}: {setting.annotations}, row {number} has no id or index: download it again")
         kinds["negative" if row["index"] == -1 or row["index"] == [-1] * setting.needles else "positive"].append(row)
-    samples = samples or SAMPLES.get(setting.needles, SAMPLES_OTHERWISE)
+    samples = samples or setting.default_samples
     chosen = {kind: rows[:samples] for kind, rows in kinds.items()}
     if per_cell:
         chosen["positive"] = first_per_cell(kinds["positive"], setting, per_cell)

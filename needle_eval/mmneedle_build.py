@@ -1,16 +1,15 @@
 """Haystacks of captioned images in the files and keys of MMNeedle's release, built once. No torch is imported here."""
 
 import hashlib
-import random
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
+from tqdm import tqdm
 
 from errors import UserError
-from files import atomic_folder, write_json
-from haystack import ImagePool, PoolImage, read_captioned_images, read_pool
+from files import atomic_folder, verify_manifest, write_json, write_manifest
+from haystack import TEST_SHARE, Haystack, ImagePool, PoolImage, read_captioned_images, read_pool
 from needle_eval.mmneedle_prompts import Setting
 
 if TYPE_CHECKING:
@@ -18,130 +17,112 @@ if TYPE_CHECKING:
 
 CACHE = Path("runs/haystacks")
 NEGATIVES_FROM = 5000  # ids below are positives
-BUILDER = 2  # raise it when `build` would write other bytes: older caches are then left alone
+POOL_CELL, OWN_CELL = 64, 256  # pixels of a cell: of the embedded images, of one's own
+BUILDER = 3  # raise it when other bytes are written: older folders are then left alone
 
 
-def build_haystacks(config: "Config", settings: list[Setting]) -> Path:
-    """The folder of haystacks that `config` asks for, in the release's schema; what is not there yet is built.
+def build_haystacks(config: "Config", setting: Setting) -> Path:
+    """The folder with the haystacks of a setting that `config` asks for; they are built unless they are there.
 
-    Evaluations that start together build it once, one of them at a time.
+    A folder whose files are not as they were written is built again. Evaluations that start together build it once.
     """
     source = config.data.partition(":")[2]
     split = config.split or ("test" if source else "test_style")
+    images = read_split(source, split)
+    cell, samples = config.cell or (OWN_CELL if source else POOL_CELL), config.samples or setting.default_samples
+    if samples > NEGATIVES_FROM:
+        raise UserError(f"--samples={samples}: at most {NEGATIVES_FROM}, where the ids of negatives begin")
+    check_captions(config.data, split, images, setting)
+    digest = hashlib.sha256(repr((BUILDER, str(setting), config.seed, samples, cell)).encode())
+    for image in images:
+        digest.update(image.fingerprint())
+    shape = f"{setting.images}x{setting.grid}x{setting.grid}" + (f"_{setting.needles}" if setting.needles > 1 else "")
+    name = f"{Path(source).resolve().stem if source else 'embedded'}-{split}-{shape}-{digest.hexdigest()[:12]}"
+    folder = CACHE / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f".{name}.lock", fallback_to_soft=False):
+        if not is_complete(folder):
+            with atomic_folder(folder) as new:
+                write_haystacks(ImagePool(images), new, setting, samples, config.seed, cell)
+                write_manifest(new)
+    return folder
+
+
+def read_split(source: str, split: str) -> list[PoolImage]:
+    """The images of one split of `source`, a folder or a jsonl file, or of the embedded pool where it is empty."""
     images = [image for image in (read_captioned_images(source) if source else read_pool()) if image.split == split]
     if not source and split == "test_concept":
         images = [image for image in images if image.style == "noto"]  # never trained, as in test_style
     if not images:
-        raise UserError(f"--split={split}: {config.data} has no such images")
-    cell, samples = config.cell or (256 if source else 64), config.samples or 1000
-    name = f"{Path(source).resolve().stem if source else 'embedded'}-{split}"
-    folder = cache_folder(CACHE, name, images, config.seed, samples, cell)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        pool = ImagePool(images)
-        for setting in settings:
-            build(pool, folder, setting, samples, config.seed, cell)
-    return folder
+        raise UserError(f"--split={split}: {source or 'the embedded pool'} has no such images")
+    return images
 
 
-def build(pool: ImagePool, folder: Path, setting: Setting, samples: int, seed: int, cell: int):
-    """Write `samples` positives and as many negatives into `folder`, in the release's files; what is there stays.
+def check_captions(data: str, split: str, images: list[PoolImage], setting: Setting):
+    """Raise UserError unless the images have a caption for every cell of a grid and one more for each needle."""
+    count, needed = len({image.caption for image in images}), setting.grid**2 + setting.needles
+    if count < needed:
+        own = data.partition(":")[2] and split == "test"
+        more = f"about {TEST_SHARE * needed} captions, a fifth of them is for testing" if own else "more captions"
+        raise UserError(
+            f"{data}: {setting.grid} x {setting.grid} cells and {setting.needles} absent captions need {needed} "
+            f"captions, split {split} has {count}: give {more}, or smaller --grids"
+        )
 
-    `cell` is the side of a cell in pixels. The same pool and numbers give the same bytes. With one image a question
-    every stitched image serves one positive and one negative, several are drawn for every question. A needle's caption
-    is in no second cell, a negative's in none. Raises UserError when the pool has too few captions.
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of a built folder is as it was written."""
+    if not folder.exists():
+        return False
+    try:
+        verify_manifest(folder)
+        return True
+    except UserError:
+        print(f"{folder}: its files have changed since they were built: built again", flush=True)
+        return False
+
+
+def write_haystacks(pool: ImagePool, folder: Path, setting: Setting, samples: int, seed: int, cell: int):
+    """Write `samples` positives, and as many negatives on the same stitched images, with the release's files and keys.
+
+    `cell` is the side of a cell in pixels. The same pool and numbers give the same bytes. Raises UserError when the
+    pool has too few captions.
     """
-    if samples > NEGATIVES_FROM:
-        raise UserError(f"--samples={samples}: at most {NEGATIVES_FROM}, where the ids of negatives begin")
-    if setting.images > samples:
-        raise UserError(f"--samples={samples}: {setting} needs at least {setting.images} stitched images")
-    grids = write_stitched(pool, folder, setting, samples, seed, cell)
-    file = folder / "metadata_stitched" / setting.annotations
-    if file.exists():
-        return
     names = [name_of(image) for image in pool.images]
+    stitched_folder = Path("images_stitched", f"{setting.grid}_{setting.grid}")
+    for path in (stitched_folder, Path("metadata_stitched"), Path("annotations_trainval")):
+        (folder / path).mkdir(parents=True)
+    positives, negatives, metadata = [], [], {}
+    for number in tqdm(range(samples), desc=f"build {setting}", unit="haystack"):
+        key = f"{seed}/{setting}/{number}"
+        paths = []
+        for rows, id_, positive in ((positives, number, True), (negatives, NEGATIVES_FROM + number, False)):
+            haystack = pool.make(key, setting.images, setting.grid, positive, setting.needles)
+            if positive:  # the negative has the same cells
+                for m, cells in enumerate(haystack.cells):
+                    path = stitched_folder / f"stitched_{number:04}{f'_{m}' if setting.images > 1 else ''}.png"
+                    pool.stitch(f"{key}/{m}", cells, cell).save(folder / path)
+                    paths.append(path.as_posix())
+                    metadata[path.name] = {
+                        f"{row}_{column}": names[index]
+                        for row, line in enumerate(cells)
+                        for column, index in enumerate(line)
+                    }
+            rows.append({"id": id_, "image_ids": paths} | annotate(haystack, setting, names))
+    write_json(folder / "metadata_stitched" / f"{setting.grid}_{setting.grid}.json", metadata)
+    write_json(folder / "metadata_stitched" / setting.annotations, positives + negatives)
     captions = {name: image.caption for name, image in zip(names, pool.images, strict=True)}
     write_json(folder / "annotations_trainval" / "file_to_caption.json", captions)
-    order = list(grids)
-    random.Random(f"{seed}/{setting}/order").shuffle(order)
-    rows = []
-    for start in (0, NEGATIVES_FROM):
-        for at in range(samples):
-            rng = random.Random(f"{seed}/{setting}/{start + at}")
-            images = [order[at]] if setting.images == 1 else rng.sample(order, setting.images)
-            cells = {place: grids[images[place[0]]][place[1]][place[2]] for place in setting.cells()}
-            places, targets = (choose_negative if start else choose_positive)(pool, cells, setting, rng)
-            row = {"id": start + at, "image_ids": [f"{stitched_folder(setting)}/{name}" for name in images]}
-            columns = [list(values) for values in (*zip(*places, strict=True), [names[t] for t in targets])]
-            if setting.needles == 1:
-                columns = [values[0] for values in columns]
-            rows.append(row | dict(zip(("index", "row", "col", "target"), columns, strict=True)))
-    write_json(file, rows)
 
 
-def choose_positive(pool: ImagePool, cells: dict, setting: Setting, rng: random.Random) -> tuple[list, list]:
-    """K places whose captions are in one cell each, and what they show."""
-    shown = Counter(pool.images[index].caption for index in cells.values())
-    alone = [place for place, index in cells.items() if shown[pool.images[index].caption] == 1]
-    if len(alone) < setting.needles:
-        raise UserError(f"{setting}: {len(alone)} captions are in one cell alone: use a larger pool or fewer cells")
-    places = rng.sample(alone, setting.needles)
-    return places, [cells[place] for place in places]
-
-
-def choose_negative(pool: ImagePool, cells: dict, setting: Setting, rng: random.Random) -> tuple[list, list]:
-    """K captions that no cell shows."""
-    shown = {pool.images[index].caption for index in cells.values()}
-    absent = [caption for caption in pool.captions if caption not in shown]
-    if len(absent) < setting.needles:
-        raise UserError(f"{setting}: every caption of the pool is shown: use a larger pool or fewer cells")
-    targets = [rng.choice(pool.by_caption[caption]) for caption in rng.sample(absent, setting.needles)]
-    return [(-1, -1, -1)] * setting.needles, targets
-
-
-def write_stitched(pool: ImagePool, folder: Path, setting: Setting, count: int, seed: int, cell: int) -> dict:
-    """Stitched image -> its cells, rows of pool indices; images and metadata are written where they are missing."""
-    grid = setting.grid
-    if grid**2 + 1 > len(pool.captions):
-        raise UserError(
-            f"{grid}x{grid} cells need {grid**2 + 1} captions, the pool has {len(pool.captions)}: use a larger one"
-        )
-    cells = {}
-    for i in range(count):
-        rng = random.Random(f"{seed}/{grid}/{i}")
-        drawn = [rng.choice(pool.by_caption[caption]) for caption in rng.sample(pool.captions, grid**2)]
-        cells[f"stitched_{i:04}.png"] = tuple(tuple(drawn[row * grid :][:grid]) for row in range(grid))
-    target = folder / stitched_folder(setting)
-    if not target.exists():
-        with atomic_folder(target) as new:
-            for name, rows in cells.items():
-                pool.stitch(f"{seed}/{grid}/{name}", rows, cell).save(new / name)
-    metadata = {
-        name: {
-            f"{row}_{col}": name_of(pool.images[index])
-            for row, line in enumerate(rows)
-            for col, index in enumerate(line)
-        }
-        for name, rows in cells.items()
-    }
-    (folder / "annotations_trainval").mkdir(exist_ok=True)
-    (folder / "metadata_stitched").mkdir(exist_ok=True)
-    write_json(folder / "metadata_stitched" / f"{grid}_{grid}.json", metadata)
-    return cells
-
-
-def stitched_folder(setting: Setting) -> str:
-    return f"images_stitched/{setting.grid}_{setting.grid}"
+def annotate(haystack: Haystack, setting: Setting, names: list[str]) -> dict:
+    """The needles of a haystack as the release writes them: lists for several needles, -1 for absent ones."""
+    places = haystack.needles or [(-1, -1, -1)] * setting.needles
+    index, row, column = (list(numbers) for numbers in zip(*places, strict=True))
+    columns = {"index": index, "row": row, "col": column, "target": [names[i] for i in haystack.targets]}
+    return columns if setting.needles > 1 else {key: values[0] for key, values in columns.items()}
 
 
 def name_of(image: PoolImage) -> str:
     """The file name of a pool image in the metadata, without slashes: a/b.png and a-b.png stay two."""
     return f"{image.style}-{image.concept}".replace("%", "%25").replace("/", "%2F")
-
-
-def cache_folder(root: Path, name: str, images: list[PoolImage], *numbers) -> Path:
-    """The folder of the haystacks of these images and numbers: other images or numbers, another folder."""
-    digest = hashlib.sha256(repr((BUILDER, numbers)).encode())
-    for image in images:
-        digest.update(image.fingerprint())
-    return root / f"{name}-{digest.hexdigest()[:12]}"

@@ -16,6 +16,10 @@ PROTOCOLS = {  # and the longest answer, in tokens a needle
 }
 
 
+SAMPLES = {1: 1000, 2: 100, 5: 100}  # positives, and negatives, that the paper evaluates, by number of needles
+OTHER_SAMPLES = 100  # for other numbers of needles
+
+
 @dataclass(frozen=True)
 class Setting:
     """M images a question, N x N cells an image, K needles."""
@@ -32,6 +36,11 @@ class Setting:
         """The name of the released file of questions."""
         start = f"{self.needles}_" if self.needles > 1 else ""
         return f"{start}annotations_{self.images}_{self.grid}_{self.grid}.json"
+
+    @property
+    def default_samples(self) -> int:
+        """Positives, and negatives, that the paper evaluates."""
+        return SAMPLES.get(self.needles, OTHER_SAMPLES)
 
     def cells(self) -> list[tuple[int, int, int]]:
         """Every (image, row, column), counted from 0."""
@@ -71,7 +80,7 @@ def make_prompts(protocol: str, setting: Setting, captions: list[str]) -> dict[s
         return {"": official_prompt(setting, captions)}
     if protocol == "detect":
         return {"": f"detect {clean_caption(captions[0])}"}
-    return {"": short_prompt(captions)}
+    return {"": needle_prompt(*captions)}
 
 
 def official_prompt(setting: Setting, captions: list[str]) -> str:
@@ -95,11 +104,6 @@ def official_prompt(setting: Setting, captions: list[str]) -> str:
         f"provide this information. {example}If no subimage matches a caption, respond with '-1' for that caption.\n"
         f"{listed}"
     )
-
-
-def short_prompt(captions: list[str]) -> str:
-    """The question of `needle_prompt`, several captions joined with "; "."""
-    return needle_prompt("; ".join(clean_caption(caption) for caption in captions))
 
 
 def quadrant_prompts(caption: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ No torch is imported here.
 
 import re
 
+from boxes import locs_to_boxes
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.questions import normalise
 
@@ -85,7 +86,6 @@ def prepare_rows(rows: list[dict]) -> list[dict]:
 
 def cell_of_box(row: dict) -> str | None:
     """`detect`: the cell that holds the centre of the first box; no answer at all is "-1"; other text stays."""
-    from boxes import locs_to_boxes
 
     response, grid = row["response"], row["shape"][1]
     if response is None:

@@ -193,7 +193,7 @@ def answer_batch(
             rows[question.id] = make_row(replace(question, error=str(error)), None, 0.0)
     if good:
         features = store.encode([image for question in good for image in question.images], {})
-        tensors = {key: tensor.to(features.device) for key, tensor in answerer.processor.pad(encoded, "left").items()}
+        tensors = {key: tensor.to(features.device) for key, tensor in answerer.processor.pad(encoded).items()}
         if good[0].candidates:
             texts = rank_candidates(answerer.model, answerer.processor, tensors, features, good[0].candidates)
         else:

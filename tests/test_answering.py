@@ -14,7 +14,7 @@ from files import open_image
 from haystack import ImagePool, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from needle_eval.mmneedle import is_correct, read_questions
-from needle_eval.mmneedle_build import build
+from needle_eval.mmneedle_build import write_haystacks
 from needle_eval.mmneedle_prompts import Setting, make_candidates
 from needle_eval.questions import Question
 from needle_eval.runner import Answerer, answer_batches, answer_questions, mark_too_long, plan_batches, plan_images
@@ -23,11 +23,12 @@ from processing_paligemma import PaliGemmaProcessor
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("haystacks")
-    pool = ImagePool(read_pool(splits=("test_style",)))
+    pool, questions = ImagePool(read_pool(splits=("test_style",))), []
     for setting in (Setting(1, 2), Setting(3, 2)):
-        build(pool, folder, setting, samples=6, seed=0, cell=16)
-    return [q for s in (Setting(1, 2), Setting(3, 2)) for q in read_questions(folder, s, "finetuned", samples=6)]
+        folder = tmp_path_factory.mktemp("haystacks")
+        write_haystacks(pool, folder, setting, samples=6, seed=0, cell=16)
+        questions += read_questions(folder, setting, "finetuned", samples=6)
+    return questions
 
 
 @pytest.fixture

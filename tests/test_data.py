@@ -56,12 +56,13 @@ def test_the_answer_is_where_the_needle_is():
         haystack = POOL.make(key, images=2, grid=2, positive=index % 4 > 0)
         captions = [[[POOL.images[i].caption for i in row] for row in cells] for cells in haystack.cells]
         flat = [c for cells in captions for row in cells for c in row]
-        assert len(set(flat)) == 8
-        if haystack.needle is None:
-            assert haystack.caption not in flat and haystack.answer == "-1"
+        assert all(len({c for row in cells for c in row}) == 4 for cells in captions)
+        (caption,) = haystack.captions
+        if not haystack.needles:
+            assert caption not in flat and haystack.answer == "-1"
         else:
-            m, row, col = haystack.needle
-            assert captions[m][row][col] == haystack.caption
+            ((m, row, col),) = haystack.needles
+            assert captions[m][row][col] == caption and flat.count(caption) == 1
             assert haystack.answer == f"{m + 1}, {row + 1}, {col + 1}"
 
 

@@ -252,7 +252,7 @@ def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
     """What was built for the embedded pictures has the release's files: given as --data it is the same benchmark."""
     flags = (f"--model={tiny_model}", "--samples=5", "--grids=2", "--protocol=official")
     evaluate(*flags, "--output_dir=built")
-    release = next((folder / "runs" / "haystacks").iterdir())
+    release = next((folder / "runs" / "haystacks").glob("embedded-*"))
     shutil.move(release, folder / "release")
     out = evaluate(*flags, "--data=release", "--output_dir=read", capsys=capsys)
     told = [[(r["id"], r["response"], r["ground_truth"]) for r in rows_of(folder / name)] for name in ("built", "read")]
@@ -271,7 +271,7 @@ def test_evaluations_that_start_together_share_what_is_built(folder):
     """Each in its own process, as two models on two cards are."""
     code = (
         "from eval_mmnih import Config; from needle_eval.mmneedle_build import Setting, build_haystacks; "
-        "print(build_haystacks(Config(samples=150), [Setting(1, 2)]))"
+        "print(build_haystacks(Config(samples=150), Setting(1, 2)))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]
@@ -362,7 +362,10 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
 
 # ---- attention on the needle
 def test_a_broken_picture_stops_neither_answers_nor_attention(tiny_model, folder, capsys):
-    flags = (f"--model={tiny_model}", "--samples=4", "--grids=2", "--attention=4", "--output_dir=out")
+    flags = (f"--model={tiny_model}", "--samples=4", "--grids=2", "--attention=4")
+    evaluate(*flags, "--output_dir=built")
+    shutil.move(next((folder / "runs" / "haystacks").glob("embedded-*")), folder / "release")
+    flags += ("--data=release", "--output_dir=out")  # a built folder would be built again
     evaluate(*flags)
     rows = rows_of(folder / "out")
     picture = Path(next(row["images"][0] for row in rows if row["kind"] == "positive"))
@@ -403,4 +406,4 @@ def test_pictures_of_one_s_own(tiny_model, folder, capsys):
     assert len(rows) == 6 and Image.open(rows[0]["images"][0]).size == (64, 64)
     with pytest.raises(UserError, match="lost.png"):
         (folder / "mine" / "captions.json").write_text(json.dumps({"lost.png": "x"}))
-        build_haystacks(Config(data="haystack:mine"), [])
+        build_haystacks(Config(data="haystack:mine"), mmneedle.Setting(1, 2))

@@ -1,5 +1,6 @@
 """MMNeedle's schema, prompts and response files; haystacks built in the same schema; the release itself, if at hand."""
 
+import hashlib
 import io
 import json
 import os
@@ -7,16 +8,17 @@ import pickle
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from errors import UserError
-from haystack import ImagePool, PoolImage, read_captioned_images, read_pool
+from haystack import ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
 from needle_eval import mmneedle
 from needle_eval.mmneedle import ground_truth_of, read_questions, score
-from needle_eval.mmneedle_build import build, cache_folder, name_of
+from needle_eval.mmneedle_build import build_haystacks, name_of, write_haystacks
 from needle_eval.mmneedle_prompts import (
     Setting,
     check_protocol,
@@ -24,7 +26,6 @@ from needle_eval.mmneedle_prompts import (
     make_settings,
     official_prompt,
     quadrant_prompts,
-    short_prompt,
 )
 
 RELEASE = Path(os.environ.get("MMNEEDLE_DATA", ""))
@@ -78,8 +79,8 @@ def test_official_prompts_word_for_word():
 
 
 def test_short_prompts_are_those_of_training():
-    assert short_prompt(["red apple"]) == "answer en where is red apple?"
-    assert short_prompt([" A dog\nruns. ", "A cat"]) == "answer en where is A dog runs; A cat?"
+    assert needle_prompt("red apple") == "answer en where is red apple?"
+    assert needle_prompt(" A dog\nruns. ", "A cat") == "answer en where is A dog runs; A cat?"
     asked = quadrant_prompts("A cat.")
     assert asked["rows"] == "Caption: A cat.. Where is the caption? Top or Bottom?"
     assert asked["columns"] == "Caption: A cat.. Where is the caption? Left or Right?"
@@ -110,7 +111,7 @@ def test_settings():
 def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
     """Row-major, 0-based, the needle where the annotation says, its caption nowhere else; a negative's in no cell."""
     pool, setting = flat_pool(250 if shape[0] == 10 else 40), Setting(*shape)
-    build(pool, tmp_path, setting, samples=12, seed=3, cell=8)
+    write_haystacks(pool, tmp_path, setting, samples=12, seed=3, cell=8)
     metadata = json.loads((tmp_path / "metadata_stitched" / f"{shape[1]}_{shape[1]}.json").read_text())
     colours = {name_of(p): p.open().getpixel((0, 0)) for p in pool.images}
     captions = {name_of(p): p.caption for p in pool.images}
@@ -143,21 +144,20 @@ def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        build(ImagePool(flat_pool().images), tmp_path / name, Setting(1, 2), samples=5, seed=1, cell=8)
-    build(flat_pool(), tmp_path / "c", Setting(1, 2), samples=5, seed=2, cell=8)
+        write_haystacks(ImagePool(flat_pool().images), tmp_path / name, Setting(1, 2), samples=5, seed=1, cell=8)
+    write_haystacks(flat_pool(), tmp_path / "c", Setting(1, 2), samples=5, seed=2, cell=8)
     files = [
         {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*") if f.is_file()} for n in "abc"
     ]
     assert files[0] == files[1] and files[0] != files[2]
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*.png")}
-    build(flat_pool(), tmp_path / "a", Setting(1, 2, 2), samples=5, seed=1, cell=8)
-    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "a").rglob("*.png")}, "pictures are stitched once"
 
 
-def test_several_pictures_make_another_haystack_for_every_question(tmp_path):
-    build(flat_pool(), tmp_path, Setting(10, 1), samples=100, seed=0, cell=4)
+def test_every_question_has_a_haystack_of_its_own_and_its_negative_the_same(tmp_path):
+    write_haystacks(flat_pool(), tmp_path, Setting(10, 1), samples=100, seed=0, cell=4)
     rows = json.loads((tmp_path / "metadata_stitched/annotations_10_1_1.json").read_text())
-    assert len({tuple(row["image_ids"]) for row in rows}) == 200 and all(len(set(r["image_ids"])) == 10 for r in rows)
+    assert len({path for row in rows for path in row["image_ids"]}) == 1000
+    for positive, negative in zip(rows[:100], rows[100:], strict=True):
+        assert positive["image_ids"] == negative["image_ids"] and positive["target"] != negative["target"]
 
 
 def test_names_of_pictures_stay_apart():
@@ -167,17 +167,63 @@ def test_names_of_pictures_stay_apart():
 
 def test_a_pool_too_small_is_refused(tmp_path):
     with pytest.raises(UserError, match="need 65 captions, the pool has 40"):
-        build(flat_pool(), tmp_path, Setting(1, 8), samples=2, seed=0, cell=4)
+        write_haystacks(flat_pool(), tmp_path / "a", Setting(1, 8), samples=2, seed=0, cell=4)
     with pytest.raises(UserError, match="4 captions are in one cell alone"):
-        build(flat_pool(), tmp_path, Setting(1, 2, 5), samples=2, seed=0, cell=4)
-    with pytest.raises(UserError, match="needs at least 10 stitched images"):
-        build(flat_pool(), tmp_path, Setting(10, 2), samples=2, seed=0, cell=4)
+        write_haystacks(flat_pool(), tmp_path / "b", Setting(1, 2, 5), samples=2, seed=0, cell=4)
 
 
-def test_other_pictures_lie_in_another_folder(tmp_path):
-    pool = flat_pool().images
-    folders = {cache_folder(tmp_path, "x", pictures, seed) for pictures in (pool, pool[1:]) for seed in (0, 1)}
-    assert len(folders) == 4
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of captioned images to evaluate on, in the working directory of an evaluation."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    for i in range(60):
+        Path(f"mine/{i:02}.png").write_bytes(png((i, i, i)))
+        Path(f"mine/{i:02}.txt").write_text(f"a grey number {i}\n")
+    return SimpleNamespace(data="haystack:mine", split="", cell=8, samples=4, seed=0)
+
+
+def test_other_images_and_numbers_are_in_another_folder(photos):
+    folders = [build_haystacks(photos, Setting(1, 2))]
+    for name, value in (("cell", 9), ("samples", 5), ("seed", 1)):
+        folders.append(build_haystacks(SimpleNamespace(**vars(photos) | {name: value}), Setting(1, 2)))
+    folders.append(build_haystacks(photos, Setting(2, 2)))
+    Path("mine/60.png").write_bytes(png((1, 2, 3)))
+    Path("mine/60.txt").write_text(next(f"new {i}" for i in range(99) if is_for_testing(f"new {i}")))
+    folders.append(build_haystacks(photos, Setting(1, 2)))
+    assert len(set(folders)) == 6
+
+
+def is_for_testing(caption: str) -> bool:
+    return hashlib.sha256(caption.encode()).digest()[0] < 51
+
+
+@pytest.mark.parametrize("change", ["swapped image", "broken annotations", "lost image", "half a folder"])
+def test_built_haystacks_that_changed_are_built_again(photos, change, capsys):
+    folder = build_haystacks(photos, Setting(1, 2))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    images = sorted(folder.rglob("*.png"))
+    if change == "swapped image":
+        images[0].write_bytes(images[1].read_bytes())
+    elif change == "broken annotations":
+        (folder / "metadata_stitched" / "annotations_1_2_2.json").write_text("[{}]")
+    elif change == "lost image":
+        images[0].unlink()
+    else:
+        (folder / "files.json").unlink()
+    assert build_haystacks(photos, Setting(1, 2)) == folder
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert "its files have changed since they were built" in capsys.readouterr().out
+    assert build_haystacks(photos, Setting(1, 2)) == folder and not capsys.readouterr().out
+
+
+def test_too_few_captions_are_refused_with_the_number_needed(photos):
+    for i in range(12, 60):
+        Path(f"mine/{i:02}.txt").unlink()
+    with pytest.raises(UserError, match="2 x 2 cells and 1 absent captions need 5 captions, split test has .*about 25"):
+        build_haystacks(photos, Setting(1, 2))
+    with pytest.raises(UserError, match="need 17 captions, split test has .* give about 85 captions"):
+        build_haystacks(photos, Setting(1, 4))
 
 
 def write_release(folder: Path, rows: list, captions: dict, name="annotations_1_2_2.json"):
@@ -240,7 +286,7 @@ def test_a_repeated_id_is_refused(tmp_path):
 
 
 def test_so_many_of_every_cell(tmp_path):
-    build(flat_pool(), tmp_path, Setting(1, 2), samples=40, seed=0, cell=4)
+    write_haystacks(flat_pool(), tmp_path, Setting(1, 2), samples=40, seed=0, cell=4)
     questions = read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=3)
     assert len(questions) == 24 and {q.fields["kind"] for q in questions} == {"positive"}
     assert set(Counter(q.ground_truth for q in questions).values()) == {6}
@@ -294,7 +340,7 @@ def official_scores(file: Path) -> dict:
 
 
 def test_response_files_are_scored_alike_by_the_official_rule(tmp_path):
-    build(flat_pool(), tmp_path, Setting(1, 2), samples=30, seed=0, cell=4)
+    write_haystacks(flat_pool(), tmp_path, Setting(1, 2), samples=30, seed=0, cell=4)
     rng = random.Random(0)
     rows = oracle(
         read_questions(tmp_path, Setting(1, 2), "official", samples=30),
