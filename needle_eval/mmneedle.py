@@ -417,12 +417,20 @@ def describe(config: "Config", image_size: int, num_image_tokens: int) -> list[s
 
 
 # ---- response files
+def file_names(target: object) -> object:
+    """A target, or those of several needles, without the folders of the release's annotations (val2014/)."""
+    if isinstance(target, list):
+        return [file_names(one) for one in target]
+    return Path(target).name if isinstance(target, str) else target  # a broken row holds anything
+
+
 def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
     """Answers in the files that the benchmark's own scorer reads: {folder}/COCO_val2014_{first}_{last}/....json.
 
-    The scorer splits the file name at "_": the model's name loses its own.
+    The scorer splits the file name at "_" and reads "needles" in it as several needles: the model's name loses both.
     """
     version = re.sub(r"[^A-Za-z0-9.-]+", "-", model_name).strip("-.") or "model"
+    version = re.sub("needles", "needle", version, flags=re.IGNORECASE)
     groups: dict[tuple, list[dict]] = {}
     for row in prepare_rows(rows):
         groups.setdefault((*row["shape"], row["kind"]), []).append(row)
@@ -436,7 +444,7 @@ def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path
                 "id": row["row"],
                 "response": row["response"],
                 "ground_truth": row["ground_truth"],
-                "target_path": row["target"],
+                "target_path": file_names(row["target"]),
                 "caption": row.get("caption", [None])[0] if needles == 1 else row.get("caption"),
             }
             for row in group

@@ -173,5 +173,17 @@ def format_line(name: str, n: str, accuracy: str, *others: str) -> str:
 
 
 def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
-    """Nothing yet."""
-    return []
+    """Write {model}_coco_pope_{split}.json of each split: {"question", "answer"} a line, in the order of the questions.
+
+    The official evaluate.py pairs lines with labels by their order and cannot leave one out or count it as wrong, so a
+    split with broken questions gets no file.
+    """
+    files = []
+    for split in SPLITS:
+        part = [row for row in rows if row["setting"] == split]
+        if part and all(row["response"] is not None for row in part):
+            lines = [json.dumps({"question": row["prompt"], "answer": row["response"]}) + "\n" for row in part]
+            folder.mkdir(parents=True, exist_ok=True)
+            files.append(folder / f"{model_name}_coco_pope_{split}.json")
+            files[-1].write_text("".join(lines), encoding="utf-8")
+    return files

@@ -359,6 +359,22 @@ def test_response_files_are_scored_alike_by_the_official_rule(tmp_path):
     assert set(entry) == {"id", "response", "ground_truth", "target_path", "caption"} and entry["id"] == 5000
 
 
+@pytest.mark.parametrize("model", ["many-needles_seed0", "NEEDLES", "runs/needles/2_needles"])
+@pytest.mark.parametrize("needles", [1, 2])
+def test_the_official_scorer_reads_the_setting_off_the_file_name_whatever_the_model_is_called(tmp_path, model, needles):
+    """The released scorer takes a name apart at "_" and "needles" in it for several needles."""
+    target = ["val2014/a.jpg"] * needles
+    row = {"id": "x", "row": 0, "shape": [1, 2, needles], "kind": "positive", "protocol": "official"}
+    row |= {"response": "-1", "ground_truth": "1, 1, 1", "target": target if needles > 1 else target[0]}
+    (file,) = mmneedle.write_official([row | {"caption": ["a cat"] * needles}], tmp_path, model)
+    parts = file.stem.split("_")
+    assert ("needles" in file.name.lower()) == (needles > 1)
+    assert len(parts) == (5 if needles == 1 else 7) and parts[2:5] == ["1", "2", "2"]
+    assert needles == 1 or parts[5:] == ["needles", "2"]
+    (entry,) = json.loads(file.read_text())
+    assert entry["target_path"] == (["a.jpg"] * 2 if needles > 1 else "a.jpg")
+
+
 # ---- the release
 @released
 def test_the_released_rows_read_as_they_are():

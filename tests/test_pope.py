@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,16 @@ from types import SimpleNamespace
 import pytest
 
 from errors import UserError
-from needle_eval.pope import SPLITS, format_table, is_invalid, load_questions, parse_pope, read_split, score
+from needle_eval.pope import (
+    SPLITS,
+    format_table,
+    is_invalid,
+    load_questions,
+    parse_pope,
+    read_split,
+    score,
+    write_official,
+)
 from needle_eval.questions import Question
 
 ROW = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard?", "label": "yes"}
@@ -181,6 +191,31 @@ def test_the_table():
         "always no 8 50.00 [21.52, 78.48] - 0.00 - 0.00",
         "mean of 1 50.00 -",
     ]
+
+
+# ---- the official form
+def official_counts(answer_file, labels):
+    """evaluate.py of AoiDragon/POPE, transcribed: TP, FP, TN, FN over lines and labels in one order."""
+    counts = Counter()
+    for line, label in zip(answer_file.read_text().splitlines(), labels, strict=True):
+        text = json.loads(line)["answer"]
+        if text.find(".") != -1:
+            text = text.split(".")[0]
+        words = text.replace(",", "").split(" ")
+        counts["no" if "No" in words or "not" in words or "no" in words else "yes", label] += 1
+    return counts
+
+
+def test_the_official_script_scores_the_written_answers_alike(tmp_path):
+    responses = ["yes", "No.", "no", "maybe", "Yes, but not a dog", "NO", "no, sir", ""]
+    rows = [row | {"prompt": "Is there a dog?"} for row in answers(responses)]
+    (file,) = write_official(rows, tmp_path / "response", "nano")
+    assert file.name == "nano_coco_pope_random.json"
+    counts, found = official_counts(file, [row["ground_truth"] for row in rows]), score(rows)["random"]
+    assert counts["yes", "yes"] + counts["no", "no"] == found["accuracy"]["right"]
+    assert counts["yes", "yes"] == found["recall"]["right"]
+    rows[3]["response"] = None
+    assert write_official(rows, tmp_path / "other", "nano") == [] and not (tmp_path / "other").exists()
 
 
 # ---- the released files
