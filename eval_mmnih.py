@@ -22,13 +22,12 @@ from accelerate import Accelerator
 
 from errors import UserError, one_line_errors
 from files import write_json
-from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from models import classes_of
 from needle_eval.folder import make_record, open_folder, output_folder
 from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question
 from needle_eval.report import BENCHMARKS, compare, report
 from needle_eval.runner import Answerer, answer_questions, mark_too_long
-from processing_paligemma import PaliGemmaProcessor
 from run_folder import choose_dtype, make_accelerator
 
 
@@ -84,8 +83,9 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     benchmark = BENCHMARKS[config.benchmark]
     folder = output_folder(config, benchmark, name)
     dtype, _ = choose_dtype(config.dtype, accelerator.device)
-    processor = PaliGemmaProcessor.from_pretrained(name)
-    limit = PaliGemmaConfig.from_pretrained(name).text_config.max_position_embeddings
+    model_class, processor_class = classes_of(name)
+    processor = processor_class.from_pretrained(name)
+    limit = model_class.config_class.from_pretrained(name).text_config.max_position_embeddings
     marked = mark_too_long(questions, processor, limit)
     too_long = [new for new, old in zip(marked, questions, strict=True) if new is not old]
     if too_long and not hasattr(benchmark, "LONG_QUESTIONS_ARE_WRONG"):
@@ -94,7 +94,7 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     record = make_record(config, benchmark, marked, name, processor, dtype, accelerator)
 
     # --- load it; nothing is made or deleted for a model that does not load
-    model = PaliGemmaForConditionalGeneration.from_pretrained(name, dtype, accelerator.device)
+    model = model_class.from_pretrained(name, dtype, accelerator.device)
     if accelerator.is_main_process:
         open_folder(folder, record, config.overwrite)
         print(*describe(config, benchmark, record, marked), sep="\n", flush=True)
