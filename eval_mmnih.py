@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from errors import UserError, one_line_errors
 from files import write_json
 from models import classes_of
-from needle_eval.folder import make_record, open_folder, output_folder
+from needle_eval.folder import complete, make_record, open_folder, output_folder
 from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question
 from needle_eval.report import BENCHMARKS, compare, report
@@ -47,7 +47,7 @@ class Config:
     protocol: Literal["finetuned", "official", "rank", "quadrant", "detect"] = "finetuned"  # MMNeedle's question
     prefix: str = ""  # put before every prompt
     images: tuple[int, ...] = (1,)  # MMNeedle: images a question
-    grids: tuple[int, ...] = (2, 4)  # cells along a side of an image
+    grids: tuple[int, ...] = ()  # cells along a side of an image; empty: 2 4, or 2 of quadrant
     needles: tuple[int, ...] = (1,)  # captions a question
     samples: int = 0  # positives, and negatives, a setting; 0: the benchmark's own number
     per_cell: int = 0  # this many positives of every cell instead of the first ones
@@ -136,6 +136,7 @@ def main():
         return
     benchmark = BENCHMARKS[config.benchmark]
     check_flags(config, benchmark)
+    config = complete(config, benchmark)
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # which may build haystacks that the others then find
         questions = benchmark.load_questions(config)

@@ -4,6 +4,7 @@ eval.json (what was asked, of which model), answers.jsonl, and what report.py ma
 response/ in the form of the benchmark's own scorer.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from eval_mmnih import Config
 
 COMMON_FLAGS = ("benchmark", "data", "image_folder", "prefix", "samples", "seed")  # what decides any questions
+UNNAMED = ("benchmark", "data", "image_folder")  # not in the name of a folder unless the benchmark says so
 NOT_ASKED = ("attention", "skip_none")  # flags of a benchmark that change no question
 COMPARED = ("benchmark", "model", "weights", "questions", "config", "dtype")  # one evaluation has one of each
 RENAMED = {"pictures": "image_folder"}  # older eval.json files have the first
-DATA_NAME_LENGTH = 40
+NAME_LENGTH = 40  # of a flag's value in a folder's name
 
 
 def slug(name: str) -> str:
@@ -53,12 +55,33 @@ def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:
 
 
 def evaluation_name(config: "Config", benchmark: ModuleType) -> str:
-    """The name of the folder: benchmark, protocol, data and split, as far as the benchmark has them."""
-    parts = [config.benchmark]
-    if "protocol" in benchmark.FLAGS:
-        parts += [config.protocol, re.sub(r"[^\w.]+", "_", config.data.rstrip("/"))[-DATA_NAME_LENGTH:]]
-        parts += [config.split] if config.split else []
-    return "-".join(parts)
+    """The benchmark, the values of its NAME_FLAGS, and every other flag that decides questions, unless at its default.
+
+    As in "mmneedle-official-MMNEEDLE-images_1_10": evaluations in other settings do not meet in one folder.
+    """
+    flags = [flag for flag in asked_flags(benchmark) if flag not in (*UNNAMED, *benchmark.NAME_FLAGS)]
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in flags}
+    plain = complete(dataclasses.replace(config, **defaults), benchmark)  # the same without these flags
+    parts = [short(getattr(config, flag)) for flag in benchmark.NAME_FLAGS if getattr(config, flag)]
+    changed = [flag for flag in flags if getattr(config, flag) != getattr(plain, flag)]
+    parts += [f"{flag}_{short(getattr(config, flag)).strip('_')}" for flag in changed]
+    return "-".join([config.benchmark, *parts])
+
+
+def complete(config: "Config", benchmark: ModuleType) -> "Config":
+    """The configuration with the benchmark's own values for flags that were left empty."""
+    return dataclasses.replace(config, **getattr(benchmark, "complete_flags", lambda config: {})(config))
+
+
+def asked_flags(benchmark: ModuleType) -> list[str]:
+    """The flags that decide what is asked."""
+    return [*COMMON_FLAGS, *(flag for flag in benchmark.FLAGS if flag not in NOT_ASKED)]
+
+
+def short(value: object) -> str:
+    """A flag's value as part of a folder's name."""
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return re.sub(r"[^\w.]+", "_", text.rstrip("/"))[-NAME_LENGTH:]
 
 
 # ---- eval.json
@@ -72,13 +95,12 @@ def make_record(
     accelerator: Accelerator,
 ) -> dict:
     """What eval.json says: benchmark, questions, decoding, model and its weights, versions."""
-    asked = [*COMMON_FLAGS, *(flag for flag in benchmark.FLAGS if flag not in NOT_ASKED)]
     return {
         "benchmark": config.benchmark,
         "model": portable_path(model),
         "weights": hash_weights(model),
         "questions": len(questions),
-        "config": json.loads(json.dumps({flag: getattr(config, flag) for flag in asked})),
+        "config": json.loads(json.dumps({flag: getattr(config, flag) for flag in asked_flags(benchmark)})),
         "decoding": "ranked" if questions[0].candidates else "greedy",
         "image_size": processor.image_size,
         "image_tokens": processor.num_image_tokens,

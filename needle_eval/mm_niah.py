@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from eval_mmnih import Config
 
 TASKS = ("retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image")
-FLAGS = ()  # no flags of its own
+FLAGS = NAME_FLAGS = ()  # no flags of its own
 LONG_QUESTIONS_ARE_WRONG = True  # a document that does not fit the model is answered wrong; other benchmarks refuse it
 IMAGE_MARK = "<image>"  # where an image stands in the text
 CONTEXT_BINS = (1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 40000, 48000, 64000)  # tokens, from here on

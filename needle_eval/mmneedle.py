@@ -36,12 +36,18 @@ if TYPE_CHECKING:
     from eval_mmnih import Config
 
 FLAGS = ("split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
-NAME_FLAGS = ("protocol", "data")  # always part of an evaluation folder's name
+NAME_FLAGS = ("protocol", "data", "split")  # whose values are always part of an evaluation folder's name
+GRIDS, QUADRANT_GRIDS = (2, 4), (2,)  # where --grids is left empty
 HAS_CELLS = True  # its scores are drawn as maps of cells, and models side by side
 PLACE_PROTOCOLS = ("finetuned", "official", "rank")  # they answer a place in words: attention on it can be measured
 
 
 # ---- questions
+def complete_flags(config: "Config") -> dict:
+    """The grids of a protocol where none are given."""
+    return {"grids": config.grids or (QUADRANT_GRIDS if config.protocol == "quadrant" else GRIDS)}
+
+
 def load_questions(config: "Config") -> list[Question]:
     """The questions of all settings, from the release in the folder `config.data` or from haystacks that are built.
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from eval_mmnih import Config
 
 SPLITS = ("random", "popular", "adversarial")
-FLAGS = ()  # no flags of its own
+FLAGS = NAME_FLAGS = ()  # no flags of its own
 MAX_NEW_TOKENS = 10
 SOURCE = "take it from AoiDragon/POPE, output/coco"
 

@@ -11,9 +11,10 @@ from needle_eval import mm_niah, mmneedle, plots, pope
 from needle_eval.folder import changed_fields, read_record, read_rows, slug
 from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, paired_difference, paired_over_seeds, rate
 
-# A benchmark is a module with load_questions(config), is_correct(row), score(rows), format_table(scores_by_model),
-# write_official(rows, folder, model_name) and FLAGS, the flags that are its own. It may have more: prepare_rows(rows),
-# describe(config, image_size, num_image_tokens), HAS_CELLS, LONG_QUESTIONS_ARE_WRONG.
+# A benchmark is a module with load_questions(config), is_correct(row), score(rows), format_table(scores_by_model) and
+# write_official(rows, folder, model_name); FLAGS are the flags that it alone reads, NAME_FLAGS those whose values name
+# its folders. It may have more: complete_flags(config), prepare_rows(rows), describe(config, image_size,
+# num_image_tokens), HAS_CELLS, LONG_QUESTIONS_ARE_WRONG.
 BENCHMARKS: dict[str, ModuleType] = {"mmneedle": mmneedle, "pope": pope, "mm-niah": mm_niah}
 MACHINE = ("device", "processes")  # fields of eval.json that scores.json leaves out
 

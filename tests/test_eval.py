@@ -21,8 +21,8 @@ from errors import UserError
 from eval_mmnih import Config
 from files import read_json, write_json
 from haystack import read_pool
-from needle_eval import mm_niah, mmneedle
-from needle_eval.folder import hash_weights, output_folder, slug
+from needle_eval import mm_niah, mmneedle, pope
+from needle_eval.folder import complete, evaluation_name, hash_weights, output_folder, slug
 from needle_eval.mmneedle_build import build_haystacks
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +100,42 @@ def test_every_protocol(tiny_model, folder, capsys, protocol, count, prompt):
     if protocol == "rank":
         assert {row["response"] for row in rows} <= {"1, 1, 1", "1, 1, 2", "1, 2, 1", "1, 2, 2", "-1"}
     assert ("negative" in scores) == (protocol != "quadrant")
+
+
+def test_quadrant_needs_no_other_flag(tiny_model, folder, capsys):
+    out = evaluate(f"--model={tiny_model}", "--protocol=quadrant", "--samples=4", capsys=capsys)
+    assert "1x2x2" in out and "1x4x4" not in out
+    (place,) = (folder / "runs" / "eval").glob("*/*")
+    assert place.name == "mmneedle-quadrant-haystack-samples_4"
+    assert read_json(place / "eval.json")["config"]["grids"] == [2]
+
+
+def test_other_settings_are_in_another_folder(tiny_model, folder, capsys):
+    """Before, the second of these was refused: the folder's name did not say what was asked."""
+    flags = (f"--model={tiny_model}", "--grids=2", "--samples=3")
+    for more in ([], ["--needles=2"], ["--images", "1", "2"], ["--prefix=hm ", "--seed=1"], ["--per_cell=0"]):
+        evaluate(*flags, *more)
+    names = sorted(place.name for place in (folder / "runs" / "eval").glob("*/*"))
+    start = "mmneedle-finetuned-haystack"
+    assert names == [
+        f"{start}-prefix_hm-samples_3-seed_1-grids_2",
+        f"{start}-samples_3-grids_2",
+        f"{start}-samples_3-grids_2-needles_2",
+        f"{start}-samples_3-images_1_2-grids_2",
+    ]
+    assert evaluation_name(complete(Config(), mmneedle), mmneedle) == start, "the name of an evaluation at its defaults"
+    assert evaluation_name(complete(Config(protocol="quadrant"), mmneedle), mmneedle) == "mmneedle-quadrant-haystack"
+    assert evaluation_name(Config(benchmark="pope", samples=5), pope) == "pope-samples_5"
+
+
+def test_folders_of_an_older_version_are_scored_and_compared(tiny_model, folder, capsys):
+    evaluate(f"--model={tiny_model}", "--grids=2", "--samples=3", "--output_dir=new")
+    shutil.copytree("new", "old")
+    record = read_json("old/eval.json")
+    record["config"] = {"pictures" if k == "image_folder" else k: v for k, v in record["config"].items()}
+    write_json("old/eval.json", record)
+    assert "1x2x2" in evaluate("--score", "old", "new", capsys=capsys)
+    assert "McNemar p = 1" in evaluate("--compare", "old", "new", capsys=capsys)
 
 
 def test_several_pictures_and_needles(tiny_model, folder, capsys):
@@ -332,10 +368,13 @@ def test_trained_again_is_another_model(tiny_model, folder):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
     assert hash_weights(str(tiny_model)) != base, "a base trained anew in place has the same size"
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    told = output_folder(Config(), mmneedle, str(folder / "run"))
+    told = output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
     assert told.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
     write_json(folder / "run" / "run.json", {"base_model": str(tiny_model)})
-    assert output_folder(Config(), mmneedle, str(folder / "run")) == folder / "run/eval/mmneedle-finetuned-haystack"
+    assert (
+        output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
+        == folder / "run/eval/mmneedle-finetuned-haystack"
+    )
 
 
 def test_faults_are_one_line(tiny_model, folder, capsys):
@@ -349,7 +388,7 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
     assert "10x2x2/0 and 19 other questions do not fit: 10 images of 16 tokens (32 px)" in told
     assert "the model has 100: take fewer images" in told
     assert not (folder / "out").exists(), "refused before anything is written"
-    assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant")
+    assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant", "--grids=4")
     assert "takes two runs" in refused(capsys, "--compare", "a", "b", "c")
     assert "takes two runs" in refused(capsys, "--compare") and "--score: names no" in refused(capsys, "--score")
     assert "--skip_none: means nothing to --benchmark=pope" in refused(
