@@ -124,6 +124,7 @@ def describe(config: Config, benchmark: ModuleType, record: dict, questions: lis
 @one_line_errors
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    comparisons = Path(config.output_dir or "runs/comparisons")
     if config.compare is not None:
         if len(config.compare) != 2:
             raise UserError(f"--compare takes two runs or two quoted patterns, not {len(config.compare)}")
@@ -132,7 +133,7 @@ def main():
     if config.score is not None:
         if not config.score:
             raise UserError("--score: names no folder of answers")
-        print(*report([Path(folder) for folder in config.score], config.skip_none), sep="\n")
+        print(*report([Path(folder) for folder in config.score], config.skip_none, comparisons), sep="\n")
         return
     benchmark = BENCHMARKS[config.benchmark]
     check_flags(config, benchmark)
@@ -144,7 +145,11 @@ def main():
         raise UserError(f"{config.data}: holds no question for these settings")
     folders = [evaluate(config, accelerator, name, questions) for name in config.model]
     if accelerator.is_main_process:
-        print(*report(folders, config.skip_none), *(f"\nanswers, scores, plots: {f}" for f in folders), sep="\n")
+        print(
+            *report(folders, config.skip_none, comparisons),
+            *(f"\nanswers, scores, plots: {f}" for f in folders),
+            sep="\n",
+        )
 
 
 if __name__ == "__main__":

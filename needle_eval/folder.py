@@ -36,7 +36,8 @@ NAME_LENGTH = 40  # of a flag's value in a folder's name
 
 def slug(name: str) -> str:
     """A model's name as part of a file name."""
-    return re.sub(r"[^\w.-]+", "-", name.removeprefix("./").removeprefix("runs/").removeprefix("assets/").strip("/"))
+    name = re.sub(r"[^\w.-]+", "-", name.removeprefix("./").removeprefix("runs/").removeprefix("assets/").strip("/"))
+    return name.lstrip(".-") or "model"  # ".." is a folder
 
 
 def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:

@@ -13,13 +13,14 @@ from plots import COLOURS, STYLE
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
+PERCENT = matplotlib.ticker.PercentFormatter(1.0)
 NEEDLE_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
     "needle", ["#F0496E", "#EBB839", "#0CD79F"], bad="0.85"
 )
 
 
 def draw_haystacks(scores: dict[str, dict], folder: Path):
-    """cells.png, exact answers by the needle's cell; with several images depths.png, by the needle's image."""
+    """cells.png, needles found by their cell; with several images depths.png, by their image."""
     positives = {name: found["positive"] for name, found in scores.items() if "positive" in found}
     if not positives:
         return
@@ -43,10 +44,24 @@ def draw_cells(positives: dict[str, dict], path: Path):
         side = math.isqrt(len(found["cells"]))
         rates = np.array([cell["rate"] if cell["n"] else math.nan for cell in found["cells"]]).reshape(side, side)
         image = draw_heat_map(panel, rates)
-        panel.set(xlabel="column", ylabel="row", title=f"{name}, n = {found['n']:,}")
-    figure.colorbar(image, ax=axes, label="exact answers", format=matplotlib.ticker.PercentFormatter(1.0))
+        panel.set(xlabel="column", ylabel="row")
+        panel.set_title(cells_title(name, found), fontsize=9)
+    figure.colorbar(image, ax=axes, label=needles_label(positives), format=PERCENT)
     figure.savefig(path)
     plt.close(figure)
+
+
+def cells_title(name: str, found: dict) -> str:
+    """The setting, and how many needles its map counts: several of one question where it has several."""
+    needles = sum(cell["n"] for cell in found["cells"])
+    more = f"{needles:,} needles in {found['n']:,} questions"
+    return f"{name}\n" + (more if needles > found["n"] else f"n = {needles:,}")
+
+
+def needles_label(positives: dict[str, dict]) -> str:
+    """What the maps show: with one needle a question exact answers, with several each needle for itself."""
+    several = any("individual exact" in found for found in positives.values())
+    return "needles found, each counted for itself" if several else "exact answers"
 
 
 def draw_depths(positives: dict[str, dict], path: Path):
@@ -56,11 +71,12 @@ def draw_depths(positives: dict[str, dict], path: Path):
     for column, found in enumerate(positives.values()):
         for depth, entry in enumerate(found["depths"]):
             rates[depth, column] = math.nan if entry["rate"] is None else entry["rate"]
-    figure, panel = plt.subplots(figsize=(1.6 + 1.0 * len(positives), 1.2 + 0.34 * deepest), layout="constrained")
+    size = (1.9 + 1.0 * len(positives), max(3.4, 1.6 + 0.34 * deepest))
+    figure, panel = plt.subplots(figsize=size, layout="constrained")
     image = draw_heat_map(panel, rates)
     panel.set(xlabel="images x cells", ylabel="needle in image")
     panel.set_xticks(range(len(positives)), list(positives))
-    figure.colorbar(image, ax=panel, label="exact answers", format=matplotlib.ticker.PercentFormatter(1.0))
+    figure.colorbar(image, ax=panel, label=needles_label(positives), format=PERCENT)
     figure.savefig(path)
     plt.close(figure)
 
@@ -109,7 +125,7 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
             panel.set_title(f"{panel_title} (n = {', '.join(f'{n:,}' for n in counts)})", fontsize=9)
             panel.set(xlabel="images x cells", xlim=(-0.5, len(settings) - 0.5), ylim=(-0.02, 1.02))
             panel.set_xticks(range(len(settings)), settings)
-            panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+            panel.yaxis.set_major_formatter(PERCENT)
         figure.suptitle(title, fontsize=9)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
         figure.savefig(path)

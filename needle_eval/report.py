@@ -16,6 +16,7 @@ from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, pa
 # its folders. It may have more: complete_flags(config), prepare_rows(rows), describe(config, image_size,
 # num_image_tokens), HAS_CELLS, LONG_QUESTIONS_ARE_WRONG.
 BENCHMARKS: dict[str, ModuleType] = {"mmneedle": mmneedle, "pope": pope, "mm-niah": mm_niah}
+NAME_LENGTH = 120  # of the models' names in a figure's file name
 MACHINE = ("device", "processes")  # fields of eval.json that scores.json leaves out
 
 
@@ -46,8 +47,11 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     return record, scores | {"decoding": record["decoding"]} | ({"attention": attention} if attention else {})
 
 
-def report(folders: list[Path], skip_none: bool) -> list[str]:
-    """The table of all folders side by side, after what was asked and how."""
+def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]:
+    """The table of all folders side by side, after what was asked and how.
+
+    Where models are drawn side by side, the figure of one folder is in its plots/, that of several in `comparisons`.
+    """
     scored = [score_folder(folder, skip_none) for folder in folders]
     record = scored[0][0]
     if any(changed_fields(record, other, ("benchmark", "config")) for other, _ in scored):
@@ -60,10 +64,16 @@ def report(folders: list[Path], skip_none: bool) -> list[str]:
     line = f"benchmark {record['benchmark']}, data {config['data']}, prefix {config['prefix']!r}"
     line += f", protocol {config['protocol']}" if "protocol" in config else ""
     line += ", broken questions skipped" if skip_none else ""
+    lines = [line, *benchmark.format_table(scores_by_model)]
     if hasattr(benchmark, "HAS_CELLS"):
         title = f"MMNeedle's questions, protocol {config['protocol']}, data {config['data']}"
-        plots.draw_side_by_side(scores_by_model, folders[-1] / "plots" / "accuracy.png", title)
-    return [line, *benchmark.format_table(scores_by_model)]
+        for folder, (name, scores) in zip(folders, scores_by_model.items(), strict=True):
+            plots.draw_side_by_side({name: scores}, folder / "plots" / "accuracy.png", title)
+        if len(folders) > 1:
+            figure = comparisons / f"{'-'.join(slug(name) for name in names)[:NAME_LENGTH]}-accuracy.png"
+            plots.draw_side_by_side(scores_by_model, figure, title)
+            lines.append(f"\nside by side: {figure}")
+    return lines
 
 
 # ---- one arm against the other
@@ -87,8 +97,9 @@ def compare(first: str, second: str) -> list[str]:
         few = f"mean; interval and test need {MIN_SEEDS} seeds"
         lines.append(f"\nover {len(pairs)} seeds: {tested if len(pairs) >= MIN_SEEDS else few}")
         lines += [format_seeds(name, over) for name, over in written["over seeds"].items()]
-    write_json(pairs[-1][1] / "comparison.json", written)
-    return lines
+    file = pairs[-1][1] / "comparison.json"
+    write_json(file, written)
+    return [*lines, f"\nwritten: {file}"]
 
 
 def compare_answers(first: list[dict], second: list[dict], benchmark: ModuleType) -> dict[str, dict]:

@@ -24,6 +24,7 @@ from haystack import read_pool
 from needle_eval import mm_niah, mmneedle, pope
 from needle_eval.folder import complete, evaluation_name, hash_weights, output_folder, slug
 from needle_eval.mmneedle_build import build_haystacks
+from needle_eval.plots import cells_title, needles_label
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -152,6 +153,11 @@ def test_several_pictures_and_needles(tiny_model, folder, capsys):
     assert Image.open(folder / "out" / "plots" / "depths.png").size[0] > 200
     rows = rows_of(folder / "out")
     assert {len(row["images"]) for row in rows if row["setting"].startswith("3x")} == {3}
+    two, one = scores["1x2x2 K=2"]["positive"], scores["1x2x2"]["positive"]
+    assert cells_title("1x2x2 K=2", two) == "1x2x2 K=2\n8 needles in 4 questions"
+    assert cells_title("1x2x2", one) == "1x2x2\nn = 4"
+    assert needles_label({"a": one, "b": two}) == "needles found, each counted for itself"
+    assert needles_label({"a": one}) == "exact answers"
     assert all(row["ground_truth"].count("; ") == 1 for row in rows if row["setting"].endswith("K=2"))
 
 
@@ -162,7 +168,12 @@ def test_models_side_by_side_and_compared(tiny_model, folder, capsys):
     )
     places = [folder / "out" / slug(str(model)) for model in models]
     assert all((place / "answers.jsonl").exists() for place in places) and "paligemma-nano" in out
+    figure = next(folder.glob("out/*-accuracy.png"))
+    assert f"side by side: {figure.relative_to(folder)}" in out, "announced, and in no model's own folder"
+    own = [(place / "plots" / "accuracy.png").read_bytes() for place in places]
+    assert own[0] != own[1] != figure.read_bytes() and Image.open(figure).size[0] > 300
     told = evaluate("--compare", *places, capsys=capsys)
+    assert f"written: {places[1] / 'comparison.json'}" in told
     found = read_json(places[1] / "comparison.json")["by pair"][0]["1x2x2 positive"]
     assert found["second"]["right"] >= 8 > found["first"]["right"], "the embedded model finds, a random one does not"
     assert found["only second"] - found["only first"] == found["second"]["right"] - found["first"]["right"]
