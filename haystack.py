@@ -5,17 +5,18 @@ which cell it describes. "index, row, column" count from 1; "-1" says that no ce
 """
 
 import hashlib
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import pyarrow.parquet
 from PIL import Image
 
 from errors import UserError
-from files import open_image, read_json
+from files import decode_typed, open_image, read_bytes, read_typed, resolve_inside
 
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
 TEST_SHARE = 5  # a fifth of the captions of one's own images is for testing
@@ -73,39 +74,48 @@ def read_captioned_images(source: str | Path) -> list[PoolImage]:
         raise UserError(f"{source}: no captioned image: give captions.json, a .txt beside each image, or a .jsonl")
     images = []
     for name, caption in sorted(captions.items()):
+        try:
+            resolve_inside(folder, name)
+        except UserError as error:
+            raise UserError(f"{source}: image {error}") from error
         if not (folder / name).is_file():
             raise UserError(f"{source}: image {folder / name} does not exist: correct the entry of its caption")
-        if not isinstance(caption, str) or not caption.strip():
+        if not caption.strip():
             raise UserError(f"{source}: image {name} has no caption: write one or remove the image")
         is_test = hashlib.sha256(caption.strip().encode()).digest()[0] < TEST_BYTES
         images.append(PoolImage(folder / name, caption.strip(), name, source.stem, "test" if is_test else "train"))
     return images
 
 
+class CaptionRow(msgspec.Struct):
+    """One line of a jsonl file of captioned images."""
+
+    image: Annotated[str, msgspec.Meta(min_length=1)]
+    caption: str
+
+
 def read_caption_texts(source: Path) -> dict[str, str]:
     """Image path, relative to its folder -> caption."""
     if source.is_dir():
         if (source / "captions.json").is_file():
-            return read_json(source / "captions.json")
+            return read_typed(source / "captions.json", dict[str, str], "give {file name: caption}")
         files = [file for file in source.rglob("*") if file.suffix.lower() in Image.registered_extensions()]
         texts = {str(file.relative_to(source)): file.with_suffix(".txt") for file in files}
         return {name: read_text(text).strip() for name, text in texts.items() if text.is_file()}
     captions = {}
-    for number, line in enumerate(read_text(source).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            captions[row["image"]] = row["caption"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{source}:{number}: not a json object of image and caption: correct the line") from error
+    for number, line in enumerate(read_bytes(source).splitlines(), 1):
+        if line.strip():
+            row = decode_typed(line, CaptionRow, f"{source}:{number}", "give a JSON object of image and caption a line")
+            captions[row.image] = row.caption
     return captions
 
 
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file. Raises UserError when it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}): give captions in UTF-8, or a folder of images") from error
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: cannot be read ({error}): give captions in UTF-8") from error
 
 
 # ---- haystacks

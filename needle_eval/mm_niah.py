@@ -12,10 +12,20 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from errors import UserError
-from needle_eval.questions import Question, check_some_image_exists, check_unique_ids, read_lines
+from files import decode_typed
+from needle_eval.questions import (
+    ROW_FIX,
+    Question,
+    check_inside,
+    check_some_image_exists,
+    check_unique_ids,
+    read_rows,
+)
 from needle_eval.statistics import mean_rate
 
 if TYPE_CHECKING:
@@ -60,72 +70,87 @@ def task_files(path: Path) -> dict[str, Path]:
     return {named[0]: path}
 
 
+Depth = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Length = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]  # written back as it was read
+
+
+class NiahMeta(msgspec.Struct):
+    """What a row says about its document and its choices."""
+
+    context_length: Length
+    placed_depth: Depth | Annotated[list[Depth], msgspec.Meta(min_length=1)]
+    choices: list[str] | None = None
+    choices_image_path: list[str] | None = None
+
+
+class NiahRow(msgspec.Struct):
+    """One line of a released file."""
+
+    id: int | str
+    images_list: list[str]
+    context: str
+    question: str
+    answer: int | str | list[int]
+    meta: NiahMeta
+
+
 def read_task(file: Path, task: str, images: Path, prefix: str = "", limit: int = 0) -> list[Question]:
     """The first `limit` questions (0: all) of a task's file. Images are below `images` and are not opened here.
 
-    Raises UserError that names the file and line of a bad row.
+    Raises UserError that names the file and line of a bad row, also for an image outside `images`.
     """
-    questions = [read_row(name, task, line, images, prefix) for name, line in read_lines(file, limit, SOURCE)]
-    if not questions:
-        raise UserError(f"{file}: holds no question: take the file from the release, or leave {task} out")
+    rows = read_rows(file, NiahRow, limit, f"{SOURCE}; or leave {task} out")
+    questions = [make_question(name, task, row, images, prefix) for name, row in rows]
     check_unique_ids(questions, file)
     return questions
 
 
-def read_row(name: str, task: str, line: str, images: Path, prefix: str) -> Question:
-    """The question of one line; `name` is its file and number."""
-    fix = "correct or delete the line"
-    try:
-        row = json.loads(line)
-        meta = row["meta"]
-        fields = {
-            "question_id": row["id"],
-            "context_length": meta["context_length"],
-            "placed_depth": meta["placed_depth"],
-        }
-        answer = row["answer"]
-        if task.startswith("counting") and isinstance(answer, str):
-            answer = json.loads(answer)  # some released files have the list as a string
-        question, paths = build_question(row)
-        depth_bin(fields["placed_depth"])  # both raise for what has no bin
-        context_bin(fields["context_length"])
-        prompt = row["context"] + "\n" + question
-        files = tuple(str(images / path) for path in paths)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{name}: no MM-NIAH row ({type(error).__name__}: {error}): {fix}") from error
-    choices = len(meta.get("choices") or meta.get("choices_image_path") or ())
+def make_question(name: str, task: str, row: NiahRow, images: Path, prefix: str) -> Question:
+    """The question of one row; `name` is its file and line."""
+    answer, meta = row.answer, row.meta
+    if task.startswith("counting") and isinstance(answer, str):  # some released files have the list as a string
+        answer = decode_typed(answer.encode("utf-8", "replace"), list[int], f"{name}, answer", ROW_FIX)
+    if meta.choices and meta.choices_image_path:
+        raise UserError(f"{name}: choices and choices_image_path exclude each other: {ROW_FIX}")
+    choices = len(meta.choices or meta.choices_image_path or ())
     if not answer_fits(task, answer, choices):
-        raise UserError(f"{name}: answer {answer!r} is none for {task} with {choices} choices: {fix}")
+        raise UserError(f"{name}: answer {answer!r} is none for {task} with {choices} choices: {ROW_FIX}")
+    question, paths = build_question(row)
+    prompt = f"{row.context}\n{question}"
     if prompt.count(IMAGE_MARK) != len(paths):
-        raise UserError(f"{name}: {prompt.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(paths)} images: {fix}")
+        marks = f"{prompt.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(paths)} images"
+        raise UserError(f"{name}: {marks}: {ROW_FIX}")
+    check_inside(images, paths, name)
     return Question(
-        id=f"mm-niah/{task}/{row['id']}",
+        id=f"mm-niah/{task}/{row.id}",
         setting=task,
-        images=files,
+        images=tuple(str(images / path) for path in paths),
         prompt=prefix + flatten_prompt(prompt),
         ground_truth=answer,
         max_new_tokens=MAX_NEW_TOKENS_COUNTING if task.startswith("counting") else MAX_NEW_TOKENS,
-        fields=fields | {"question": question, "answer": answer},
+        fields={
+            "question_id": row.id,
+            "context_length": meta.context_length,
+            "placed_depth": meta.placed_depth,
+            "question": question,
+            "answer": answer,
+        },
     )
 
 
-def build_question(row: dict) -> tuple[str, list[str]]:
+def build_question(row: NiahRow) -> tuple[str, list[str]]:
     """A row's question with its choices and the official instruction, and all its images in prompt order.
 
-    The official prompt is context, newline, question (get_input in utils/tools.py of OpenGVLab/MM-NIAH). Raises
-    ValueError for choices of both kinds.
+    The official prompt is context, newline, question (get_input in utils/tools.py of OpenGVLab/MM-NIAH).
     """
-    meta, images = row["meta"], list(row["images_list"])
-    choices, choice_images = meta.get("choices"), meta.get("choices_image_path")
-    if choices and choice_images:
-        raise ValueError("choices and choices_image_path exclude each other")
-    shown = [IMAGE_MARK] * len(choice_images) if choice_images else choices or []
-    lines = [row["question"], *(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(shown))]
+    choice_images = row.meta.choices_image_path or []
+    shown = [IMAGE_MARK] * len(choice_images) if choice_images else row.meta.choices or []
+    lines = [row.question, *(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(shown))]
     if shown:
         lines.append("Answer with the option's letter from the given choices directly.")
     else:
         lines.append("Answer the question using a single word or phrase.")
-    return "\n".join(lines), images + list(choice_images or [])
+    return "\n".join(lines), row.images_list + choice_images
 
 
 def flatten_prompt(prompt: str) -> str:

@@ -7,17 +7,20 @@ No torch is imported here.
 """
 
 import gzip
-import json
 import math
 import pickle
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from errors import UserError
-from files import write_json
+from files import decode_typed, one_line, read_bytes, resolve_inside, write_json
+from files import describe as describe_error
 from needle_eval.mmneedle_build import build_haystacks
 from needle_eval.mmneedle_prompts import (
     ABSENT,
@@ -35,6 +38,7 @@ from needle_eval.statistics import rate
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
+T = TypeVar("T")
 FLAGS = ("split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
 NAME_FLAGS = ("protocol", "data", "split")  # whose values are always part of an evaluation folder's name
 GRIDS, QUADRANT_GRIDS = (2, 4), (2,)  # where --grids is left empty
@@ -68,6 +72,16 @@ def load_questions(config: "Config") -> list[Question]:
     return questions
 
 
+class NeedleRow(msgspec.Struct):
+    """A question of the release; numbers count from 0 and are -1 for an absent needle, lists for several needles."""
+
+    image_ids: list[str]
+    index: int | list[int]
+    row: int | list[int]
+    col: int | list[int]
+    target: str | list[str]
+
+
 def read_questions(
     folder: str | Path, setting: Setting, protocol: str, samples: int = 0, per_cell: int = 0, prefix: str = ""
 ) -> list[Question]:
@@ -79,10 +93,10 @@ def read_questions(
     """
     check_protocol(protocol, setting)
     folder = Path(folder)
-    rows, captions = read_release(folder, setting.annotations), read_captions(folder)
+    rows, captions = read_release(folder, setting.annotations, list[dict[str, Any]]), read_captions(folder)
     kinds = {"positive": [], "negative": []}
-    for number, row in enumerate(rows if isinstance(rows, list) else [None], 1):
-        if not isinstance(row, dict) or not {"id", "index"} <= set(row):
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("id"), int | str) or "index" not in row:
             raise UserError(f"{folder}: {setting.annotations}, row {number} has no id or index: download it again")
         kinds["negative" if row["index"] == -1 or row["index"] == [-1] * setting.needles else "positive"].append(row)
     samples = samples or setting.default_samples
@@ -102,7 +116,7 @@ def read_questions(
 
 
 def ask(
-    folder: Path, setting: Setting, protocol: str, kind: str, row: dict, captions: dict, prefix: str
+    folder: Path, setting: Setting, protocol: str, kind: str, row: dict[str, Any], captions: dict[str, str], prefix: str
 ) -> Iterator[Question]:
     """The question of one row, or the two of `quadrant`."""
     fields = {
@@ -115,14 +129,17 @@ def ask(
     }
     images, ground_truth, prompts, fault = (), "", {"": ""}, ""
     try:
-        ground_truth = ground_truth_of(row, setting)
-        fields["caption"] = captions_of(row, captions, setting)
-        images = tuple(str(folder / path) for path in row["image_ids"])
-        if len(images) != setting.images:
-            raise ValueError(f"{len(images)} images where the setting has {setting.images}")
+        typed = msgspec.convert(row, NeedleRow)
+        ground_truth = ground_truth_of(typed, setting)
+        fields["caption"] = captions_of(typed, captions, setting)
+        if len(typed.image_ids) != setting.images:
+            raise UserError(f"{len(typed.image_ids)} images where the setting has {setting.images}")
+        for path in typed.image_ids:
+            resolve_inside(folder, path)
+        images = tuple(str(folder / path) for path in typed.image_ids)
         prompts = make_prompts(protocol, setting, fields["caption"])
-    except (KeyError, TypeError, ValueError) as error:
-        fault = f"{setting.annotations}, id {row['id']}: {type(error).__name__} {error}: correct the row"
+    except (UserError, msgspec.ValidationError) as error:
+        fault = f"{setting.annotations}, id {row['id']}: {describe_error(error)}: correct the row"
     for axis, prompt in prompts.items():
         yield Question(
             id=f"{setting}/{row['id']}/{axis}" if axis else f"{setting}/{row['id']}",
@@ -137,23 +154,29 @@ def ask(
         )
 
 
-def ground_truth_of(row: dict, setting: Setting) -> str:
-    """The official string: "index, row, column" from 1, "; " between needles; a negative reads "0, 0, 0"."""
-    columns = [row[key] if isinstance(row[key], list) else [row[key]] for key in ("index", "row", "col")]
-    needles = list(zip(*columns, strict=True))
-    if len(needles) != setting.needles:
-        raise ValueError(f"{len(needles)} needles where the setting has {setting.needles}")
-    for place in needles:
+def ground_truth_of(row: NeedleRow, setting: Setting) -> str:
+    """The official string: "index, row, column" from 1, "; " between needles; a negative reads "0, 0, 0".
+
+    Raises UserError for another number of needles and for a place outside the setting.
+    """
+    columns = [numbers if isinstance(numbers, list) else [numbers] for numbers in (row.index, row.row, row.col)]
+    if {len(numbers) for numbers in columns} != {setting.needles}:
+        raise UserError(f"{', '.join(str(len(c)) for c in columns)} numbers for {setting.needles} needles")
+    places = list(zip(*columns, strict=True))
+    for place in places:
         if place != (-1, -1, -1) and place not in setting.cells():
-            raise ValueError(f"place {place} is outside {setting}")
-    return "; ".join(", ".join(str(n + 1) for n in place) for place in needles)
+            raise UserError(f"place {place} is outside {setting}")
+    return "; ".join(", ".join(str(n + 1) for n in place) for place in places)
 
 
-def captions_of(row: dict, captions: dict, setting: Setting) -> list[str]:
-    """The captions of a row's targets."""
-    targets = row["target"] if isinstance(row["target"], list) else [row["target"]]
+def captions_of(row: NeedleRow, captions: dict[str, str], setting: Setting) -> list[str]:
+    """The captions of a row's targets. Raises UserError for another number of them or a missing caption."""
+    targets = row.target if isinstance(row.target, list) else [row.target]
     if len(targets) != setting.needles:
-        raise ValueError(f"{len(targets)} targets where the setting has {setting.needles} needles")
+        raise UserError(f"{len(targets)} targets where the setting has {setting.needles} needles")
+    missing = [target for target in targets if Path(target).name not in captions]
+    if missing:
+        raise UserError(f"target {missing[0]} has no caption")
     return [captions[Path(target).name] for target in targets]
 
 
@@ -164,8 +187,8 @@ def first_per_cell(rows: list[dict], setting: Setting, count: int) -> list[dict]
     taken = dict.fromkeys(setting.cells(), 0)
     chosen = []
     for row in rows:
-        cell = (row["index"], row.get("row"), row.get("col"))
-        if taken.get(cell, count) < count:
+        cell = tuple(row.get(key) for key in ("index", "row", "col"))
+        if all(isinstance(n, int) for n in cell) and taken.get(cell, count) < count:
             taken[cell] += 1
             chosen.append(row)
     if min(taken.values()) < count:
@@ -176,30 +199,33 @@ def first_per_cell(rows: list[dict], setting: Setting, count: int) -> list[dict]
 
 
 # ---- files of the release
-def read_release(folder: Path, name: str) -> object:
-    """A json file of the release: in metadata_stitched/, annotations_trainval/ or `folder` itself, plain or gzipped."""
-    for place in (folder / "metadata_stitched", folder / "annotations_trainval", folder):
-        for file, opened in ((place / name, open), (place / f"{name}.gz", gzip.open)):
-            if file.is_file():
-                try:
-                    with opened(file, "rt", encoding="utf-8") as stream:
-                        return json.load(stream)
-                except (OSError, EOFError, ValueError) as error:
-                    raise UserError(f"{file}: cannot be read ({error}): download it again") from error
-    raise UserError(f"{folder}: has no metadata_stitched/{name}: give the folder of MMNeedle's data, or other settings")
+def find_release(folder: Path, name: str) -> Path | None:
+    """Where a JSON file of the release is: metadata_stitched/, annotations_trainval/ or `folder`, plain or gzipped."""
+    places = (folder / "metadata_stitched", folder / "annotations_trainval", folder)
+    return next((f for place in places for f in (place / name, place / f"{name}.gz") if f.is_file()), None)
+
+
+def read_release(folder: Path, name: str, type_: type[T]) -> T:
+    """A JSON file of the release. Raises UserError when it is missing or holds anything else."""
+    file = find_release(folder, name)
+    if file is None:
+        raise UserError(f"{folder}: has no metadata_stitched/{name}: give MMNeedle's data folder, or other settings")
+    data = read_bytes(file)
+    try:
+        data = gzip.decompress(data) if file.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)}): download it again") from error
+    return decode_typed(data, type_, file, "download it again")
 
 
 def read_captions(folder: Path) -> dict[str, str]:
-    """File name -> caption: file_to_caption.pkl of the release, or the same as json."""
+    """File name -> caption: file_to_caption.pkl of the release, or the same as JSON."""
     file = folder / "annotations_trainval" / "file_to_caption.pkl"
     if file.is_file():
         return unpickle_captions(file)
     for name in ("file_to_caption.json", "captions.json"):
-        try:
-            return read_release(folder, name)
-        except UserError:
-            if (folder / name).is_file() or (folder / f"{name}.gz").is_file():
-                raise
+        if find_release(folder, name) is not None:
+            return read_release(folder, name, dict[str, str])
     raise UserError(f"{file}: not there: download MMNeedle's annotations_trainval")
 
 

@@ -7,10 +7,12 @@ downloaded. This is another benchmark than MMNeedle, and no haystack: one image,
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
 
 from errors import UserError
-from needle_eval.questions import Question, check_some_image_exists, check_unique_ids, read_lines
+from needle_eval.questions import Question, check_inside, check_some_image_exists, check_unique_ids, read_rows
 from needle_eval.statistics import rate
 
 if TYPE_CHECKING:
@@ -36,33 +38,40 @@ def load_questions(config: "Config") -> list[Question]:
     return questions
 
 
+class PopeRow(msgspec.Struct):
+    """One line of a released file."""
+
+    question_id: int | str
+    image: Annotated[str, msgspec.Meta(min_length=1)]
+    text: Annotated[str, msgspec.Meta(min_length=1)]
+    label: Literal["yes", "no"]
+
+
 def read_split(folder: Path, images: Path, split: str, prefix: str = "", limit: int = 0) -> list[Question]:
     """The first `limit` questions (0: all) of coco_pope_{split}.json in `folder`, or of the same file with .gz.
 
-    The file holds one json object a line: {"question_id", "image", "text", "label"}. `prefix` goes before each text.
-    Images are in the folder `images` and are not opened here. Raises UserError that names the file and line.
+    The file holds one JSON object a line. `prefix` goes before each text. Images are in the folder `images` and are not
+    opened here. Raises UserError that names the file and line, also for an image outside `images`.
     """
     path = folder / f"coco_pope_{split}.json"
     packed = path.with_suffix(".json.gz")
     if packed.is_file() and not path.is_file():
         path = packed
-    questions = [read_row(name, split, line, images, prefix) for name, line in read_lines(path, limit, SOURCE)]
-    if not questions:
-        raise UserError(f"{path}: holds no question: {SOURCE}")
+    questions = []
+    for name, row in read_rows(path, PopeRow, limit, SOURCE):
+        check_inside(images, [row.image], name)
+        questions.append(
+            Question(
+                id=f"pope/{split}/{row.question_id}",
+                setting=split,
+                images=(str(images / row.image),),
+                prompt=prefix + row.text,
+                ground_truth=row.label,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )
+        )
     check_unique_ids(questions, path)
     return questions
-
-
-def read_row(name: str, split: str, line: str, images: Path, prefix: str) -> Question:
-    """The question of one line; `name` is its file and number."""
-    try:
-        row = json.loads(line)
-        number, image, text, label = (row[key] for key in ("question_id", "image", "text", "label"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: no row of question_id, image, text, label ({error}): correct or delete it") from error
-    if label not in ("yes", "no") or not (isinstance(image, str) and image and isinstance(text, str) and text):
-        raise UserError(f"{name}: image and text must be strings, and label yes or no: correct or delete the line")
-    return Question(f"pope/{split}/{number}", split, (str(images / image),), prefix + text, label, MAX_NEW_TOKENS)
 
 
 # ---- answers

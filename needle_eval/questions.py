@@ -5,12 +5,15 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from PIL import Image
 
 from errors import UserError
-from files import open_image
+from files import decode_typed, one_line, open_image, read_bytes, resolve_inside
+
+T = TypeVar("T")
+ROW_FIX = "correct or delete the line"
 
 
 class OpenableImage(Protocol):
@@ -61,19 +64,31 @@ def check_some_image_exists(questions: list[Question], fix: str):
         raise UserError(f"{min(paths)}: none of {len(paths):,} images exists: {fix}")
 
 
-# ---- question files
-def read_lines(path: Path, limit: int, fix: str) -> list[tuple[str, str]]:
-    """The first `limit` lines (0: all) of a text file, plain or .gz, blank ones left out, as ("path:number", line).
+def check_inside(folder: Path, names: list[str], source: str):
+    """Raise UserError, `source` at its front, when one of these file names leaves `folder`, also through a link."""
+    for name in names:
+        try:
+            resolve_inside(folder, name)
+        except UserError as error:
+            raise UserError(f"{source}: image {error}") from error
 
-    Raises UserError with `fix` at its end when the file cannot be read.
+
+# ---- question files
+def read_rows(path: Path, type_: type[T], limit: int, fix: str) -> list[tuple[str, T]]:
+    """The first `limit` rows (0: all) of a file of JSON lines, plain or .gz, as ("path:number", row of `type_`).
+
+    Blank lines are left out. Raises UserError with `fix` at its end when the file cannot be read or holds no row, and
+    with the line's number for a row of another type.
     """
+    data = read_bytes(path)
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): {fix}") from error
-    lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return lines[: limit or None]
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}): {fix}") from error
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{path}: holds no question: {fix}")
+    return [(name, decode_typed(line, type_, name, ROW_FIX)) for name, line in numbered[: limit or None]]
 
 
 def check_unique_ids(questions: list[Question], source: str | Path):

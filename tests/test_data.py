@@ -108,7 +108,7 @@ def test_haystacks_of_one_s_own_images(tmp_path):
         assert sets["2x2 absent"].get(0, i).suffix == "-1"
     (tmp_path / "0.txt").write_text(" A dog\nruns. ")
     assert needle_prompt(read_captioned_images(tmp_path)[0].caption) == "answer en where is A dog runs?"
-    with pytest.raises(UserError, match="0.txt:1: not a json object of image and caption"):
+    with pytest.raises(UserError, match="0.txt:1: not valid JSON"):
         make_data(Config(data=f"haystack:{tmp_path / '0.txt'}"))
 
 

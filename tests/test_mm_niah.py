@@ -110,20 +110,21 @@ def test_a_folder_or_a_file_and_the_limit_is_per_task(tmp_path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ("{", "jsonl:1: no MM-NIAH row"),
-        ("[]", "jsonl:1: no MM-NIAH row"),
-        ({k: v for k, v in ROW.items() if k != "meta"}, "KeyError: 'meta'"),
+        ("{", "jsonl:1: not valid JSON"),
+        ("[]", "jsonl:1: Expected object, got array"),
+        ({k: v for k, v in ROW.items() if k != "meta"}, "missing required field meta"),
         (ROW | {"images_list": ["a.jpg"]}, "jsonl:1: 2 <image> marks for 1 images"),
         (ROW | {"question": "Which <image>?"}, "jsonl:1: 3 <image> marks for 2 images"),
-        (ROW | {"images_list": [1, 2]}, "jsonl:1: no MM-NIAH row"),
-        (ROW | {"context": None}, "jsonl:1: no MM-NIAH row"),
+        (ROW | {"images_list": [1, 2]}, r"Expected str, got int - at \$.images_list"),
+        (ROW | {"context": None}, r"Expected str, got null - at \$.context"),
+        (ROW | {"images_list": ["a.jpg", "../b.jpg"]}, "jsonl:1: image ../b.jpg: is outside the folder images"),
         (ROW | {"answer": 1}, "answer 1 is none for retrieval-text with 0 choices"),
         (ROW | {"answer": ""}, "answer '' is none"),
         (ROW | {"answer": 2, "meta": META | {"choices": ["a", "b"]}}, "answer 2 is none for retrieval-text with 2"),
         (ROW | {"meta": META | {"choices": ["a"], "choices_image_path": ["b"]}}, "exclude each other"),
-        (ROW | {"meta": META | {"placed_depth": 1.2}}, r"placed_depth 1.2 lies outside \[0, 1\]"),
-        (ROW | {"meta": META | {"placed_depth": []}}, "ZeroDivisionError"),
-        (ROW | {"meta": META | {"context_length": "long"}}, "jsonl:1: no MM-NIAH row"),
+        (ROW | {"meta": META | {"placed_depth": 1.2}}, r"Expected float <= 1.0 - at \$.meta.placed_depth"),
+        (ROW | {"meta": META | {"placed_depth": []}}, "Expected array of length >= 1"),
+        (ROW | {"meta": META | {"context_length": "long"}}, r"got str - at \$.meta.context_length"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, told):
@@ -132,7 +133,7 @@ def test_bad_rows_are_named(tmp_path, row, told):
 
 
 def test_other_faults_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"\[1, 'two'\] is none for counting-text"):
+    with pytest.raises(UserError, match=r"Expected int, got str - at \$.answer\[1\]"):
         read_one(tmp_path, ROW | {"answer": [1, "two"]}, "counting-text")
     with pytest.raises(UserError, match=r"answer \[\] is none for counting-image"):
         read_one(tmp_path, ROW | {"answer": []}, "counting-image")

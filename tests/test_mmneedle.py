@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -249,9 +250,37 @@ def test_broken_rows_become_questions_that_count_as_wrong(tmp_path):
     questions = read_questions(tmp_path, Setting(1, 2), "official", samples=10)
     assert [q.fields["kind"] for q in questions] == ["positive"] * 5 + ["negative"]
     assert [bool(q.error) for q in questions] == [False, True, True, True, True, False]
-    assert "id 1: KeyError 'lost.jpg'" in questions[1].error and "outside 1x2x2" in questions[2].error
+    assert (
+        "id 1: target val2014/lost.jpg has no caption" in questions[1].error
+        and "is outside 1x2x2" in questions[2].error
+    )
     assert questions[0].ground_truth == "1, 2, 1" and questions[0].prompt.endswith("Caption:  A cat. ")
     assert questions[0].images == (str(tmp_path / "images_stitched/2_2/s.jpg"),)
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "link.png", "a/../../secret.png", "loop.png", "\0"])
+def test_images_outside_the_release_are_not_opened(tmp_path, path):
+    """Such a row is a question that counts as wrong, and its error names the path."""
+    release = tmp_path / "release"
+    release.mkdir()
+    (tmp_path / "secret.png").write_bytes(png("red"))
+    (release / "link.png").symlink_to(tmp_path / "secret.png")
+    (release / "loop.png").symlink_to(release / "loop.png")
+    write_release(release, [GOOD, GOOD | {"id": 1, "image_ids": [path]}], {"a.jpg": "A cat"})
+    good, bad = read_questions(release, Setting(1, 2), "official")
+    assert not good.error and bad.images == () and "id 1: " in bad.error and path.strip("\0") in bad.error
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png"])
+def test_captioned_images_outside_their_folder_are_refused(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "secret.png").write_bytes(png("red"))
+    (tmp_path / "mine" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "mine" / "captions.json").write_text(json.dumps({name: "a secret"}))
+    (tmp_path / "mine" / "rows.jsonl").write_text(json.dumps({"image": name, "caption": "a secret"}))
+    for source in (tmp_path / "mine", tmp_path / "mine" / "rows.jsonl"):
+        with pytest.raises(UserError, match=f"image {name}: is outside the folder"):
+            read_captioned_images(source)
 
 
 def test_a_pickle_that_could_run_code_is_refused(tmp_path):
@@ -311,7 +340,7 @@ def test_pictures_of_a_folder_and_of_a_jsonl(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"image": "05.png", "caption": "five"}\n')
     assert read_captioned_images(tmp_path / "rows.jsonl")[0].open().getpixel((0, 0)) == (5, 5, 5)
     (tmp_path / "rows.jsonl").write_text('{"image": "05.png"}\n')
-    with pytest.raises(UserError, match="rows.jsonl:1: not a json object of image and caption"):
+    with pytest.raises(UserError, match="rows.jsonl:1: Object missing required field caption: give a JSON object"):
         read_captioned_images(tmp_path / "rows.jsonl")
     (tmp_path / "captions.json").write_text(json.dumps({"lost.png": "gone"}))
     with pytest.raises(UserError, match="lost.png does not exist"):
@@ -397,13 +426,14 @@ def test_the_released_rows_read_as_they_are():
 
 @released
 def test_the_released_needles_lie_where_the_metadata_says():
-    cells = mmneedle.read_release(RELEASE, "2_2.json")
+    cells = mmneedle.read_release(RELEASE, "2_2.json", dict)
     captions = mmneedle.read_captions(RELEASE)
-    for row in mmneedle.read_release(RELEASE, "annotations_1_2_2.json"):
+    for row in mmneedle.read_release(RELEASE, "annotations_1_2_2.json", list[dict]):
         shown = cells[Path(row["image_ids"][0]).name]
         caption = captions[Path(row["target"]).name]
         if row["index"] == -1:
-            assert row["target"] not in shown.values() and ground_truth_of(row, Setting(1, 2)) == "0, 0, 0"
+            typed = msgspec.convert(row, mmneedle.NeedleRow)
+            assert row["target"] not in shown.values() and ground_truth_of(typed, Setting(1, 2)) == "0, 0, 0"
         else:
             assert shown[f"{row['row']}_{row['col']}"] == row["target"]
             assert [captions[Path(name).name] for name in shown.values()].count(caption) == 1

@@ -79,11 +79,13 @@ def test_the_limit_is_per_split_and_gz_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ("{broken", "json:2: no row of question_id, image, text, label"),
-        ("[1]", "json:2: no row"),
-        ({k: v for k, v in ROW.items() if k != "label"}, "json:2: no row of .*'label'"),
-        (ROW | {"label": "maybe"}, "json:2: .* label yes or no"),
-        (ROW | {"image": 7}, "json:2: image and text must be strings"),
+        ("{broken", "json:2: not valid JSON"),
+        ("[1]", "json:2: Expected object, got array: correct or delete"),
+        ({k: v for k, v in ROW.items() if k != "label"}, "json:2: Object missing required field label"),
+        (ROW | {"label": "maybe"}, "json:2: Invalid enum value 'maybe' - at \\$.label"),
+        (ROW | {"image": 7}, "json:2: Expected str, got int - at \\$.image"),
+        (ROW | {"image": "../b.jpg"}, "json:2: image ../b.jpg: is outside the folder x"),
+        (ROW | {"image": "/etc/passwd"}, "json:2: image /etc/passwd: is outside the folder x"),
         (ROW, "pope/random/1 is there more than once"),
     ],
 )
