@@ -12,16 +12,17 @@ Every file says which benchmark ran: `mmneedle` is arXiv 2406.11230 (and other i
 arXiv 2406.07230, another one, `pope` is arXiv 2305.10355. An interrupted evaluation continues.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
 
 import tyro
 from accelerate import Accelerator
+from msgspec import Meta
 
 from errors import UserError, one_line_errors
-from files import write_json
+from files import check_ranges, write_json
 from models import classes_of
 from needle_eval.folder import complete, make_record, open_folder, output_folder
 from needle_eval.needle_attention import measure_needle_attention
@@ -30,14 +31,17 @@ from needle_eval.report import BENCHMARKS, compare, report
 from needle_eval.runner import Answerer, answer_questions, mark_too_long
 from run_folder import choose_dtype, make_accelerator
 
+Whole, Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
+Side = Annotated[int, Meta(ge=1, le=1000)]
+
 
 @dataclass
 class Config:
     # --- what answers
     model: tuple[str, ...] = ("assets/paligemma-nano",)  # hub ids, model folders or run folders, side by side
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
-    batch_size: int = 64  # questions answered at once
-    workers: int = 0  # processes that read images
+    batch_size: Count = 64  # questions answered at once
+    workers: Whole = 0  # processes that read images
     # --- what is asked
     benchmark: Literal["mmneedle", "pope", "mm-niah"] = "mmneedle"  # MMNeedle 2406.11230, POPE, MM-NIAH 2406.07230
     data: str = "haystack"  # haystack, haystack:IMAGES (a folder or jsonl with captions), or the benchmark's folder
@@ -46,15 +50,17 @@ class Config:
     image_folder: Annotated[str, tyro.conf.arg(aliases=["--pictures"])] = ""
     protocol: Literal["finetuned", "official", "rank", "quadrant", "detect"] = "finetuned"  # MMNeedle's question
     prefix: str = ""  # put before every prompt
-    images: tuple[int, ...] = (1,)  # MMNeedle: images a question
-    grids: tuple[int, ...] = ()  # cells along a side of an image; empty: 2 4, or 2 of quadrant
-    needles: tuple[int, ...] = (1,)  # captions a question
-    samples: int = 0  # positives, and negatives, a setting; 0: the benchmark's own number
-    per_cell: int = 0  # this many positives of every cell instead of the first ones
-    cell: int = 0  # side of a built cell in pixels; 0: 64 of the embedded pool, 256 of other images
+    images: tuple[Side, ...] = (1,)  # MMNeedle: images a question
+    grids: tuple[Side, ...] = ()  # cells along a side of an image; empty: 2 4, or 2 of quadrant
+    needles: tuple[Side, ...] = (1,)  # captions a question
+    samples: Whole = 0  # positives, and negatives, a setting; 0: the benchmark's own number
+    per_cell: Whole = 0  # this many positives of every cell instead of the first ones
+    cell: Annotated[int, Meta(ge=0, le=4096)] = (
+        0  # side of a built cell in pixels; 0: 64 of the embedded pool, 256 of other images
+    )
     seed: int = 0  # of built haystacks
     # --- what comes out
-    attention: int = 0  # measure attention on the needle with this many positives a setting
+    attention: Whole = 0  # measure attention on the needle with this many positives a setting
     skip_none: bool = False  # leave broken questions out of the denominators, as MMNeedle's own scorer does
     output_dir: str = ""  # empty: eval/ of the run folder, else runs/eval/MODEL
     overwrite: bool = False  # answer again what was answered already
@@ -66,15 +72,13 @@ class Config:
 
 def check_flags(config: Config, benchmark: ModuleType):
     """Raise UserError for values that no evaluation can have, and for flags that the benchmark would ignore."""
-    least = {"batch_size": 1, "workers": 0, "samples": 0, "per_cell": 0, "cell": 0, "attention": 0}
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise UserError(f"--{name}={getattr(config, name)}: must be at least {low}")
+    check_ranges(config)
     if not config.model:
         raise UserError("--model: names no model: give hub ids, model folders or run folders")
-    for name in ("attention", "skip_none"):
-        if getattr(config, name) and name not in benchmark.FLAGS:
-            raise UserError(f"--{name}: means nothing to --benchmark={config.benchmark}: leave it out")
+    others = {flag for other in BENCHMARKS.values() for flag in other.FLAGS} - set(benchmark.FLAGS)
+    for field in fields(config):
+        if field.name in others and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name}: means nothing to --benchmark={config.benchmark}: leave it out")
 
 
 def evaluate(config: Config, accelerator: Accelerator, name: str, questions: list[Question]) -> Path:

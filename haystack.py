@@ -5,6 +5,7 @@ which cell it describes. "index, row, column" count from 1; "-1" says that no ce
 """
 
 import hashlib
+import os
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def read_captioned_images(source: str | Path) -> list[PoolImage]:
             resolve_inside(folder, name)
         except UserError as error:
             raise UserError(f"{source}: image {error}") from error
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # False also for a name that no file can have
             raise UserError(f"{source}: image {folder / name} does not exist: correct the entry of its caption")
         if not caption.strip():
             raise UserError(f"{source}: image {name} has no caption: write one or remove the image")

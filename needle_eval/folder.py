@@ -9,17 +9,19 @@ import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 import torch
 from accelerate import Accelerator
 
 from checkpoint import locate, resolve_run
 from errors import UserError
-from files import read_json, read_json_lines, write_json
-from needle_eval.questions import Question
+from files import decode_typed, read_bytes, read_json, write_json
+from needle_eval.questions import Question, check_row
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import device_name, git_commit, portable_path, versions
 
@@ -31,13 +33,14 @@ UNNAMED = ("benchmark", "data", "image_folder")  # not in the name of a folder u
 NOT_ASKED = ("attention", "skip_none")  # flags of a benchmark that change no question
 COMPARED = ("benchmark", "model", "weights", "questions", "config", "dtype")  # one evaluation has one of each
 RENAMED = {"pictures": "image_folder"}  # older eval.json files have the first
+SLUG_LENGTH = 120
 NAME_LENGTH = 40  # of a flag's value in a folder's name
 
 
 def slug(name: str) -> str:
     """A model's name as part of a file name."""
     name = re.sub(r"[^\w.-]+", "-", name.removeprefix("./").removeprefix("runs/").removeprefix("assets/").strip("/"))
-    return name.lstrip(".-") or "model"  # ".." is a folder
+    return name[-SLUG_LENGTH:].lstrip(".-") or "model"  # ".." is a folder, and a file's name has a limit
 
 
 def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:
@@ -126,12 +129,31 @@ def hash_weights(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_record(folder: Path) -> dict:
-    """eval.json of a folder, fields of older files under their names of today."""
-    record = read_json(folder / "eval.json")
-    if "config" in record:
-        record["config"] = {RENAMED.get(key, key): value for key, value in record["config"].items()}
-    return record
+class AskedConfig(msgspec.Struct):
+    """What a table needs of the configuration in eval.json; older files may lack fields."""
+
+    data: str = ""
+    prefix: str = ""
+    protocol: str = ""
+
+
+class Record(msgspec.Struct):
+    """What scoring and comparing need of eval.json."""
+
+    benchmark: str
+    model: str = ""
+    questions: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    config: AskedConfig = msgspec.field(default_factory=AskedConfig)
+    decoding: Literal["greedy", "ranked"] = "greedy"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """eval.json of a folder, fields of older files under their names of today. Raises UserError for other types."""
+    file = folder / "eval.json"
+    record = read_json(file)
+    fields = msgspec.to_builtins(decode_typed(read_bytes(file), Record, file, "give a folder that eval_mmnih.py wrote"))
+    config = {RENAMED.get(key, key): value for key, value in record.get("config", {}).items()}
+    return fields | record | {"config": fields["config"] | config}
 
 
 def changed_fields(old: dict, new: dict, names: tuple[str, ...] = COMPARED) -> list[str]:
@@ -171,11 +193,21 @@ def open_folder(folder: Path, record: dict, overwrite: bool):
     write_json(file, record)
 
 
-def read_rows(folder: Path) -> list[dict]:
-    """All answer rows of a folder. Raises UserError where some are still missing."""
-    if not (folder / "answers.jsonl").is_file():
+def read_rows(folder: Path, row_type: type) -> list[dict[str, Any]]:
+    """All answer rows of a folder, checked against the benchmark's `AnswerRow`.
+
+    Raises UserError where some are still missing, and naming the line for a row that is no answer to its questions.
+    """
+    file = folder / "answers.jsonl"
+    if not file.is_file():
         raise UserError(f"{folder}: holds no answers.jsonl: give a folder that eval_mmnih.py wrote")
-    count, rows = read_record(folder).get("questions"), read_json_lines(folder / "answers.jsonl")
+    count, rows = read_record(folder)["questions"], []
+    for number, line in enumerate(read_bytes(file).splitlines(), 1):
+        rows.append(decode_typed(line, dict[str, Any], f"{file}:{number}", "delete the line"))
+        check_row(rows[-1], row_type, f"{file}:{number}")
     if count not in (None, len(rows)):
         raise UserError(f"{folder}: {len(rows):,} answers to {count:,} questions: run the evaluation again")
+    ids = Counter(row["id"] for row in rows)
+    if len(ids) < len(rows):
+        raise UserError(f"{file}: {ids.most_common(1)[0][0]} is answered more than once: delete the file")
     return rows

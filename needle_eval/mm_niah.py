@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
@@ -20,6 +20,7 @@ from errors import UserError
 from files import decode_typed
 from needle_eval.questions import (
     ROW_FIX,
+    AnswerRow,
     Question,
     check_inside,
     check_some_image_exists,
@@ -168,6 +169,23 @@ def answer_fits(task: str, answer: object, choices: int) -> bool:
 
 
 # ---- answers
+class NiahAnswer(AnswerRow, kw_only=True):
+    """The fields of an answer row that the scores are computed from."""
+
+    setting: Literal[
+        "retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image"
+    ]
+    ground_truth: int | Annotated[str, msgspec.Meta(min_length=1)] | Annotated[list[int], msgspec.Meta(min_length=1)]
+    context_length: Length
+    placed_depth: Depth | Annotated[list[Depth], msgspec.Meta(min_length=1)]
+    question_id: int | str
+    question: str
+    answer: int | str | list[int]
+
+
+ANSWER_ROW = NiahAnswer
+
+
 def score_answer(response: str | None, truth: object) -> float:
     """The official score of a response in [0, 1], by the type of the truth; None scores 0.
 

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -32,7 +32,7 @@ from needle_eval.mmneedle_prompts import (
     make_settings,
 )
 from needle_eval.mmneedle_rules import cell_of_box, is_well_formed, parse_lenient, prepare_rows, score_strict
-from needle_eval.questions import Question, check_some_image_exists, check_unique_ids
+from needle_eval.questions import AnswerRow, Question, check_some_image_exists, check_unique_ids
 from needle_eval.statistics import rate
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def read_questions(
     rows, captions = read_release(folder, setting.annotations, list[dict[str, Any]]), read_captions(folder)
     kinds = {"positive": [], "negative": []}
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("id"), int | str) or "index" not in row:
+        if type(row.get("id")) is not int or "index" not in row:
             raise UserError(f"{folder}: {setting.annotations}, row {number} has no id or index: download it again")
         kinds["negative" if row["index"] == -1 or row["index"] == [-1] * setting.needles else "positive"].append(row)
     samples = samples or setting.default_samples
@@ -249,6 +249,33 @@ def unpickle_captions(file: Path) -> dict[str, str]:
 
 
 # ---- answers
+Count = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+PLACES = r"^(\d{1,4}, \d{1,4}, \d{1,4}(; \d{1,4}, \d{1,4}, \d{1,4})*)?$"  # empty for a broken row without a place
+
+
+class NeedleAnswer(AnswerRow, kw_only=True):
+    """The fields of an answer row that the scores are computed from."""
+
+    ground_truth: Annotated[str, msgspec.Meta(pattern=PLACES)]
+    protocol: Literal["finetuned", "official", "rank", "quadrant", "detect"]
+    kind: Literal["positive", "negative"]
+    shape: tuple[Count, Count, Count]
+    row: int
+    target: object = None
+    caption: Annotated[list[str], msgspec.Meta(min_length=1)] | None = None
+    axis: Literal["rows", "columns"] | None = None
+
+    def __post_init__(self):
+        needles = self.ground_truth.count(";") + 1
+        if (self.ground_truth or self.response is not None) and needles != self.shape[2]:
+            raise ValueError(f"ground_truth has {needles} needles, shape {self.shape[2]}")
+        if not self.ground_truth and self.response is not None:
+            raise ValueError("a response without ground_truth")
+
+
+ANSWER_ROW = NeedleAnswer
+
+
 def is_correct(row: dict) -> bool:
     """Whether an answer row is right: a positive by its exact answer, a negative by its existence.
 
@@ -476,7 +503,7 @@ def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path
                 "id": row["row"],
                 "response": row["response"],
                 "ground_truth": row["ground_truth"],
-                "target_path": file_names(row["target"]),
+                "target_path": file_names(row.get("target")),
                 "caption": row.get("caption", [None])[0] if needles == 1 else row.get("caption"),
             }
             for row in group

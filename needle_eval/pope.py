@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from errors import UserError
-from needle_eval.questions import Question, check_inside, check_some_image_exists, check_unique_ids, read_rows
+from needle_eval.questions import (
+    AnswerRow,
+    Question,
+    check_inside,
+    check_some_image_exists,
+    check_unique_ids,
+    read_rows,
+)
 from needle_eval.statistics import rate
 
 if TYPE_CHECKING:
@@ -75,6 +82,17 @@ def read_split(folder: Path, images: Path, split: str, prefix: str = "", limit: 
 
 
 # ---- answers
+class PopeAnswer(AnswerRow, kw_only=True):
+    """The fields of an answer row that the scores are computed from."""
+
+    setting: Literal["random", "popular", "adversarial"]
+    ground_truth: Literal["yes", "no"]
+    prompt: str
+
+
+ANSWER_ROW = PopeAnswer
+
+
 def parse_pope(response: str | None) -> str:
     """The official reading (evaluate.py of AoiDragon/POPE): "no" if No, not or no is a word, split at blanks, of what
     stands before the first full stop, commas dropped; else "yes". No response at all is "none", and never right.

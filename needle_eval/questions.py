@@ -1,16 +1,18 @@
 """A question of a benchmark, reading question files, and when an answer is exact. No torch is imported here."""
 
 import gzip
+import os
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from PIL import Image
 
 from errors import UserError
-from files import decode_typed, one_line, open_image, read_bytes, resolve_inside
+from files import decode_typed, describe, one_line, open_image, read_bytes, resolve_inside
 
 T = TypeVar("T")
 ROW_FIX = "correct or delete the line"
@@ -60,7 +62,7 @@ def open_reference(image: ImageReference) -> Image.Image:
 def check_some_image_exists(questions: list[Question], fix: str):
     """Raise UserError when none of the image files exists. Single missing files are reported with their answers."""
     paths = {image for question in questions for image in question.images if isinstance(image, str)}
-    if paths and not any(Path(path).is_file() for path in paths):
+    if paths and not any(map(os.path.isfile, paths)):  # False also for a name that no file can have
         raise UserError(f"{min(paths)}: none of {len(paths):,} images exists: {fix}")
 
 
@@ -99,6 +101,23 @@ def check_unique_ids(questions: list[Question], source: str | Path):
 
 
 # ---- answers
+class AnswerRow(msgspec.Struct, kw_only=True):
+    """What every answer row holds; a benchmark adds the fields that its scores need."""
+
+    id: str
+    setting: str
+    response: str | None
+    error: str = ""
+
+
+def check_row(row: dict[str, Any], row_type: type[AnswerRow], name: str):
+    """Raise UserError, `name` at its front, where an answer row lacks a field or has another type."""
+    try:
+        msgspec.convert(row, row_type)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{name}: no answer to this benchmark ({describe(error)}): delete the line") from error
+
+
 def normalise(response: str) -> str:
     """MMNeedle's normalisation: newlines deleted, blanks and full stops stripped."""
     return response.replace("\n", "").strip().strip(".").strip()

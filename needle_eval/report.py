@@ -4,23 +4,35 @@ import glob
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
+
+import msgspec
 
 from errors import UserError
-from files import read_json, write_json
+from files import read_typed, write_json
 from needle_eval import mm_niah, mmneedle, plots, pope
 from needle_eval.folder import changed_fields, read_record, read_rows, slug
 from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, paired_difference, paired_over_seeds, rate
 
 # A benchmark is a module with load_questions(config), is_correct(row), score(rows), format_table(scores_by_model) and
-# write_official(rows, folder, model_name); FLAGS are the flags that it alone reads, NAME_FLAGS those whose values name
-# its folders. It may have more: complete_flags(config), prepare_rows(rows), describe(config, image_size,
-# num_image_tokens), HAS_CELLS, LONG_QUESTIONS_ARE_WRONG.
+# write_official(rows, folder, model_name). ANSWER_ROW is the type of its answer rows, FLAGS are the flags that it alone
+# reads, NAME_FLAGS those whose values name its folders. It may have more: complete_flags(config), prepare_rows(rows),
+# describe(config, image_size, num_image_tokens), HAS_CELLS, LONG_QUESTIONS_ARE_WRONG.
 BENCHMARKS: dict[str, ModuleType] = {"mmneedle": mmneedle, "pope": pope, "mm-niah": mm_niah}
 NAME_LENGTH = 120  # of the models' names in a figure's file name
 MACHINE = ("device", "processes")  # fields of eval.json that scores.json leaves out
 
 
 # ---- one evaluation
+def open_record(folder: Path) -> tuple[dict, ModuleType]:
+    """eval.json of a folder, and the benchmark that it names."""
+    record = read_record(folder)
+    if record["benchmark"] not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise UserError(f"{folder / 'eval.json'}: benchmark {record['benchmark']!r} is unknown: {known} are known")
+    return record, BENCHMARKS[record["benchmark"]]
+
+
 def prepare_rows(rows: list[dict], benchmark: ModuleType) -> list[dict]:
     """Answer rows in the form that they are scored and compared in, one for each question of the benchmark."""
     return getattr(benchmark, "prepare_rows", list)(rows)
@@ -31,20 +43,35 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
 
     The scores have two more keys for the table, "decoding" and, where it was measured, "attention".
     """
-    record = read_record(folder)
-    benchmark = BENCHMARKS[record["benchmark"]]
-    raw = read_rows(folder)
+    record, benchmark = open_record(folder)
+    raw = read_rows(folder, benchmark.ANSWER_ROW)
     rows = prepare_rows(raw, benchmark)
     scores = benchmark.score([row for row in rows if not (skip_none and row["response"] is None)])
     benchmark.write_official(rows, folder / "response", slug(record["model"]))
     if hasattr(benchmark, "HAS_CELLS"):
         plots.draw_haystacks(scores, folder / "plots")
-    attention = read_json(folder / "attention.json") if (folder / "attention.json").exists() else None
+    attention = read_attention(folder / "attention.json")
     broken = [f"{row['id']}: {row['error']}" for row in raw if "error" in row]
     written = {key: value for key, value in record.items() if key not in MACHINE} | {"skip_none": skip_none}
     written |= {"broken": broken, "scores": scores} | ({"attention on the needle": attention} if attention else {})
     write_json(folder / "scores.json", written)
     return record, scores | {"decoding": record["decoding"]} | ({"attention": attention} if attention else {})
+
+
+class NeedleAttention(msgspec.Struct):
+    """What was measured in one setting: the mean share of each layer over n questions."""
+
+    n: Annotated[int, msgspec.Meta(ge=1)]
+    even: float
+    share: list[float]
+
+
+def read_attention(file: Path) -> dict[str, dict] | None:
+    """attention.json, by setting, or None where nothing was measured."""
+    if not file.exists():
+        return None
+    measured = read_typed(file, dict[str, NeedleAttention], "delete it, or measure again with --overwrite=True")
+    return msgspec.to_builtins(measured)
 
 
 def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]:
@@ -82,8 +109,9 @@ def compare(first: str, second: str) -> list[str]:
     pairs = pair_folders(first, second)
     compared = []
     for folders in pairs:
-        benchmark = BENCHMARKS[read_record(folders[0])["benchmark"]]
-        compared.append(compare_answers(*(prepare_rows(read_rows(folder), benchmark) for folder in folders), benchmark))
+        _, benchmark = open_record(folders[0])
+        rows = [prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark) for folder in folders]
+        compared.append(compare_answers(*rows, benchmark))
     lines = []
     for (one, other), groups in zip(pairs, compared, strict=True):
         lines.append(
@@ -180,11 +208,21 @@ def answer_folder(path: Path) -> Path:
     return found[0]
 
 
+class SeededConfig(msgspec.Struct):
+    seed: int
+
+
+class SeededRun(msgspec.Struct):
+    """What pairing needs of a run.json."""
+
+    config: SeededConfig
+
+
 def seed_of(folder: Path) -> int:
     """The training seed of the run that was evaluated."""
     for run in folder.parents:
         if (run / "run.json").exists():
-            return read_json(run / "run.json")["config"]["seed"]
+            return read_typed(run / "run.json", SeededRun).config.seed
     raise UserError(f"{folder}: is inside no run folder, its seed is unknown: compare it alone")
 
 

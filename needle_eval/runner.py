@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -21,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from files import writing
+from files import decode_typed, read_bytes, writing
 from needle_eval.questions import ImageReference, Question, open_reference
 from needle_eval.ranking import rank_candidates
 from processing_paligemma import PaliGemmaProcessor
@@ -63,7 +65,6 @@ def answer_questions(
     if file is not None:
         with accelerator.main_process_first():
             rows = read_answers(file, questions, cut_last_line=accelerator.is_main_process)
-        rows = {name: row for name, row in rows.items() if "error" not in row}
         accelerator.wait_for_everyone()  # all processes plan from the same file, before one of them writes to it
     batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
     answers = answer_batches(answerer, batches[accelerator.process_index :: accelerator.num_processes])
@@ -222,33 +223,47 @@ def make_row(question: Question, response: str | None, seconds: float) -> dict:
 
 
 # ---- the file
+class StoredAnswer(msgspec.Struct):
+    """What an answers file is compared by and what is taken from it; the other fields follow from the question."""
+
+    id: str
+    prompt: str
+    images: list[str]
+    ground_truth: Any
+    response: str | None
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    error: str = ""
+
+
 def read_answers(file: Path, questions: list[Question], cut_last_line: bool = False) -> dict[str, dict]:
-    """The rows of a file by id, in the order of the questions.
+    """The rows of a file by id, in the order of the questions; answers with an error are left out.
 
     A last line that a killed process left unfinished is ignored, with `cut_last_line` deleted. Raises UserError when
     the file answers other questions: other ids, prompts, images or ground truths.
     """
     if not file.exists():
         return {}
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    lines = read_bytes(file).splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
         if cut_last_line:
-            file.write_text("".join(lines), encoding="utf-8")
-    asked = {q.id: (q.prompt, [str(image) for image in q.images], q.ground_truth) for q in questions}
+            file.write_bytes(b"".join(lines))
+    asked = {question.id: question for question in questions}
     found = {}
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            same = asked.get(row["id"]) == (row["prompt"], row["images"], row["ground_truth"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}:{number}: no answer row ({error}): delete the line or the file") from error
-        if not same:
+        stored = decode_typed(line, StoredAnswer, f"{file}:{number}", "delete the line or the file")
+        question = asked.get(stored.id)
+        if question is None or (stored.prompt, stored.images, stored.ground_truth) != (
+            question.prompt,
+            [str(image) for image in question.images],
+            question.ground_truth,
+        ):
             raise UserError(
-                f"{file}:{number}: answers another question ({row['id']}): give another --output_dir, or "
+                f"{file}:{number}: answers another question ({stored.id}): give another --output_dir, or "
                 "start again with --overwrite=True"
             )
-        found[row["id"]] = row
+        if not stored.error:
+            found[stored.id] = make_row(question, stored.response, stored.seconds)
     return {question.id: found[question.id] for question in questions if question.id in found}
 
 

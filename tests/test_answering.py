@@ -148,7 +148,7 @@ def test_answers_to_other_questions_are_refused(answerer, questions, tmp_path):
     with pytest.raises(UserError, match="answers another question"):  # the same words of another picture
         answer_questions(answerer, [replace(q, images=("other.png",)) for q in questions[:2]], file, is_correct)
     file.write_text("{}\n")
-    with pytest.raises(UserError, match=r"answers.jsonl:1: no answer row"):
+    with pytest.raises(UserError, match=r"answers.jsonl:1: Object missing required field id: delete the line"):
         answer_questions(answerer, questions[:2], file, is_correct)
 
 

@@ -192,6 +192,7 @@ def seeded_run(root: Path, arm: str, seed: int, right: int):
         "kind": "positive",
         "protocol": "finetuned",
         "shape": [1, 2, 1],
+        "row": 0,
         "ground_truth": "1, 1, 1",
     }
     lines = [json.dumps(row | {"id": str(i), "response": "1, 1, 1" if i < right else "-1"}) for i in range(20)]
@@ -307,10 +308,23 @@ def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
     assert rows_of(folder / "read")[0]["images"][0].startswith("release/images_stitched/2_2/")
 
 
-def test_numbers_that_no_run_can_have_are_refused(folder, capsys):
-    for flag in ("batch_size=0", "workers=-1", "samples=-1", "cell=-4", "attention=-1", "per_cell=-1"):
-        assert f"--{flag}: must be at least" in refused(capsys, f"--{flag}")
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [("batch_size=0", "int >= 1"), ("workers=-1", "int >= 0"), ("samples=-1", "int >= 0"), ("cell=-4", "int >= 0")]
+    + [("attention=-1", "int >= 0"), ("per_cell=-1", "int >= 0"), ("cell=1000000", "int <= 4096")]
+    + [("seed=99999999999999999999", "an integer of at most 64 bits"), ("images=0", "int >= 1")]
+    + [("grids=100000", "int <= 1000"), ("needles=-2", "int >= 1")],
+)
+def test_numbers_that_no_run_can_have_are_refused(folder, capsys, flag, expected):
+    told = refused(capsys, f"--{flag}")
+    assert f"--{flag.partition('=')[0]}=" in told and f"expected {expected}" in told
+
+
+def test_flags_that_would_be_ignored_are_refused(folder, capsys):
     assert "names no model" in refused(capsys, "--model")
+    for flag in ("--protocol=detect", "--grids=2", "--cell=64", "--skip_none=True", "--attention=3", "--split=test"):
+        told = refused(capsys, "--benchmark=pope", "--data=x", "--image_folder=x", flag)
+        assert f"{flag.partition('=')[0]}: means nothing to --benchmark=pope" in told
 
 
 # ---- continuing, processes
