@@ -1,4 +1,4 @@
-"""Answers: the plan, pictures encoded once, broken ones told apart, ranking against a full forward pass, continuing."""
+"""Answers: the plan, images encoded once, broken ones kept apart, ranking against a full forward pass, continuing."""
 
 import json
 from collections import Counter
@@ -55,7 +55,7 @@ def test_batches_hold_every_question_once(questions):
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 3, 1000])
-def test_every_picture_is_there_when_it_is_needed(questions, capacity):
+def test_every_image_is_there_when_it_is_needed(questions, capacity):
     batches = plan_batches(questions, size=4)
     kept, encoded = set(), 0
     for batch, (new, dropped) in zip(batches, plan_images(batches, capacity), strict=True):
@@ -66,8 +66,8 @@ def test_every_picture_is_there_when_it_is_needed(questions, capacity):
         assert wanted <= kept
         kept -= set(dropped)
         assert len(kept) <= max(capacity, len(wanted))
-    pictures = {path for q in questions for path in q.images}
-    assert encoded == len(pictures) if capacity == 1000 else encoded > len(pictures)
+    images = {path for q in questions for path in q.images}
+    assert encoded == len(images) if capacity == 1000 else encoded > len(images)
 
 
 def test_answers_are_those_of_processor_and_generate(answerer, questions, tmp_path):
@@ -81,7 +81,7 @@ def test_answers_are_those_of_processor_and_generate(answerer, questions, tmp_pa
     assert len({row["response"] for row in rows}) > 3, "a model that always says the same would prove little"
 
 
-def test_the_vision_tower_sees_every_picture_once(answerer, questions, monkeypatch):
+def test_the_vision_tower_sees_every_image_once(answerer, questions, monkeypatch):
     seen = []
     encode = answerer.model.model.image_features
     monkeypatch.setattr(
@@ -91,10 +91,10 @@ def test_the_vision_tower_sees_every_picture_once(answerer, questions, monkeypat
     assert sum(seen) == len({path for q in questions for path in q.images})
 
 
-def test_a_broken_picture_costs_its_own_questions_alone(answerer, questions, tmp_path):
+def test_a_broken_image_costs_its_own_questions_alone(answerer, questions, tmp_path):
     whole = answer_questions(answerer, questions, tmp_path / "whole.jsonl", is_correct)
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     images = questions[0].images
     changed = [replace(q, images=tuple(str(bad) if p == images[0] else p for p in q.images)) for q in questions]
     changed[3] = replace(changed[3], prompt="<image> in the text")
@@ -115,12 +115,12 @@ def test_ranking_is_the_likelihood_of_a_full_forward_pass(answerer, questions, t
     asked = [replace(q, candidates=options[q.setting]) for q in asked]
     rows = answer_questions(answerer, asked, tmp_path / "answers.jsonl", is_correct)
     for question, row in zip(asked, rows, strict=True):
-        images, told = [open_image(path) for path in question.images], {}
+        images, result = [open_image(path) for path in question.images], {}
         for text in question.candidates:
             batch = answerer.processor([images], [question.prompt], [text])
             with torch.no_grad():
-                told[text] = -answerer.model(**batch).loss.item()
-        assert row["response"] == max(told, key=told.get)
+                result[text] = -answerer.model(**batch).loss.item()
+        assert row["response"] == max(result, key=result.get)
     assert len({row["response"] for row in rows}) > 1
 
 
@@ -145,7 +145,7 @@ def test_answers_to_other_questions_are_refused(answerer, questions, tmp_path):
     answer_questions(answerer, questions[:2], file, is_correct)
     with pytest.raises(UserError, match="answers another question"):
         answer_questions(answerer, [replace(q, prompt=q.prompt + "?") for q in questions[:2]], file, is_correct)
-    with pytest.raises(UserError, match="answers another question"):  # the same words of another picture
+    with pytest.raises(UserError, match="answers another question"):  # the same words of another image
         answer_questions(answerer, [replace(q, images=("other.png",)) for q in questions[:2]], file, is_correct)
     file.write_text("{}\n")
     with pytest.raises(UserError, match=r"answers.jsonl:1: Object missing required field id: delete the line"):

@@ -49,16 +49,16 @@ def evaluate(*flags: str, capsys=None) -> str:
 def refused(capsys, *flags: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         evaluate(*flags)
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and told.startswith("error: "), told
-    return told
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and message.startswith("error: "), message
+    return message
 
 
 def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
-def test_mmneedle_on_the_embedded_pictures(tiny_model, folder, capsys):
+def test_mmneedle_on_the_embedded_images(tiny_model, folder, capsys):
     out = evaluate(f"--model={tiny_model}", "--samples=6", "--output_dir=out", "--attention=2", capsys=capsys)
     assert "benchmark mmneedle, data haystack" in out and "protocol finetuned" in out and "caption absent, n = 6" in out
     assert "first prompt: 'answer en where is " in out and "2x2: 16 px, 2 patches" in out
@@ -139,11 +139,11 @@ def test_folders_of_an_older_version_are_scored_and_compared(tiny_model, folder,
     assert "McNemar p = 1" in evaluate("--compare", "old", "new", capsys=capsys)
 
 
-def test_several_pictures_and_needles(tiny_model, folder, capsys):
+def test_several_images_and_needles(tiny_model, folder, capsys):
     flags = ("--images", "1", "3", "--grids", "2", "--needles", "1", "2", "--samples=4")
     out = evaluate(f"--model={tiny_model}", *flags, "--attention=2", "--output_dir=out", capsys=capsys)
-    told = read_json(folder / "out" / "attention.json")
-    assert set(told) == {"1x2x2", "3x2x2"} and told["3x2x2"]["even"] == 1 / 12 and told["3x2x2"]["n"] == 2
+    result = read_json(folder / "out" / "attention.json")
+    assert set(result) == {"1x2x2", "3x2x2"} and result["3x2x2"]["even"] == 1 / 12 and result["3x2x2"]["n"] == 2
     assert "several images a prompt: the base models saw one" in out and "individual exact" in out
     scores = read_json(folder / "out" / "scores.json")["scores"]
     assert list(scores) == ["1x2x2", "1x2x2 K=2", "3x2x2", "3x2x2 K=2"]
@@ -172,12 +172,12 @@ def test_models_side_by_side_and_compared(tiny_model, folder, capsys):
     assert f"side by side: {figure.relative_to(folder)}" in out, "announced, and in no model's own folder"
     own = [(place / "plots" / "accuracy.png").read_bytes() for place in places]
     assert own[0] != own[1] != figure.read_bytes() and Image.open(figure).size[0] > 300
-    told = evaluate("--compare", *places, capsys=capsys)
-    assert f"written: {places[1] / 'comparison.json'}" in told
+    result = evaluate("--compare", *places, capsys=capsys)
+    assert f"written: {places[1] / 'comparison.json'}" in result
     found = read_json(places[1] / "comparison.json")["by pair"][0]["1x2x2 positive"]
     assert found["second"]["right"] >= 8 > found["first"]["right"], "the embedded model finds, a random one does not"
     assert found["only second"] - found["only first"] == found["second"]["right"] - found["first"]["right"]
-    assert found["p"] < 0.05 and found["difference"]["low"] > 0 and "McNemar p = " in told
+    assert found["p"] < 0.05 and found["difference"]["low"] > 0 and "McNemar p = " in result
 
 
 def seeded_run(root: Path, arm: str, seed: int, right: int):
@@ -204,9 +204,9 @@ def test_arms_are_compared_over_seeds(folder, capsys):
         seeded_run(folder, "original", seed, a)
         seeded_run(folder, "diff", seed, b)
     out = evaluate("--compare", "original_seed*", "diff_seed*", capsys=capsys)
-    told = read_json(folder / "diff_seed2/eval/mmneedle-finetuned-haystack/comparison.json")
-    over = told["over seeds"]["1x2x2 positive"]
-    assert [Path(a).parts[0] for a, _ in told["pairs"]] == ["original_seed0", "original_seed1", "original_seed2"]
+    result = read_json(folder / "diff_seed2/eval/mmneedle-finetuned-haystack/comparison.json")
+    over = result["over seeds"]["1x2x2 positive"]
+    assert [Path(a).parts[0] for a, _ in result["pairs"]] == ["original_seed0", "original_seed1", "original_seed2"]
     assert over["first"]["mean"] == pytest.approx(0.5) and over["difference"]["mean"] == pytest.approx(7 / 60)
     # differences .1, .2, .05: mean .11667, sd .07638, t = 2.646 on 2 degrees of freedom
     assert over["difference"]["p"] == pytest.approx(0.1181, abs=2e-4) and "over 3 seeds" in out
@@ -245,10 +245,10 @@ def test_folders_are_scored_whole_and_each_for_itself(tiny_model, folder, capsys
 
 
 def test_pope(tiny_model, folder, capsys):
-    (folder / "pictures").mkdir()
-    for picture in read_pool(splits=("test_style",))[:3]:
-        picture.open().convert("RGB").save(folder / "pictures" / f"{picture.concept}.jpg")
-    names = sorted(path.name for path in (folder / "pictures").iterdir())
+    (folder / "images").mkdir()
+    for image in read_pool(splits=("test_style",))[:3]:
+        image.open().convert("RGB").save(folder / "images" / f"{image.concept}.jpg")
+    names = sorted(path.name for path in (folder / "images").iterdir())
     for split in ("random", "popular", "adversarial"):
         rows = [
             {
@@ -261,22 +261,24 @@ def test_pope(tiny_model, folder, capsys):
         ]
         rows[7]["image"] = "lost.jpg"
         (folder / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    out = evaluate(f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=pictures", capsys=capsys)
+    out = evaluate(f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=images", capsys=capsys)
     place = folder / "runs" / "eval" / slug(str(tiny_model)) / "pope"
-    told = read_json(place / "scores.json")
-    assert told["benchmark"] == "pope" and told["scores"]["popular"]["n"] == 8 and len(told["broken"]) == 3
-    assert "lost.jpg" in told["broken"][0] and told["scores"]["popular"]["broken"] == 1 and "always yes" in out
+    result = read_json(place / "scores.json")
+    assert result["benchmark"] == "pope" and result["scores"]["popular"]["n"] == 8 and len(result["broken"]) == 3
+    assert "lost.jpg" in result["broken"][0] and result["scores"]["popular"]["broken"] == 1 and "always yes" in out
     assert "--image_folder" in refused(capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.")
     (folder / "none").mkdir()
-    told = refused(capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=none", "--output_dir=x")
-    assert "none of 4 images exists" in told and not (folder / "x").exists()
+    message = refused(
+        capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--image_folder=none", "--output_dir=x"
+    )
+    assert "none of 4 images exists" in message and not (folder / "x").exists()
 
 
 def test_mm_niah(tiny_model, folder, capsys):
     """Rows of every task in the released schema; one document is longer than the model and counts as wrong."""
     (folder / "niah").mkdir()
-    picture = read_pool(splits=("test_style",))[0]
-    picture.open().convert("RGB").save(folder / "niah" / "a.jpg")
+    image = read_pool(splits=("test_style",))[0]
+    image.open().convert("RGB").save(folder / "niah" / "a.jpg")
     for task in mm_niah.TASKS:
         answer = [1] if task.startswith("counting") else "oak"
         for number in range(2):
@@ -297,14 +299,16 @@ def test_mm_niah(tiny_model, folder, capsys):
 
 
 def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
-    """What was built for the embedded pictures has the release's files: given as --data it is the same benchmark."""
+    """What was built for the embedded images has the release's files: given as --data it is the same benchmark."""
     flags = (f"--model={tiny_model}", "--samples=5", "--grids=2", "--protocol=official")
     evaluate(*flags, "--output_dir=built")
     release = next((folder / "runs" / "haystacks").glob("embedded-*"))
     shutil.move(release, folder / "release")
     out = evaluate(*flags, "--data=release", "--output_dir=read", capsys=capsys)
-    told = [[(r["id"], r["response"], r["ground_truth"]) for r in rows_of(folder / name)] for name in ("built", "read")]
-    assert told[0] == told[1] and "data release" in out
+    built, read = (
+        [(r["id"], r["response"], r["ground_truth"]) for r in rows_of(folder / name)] for name in ("built", "read")
+    )
+    assert built == read and "data release" in out
     assert rows_of(folder / "read")[0]["images"][0].startswith("release/images_stitched/2_2/")
 
 
@@ -316,15 +320,15 @@ def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
     + [("grids=100000", "int <= 1000"), ("needles=-2", "int >= 1")],
 )
 def test_numbers_that_no_run_can_have_are_refused(folder, capsys, flag, expected):
-    told = refused(capsys, f"--{flag}")
-    assert f"--{flag.partition('=')[0]}=" in told and f"expected {expected}" in told
+    message = refused(capsys, f"--{flag}")
+    assert f"--{flag.partition('=')[0]}=" in message and f"expected {expected}" in message
 
 
 def test_flags_that_would_be_ignored_are_refused(folder, capsys):
     assert "names no model" in refused(capsys, "--model")
     for flag in ("--protocol=detect", "--grids=2", "--cell=64", "--skip_none=True", "--attention=3", "--split=test"):
-        told = refused(capsys, "--benchmark=pope", "--data=x", "--image_folder=x", flag)
-        assert f"{flag.partition('=')[0]}: means nothing to --benchmark=pope" in told
+        message = refused(capsys, "--benchmark=pope", "--data=x", "--image_folder=x", flag)
+        assert f"{flag.partition('=')[0]}: means nothing to --benchmark=pope" in message
 
 
 # ---- continuing, processes
@@ -393,8 +397,8 @@ def test_trained_again_is_another_model(tiny_model, folder):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
     assert hash_weights(str(tiny_model)) != base, "a base trained anew in place has the same size"
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    told = output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
-    assert told.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
+    result = output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
+    assert result.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
     write_json(folder / "run" / "run.json", {"base_model": str(tiny_model)})
     assert (
         output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
@@ -409,9 +413,9 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
     config = read_json("short/config.json")
     config["text_config"]["max_position_embeddings"] = 100
     write_json("short/config.json", config)
-    told = refused(capsys, "--model=short", "--images=10", "--grids=2", "--samples=10", "--output_dir=out")
-    assert "10x2x2/0 and 19 other questions do not fit: 10 images of 16 tokens (32 px)" in told
-    assert "the model has 100: take fewer images" in told
+    message = refused(capsys, "--model=short", "--images=10", "--grids=2", "--samples=10", "--output_dir=out")
+    assert "10x2x2/0 and 19 other questions do not fit: 10 images of 16 tokens (32 px)" in message
+    assert "the model has 100: take fewer images" in message
     assert not (folder / "out").exists(), "refused before anything is written"
     assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant", "--grids=4")
     assert "takes two runs" in refused(capsys, "--compare", "a", "b", "c")
@@ -425,28 +429,28 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
 
 
 # ---- attention on the needle
-def test_a_broken_picture_stops_neither_answers_nor_attention(tiny_model, folder, capsys):
+def test_a_broken_image_stops_neither_answers_nor_attention(tiny_model, folder, capsys):
     flags = (f"--model={tiny_model}", "--samples=4", "--grids=2", "--attention=4")
     evaluate(*flags, "--output_dir=built")
     shutil.move(next((folder / "runs" / "haystacks").glob("embedded-*")), folder / "release")
     flags += ("--data=release", "--output_dir=out")  # a built folder would be built again
     evaluate(*flags)
     rows = rows_of(folder / "out")
-    picture = Path(next(row["images"][0] for row in rows if row["kind"] == "positive"))
-    whole = picture.read_bytes()
-    picture.write_bytes(whole[:100])
+    image = Path(next(row["images"][0] for row in rows if row["kind"] == "positive"))
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
     out = evaluate(*flags, "--overwrite=True", capsys=capsys)
-    told = read_json(folder / "out" / "scores.json")
-    assert told["attention on the needle"]["1x2x2"]["n"] == 3 and "broken, counted wrong" in out
-    assert len(told["broken"]) == 2 and picture.name in told["broken"][0]
-    picture.write_bytes(whole)
+    result = read_json(folder / "out" / "scores.json")
+    assert result["attention on the needle"]["1x2x2"]["n"] == 3 and "broken, counted wrong" in out
+    assert len(result["broken"]) == 2 and image.name in result["broken"][0]
+    image.write_bytes(whole)
     evaluate(*flags)
     assert timeless(rows_of(folder / "out")) == timeless(rows), "mended, it is asked again"
 
 
 def test_the_needle_s_share_of_a_made_map():
-    paid = torch.zeros(2, 3, 2 * 16)  # layers, tokens, two pictures of 4 x 4 patches
-    paid[0, :, 16 + 4 * 1 + 3] = 0.6  # second picture, patch (1, 3): cell (0, 1) of 2 x 2
+    paid = torch.zeros(2, 3, 2 * 16)  # layers, tokens, two images of 4 x 4 patches
+    paid[0, :, 16 + 4 * 1 + 3] = 0.6  # second image, patch (1, 3): cell (0, 1) of 2 x 2
     paid[0, :, 0] = -0.2
     paid[1] = 1.0
     share = needle_share(paid, (1, 0, 1), images=2, grid=2)
@@ -456,12 +460,12 @@ def test_the_needle_s_share_of_a_made_map():
     assert needle_share(paid, (0, 0, 0), 2, 2)[0, 0] == pytest.approx(0.25)
 
 
-def test_pictures_of_one_s_own(tiny_model, folder, capsys):
+def test_images_of_one_s_own(tiny_model, folder, capsys):
     (folder / "mine").mkdir()
     captions = {}
-    for i, picture in enumerate(read_pool(splits=("train",))[:120]):
-        picture.open().convert("RGB").save(folder / "mine" / f"{i}.png")
-        captions[f"{i}.png"] = f"{picture.caption} {i}"
+    for i, image in enumerate(read_pool(splits=("train",))[:120]):
+        image.open().convert("RGB").save(folder / "mine" / f"{i}.png")
+        captions[f"{i}.png"] = f"{image.caption} {i}"
     (folder / "mine" / "captions.json").write_text(json.dumps(captions))
     evaluate(
         f"--model={tiny_model}", "--data=haystack:mine", "--samples=3", "--grids=2", "--cell=32", "--output_dir=out"

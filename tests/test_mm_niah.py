@@ -80,7 +80,7 @@ def test_choices_of_text(tmp_path):
     assert question.ground_truth == 1 and len(question.images) == 2
 
 
-def test_choices_of_pictures(tmp_path):
+def test_choices_of_images(tmp_path):
     row = ROW | {"answer": 0, "meta": META | {"choices_image_path": ["c.jpg", "d.jpg"]}}
     question = read_one(tmp_path, row, "retrieval-image")
     assert question.prompt.endswith(
@@ -108,7 +108,7 @@ def test_a_folder_or_a_file_and_the_limit_is_per_task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ("{", "jsonl:1: not valid JSON"),
         ("[]", "jsonl:1: Expected object, got array"),
@@ -127,8 +127,8 @@ def test_a_folder_or_a_file_and_the_limit_is_per_task(tmp_path):
         (ROW | {"meta": META | {"context_length": "long"}}, r"got str - at \$.meta.context_length"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, told):
-    with pytest.raises(UserError, match=told):
+def test_bad_rows_are_named(tmp_path, row, message):
+    with pytest.raises(UserError, match=message):
         read_one(tmp_path, row)
 
 
@@ -213,8 +213,8 @@ def table(scores):
 
 
 def answer(task, response, truth="oak", length=1500, depth=0.1):
-    told = {"question_id": 7, "question": "Which?", "answer": truth, "context_length": length, "placed_depth": depth}
-    return {"id": f"mm-niah/{task}/7", "setting": task, "response": response, "ground_truth": truth, **told}
+    fields = {"question_id": 7, "question": "Which?", "answer": truth, "context_length": length, "placed_depth": depth}
+    return {"id": f"mm-niah/{task}/7", "setting": task, "response": response, "ground_truth": truth, **fields}
 
 
 def test_empty_cells_count_nothing_officially():

@@ -40,7 +40,7 @@ def png(colour) -> bytes:
 
 
 def flat_pool(count: int = 40) -> ImagePool:
-    """Pictures of one opaque colour each: what a cell shows can be read off a pixel."""
+    """Images of one opaque colour each: what a cell shows can be read off a pixel."""
     colours = [(i, (i * 37) % 256, (i * 91) % 256) for i in range(count)]
     return ImagePool([PoolImage(png(c), f"colour {i}", str(i), "flat", "test") for i, c in enumerate(colours)])
 
@@ -122,7 +122,7 @@ def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
         for place, shown in cells.items():
             row, col = map(int, place.split("_"))
             assert tuple(pixels[8 * row + 4, 8 * col + 4]) == colours[shown]
-            assert tuple(pixels[8 * row, 8 * col]) == colours[shown], "an opaque picture fills its cell"
+            assert tuple(pixels[8 * row, 8 * col]) == colours[shown], "an opaque image fills its cell"
     questions = read_questions(tmp_path, setting, "official", samples=12)
     rows = json.loads((tmp_path / "metadata_stitched" / setting.annotations).read_text())
     assert len(questions) == 24 and [row["id"] for row in rows] == [*range(12), *range(5000, 5012)]
@@ -161,9 +161,9 @@ def test_every_question_has_a_haystack_of_its_own_and_its_negative_the_same(tmp_
         assert positive["image_ids"] == negative["image_ids"] and positive["target"] != negative["target"]
 
 
-def test_names_of_pictures_stay_apart():
-    pictures = [PoolImage(b"", "c", concept, "f", "test") for concept in ("a/b", "a-b", "a%2Fb")]
-    assert len({name_of(p) for p in pictures}) == 3 and "/" not in name_of(pictures[0])
+def test_names_of_images_stay_apart():
+    images = [PoolImage(b"", "c", concept, "f", "test") for concept in ("a/b", "a-b", "a%2Fb")]
+    assert len({name_of(p) for p in images}) == 3 and "/" not in name_of(images[0])
 
 
 def test_a_pool_too_small_is_refused(tmp_path):
@@ -323,14 +323,14 @@ def test_so_many_of_every_cell(tmp_path):
         read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=40)
 
 
-# ---- pictures of one's own
-def test_pictures_of_a_folder_and_of_a_jsonl(tmp_path):
+# ---- images of one's own
+def test_images_of_a_folder_and_of_a_jsonl(tmp_path):
     for i in range(60):
         (tmp_path / f"{i:02}.png").write_bytes(png((i, i, i)))
         (tmp_path / f"{i:02}.txt").write_text(f"a grey number {i}\n")
-    pictures = read_captioned_images(tmp_path)
-    assert [p.caption for p in pictures] == [f"a grey number {i}" for i in range(60)]
-    train, test = ([p.caption for p in pictures if p.split == split] for split in ("train", "test"))
+    images = read_captioned_images(tmp_path)
+    assert [p.caption for p in images] == [f"a grey number {i}" for i in range(60)]
+    train, test = ([p.caption for p in images if p.split == split] for split in ("train", "test"))
     assert len(train) + len(test) == 60 and 4 <= len(test) <= 22 and not set(train) & set(test)
     (tmp_path / "05.txt").write_bytes(b"\xe9")
     with pytest.raises(UserError, match="05.txt: cannot be read"):
@@ -360,11 +360,11 @@ def official_scores(file: Path) -> dict:
         if entry["response"] is None:
             continue
         n += 1
-        told = entry["response"].replace("\n", "").strip().strip(".").strip()
+        result = entry["response"].replace("\n", "").strip().strip(".").strip()
         truth = "-1" if entry["ground_truth"] == "0, 0, 0" else entry["ground_truth"]
-        index += told.split(", ")[0] == entry["ground_truth"].split(", ")[0]
-        exact += told == truth
-        exist += (truth == "-1") == (told == "-1")
+        index += result.split(", ")[0] == entry["ground_truth"].split(", ")[0]
+        exact += result == truth
+        exist += (truth == "-1") == (result == "-1")
     return {"index": index, "exact": exact, "existence": exist, "n": n}
 
 
@@ -376,14 +376,14 @@ def test_response_files_are_scored_alike_by_the_official_rule(tmp_path):
         lambda truth: rng.choice([truth, "-1", "1, 1, 1.", "1", "", "No match", None, "-1, -1, -1"]),
     )
     mmneedle.write_official(rows, tmp_path / "response", "my_model/v2")
-    told = score([row for row in rows if row["response"] is not None])["1x2x2"]
+    result = score([row for row in rows if row["response"] is not None])["1x2x2"]
     for kind, folder in (("positive", "COCO_val2014_0_29"), ("negative", "COCO_val2014_5000_5029")):
         file = tmp_path / "response" / folder / "paligemma_my-model-v2_1_2_2.json"
         assert len(file.stem.split("_")) == 5
         theirs = official_scores(file)
-        assert theirs["n"] == told[kind]["n"] < 30 and theirs["existence"] == told[kind]["existence"]["right"]
+        assert theirs["n"] == result[kind]["n"] < 30 and theirs["existence"] == result[kind]["existence"]["right"]
         if kind == "positive":
-            assert [theirs[k] for k in ("index", "exact")] == [told[kind][k]["right"] for k in ("index", "exact")]
+            assert [theirs[k] for k in ("index", "exact")] == [result[kind][k]["right"] for k in ("index", "exact")]
     entry = json.loads(file.read_text())[0]
     assert set(entry) == {"id", "response", "ground_truth", "target_path", "caption"} and entry["id"] == 5000
 
@@ -451,14 +451,14 @@ def test_oracles_and_constants_on_the_first_thousand(grid, swapped, constant):
 
     questions = read_questions(RELEASE, Setting(1, grid), "official")
     assert len(questions) == 2000
-    told = score(oracle(questions, absent_as_minus_one))[f"1x{grid}x{grid}"]
-    assert told["positive"]["exact"]["rate"] == told["negative"]["existence"]["rate"] == 1
-    assert told["balanced existence"]["rate"] == 1 and told["positive"]["format failures"]["rate"] == 0
-    told = score(oracle(questions, swap))[f"1x{grid}x{grid}"]["positive"]
-    assert round(100 * told["exact"]["rate"], 1) == swapped
-    told = score(oracle(questions, absent_as_minus_one))[f"1x{grid}x{grid}"]["baselines"]
-    assert round(100 * told["best constant"]["exact"], 1) == constant
+    result = score(oracle(questions, absent_as_minus_one))[f"1x{grid}x{grid}"]
+    assert result["positive"]["exact"]["rate"] == result["negative"]["existence"]["rate"] == 1
+    assert result["balanced existence"]["rate"] == 1 and result["positive"]["format failures"]["rate"] == 0
+    result = score(oracle(questions, swap))[f"1x{grid}x{grid}"]["positive"]
+    assert round(100 * result["exact"]["rate"], 1) == swapped
+    result = score(oracle(questions, absent_as_minus_one))[f"1x{grid}x{grid}"]["baselines"]
+    assert round(100 * result["best constant"]["exact"], 1) == constant
     if grid == 2:
-        assert told["best constant"]["answer"] == "1, 1, 1"
+        assert result["best constant"]["answer"] == "1, 1, 1"
         per_cell = score(oracle(questions))["1x2x2"]["positive"]["cells"]
         assert [cell["n"] for cell in per_cell] == [268, 235, 248, 249]

@@ -77,7 +77,7 @@ def test_the_limit_is_per_split_and_gz_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ("{broken", "json:2: not valid JSON"),
         ("[1]", "json:2: Expected object, got array: correct or delete"),
@@ -89,9 +89,9 @@ def test_the_limit_is_per_split_and_gz_is_read(tmp_path):
         (ROW, "pope/random/1 is there more than once"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, told):
+def test_bad_rows_are_named(tmp_path, row, message):
     write(tmp_path, "random", [ROW, row])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_split(tmp_path, Path("x"), "random")
 
 
@@ -234,8 +234,8 @@ def test_the_release():
     )
     assert first.images == ("val2014/COCO_val2014_000000310196.jpg",)
     by_split = {split: [q for q in questions if q.setting == split] for split in SPLITS}
-    pictures = [{q.images for q in part} for part in by_split.values()]
-    assert len(pictures[0]) == 500 and pictures[0] == pictures[1] == pictures[2]
+    images = [{q.images for q in part} for part in by_split.values()]
+    assert len(images[0]) == 500 and images[0] == images[1] == images[2]
     for part in by_split.values():
         assert (len(part), sum(q.ground_truth == "yes" for q in part)) == (3000, 1500)
     assert [sum("Is there an " in q.prompt for q in part) for part in by_split.values()] == [149, 44, 58]

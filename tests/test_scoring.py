@@ -18,8 +18,8 @@ NONE = "0, 0, 0"
 def row(response, truth=ONE, needles=1, name="0", protocol="finetuned", shape=None, **more) -> dict:
     kind = "negative" if truth.startswith("0") else "positive"
     shape = shape or (1, 2, needles)
-    told = {"id": name, "setting": "1x2x2", "response": response, "ground_truth": truth, "kind": kind, "shape": shape}
-    return told | {"protocol": protocol, "row": 0, "target": "x.jpg", "caption": ["a cat"]} | more
+    result = {"id": name, "setting": "1x2x2", "response": response, "ground_truth": truth, "kind": kind, "shape": shape}
+    return result | {"protocol": protocol, "row": 0, "target": "x.jpg", "caption": ["a cat"]} | more
 
 
 # ---- golden tables: the released scorer's verdicts
@@ -39,8 +39,8 @@ def cases(truth, index, exact, exist, texts):
     + cases(NONE, 1, 0, 0, ["0, 0, 0"]),
 )
 def test_one_needle(truth, response, verdict):
-    told = score_strict(response, truth, 1)
-    assert (told["index"], told["exact"], told["existence"]) == tuple(map(bool, verdict))
+    result = score_strict(response, truth, 1)
+    assert (result["index"], result["exact"], result["existence"]) == tuple(map(bool, verdict))
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_one_needle(truth, response, verdict):
     ],
 )
 def test_two_needles(truth, response, index, exact, first, each_index, each_exact, exist):
-    told = score_strict(response, truth, 2)
-    assert (told["index"], told["exact"], told["existence"]) == (bool(index), bool(exact), bool(exist))
-    assert told["first"] == tuple(map(bool, first))
-    assert [pair[0] for pair in told["each"]] == each_index and [pair[1] for pair in told["each"]] == each_exact
+    result = score_strict(response, truth, 2)
+    assert (result["index"], result["exact"], result["existence"]) == (bool(index), bool(exact), bool(exist))
+    assert result["first"] == tuple(map(bool, first))
+    assert [pair[0] for pair in result["each"]] == each_index and [pair[1] for pair in result["each"]] == each_exact
 
 
 def official_verdict(response: str, truth: str, needles: int) -> dict:
@@ -159,7 +159,7 @@ def test_the_lenient_reading(response, needles, meant):
     assert parse_lenient(response, needles) == meant
 
 
-def test_format_failures_are_told_apart_from_wrong_answers():
+def test_format_failures_are_kept_apart_from_wrong_answers():
     assert all(is_well_formed(text) for text in ("1, 2, 1", "2, 9, 9.", "-1"))
     assert not any(is_well_formed(text) for text in ("1,2,1", "", "red apple", "-1, -1, -1", "(1, 2, 1)"))
     assert is_well_formed(TWO, 2) and is_well_formed("1, 2, 1; -1", 2) and is_well_formed("-1, -1", 2)
@@ -169,12 +169,16 @@ def test_format_failures_are_told_apart_from_wrong_answers():
 # ---- rates
 def test_broken_answers_stay_in_the_denominator_unless_the_official_rule_is_asked_for():
     rows = [row("1, 2, 1", name="0"), row(None, name="1"), row("1, 1, 1", name="2"), row(None, NONE, name="3")]
-    told = score(rows)["1x2x2"]
-    assert (told["positive"]["exact"]["right"], told["positive"]["exact"]["n"], told["positive"]["broken"]) == (1, 3, 1)
-    assert told["positive"]["existence"]["right"] == 2 and told["negative"]["existence"]["right"] == 0
-    assert told["positive"]["format failures"]["right"] == 0
-    told = score([r for r in rows if r["response"] is not None])["1x2x2"]
-    assert told["positive"]["exact"]["n"] == 2 and "negative" not in told and "balanced existence" not in told
+    result = score(rows)["1x2x2"]
+    assert (result["positive"]["exact"]["right"], result["positive"]["exact"]["n"], result["positive"]["broken"]) == (
+        1,
+        3,
+        1,
+    )
+    assert result["positive"]["existence"]["right"] == 2 and result["negative"]["existence"]["right"] == 0
+    assert result["positive"]["format failures"]["right"] == 0
+    result = score([r for r in rows if r["response"] is not None])["1x2x2"]
+    assert result["positive"]["exact"]["n"] == 2 and "negative" not in result and "balanced existence" not in result
 
 
 @pytest.mark.parametrize("protocol", ["official", "detect", "quadrant"])
@@ -184,14 +188,14 @@ def test_a_broken_row_without_a_place_is_wrong_and_does_not_stop_the_scores(prot
     rows = [good, row(None, "", name="1x2x2/1", protocol=protocol, error="lost")]
     if protocol == "quadrant":
         rows.append(good | {"id": "1x2x2/0/columns", "axis": "columns", "response": "left"})
-    told = score(rows)["1x2x2"]["positive"]
-    assert (told["exact"]["right"], told["exact"]["n"], told["broken"]) == (1, 2, 1)
-    assert [cell["n"] for cell in told["cells"]] == [0, 0, 1, 0], "in the rates, in no cell"
+    result = score(rows)["1x2x2"]["positive"]
+    assert (result["exact"]["right"], result["exact"]["n"], result["broken"]) == (1, 2, 1)
+    assert [cell["n"] for cell in result["cells"]] == [0, 0, 1, 0], "in the rates, in no cell"
 
 
 def test_one_needle_s_cells_and_rate_agree():
-    told = score([row("1, 2, 1; 1, 2, 2")])["1x2x2"]["positive"]
-    assert told["exact"]["right"] == sum(cell["right"] for cell in told["cells"]) == 0
+    result = score([row("1, 2, 1; 1, 2, 2")])["1x2x2"]["positive"]
+    assert result["exact"]["right"] == sum(cell["right"] for cell in result["cells"]) == 0
 
 
 def test_baselines_stand_beside_the_metrics_they_have():
@@ -206,49 +210,49 @@ def test_baselines_stand_beside_the_metrics_they_have():
 
 def test_positives_and_negatives_never_share_a_number():
     rows = [row("-1", name=str(i)) for i in range(10)] + [row("-1", NONE, name=str(10 + i)) for i in range(30)]
-    told = score(rows)["1x2x2"]
-    assert told["positive"]["existence"]["rate"] == 0 and told["negative"]["existence"]["rate"] == 1
-    assert told["balanced existence"]["rate"] == 0.5, "the mean of both, whatever their sizes"
-    assert told["balanced existence"]["low"] < 0.5 < told["balanced existence"]["high"]
+    result = score(rows)["1x2x2"]
+    assert result["positive"]["existence"]["rate"] == 0 and result["negative"]["existence"]["rate"] == 1
+    assert result["balanced existence"]["rate"] == 0.5, "the mean of both, whatever their sizes"
+    assert result["balanced existence"]["low"] < 0.5 < result["balanced existence"]["high"]
 
 
 def test_depths_are_counted_each_for_itself():
     """The released scorer aliases one list, and so gives every depth the same accuracy."""
     rows = [row(f"{m}, 1, 1", f"{m}, 1, 1", name=f"a{m}", shape=(3, 2, 1)) for m in (1, 2, 3)]
     rows += [row("1, 1, 1", f"{m}, 1, 1", name=f"b{m}", shape=(3, 2, 1)) for m in (1, 2, 3)]
-    told = score(rows)["1x2x2"]["positive"]
-    assert [entry["rate"] for entry in told["depths"]] == [1.0, 0.5, 0.5]
-    assert [cell["n"] for cell in told["cells"]] == [6, 0, 0, 0] and told["cells"][1]["rate"] is None
+    result = score(rows)["1x2x2"]["positive"]
+    assert [entry["rate"] for entry in result["depths"]] == [1.0, 0.5, 0.5]
+    assert [cell["n"] for cell in result["cells"]] == [6, 0, 0, 0] and result["cells"][1]["rate"] is None
 
 
 def test_missing_answers_are_charged_and_the_official_pooling_stands_beside():
     rows = [row(TWO, TWO, 2, "0"), row("1, 2, 1", TWO, 2, "1"), row("-1", TWO, 2, "2")]
-    told = score(rows)["1x2x2"]["positive"]
-    assert (told["individual exact"]["right"], told["individual exact"]["n"]) == (3, 6)
-    pooled = told["individual exact, official pooling"]
+    result = score(rows)["1x2x2"]["positive"]
+    assert (result["individual exact"]["right"], result["individual exact"]["n"]) == (3, 6)
+    pooled = result["individual exact, official pooling"]
     assert (pooled["right"], pooled["n"]) == (3, 4)
-    assert told["first exact"]["right"] == 2 and sum(cell["n"] for cell in told["cells"]) == 6
+    assert result["first exact"]["right"] == 2 and sum(cell["n"] for cell in result["cells"]) == 6
 
 
 def test_baselines():
     truths = ["1, 1, 1"] * 3 + ["1, 2, 2"] * 2
-    told = score([row("x", truth, name=str(i)) for i, truth in enumerate(truths)])["1x2x2"]["baselines"]
-    assert told["uniform"] == {"exact": 0.25, "index": 1.0}
-    assert told["best constant"] == {"answer": "1, 1, 1", "exact": 0.6, "index": 1.0}
-    assert told["always -1"]["existence, negatives"] == 1.0 and told["always -1"]["balanced existence"] == 0.5
+    result = score([row("x", truth, name=str(i)) for i, truth in enumerate(truths)])["1x2x2"]["baselines"]
+    assert result["uniform"] == {"exact": 0.25, "index": 1.0}
+    assert result["best constant"] == {"answer": "1, 1, 1", "exact": 0.6, "index": 1.0}
+    assert result["always -1"]["existence, negatives"] == 1.0 and result["always -1"]["balanced existence"] == 0.5
 
 
 # ---- other protocols, one rule
 def test_the_centre_of_a_box_is_its_cell():
-    def told(response, grid=4):
+    def cell(response, grid=4):
         return prepare_rows([row(response, protocol="detect", shape=(1, grid, 1))])[0]["response"]
 
-    assert told("<loc0000><loc0256><loc0255><loc0511> red apple") == "1, 1, 2"
-    assert told("<loc0768><loc0512><loc1023><loc0767> red apple ; <loc0000><loc0000><loc0100><loc0100> x") == "1, 4, 3"
-    assert told("<loc1023><loc1023><loc1023><loc1023> a") == "1, 4, 4"
-    assert told("<loc0000><loc0512><loc1000><loc1023> a", grid=2) == "1, 1, 2"
-    assert told("") == "-1" and told("\n") == "-1" and told(None) is None
-    assert told("red apple") == "red apple", "a format failure, and no absence"
+    assert cell("<loc0000><loc0256><loc0255><loc0511> red apple") == "1, 1, 2"
+    assert cell("<loc0768><loc0512><loc1023><loc0767> red apple ; <loc0000><loc0000><loc0100><loc0100> x") == "1, 4, 3"
+    assert cell("<loc1023><loc1023><loc1023><loc1023> a") == "1, 4, 4"
+    assert cell("<loc0000><loc0512><loc1000><loc1023> a", grid=2) == "1, 1, 2"
+    assert cell("") == "-1" and cell("\n") == "-1" and cell(None) is None
+    assert cell("red apple") == "red apple", "a format failure, and no absence"
 
 
 @pytest.mark.parametrize(
@@ -269,13 +273,13 @@ def test_quadrants_need_row_and_column(rows_answer, columns_answer, response):
     ]
     merged = prepare_rows(rows)
     assert len(merged) == 1 and merged[0]["id"] == "1x2x2/0" and merged[0]["response"] == response
-    told = score(rows)["1x2x2"]["positive"]
-    assert told["exact"]["right"] == (response == ONE) and "existence" not in told
-    assert told["format failures"]["right"] == (response is not None and "|" in response)
+    result = score(rows)["1x2x2"]["positive"]
+    assert result["exact"]["right"] == (response == ONE) and "existence" not in result
+    assert result["format failures"]["right"] == (response is not None and "|" in response)
 
 
 def test_the_same_rule_for_every_model():
-    """Only a row's answer counts: names permuted, scores unchanged (the source project's scorer told them apart)."""
+    """Only a row's answer counts: names permuted, scores unchanged (the source project's scorer kept them apart)."""
     rows = [row("1, 2, 1", name="0"), row("bottom", name="1"), row("-1", NONE, name="2")]
     for protocol in ("finetuned", "official", "rank"):
         named = [[r | {"protocol": protocol, "model": model} for r in rows] for model in ("diff", "original")]
@@ -287,11 +291,11 @@ def test_the_same_rule_for_every_model():
 def test_compare_counts_pairs():
     a = [row(ONE if i < 6 else "1, 1, 1", name=str(i)) for i in range(10)]
     b = [row(ONE if i >= 4 else "1, 1, 1", name=str(i)) for i in reversed(range(10))]
-    told = compare_answers(a, b, mmneedle)["1x2x2 positive"]
-    assert (told["first"]["right"], told["second"]["right"]) == (6, 6)
-    assert (told["only first"], told["only second"]) == (4, 4)
-    assert told["difference"]["mean"] == 0 and told["difference"]["low"] < 0 < told["difference"]["high"]
-    assert told["p"] == 1.0
+    result = compare_answers(a, b, mmneedle)["1x2x2 positive"]
+    assert (result["first"]["right"], result["second"]["right"]) == (6, 6)
+    assert (result["only first"], result["only second"]) == (4, 4)
+    assert result["difference"]["mean"] == 0 and result["difference"]["low"] < 0 < result["difference"]["high"]
+    assert result["p"] == 1.0
     with pytest.raises(UserError, match="2 questions are in one run alone"):
         compare_answers(a, b[:8], mmneedle)
     for changed in ({"prompt": "where is a dog?"}, {"ground_truth": "1, 2, 2"}):
