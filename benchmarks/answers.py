@@ -34,9 +34,9 @@ from adapters import new_lora  # noqa: E402
 from finetune_original import Config as Finetune  # noqa: E402
 from haystack import ImagePool, read_pool  # noqa: E402
 from modeling_gemma import PaliGemmaForConditionalGeneration  # noqa: E402
-from needle_eval.mmneedle import read_questions  # noqa: E402
 from needle_eval.mmneedle_build import write_haystacks  # noqa: E402
 from needle_eval.mmneedle_prompts import Setting  # noqa: E402
+from needle_eval.mmneedle_release import read_questions  # noqa: E402
 from needle_eval.questions import Question  # noqa: E402
 from needle_eval.runner import Answerer, answer_batches, plan_batches  # noqa: E402
 from processing_paligemma import PaliGemmaProcessor  # noqa: E402

@@ -61,6 +61,7 @@ def answer_questions(
     `file` holds answers to other questions.
     """
     accelerator = answerer.accelerator
+    answerer.model.eval()
     rows = {}
     if file is not None:
         with accelerator.main_process_first():

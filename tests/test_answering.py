@@ -13,9 +13,10 @@ from errors import UserError
 from files import open_image
 from haystack import ImagePool, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
-from needle_eval.mmneedle import is_correct, read_questions
+from needle_eval.mmneedle import is_correct
 from needle_eval.mmneedle_build import write_haystacks
 from needle_eval.mmneedle_prompts import Setting, make_candidates
+from needle_eval.mmneedle_release import read_questions
 from needle_eval.questions import Question
 from needle_eval.runner import Answerer, answer_batches, answer_questions, mark_too_long, plan_batches, plan_images
 from processing_paligemma import PaliGemmaProcessor

@@ -24,6 +24,7 @@ from haystack import read_pool
 from needle_eval import mm_niah, mmneedle, pope
 from needle_eval.folder import complete, evaluation_name, hash_weights, output_folder, slug
 from needle_eval.mmneedle_build import build_haystacks
+from needle_eval.mmneedle_prompts import Setting
 from needle_eval.plots import cells_title, needles_label
 
 ROOT = Path(__file__).parent.parent
@@ -474,4 +475,4 @@ def test_images_of_one_s_own(tiny_model, folder, capsys):
     assert len(rows) == 6 and Image.open(rows[0]["images"][0]).size == (64, 64)
     with pytest.raises(UserError, match="lost.png"):
         (folder / "mine" / "captions.json").write_text(json.dumps({"lost.png": "x"}))
-        build_haystacks(Config(data="haystack:mine"), mmneedle.Setting(1, 2))
+        build_haystacks(Config(data="haystack:mine"), Setting(1, 2))

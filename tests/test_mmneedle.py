@@ -17,8 +17,8 @@ from PIL import Image
 
 from errors import UserError
 from haystack import ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
-from needle_eval import mmneedle
-from needle_eval.mmneedle import ground_truth_of, read_questions, score
+from needle_eval import mmneedle, mmneedle_release
+from needle_eval.mmneedle import score
 from needle_eval.mmneedle_build import build_haystacks, name_of, write_haystacks
 from needle_eval.mmneedle_prompts import (
     Setting,
@@ -28,6 +28,7 @@ from needle_eval.mmneedle_prompts import (
     official_prompt,
     quadrant_prompts,
 )
+from needle_eval.mmneedle_release import ground_truth_of, read_questions
 
 RELEASE = Path(os.environ.get("MMNEEDLE_DATA", ""))
 released = pytest.mark.skipif("MMNEEDLE_DATA" not in os.environ, reason="MMNEEDLE_DATA is not set")
@@ -99,7 +100,7 @@ def test_settings():
     assert Setting(10, 4, 5).annotations == "5_annotations_10_4_4.json"
     assert make_settings((1,), (2, 2), (1, 1)) == [Setting(1, 2)], "asked once"
     with pytest.raises(UserError, match="--needles=1"):
-        mmneedle.first_per_cell([], Setting(1, 2, 2), 3)
+        mmneedle_release.first_per_cell([], Setting(1, 2, 2), 3)
     with pytest.raises(UserError, match="not 1 x 1 alone"):
         make_settings((1,), (1,), (1,))
     for protocol, setting in (("quadrant", Setting(1, 4)), ("detect", Setting(2, 2)), ("rank", Setting(1, 2, 2))):
@@ -426,13 +427,13 @@ def test_the_released_rows_read_as_they_are():
 
 @released
 def test_the_released_needles_lie_where_the_metadata_says():
-    cells = mmneedle.read_release(RELEASE, "2_2.json", dict)
-    captions = mmneedle.read_captions(RELEASE)
-    for row in mmneedle.read_release(RELEASE, "annotations_1_2_2.json", list[dict]):
+    cells = mmneedle_release.read_release(RELEASE, "2_2.json", dict)
+    captions = mmneedle_release.read_captions(RELEASE)
+    for row in mmneedle_release.read_release(RELEASE, "annotations_1_2_2.json", list[dict]):
         shown = cells[Path(row["image_ids"][0]).name]
         caption = captions[Path(row["target"]).name]
         if row["index"] == -1:
-            typed = msgspec.convert(row, mmneedle.NeedleRow)
+            typed = msgspec.convert(row, mmneedle_release.NeedleRow)
             assert row["target"] not in shown.values() and ground_truth_of(typed, Setting(1, 2)) == "0, 0, 0"
         else:
             assert shown[f"{row['row']}_{row['col']}"] == row["target"]
