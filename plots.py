@@ -20,22 +20,12 @@ from data import make_data
 from diagnostics import needle_share
 from errors import UserError, one_line_errors
 from files import read_json, read_json_lines
+from needle_eval.plots import COLOURS, STYLE
 from needle_eval.questions import normalise
 from needle_eval.statistics import wilson
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
-
-STYLE = {
-    "figure.figsize": (6, 3.6),
-    "figure.dpi": 150,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 9,
-}
-COLOURS = ["#1f5aa6", "#d1495b", "#2e8b57", "#8a5fb0", "#c77d1a", "#4a4a4a"]
 
 
 def draw_run(folder: str | Path):

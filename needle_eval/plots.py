@@ -8,11 +8,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from plots import COLOURS, STYLE
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
+STYLE = {
+    "figure.figsize": (6, 3.6),
+    "figure.dpi": 150,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+}
+COLOURS = ["#1f5aa6", "#d1495b", "#2e8b57", "#8a5fb0", "#c77d1a", "#4a4a4a"]
 PERCENT = matplotlib.ticker.PercentFormatter(1.0)
 NEEDLE_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
     "needle", ["#F0496E", "#EBB839", "#0CD79F"], bad="0.85"
