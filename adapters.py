@@ -1,17 +1,20 @@
-"""What is trained on a frozen base: LoRA and differential parameters, added, unfrozen, saved, loaded and merged; 4-bit
+"""What is trained on a frozen base model: LoRA and differential parameters, added, saved, loaded and merged; 4-bit
 weights and FSDP2.
 
-Everything takes models and paths; the folder of a run is not known here.
+The functions take models and paths; run folders are not known here.
 """
 
 import contextlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -26,11 +29,19 @@ from checkpoint import (
 )
 from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
-from files import read_json, reading, sync, writing
+from files import PathLike, one_line, read_json, reading, sync, writing
+
+if TYPE_CHECKING:  # imported where needed: peft takes seconds
+    from accelerate import Accelerator
+    from peft import PeftModel
 
 
 # ---- LoRA
-def new_lora(config, model):
+def new_lora(config: Any, model: nn.Module) -> "PeftModel":
+    """Put new LoRA into the language model of `model`, in place; returns peft's wrapper.
+
+    `config` has seed, lora_rank, lora_alpha, lora_dropout and lora_targets. Raises UserError for targets without layer.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
@@ -45,24 +56,24 @@ def new_lora(config, model):
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"lora_targets {config.lora_targets} do not fit the language model: {reason}") from error
+        raise UserError(
+            f"--lora_targets={config.lora_targets}: not in the language model: {one_line(error)}"
+        ) from error
 
 
-def attach_adapter(model, adapter_folder, trainable=False):
-    """Put a peft adapter into `model` in place; returns peft's model around it, the base frozen, in eval mode unless
-    `trainable`. Adapters trained under older namings fit too (peft #2574).
+def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool = False) -> "PeftModel":
+    """Put a stored LoRA adapter into `model`, in place; returns peft's wrapper, the base frozen, in eval mode unless
+    `trainable`. Adapters trained under older names of the layers fit too (peft #2574).
 
-    Raises UserError: files missing or corrupt, an adapter for another model, weights unused or left at random.
+    Raises UserError: files missing or corrupt, an adapter for another model, unused or missing weights.
     """
     folder = Path(adapter_folder)
     read_json(folder / ADAPTER_CONFIG)
     with reading(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
             raise UserError(f"{folder / 'adapter_model.bin'}: convert it to safetensors; pickles are never loaded")
-    with open_safetensors(
-        folder / ADAPTER_WEIGHTS
-    ) as handle:  # without it peft would look for a pickle, then ask the hub
+    # without this file peft would try a pickle, then the hub
+    with open_safetensors(folder / ADAPTER_WEIGHTS) as handle:
         prefix = "base_model.model."
         stored = {prefix + rename_key(key.removeprefix(prefix)) for key in handle.keys()}  # noqa: SIM118
 
@@ -70,13 +81,13 @@ def attach_adapter(model, adapter_folder, trainable=False):
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns of missing keys; they are refused below
+            warnings.simplefilter("ignore")  # peft warns of missing keys, which are refused below
             adapted = PeftModel.from_pretrained(
                 model, str(folder), is_trainable=trainable, torch_device="cpu", key_mapping=KEYS_TO_MEMORY
             )
             used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise UserError(f"{folder}: this adapter does not fit the model ({reason}): give its own base model") from error
     for keys, fault in ((stored - used, "has no place in"), (used - stored, "is missing for")):
         if keys:
@@ -85,53 +96,58 @@ def attach_adapter(model, adapter_folder, trainable=False):
     return adapted
 
 
-def merge(model: torch.nn.Module):
-    """Add every LoRA update to the weight that it belongs to, in place, and leave plain layers. Raises UserError where
-    a weight would not be finite."""
+def merge(model: nn.Module) -> None:
+    """Add every LoRA update to its weight and replace the layers of peft by plain ones, in place.
+
+    Raises UserError where a merged weight would not be finite.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
-            raise UserError(f"{name}: cannot be merged ({error}): look at the run's losses") from error
+            raise UserError(f"{name}: cannot be merged ({error}): check the losses of the run") from error
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def trainable_counts(model) -> dict[str, list[int]]:
-    """Parameters by tower: [trainable, all]."""
+def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
+    """Number of parameters by tower: [trainable, all]."""
     counts: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
         tower = next((t for t in ("vision_tower", "multi_modal_projector", "language_model") if t in name), "lm_head")
         kind = " lora" if "lora_" in name else " differential" if ".differential." in name else ""
         entry = counts.setdefault(tower + kind, [0, 0])
-        entry[0] += p.numel() * p.requires_grad
+        entry[0] += p.numel() if p.requires_grad else 0
         entry[1] += p.numel()
     return counts
 
 
 # ---- differential attention
-def _differential_state(model) -> dict:
+def differential_state(model: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter or buffer of everything that differential attention added to `model`."""
     modules = differential_modules(model).items()
     return {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
 
 
-def save_differential(model, folder):
+def save_differential(model: nn.Module, folder: PathLike) -> None:
     """Write what differential attention added to `model` (also inside peft's wrapper), and its configuration, into
-    `folder`/differential.safetensors; a standard model writes nothing. Raises UserError when the disk refuses."""
+    `folder`/differential.safetensors; nothing for standard attention.
+
+    Raises UserError when the disk is full or a permission is missing.
+    """
     config = differential_config(model)
     if config is None:
         return
     progress = next(iter(differential_modules(model).values())).progress.item()
-    told = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _differential_state(model).items()}
+    metadata = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in differential_state(model).items()}
     file, temporary = Path(folder, DIFFERENTIAL), Path(folder, f".{DIFFERENTIAL}.tmp")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, temporary, metadata=told)
+            save_file(tensors, temporary, metadata=metadata)
             sync(temporary)
             os.replace(temporary, file)
         except BaseException:
@@ -139,93 +155,98 @@ def save_differential(model, folder):
             raise
 
 
-def stored_differential(folder) -> DifferentialConfig | None:
+def stored_differential(folder: PathLike) -> DifferentialConfig | None:
     """The configuration in `folder`/differential.safetensors; None without such a file. Raises UserError."""
     with reading(folder):
         if not Path(folder, DIFFERENTIAL).is_file():
             return None
-    return _told(Path(folder, DIFFERENTIAL))[0]
+    return read_metadata(Path(folder, DIFFERENTIAL))[0]
 
 
-def _told(file: Path) -> tuple[DifferentialConfig, float]:
+def read_metadata(file: Path) -> tuple[DifferentialConfig, float]:
+    """Configuration and progress of training, 0 to 1, in the header of a differential.safetensors."""
     with open_safetensors(file) as handle:
-        told = handle.metadata() or {}
+        metadata = handle.metadata() or {}
     try:
-        return DifferentialConfig.from_dict(json.loads(told["config"])).resolve(), float(json.loads(told["progress"]))
+        config = DifferentialConfig.from_dict(json.loads(metadata["config"])).resolve()
+        return config, float(json.loads(metadata["progress"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its header holds no differential configuration: save it again") from error
+        raise UserError(f"{file}: its header has no differential configuration: save it again") from error
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 
-def load_differential(model, folder):
+def load_differential(model: nn.Module, folder: PathLike) -> None:
     """Fill what differential attention added to `model` from `folder`/differential.safetensors.
 
-    Raises UserError: file missing or corrupt, another configuration, keys too many or too few, wrong shapes.
+    Raises UserError: file missing or corrupt, another configuration, unexpected or missing keys, wrong shapes.
     """
     file = Path(folder, DIFFERENTIAL)
-    (stored, progress), built = _told(file), differential_config(model)
+    (stored, progress), built = read_metadata(file), differential_config(model)
     if built is None or not stored.same_method(built):
         raise UserError(
-            f"{file}: holds differential attention of preset {stored.preset} and the model was built with "
-            f"{built.preset if built else 'none'} or other choices: ask for the stored configuration, or leave it out"
+            f"{file}: has differential attention of preset {stored.preset} but the model was built with "
+            f"{built.preset if built else 'none'} or other choices: give the stored configuration, or none"
         )
-    state = _differential_state(model)
+    state = differential_state(model)
     with open_safetensors(file) as handle:
-        held = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        for names, fault in ((set(held) - set(state), "has no place in"), (set(state) - set(held), "is missing for")):
+        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        for names, fault in (
+            (set(shapes) - set(state), "has no place in"),
+            (set(state) - set(shapes), "is missing for"),
+        ):
             if names:
                 raise UserError(f"{file}: {min(names)} {fault} this model ({len(names)} keys): give its own base model")
-        for name, shape in held.items():
+        for name, shape in shapes.items():
             if shape != tuple(state[name].shape):
-                raise UserError(f"{file}: {name} has shape {shape} where this model has {tuple(state[name].shape)}")
+                raise UserError(f"{file}: {name} has shape {shape} but this model has {tuple(state[name].shape)}")
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(handle.get_tensor(name))
     set_progress(model, progress)
 
 
-# ---- a base in 4 bits, a base in shards
-def quantize(model, device: torch.device):
-    """QLoRA (arXiv 2305.14314): the language model's frozen linears as 4-bit NF4 with doubly quantised scales, which
-    compute in bfloat16; embedding, head, vision tower and what differential attention added stay as they are.
+# ---- a base in 4 bits, a sharded base
+def quantize(model: nn.Module, device: torch.device) -> nn.Module:
+    """QLoRA (arXiv 2305.14314): the frozen linears of the language model in 4-bit NF4 with double quantization, which
+    compute in bfloat16. Embedding, head, vision tower and what differential attention added do not change.
 
-    `model` is on the CPU and goes to `device` piece by piece; returns it. Raises UserError without bitsandbytes.
+    `model` is on the CPU and moves to `device` layer by layer; returns it. Raises UserError without bitsandbytes.
     """
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise UserError("--dtype=nf4: bitsandbytes is not installed: pip install bitsandbytes") from error
     for layer in model.model.language_model.layers:
-        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]:
-            small = Linear4bit(
+        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            quantized = Linear4bit(
                 linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
             )
-            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-            layer.set_submodule(name, small.to(device))  # quantised on the way
-    model.is_loaded_in_4bit = True  # so peft knows
+            quantized.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            layer.set_submodule(name, quantized.to(device))  # quantized by the move
+    model.is_loaded_in_4bit = True  # read by peft
     return model.to(device)
 
 
-def shard_frozen_layers(model, adapted, accelerator):
-    """FSDP2: each process keeps its share of the frozen layers' weights and gathers a layer when it acts.
+def shard_frozen_layers(model: nn.Module, adapted: nn.Module, accelerator: "Accelerator") -> None:
+    """FSDP2: each process stores a shard of the frozen layers' weights and gathers a layer when it runs.
 
-    What trains is small: it stays whole on each process and goes the way of DDP, as without shares. Accelerate's own
-    FSDP would cut it too, and does not run on a CPU.
+    What trains is small: it is replicated and synchronized by DDP, as without shards. Accelerate's own FSDP would shard
+    it too, and does not run on a CPU. `adapted` is peft's wrapper of `model`. Raises UserError for a single process.
     """
-    whole = {p for n, p in adapted.named_parameters() if p.requires_grad or ".differential." in n}
+    replicated = {p for n, p in adapted.named_parameters() if p.requires_grad or ".differential." in n}
     if accelerator.num_processes == 1:
-        raise UserError("--shard=True: one process has no one to share with: start several with torchrun")
+        raise UserError("--shard=True: needs several processes: start them with torchrun")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
     frozen = [name for name, p in adapted.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, frozen)
 
 
 @contextlib.contextmanager
-def gathered(model):
-    """Whole layers on every process while each works at its own pace: outside, they gather in step."""
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Gather all sharded layers inside the block, where the processes run different numbers of forward passes."""
     layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(False)

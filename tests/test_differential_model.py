@@ -487,7 +487,7 @@ def test_defect_k_a_file_that_does_not_fit_is_refused_in_one_line(told, change, 
 def test_another_configuration_or_a_broken_file_is_refused(base, tmp_path):
     stir(build("split")).save_pretrained(tmp_path / "split")
     for other in ("v2", DifferentialConfig(rank=4), DifferentialConfig(layers=(0,))):
-        with pytest.raises(UserError, match="holds differential attention of preset split"):
+        with pytest.raises(UserError, match="has differential attention of preset split"):
             PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "split", differential=other)
     with pytest.raises(UserError, match="built with none"):
         load_differential(build(), tmp_path / "split")

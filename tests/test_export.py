@@ -99,7 +99,7 @@ def test_the_card_says_what_it_is(runs, tmp_path, monkeypatch, arm):
 def test_the_base_model_s_name_and_licence_are_metadata():
     config = export.Config(model="", output="out")
     record = {"arm": "original", "base_model": "google/paligemma-3b-pt-224", "base_revision": "a" * 40}
-    text = export.card(config, record | {"config": {"data": "hub:org/set"}, "step": 1}, {}, None)
+    text = export.write_card(config, record | {"config": {"data": "hub:org/set"}, "step": 1}, {}, None)
     data = huggingface_hub.ModelCard(text).data
     assert (data.base_model, data.license, data.datasets) == ("google/paligemma-3b-pt-224", "gemma", ["org/set"])
     assert "google/paligemma-3b-pt-224@" + "a" * 40 in text
@@ -149,8 +149,8 @@ def test_what_a_user_gets_wrong(runs, tiny_model, tmp_path, monkeypatch, capsys)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     for model, output, told in (
-        (tiny_model, tmp_path / "out", "no run"),
-        (runs / "diff", tmp_path / "mine", "is there already"),
+        (tiny_model, tmp_path / "out", "not a run"),
+        (runs / "diff", tmp_path / "mine", "exists already"),
         (tmp_path / "gone", tmp_path / "out", "gone"),
     ):
         assert run(monkeypatch, f"--model={model}", f"--output={output}") == 2
