@@ -29,6 +29,10 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
+# Starts the model_type and the names of the weight files of a whole model with differential attention, which therefore
+# does not load as a standard model in transformers.
+DIFFERENTIAL_PREFIX = "differential_"
+MODEL_FILE = re.compile(r"(differential_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|differential\.safetensors")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # all that is fetched from the hub
 PIECE = 8 << 20  # bytes converted at a time: bounds the memory of a change of dtype beyond its result
 
@@ -185,10 +189,15 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """The weight files of a folder, each with its keys in the index; an empty list means all keys of the file."""
-    index = folder / INDEX
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: []}
-    if not index.is_file():
+    names = [prefix + name for prefix in ("", DIFFERENTIAL_PREFIX) for name in (SINGLE, INDEX)]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    models = {path.name.startswith(DIFFERENTIAL_PREFIX) for path in found}
+    if len(models) > 1:
+        raise UserError(f"{folder}: {found[0].name} and {found[-1].name} are two models: delete one")
+    if found and found[0].name.endswith(SINGLE):
+        return {found[0]: []}
+    index = found[0] if found else None
+    if index is None:
         for pickle in folder.glob("pytorch_model*.bin"):
             raise UserError(f"{pickle}: convert it to safetensors; files that could run code are never loaded")
         raise UserError(f"{folder}: no weights here (neither {SINGLE} nor {INDEX}): check the path")
@@ -201,7 +210,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{index}: puts {key} in {name}, outside the folder: download the model again")
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing, but {INDEX} puts {key} in it: download it again")
+            raise UserError(f"{folder / name}: missing, but {index.name} puts {key} in it: download it again")
         files.setdefault(folder / name, []).append(key)
     return files
 
@@ -217,7 +226,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             missing = sorted(set(indexed) - set(stored))
             if missing:
                 raise UserError(
-                    f"{file}: has no {missing[0]} ({len(missing)} keys), which {INDEX} lists: download it again"
+                    f"{file}: has no {missing[0]} ({len(missing)} keys), which the index lists: download it again"
                 )
             for key in indexed or stored:
                 entry = Entry(file, key, tuple(handle.get_slice(key).get_shape()))
@@ -233,8 +242,8 @@ def check_entries(entries: dict[str, Entry], expected: dict[str, Tensor], folder
     missing = [name for name in expected if name not in entries]
     for kind, names in (("unexpected", unexpected), ("missing", missing)):
         if names:
-            file = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
-            file, key, _ = entries.get(names[0], (file, names[0], None))
+            first_file = next((entry.file for entry in entries.values()), folder)
+            file, key, _ = entries.get(names[0], (first_file, names[0], None))
             hint = next(text for when, part, text in KEY_HINTS if when in ("", kind) and any(part in n for n in names))
             raise UserError(f"{file}: {len(names)} {kind} keys (first {key}): {hint}")
     wrong = [name for name, entry in entries.items() if entry.shape != expected[name].shape]
@@ -295,8 +304,12 @@ def load_weights(
 
 
 # ---- saving weights
-def save_weights(state_dict: dict[str, Tensor], folder: PathLike, max_shard_size: int | str = "5GB") -> None:
+def save_weights(
+    state_dict: dict[str, Tensor], folder: PathLike, max_shard_size: int | str = "5GB", prefix: str = ""
+) -> None:
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
+
+    `prefix` starts the names of the files.
 
     Raises UserError when the disk is full or a permission is missing. Inside `atomic_folder` it is all or nothing.
     """
@@ -306,7 +319,9 @@ def save_weights(state_dict: dict[str, Tensor], folder: PathLike, max_shard_size
         del tensors[hub_key(HEAD)]
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+        huggingface_hub.save_torch_state_dict(
+            tensors, folder, filename_pattern=prefix + "model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
 
 
 def save_model_folder(
@@ -314,25 +329,27 @@ def save_model_folder(
 ) -> None:
     """Write weights and config.json into `folder`, which is created if missing; its other files stay.
 
-    `write_more(folder)` adds further files, such as those of differential attention.
+    `write_more(folder)` adds further files, such as those of differential attention. The names of the weight files
+    start with DIFFERENTIAL_PREFIX if the model_type of `config` does.
 
     The new files are written into a temporary folder inside it and moved at the end, so a failure leaves an older model
     unchanged, and a model that is memory-mapped from the same folder keeps its pages.
     """
     folder = Path(folder)
+    prefix = DIFFERENTIAL_PREFIX if config["model_type"].startswith(DIFFERENTIAL_PREFIX) else ""
+    weights = {key: value for key, value in state_dict.items() if ".differential." not in key}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / ".saving") as staged:
-        save_weights({key: value for key, value in state_dict.items() if ".differential." not in key}, staged)
+        save_weights(weights, staged, prefix=prefix)
         if write_more is not None:
             write_more(staged)
         write_json(staged / "config.json", config)
     new = list((folder / ".saving").iterdir())
     with writing(folder):
-        for pattern in ("model*.safetensors", "model*.safetensors.index.json", DIFFERENTIAL):
-            for old in folder.glob(pattern):
-                if old.name not in {file.name for file in new}:
-                    old.unlink()  # from an older save
+        for old in folder.iterdir():  # from an older save
+            if MODEL_FILE.fullmatch(old.name) and old.name not in {file.name for file in new}:
+                old.unlink()
         for file in new:
             os.replace(file, folder / file.name)
         (folder / ".saving").rmdir()

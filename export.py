@@ -41,7 +41,7 @@ PROCESSOR_FILES = (  # copied from the base model
 
 LOAD_STANDARD = "Load it with `PaliGemmaForConditionalGeneration.from_pretrained` of transformers."
 LOAD_DIFFERENTIAL = """Load it with `PaliGemmaForConditionalGeneration.from_pretrained` of the repository named below:
-transformers would ignore `differential.safetensors` and give another model."""
+transformers does not know differential attention (`differential.safetensors`) and refuses the folder."""
 
 Result = TypeVar("Result")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adapters import attach_adapter, load_differential, save_differential, stored_differential
 from attention import PrefixMask
-from checkpoint import load_weights, locate, resolve_run, save_model_folder
-from differential_attention import DifferentialConfig, add_differential, as_config
+from checkpoint import DIFFERENTIAL_PREFIX, load_weights, locate, resolve_run, save_model_folder
+from differential_attention import DifferentialConfig, add_differential, as_config, differential_config
 from errors import UserError
 from fused_ops import apply_linears, apply_softcap, head_loss
 
@@ -171,9 +171,15 @@ class VisionLanguageModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and safetensors. transformers loads a standard model back with equal logits; differential
-        attention is saved in a file of its own."""
-        save_model_folder(self.state_dict(), self.config.to_dict(), folder, partial(save_differential, self))
+        """Write config.json and safetensors. transformers loads a standard model back with equal logits.
+
+        Differential attention is saved in a file of its own, with a model_type and names of the weight files that make
+        transformers refuse the folder instead of loading it as a standard model.
+        """
+        config = self.config.to_dict()
+        if differential_config(self) is not None:
+            config |= {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": None}
+        save_model_folder(self.state_dict(), config, folder, partial(save_differential, self))
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""

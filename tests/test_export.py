@@ -7,14 +7,19 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from refusals import refused
 from safetensors.torch import load_file
 
+import checkpoint
 import export
 import finetune_diff
+from adapters import merge
 from data import loader, make_data
 from differential_attention import DifferentialConfig
+from files import read_json, write_json
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
+from models import classes_of
 from processing_paligemma import PaliGemmaProcessor
 
 SHORT = dict(max_steps=3, batch_size=4, lr=0.02, eval_samples=2, eval_batch_size=4, max_new_tokens=3, log_every=1)
@@ -78,7 +83,47 @@ def test_the_differential_arm_stands_alone(runs, batch, tiny_model, tmp_path, mo
     ours, theirs = (PaliGemmaProcessor.from_pretrained(place) for place in (folder, tiny_model))
     assert ours.encode("answer en where is tent?") == theirs.encode("answer en where is tent?")
     assert (ours.image_size, ours.resample) == (theirs.image_size, theirs.resample)
-    assert {"config.json", "model.safetensors", "README.md"} < {file.name for file in folder.iterdir()}
+    assert {"config.json", "differential_model.safetensors", "README.md"} < {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_transformers_refuses_a_differential_folder(runs, batch, tmp_path, monkeypatch, size):
+    """As a standard model it would answer differently without an error."""
+    monkeypatch.setattr(checkpoint.save_weights, "__defaults__", (size, ""))
+    model = PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff")
+    merge(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "differential_model.safetensors.index.json").is_file() == (size == "20KB")
+    with pytest.raises(ValueError, match="differential_paligemma"):
+        transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="model.safetensors"):
+        transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    again = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    assert classes_of(tmp_path)[0] is PaliGemmaForConditionalGeneration
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-5, rtol=0)
+
+
+def test_differential_folders_of_older_versions_load(runs, batch, tmp_path):
+    """They have the model_type and the names of the weight files of a standard model."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff")
+    merge(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "differential_model.safetensors").rename(tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"model_type": "paligemma"})
+    again = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("differential", [None, "v2"])
+def test_saving_over_a_model_of_the_other_kind_leaves_one(tiny_model, tmp_path, differential):
+    kinds = (None if differential else "v2", differential)
+    for kind in kinds:
+        PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, differential=kind).save_pretrained(tmp_path)
+    PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "differential_model.safetensors").touch()
+    with refused(tmp_path, "model.safetensors and differential_model.safetensors are two models"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("arm", ["original", "diff"])
@@ -109,7 +154,9 @@ def test_the_base_model_s_name_and_licence_are_metadata():
 def test_bfloat16_halves_the_folder(runs, batch, tmp_path, monkeypatch):
     for dtype in ("float32", "bfloat16"):
         assert run(monkeypatch, f"--model={runs / 'diff'}", f"--output={tmp_path / dtype}", f"--dtype={dtype}") == 0
-    whole, half = ((tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("float32", "bfloat16"))
+    whole, half = (
+        (tmp_path / dtype / "differential_model.safetensors").stat().st_size for dtype in ("float32", "bfloat16")
+    )
     assert 0.49 < half / whole < 0.52
     added = [load_file(tmp_path / dtype / "differential.safetensors") for dtype in ("float32", "bfloat16")]
     assert all(torch.equal(added[0][key], added[1][key]) for key in added[0])
@@ -142,7 +189,8 @@ def test_push_to_hub(runs, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *arguments) == 0
     (created, kwargs), (uploaded, files) = Hub.asked
     assert created == uploaded == "me/mine" and kwargs == {"private": True, "exist_ok": True}
-    assert {"README.md", "config.json", "differential.safetensors", "model.safetensors", "tokenizer.json"} <= set(files)
+    weights = {"differential.safetensors", "differential_model.safetensors"}
+    assert {"README.md", "config.json", "tokenizer.json"} | weights <= set(files)
 
 
 def test_what_a_user_gets_wrong(runs, tiny_model, tmp_path, monkeypatch, capsys):
