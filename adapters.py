@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +30,7 @@ from checkpoint import (
 )
 from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
-from files import PathLike, one_line, read_json, reading, sync, writing
+from files import PathLike, one_line, read_json, reading, sync, write_json, writing
 
 if TYPE_CHECKING:  # imported where needed: peft takes seconds
     from accelerate import Accelerator
@@ -94,6 +95,49 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
             fault = f"{min(keys)} {fault} this model ({len(keys)} keys)"
             raise UserError(f"{folder / ADAPTER_WEIGHTS}: {fault}: give the adapter's own base model")
     return adapted
+
+
+def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
+    """Write the LoRA of peft's wrapper into `folder` in peft's format, with a model card.
+
+    AutoPeftModel loads the folder onto transformers' PaliGemma, but refuses it if the model has differential attention.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of a base model that is not on the hub
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    base, revision = adapted.get_base_model().name_or_path, None
+    if Path(base).is_dir():
+        base = str(Path(base).resolve())  # "assets/paligemma-nano" would read as a hub id
+    else:
+        base, _, revision = base.partition("@")
+    differential = differential_config(adapted)
+    auto_mapping = {  # the class that AutoPeftModel loads the base model with
+        "base_model_class": "PaliGemmaForConditionalGeneration",
+        "parent_library": "differential_paligemma" if differential else "transformers",
+    }
+    config = read_json(Path(folder, ADAPTER_CONFIG))
+    config |= {"auto_mapping": auto_mapping, "base_model_name_or_path": base, "revision": revision or None}
+    write_json(Path(folder, ADAPTER_CONFIG), config)
+    Path(folder, "README.md").write_text(adapter_card(base, revision, differential), encoding="utf-8")
+
+
+def adapter_card(base: str, revision: str | None, differential: DifferentialConfig | None) -> str:
+    """README.md of an adapter folder."""
+    is_local = Path(base).is_absolute()
+    tags = ["paligemma", "lora", *(["differential-attention", differential.preset] if differential else [])]
+    metadata = ModelCardData(
+        base_model=None if is_local else base, library_name="peft", pipeline_tag="image-text-to-text", tags=tags
+    )
+    name = Path(base).name if is_local else f"{base}@{revision}" if revision else base
+    text = f"A LoRA adapter for `{name}`"
+    if differential:
+        text += f""" with differential attention of preset `{differential.preset}`, whose parameters are in
+`../{DIFFERENTIAL}`. It works only with them: load the run folder with `from_pretrained` of the Multimodal
+Differential Transformer."""
+    else:
+        text += """. Load it with `AutoPeftModel.from_pretrained` of peft, or the run folder with `from_pretrained` of
+the Multimodal Differential Transformer."""
+    return f"---\n{metadata.to_yaml()}\n---\n\n# LoRA adapter\n\n{text}\n"
 
 
 def merge(model: nn.Module) -> None:

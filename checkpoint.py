@@ -153,9 +153,12 @@ def resolve_run(path_or_hub_id: PathLike) -> tuple[str, Path | None]:
 def base_of_adapter(adapter: Path) -> str:
     """The base model named by run.json beside the adapter or up to two levels above, else by the adapter's config."""
     run = next((parent / "run.json" for parent in adapter.parents[:3] if (parent / "run.json").is_file()), None)
-    source, key = (run, "base_model") if run else (adapter / ADAPTER_CONFIG, "base_model_name_or_path")
+    if run:
+        source, key, revision_key = run, "base_model", "base_revision"
+    else:
+        source, key, revision_key = adapter / ADAPTER_CONFIG, "base_model_name_or_path", "revision"
     record = read_json(source)
-    base, revision = record.get(key), record.get("base_revision")
+    base, revision = record.get(key), record.get(revision_key)
     if not isinstance(base, str) or not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
     for candidate in (Path(base), ROOT / base):

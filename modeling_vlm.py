@@ -161,7 +161,7 @@ class VisionLanguageModel(nn.Module):
             model = cls(config)
         load_weights(model, folder, dtype, device, tied=config.tie_word_embeddings)
         model.tie_weights()
-        model.name_or_path = str(path_or_hub_id)
+        model.name_or_path = base
         if differential is not None:
             add_differential(model, as_config(differential))
         if adapter is not None:

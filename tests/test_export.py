@@ -2,8 +2,10 @@
 
 import json
 import sys
+from functools import partial
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 import transformers
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 import checkpoint
 import export
 import finetune_diff
-from adapters import merge
+from adapters import merge, new_lora, save_lora
 from data import loader, make_data
 from differential_attention import DifferentialConfig
 from files import read_json, write_json
@@ -86,10 +88,45 @@ def test_the_differential_arm_stands_alone(runs, batch, tiny_model, tmp_path, mo
     assert {"config.json", "differential_model.safetensors", "README.md"} < {file.name for file in folder.iterdir()}
 
 
+def test_a_standard_adapter_loads_with_peft(runs, batch, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapted = peft.AutoPeftModel.from_pretrained(runs / "original/final/adapter").eval()
+    assert type(adapted.get_base_model()) is transformers.PaliGemmaForConditionalGeneration
+    expected = logits(PaliGemmaForConditionalGeneration.from_pretrained(runs / "original"), batch)
+    torch.testing.assert_close(logits(adapted, batch), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="differential_paligemma"):
+        peft.AutoPeftModel.from_pretrained(runs / "diff/final/adapter")
+
+
+@pytest.mark.parametrize("arm", ["original", "diff"])
+def test_the_card_of_an_adapter(runs, arm):
+    folder = runs / arm / "final/adapter"
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model is None  # a folder is no hub id
+    assert ("differential.safetensors" in card.text) == (arm == "diff")
+    assert ("AutoPeftModel" in card.text) == (arm == "original")
+    assert "[More Information Needed]" not in card.text
+
+
+@pytest.mark.parametrize("name", ["org/name", "org/name@abc", "assets/paligemma-nano"])
+def test_the_base_of_an_adapter(tiny_model, tmp_path, monkeypatch, name):
+    """A local folder is stored as an absolute path, which does not read as a hub id; a revision separately."""
+    monkeypatch.chdir(checkpoint.ROOT)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    adapted = new_lora(Config(), model)
+    model.name_or_path = name
+    save_lora(adapted, tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter/adapter_config.json")
+    local = str(checkpoint.ROOT / name) if name.startswith("assets") else name.partition("@")[0]
+    assert config["base_model_name_or_path"] == local
+    assert config["revision"] == ("abc" if "@" in name else None)
+    assert checkpoint.resolve_run(tmp_path)[0] == (local if name.startswith("assets") else name)
+
+
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 def test_transformers_refuses_a_differential_folder(runs, batch, tmp_path, monkeypatch, size):
     """As a standard model it would answer differently without an error."""
-    monkeypatch.setattr(checkpoint.save_weights, "__defaults__", (size, ""))
+    monkeypatch.setattr(checkpoint, "save_weights", partial(checkpoint.save_weights, max_shard_size=size))
     model = PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff")
     merge(model)
     model.save_pretrained(tmp_path)
