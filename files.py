@@ -304,8 +304,10 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
 
     A file system without locks is tolerated. Raises UserError if another process holds the lock.
     """
-    # A soft lock, the default where the file system has no locks, would outlive a killed process.
-    lock = filelock.FileLock(Path(folder, LOCK), blocking=False, thread_local=False, fallback_to_soft=False)
+    path = Path(folder).resolve() / LOCK
+    # A soft lock, the default where the file system has no locks, would outlive a killed process. A singleton can be
+    # acquired again by the process that holds it.
+    lock = filelock.FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout as error:
@@ -314,5 +316,5 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         ) from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.EROFS):
-            raise UserError(f"{Path(folder, LOCK)}: cannot be locked ({error.strerror}): delete it") from error
+            raise UserError(f"{path}: cannot be locked ({error.strerror}): delete it") from error
     return lock
