@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
@@ -24,17 +25,40 @@ from checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DIFFERENTIAL,
+    DIFFERENTIAL_PREFIX,
     KEYS_TO_MEMORY,
+    find_run_record,
     open_safetensors,
     rename_key,
 )
 from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
-from files import PathLike, one_line, read_json, reading, sync, write_json, writing
+from files import (
+    MANIFEST,
+    PathLike,
+    one_line,
+    read_json,
+    read_typed,
+    reading,
+    sync,
+    verify_manifest,
+    write_json,
+    writing,
+)
 
 if TYPE_CHECKING:  # imported where needed: peft takes seconds
     from accelerate import Accelerator
     from peft import PeftModel
+
+# The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
+STANDARD_MAPPING = {"base_model_class": "PaliGemmaForConditionalGeneration", "parent_library": "transformers"}
+DIFFERENTIAL_MAPPING = STANDARD_MAPPING | {"parent_library": "differential_paligemma"}
+
+
+class AdapterFields(msgspec.Struct):
+    """The fields of adapter_config.json that are read before peft reads it."""
+
+    auto_mapping: dict[str, Any] | None = None
 
 
 # ---- LoRA
@@ -111,12 +135,9 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
     else:
         base, _, revision = base.partition("@")
     differential = differential_config(adapted)
-    auto_mapping = {  # the class that AutoPeftModel loads the base model with
-        "base_model_class": "PaliGemmaForConditionalGeneration",
-        "parent_library": "differential_paligemma" if differential else "transformers",
-    }
     config = read_json(Path(folder, ADAPTER_CONFIG))
-    config |= {"auto_mapping": auto_mapping, "base_model_name_or_path": base, "revision": revision or None}
+    config["auto_mapping"] = DIFFERENTIAL_MAPPING if differential else STANDARD_MAPPING
+    config |= {"base_model_name_or_path": base, "revision": revision or None}
     write_json(Path(folder, ADAPTER_CONFIG), config)
     Path(folder, "README.md").write_text(adapter_card(base, revision, differential), encoding="utf-8")
 
@@ -197,6 +218,39 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def find_differential(base: Path, adapter: Path | None) -> Path | None:
+    """The folder whose differential.safetensors belongs to a model: that of its adapter folder or its base; None for
+    standard attention.
+
+    Raises UserError if the file is missing although run.json, the adapter's or the model's config.json says that
+    attention is differential, and if weights beside the adapter are not those of the manifest there.
+    """
+    folders = [base] if adapter is None else [adapter.parent, base]
+    if adapter is not None and (adapter.parent / MANIFEST).is_file():
+        verify_manifest(adapter.parent, suffix=".safetensors")
+    with reading(folders[0]):
+        declared = declared_differential(base, adapter)
+        found = [folder for folder in folders if (folder / DIFFERENTIAL).is_file()]
+    if declared and folders[0] not in found:
+        raise UserError(
+            f"{folders[0] / DIFFERENTIAL}: missing, although {declared} says that attention is differential: restore it"
+        )
+    return found[0] if found else None
+
+
+def declared_differential(base: Path, adapter: Path | None) -> Path | None:
+    """The file that says that a model has differential attention, if there is one."""
+    if adapter is None:
+        model_type = read_json(base / "config.json").get("model_type")
+        return base / "config.json" if str(model_type).startswith(DIFFERENTIAL_PREFIX) else None
+    if read_typed(adapter / ADAPTER_CONFIG, AdapterFields).auto_mapping == DIFFERENTIAL_MAPPING:
+        return adapter / ADAPTER_CONFIG
+    run = find_run_record(adapter)
+    if run is not None and str(read_json(run).get("arm")).startswith("diff"):
+        return run
+    return None
 
 
 def stored_differential(folder: PathLike) -> DifferentialConfig | None:

@@ -152,7 +152,7 @@ def resolve_run(path_or_hub_id: PathLike) -> tuple[str, Path | None]:
 
 def base_of_adapter(adapter: Path) -> str:
     """The base model named by run.json beside the adapter or up to two levels above, else by the adapter's config."""
-    run = next((parent / "run.json" for parent in adapter.parents[:3] if (parent / "run.json").is_file()), None)
+    run = find_run_record(adapter)
     if run:
         source, key, revision_key = run, "base_model", "base_revision"
     else:
@@ -167,6 +167,12 @@ def base_of_adapter(adapter: Path) -> str:
     if not is_hub_id(base):
         raise UserError(f"{source}: {key!r} names the folder {base}, which does not exist: restore it or correct it")
     return f"{base}@{revision}" if revision and "@" not in base else base
+
+
+def find_run_record(adapter: Path) -> Path | None:
+    """The run.json beside an adapter folder or up to two levels above; None for an adapter that is not in a run."""
+    files = (parent / "run.json" for parent in adapter.absolute().parents[:3])
+    return next((file for file in files if file.is_file()), None)
 
 
 # ---- reading weights

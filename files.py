@@ -281,15 +281,20 @@ def write_manifest(folder: PathLike) -> None:
     write_json(Path(folder, MANIFEST), {file.relative_to(folder).as_posix(): sha256(file) for file in files})
 
 
-def verify_manifest(folder: PathLike) -> None:
-    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content."""
+def verify_manifest(folder: PathLike, suffix: str = "") -> None:
+    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content.
+
+    `suffix`: only the files whose names end in it.
+    """
     for name, digest in read_typed(Path(folder, MANIFEST), dict[str, str], f"delete {folder}").items():
         resolve_inside(folder, name)
+        if not name.endswith(suffix):
+            continue
         file = Path(folder, name)
         with reading(file):
             check_regular(file)
             if sha256(file) != digest:
-                raise UserError(f"{file}: damaged, not the content that was written: delete {folder}")
+                raise UserError(f"{file}: damaged, not the content that was written: restore it, or delete {folder}")
 
 
 def sha256(file: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adapters import attach_adapter, load_differential, save_differential, stored_differential
+from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import PrefixMask
 from checkpoint import DIFFERENTIAL_PREFIX, load_weights, locate, resolve_run, save_model_folder
 from differential_attention import DifferentialConfig, add_differential, as_config, differential_config
@@ -152,8 +152,7 @@ class VisionLanguageModel(nn.Module):
         """
         base, adapter = resolve_run(path_or_hub_id)
         folder = locate(base)
-        candidates = [folder] if adapter is None else [adapter.parent, folder]
-        stored = next((path for path in candidates if stored_differential(path) is not None), None)
+        stored = find_differential(folder, adapter)
         if differential is None and stored is not None:
             differential = stored_differential(stored)
         config = cls.config_class.from_pretrained(folder)
