@@ -27,6 +27,7 @@ from checkpoint import (
     DIFFERENTIAL,
     DIFFERENTIAL_PREFIX,
     KEYS_TO_MEMORY,
+    check_finite,
     find_run_record,
     open_safetensors,
     rename_key,
@@ -90,7 +91,8 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
     """Put a stored LoRA adapter into `model`, in place; returns peft's wrapper, the base frozen, in eval mode unless
     `trainable`. Adapters trained under older names of the layers fit too (peft #2574).
 
-    Raises UserError: files missing or corrupt, an adapter for another model, unused or missing weights.
+    Raises UserError: files missing or corrupt, an adapter for another model, unused or missing
+    weights, NaN or infinity.
     """
     folder = Path(adapter_folder)
     read_json(folder / ADAPTER_CONFIG)
@@ -101,6 +103,8 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
     with open_safetensors(folder / ADAPTER_WEIGHTS) as handle:
         prefix = "base_model.model."
         stored = {prefix + rename_key(key.removeprefix(prefix)) for key in handle.keys()}  # noqa: SIM118
+        for key in handle.keys():  # noqa: SIM118
+            check_finite(handle.get_tensor(key), key, folder / ADAPTER_WEIGHTS)
 
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -277,7 +281,8 @@ def read_metadata(file: Path) -> tuple[DifferentialConfig, float]:
 def load_differential(model: nn.Module, folder: PathLike) -> None:
     """Fill what differential attention added to `model` from `folder`/differential.safetensors.
 
-    Raises UserError: file missing or corrupt, another configuration, unexpected or missing keys, wrong shapes.
+    Raises UserError: file missing or corrupt, another configuration, unexpected or missing keys, wrong shapes, NaN or
+    infinity.
     """
     file = Path(folder, DIFFERENTIAL)
     (stored, progress), built = read_metadata(file), differential_config(model)
@@ -300,7 +305,9 @@ def load_differential(model: nn.Module, folder: PathLike) -> None:
                 raise UserError(f"{file}: {name} has shape {shape} but this model has {tuple(state[name].shape)}")
         with torch.no_grad():
             for name, tensor in state.items():
-                tensor.copy_(handle.get_tensor(name))
+                stored_tensor = handle.get_tensor(name)
+                check_finite(stored_tensor, name, file)
+                tensor.copy_(stored_tensor)
     set_progress(model, progress)
 
 

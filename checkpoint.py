@@ -278,9 +278,18 @@ def read_tensors(file: Path, keys: list[str], dtype: torch.dtype) -> Iterator[Te
                     mapped.close()
                     handle, unread = mapped.enter_context(open_safetensors(file)), PIECE
                 piece = handle.get_slice(key)[start : start + rows]
-                copy[start : start + rows] = piece
+                converted = copy[start : start + rows]
+                converted.copy_(piece)
+                check_finite(piece if piece.itemsize > converted.itemsize else converted, key, file)
                 unread -= piece.nbytes
             yield copy
+
+
+def check_finite(tensor: Tensor, key: str, file: Path) -> None:
+    """Raise UserError if a tensor contains NaN or infinity."""
+    # the sum is finite only if all values are, and costs a tenth of isfinite; the sum of large values may overflow
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise UserError(f"{file}: {key} contains NaN or infinity: restore the file, or train again with a lower --lr")
 
 
 def load_weights(
@@ -295,7 +304,8 @@ def load_weights(
     Floating tensors get `dtype`; where the file has it already, parameters are views of the mapped file (copied on
     write). Everything is checked from the headers before anything is loaded. `tied`: the caller ties `lm_head.weight`
     to the embedding afterwards; a stored head is dropped, or used as the embedding if that is missing.
-    Raises UserError, one line with file and key: missing, corrupt or incomplete files, wrong keys, wrong shapes.
+    Raises UserError, one line with file and key: missing, corrupt or incomplete files, wrong keys, wrong shapes, and
+    NaN or infinity in converted weights (views are not read here).
     """
     folder, entries, expected = Path(folder), read_entries(Path(folder)), model.state_dict()
     if tied:

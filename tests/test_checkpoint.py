@@ -225,6 +225,20 @@ def test_conversion_in_pieces(tiny, monkeypatch):
             assert torch.equal(tensor, tensors[name].double()), (piece, name)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("stored", "loaded"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_converted_weights_are_finite(tiny, value, stored, loaded):
+    folder, tensors = tiny
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+    tensors[LINEAR][3, 2] = value
+    save_file(tensors, folder / SINGLE)
+    with refused(folder / SINGLE, LINEAR, "contains NaN or infinity"):
+        load(meta_linear(), folder, dtype=loaded)
+    tensors[LINEAR][:] = torch.finfo(torch.bfloat16).max  # finite, but the sum is not
+    save_file(tensors, folder / SINGLE)
+    load(meta_linear(), folder, dtype=loaded)
+
+
 # ---- keys and shapes refused
 
 
@@ -607,6 +621,11 @@ def test_adapters_refused(tmp_path):
     save_file(stored | {key: torch.zeros(2, 7)}, weights)
     with refused(tmp_path, key.removesuffix(".weight"), "does not fit"):
         adapters.attach_adapter(paligemma(), tmp_path)
+
+    for value in (float("nan"), float("inf")):
+        save_file(stored | {key: torch.full_like(stored[key], value)}, weights)
+        with refused(weights, key, "contains NaN or infinity"):
+            adapters.attach_adapter(paligemma(), tmp_path)
 
     weights.write_bytes(whole)
     with refused(weights, "missing for this model"):

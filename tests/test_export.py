@@ -19,7 +19,7 @@ import finetune_diff
 import generate
 from adapters import merge, new_lora, save_lora
 from data import loader, make_data
-from differential_attention import DifferentialConfig
+from differential_attention import DifferentialConfig, differential_parameters
 from files import read_json, write_json, write_manifest
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -141,6 +141,17 @@ def test_a_flipped_bit_in_a_finished_run_is_refused(runs, tmp_path, file):
     (final / file).write_bytes(data)
     with refused(final / file, "damaged"):
         PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_differential_parameters_are_finite(tiny_model, tmp_path, value):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, differential="v2")
+    name = next(iter(differential_parameters(model)))
+    with torch.no_grad():
+        differential_parameters(model)[name].fill_(value)
+    model.save_pretrained(tmp_path)
+    with refused(tmp_path / "differential.safetensors", name, "contains NaN or infinity"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("arm", ["original", "diff"])
