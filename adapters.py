@@ -7,10 +7,11 @@ The functions take models and paths; run folders are not known here.
 import contextlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -37,6 +38,7 @@ from errors import UserError
 from files import (
     MANIFEST,
     PathLike,
+    decode_typed,
     one_line,
     read_json,
     read_typed,
@@ -56,10 +58,58 @@ STANDARD_MAPPING = {"base_model_class": "PaliGemmaForConditionalGeneration", "pa
 DIFFERENTIAL_MAPPING = STANDARD_MAPPING | {"parent_library": "differential_paligemma"}
 
 
-class AdapterFields(msgspec.Struct):
-    """The fields of adapter_config.json that are read before peft reads it."""
+# peft reads names of modules as regular expressions, which can take forever: only plain names and this pattern pass.
+LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
+ALLOWED_PATTERN = re.compile(re.escape(LORA_PATTERN).replace(r"\{targets\}", r"\w+(\|\w+)*"))
+PlainName = Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+$", max_length=256)]
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+UNSUPPORTED = (  # fields of LoraConfig that change the function of the adapter and are not handled here
+    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
+    "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
 
+
+class AdapterFields(msgspec.Struct):
+    """The fields of adapter_config.json that are checked before peft reads it."""
+
+    peft_type: Literal["LORA"] = "LORA"
+    r: Rank = 8
+    lora_alpha: float = 8
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: str | list[PlainName] | None = None
+    exclude_modules: str | list[PlainName] | None = None
+    modules_to_save: list[PlainName] | None = None
+    rank_pattern: dict[PlainName, Rank] | None = None
+    alpha_pattern: dict[PlainName, float] | None = None
+    layers_pattern: PlainName | list[PlainName] | None = None
+    layers_to_transform: int | list[int] | None = None
+    fan_in_fan_out: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_bias: bool = False
     auto_mapping: dict[str, Any] | None = None
+
+
+def read_adapter_config(folder: Path) -> AdapterFields:
+    """The checked fields of the adapter_config.json of an adapter folder.
+
+    Raises UserError: not JSON, a field of another type, a kind of adapter that is not supported, or a regular
+    expression for the names of modules.
+    """
+    file = folder / ADAPTER_CONFIG
+    fields = read_typed(file, AdapterFields)
+    unsupported = [name for name in UNSUPPORTED if read_json(file).get(name)]
+    if unsupported:
+        raise UserError(f"{file}: {unsupported[0]} is not supported: give a LoRA adapter without it")
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(fields, name)
+        if isinstance(value, str) and not (re.fullmatch(r"[\w.-]+", value) or ALLOWED_PATTERN.fullmatch(value)):
+            raise UserError(
+                f"{file}: {name} is a regular expression, {value!r:.80}: replace it by the list of the names of modules"
+            )
+    return fields
 
 
 # ---- LoRA
@@ -70,21 +120,22 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
     """
     from peft import LoraConfig, get_peft_model
 
+    layer = model.model.language_model.layers[0]
+    modules = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
+    names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    unknown = [name for name in config.lora_targets or ("",) if name not in names]
+    if unknown:
+        raise UserError(
+            f"--lora_targets: {unknown[0]!r} is no layer of the language model: give some of {' '.join(names)}"
+        )
     torch.manual_seed(config.seed)
-    targets = "|".join(config.lora_targets)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        # anchored: bare names would put adapters into the vision tower too
-        target_modules=rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})",
+        target_modules=LORA_PATTERN.replace("{targets}", "|".join(config.lora_targets)),
     )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise UserError(
-            f"--lora_targets={config.lora_targets}: not in the language model: {one_line(error)}"
-        ) from error
+    return get_peft_model(model, lora)
 
 
 def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool = False) -> "PeftModel":
@@ -95,7 +146,7 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
     weights, NaN or infinity.
     """
     folder = Path(adapter_folder)
-    read_json(folder / ADAPTER_CONFIG)
+    read_adapter_config(folder)
     with reading(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
             raise UserError(f"{folder / 'adapter_model.bin'}: convert it to safetensors; pickles are never loaded")
@@ -106,13 +157,20 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
         for key in handle.keys():  # noqa: SIM118
             check_finite(handle.get_tensor(key), key, folder / ADAPTER_WEIGHTS)
 
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
     try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.task_type = None  # others store CAUSAL_LM, for which peft expects the methods of transformers' models
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys, which are refused below
             adapted = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=trainable, torch_device="cpu", key_mapping=KEYS_TO_MEMORY
+                model,
+                str(folder),
+                config=config,
+                is_trainable=trainable,
+                torch_device="cpu",
+                key_mapping=KEYS_TO_MEMORY,
             )
             used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -168,10 +226,14 @@ the Multimodal Differential Transformer."""
 def merge(model: nn.Module) -> None:
     """Add every LoRA update to its weight and replace the layers of peft by plain ones, in place.
 
-    Raises UserError where a merged weight would not be finite.
+    Raises UserError where a merged weight would not be finite, and for modules_to_save, which replace whole layers.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
+    replaced = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    if replaced:
+        raise UserError(f"{replaced[0]}: trained as a whole (modules_to_save), which cannot be merged: train LoRA only")
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         try:
             layer.merge(safe_merge=True)
@@ -249,7 +311,7 @@ def declared_differential(base: Path, adapter: Path | None) -> Path | None:
     if adapter is None:
         model_type = read_json(base / "config.json").get("model_type")
         return base / "config.json" if str(model_type).startswith(DIFFERENTIAL_PREFIX) else None
-    if read_typed(adapter / ADAPTER_CONFIG, AdapterFields).auto_mapping == DIFFERENTIAL_MAPPING:
+    if read_adapter_config(adapter).auto_mapping == DIFFERENTIAL_MAPPING:
         return adapter / ADAPTER_CONFIG
     run = find_run_record(adapter)
     if run is not None and str(read_json(run).get("arm")).startswith("diff"):
@@ -269,11 +331,16 @@ def read_metadata(file: Path) -> tuple[DifferentialConfig, float]:
     """Configuration and progress of training, 0 to 1, in the header of a differential.safetensors."""
     with open_safetensors(file) as handle:
         metadata = handle.metadata() or {}
+    for key in ("config", "progress"):
+        if key not in metadata:
+            raise UserError(f"{file}: its header has no differential configuration ({key!r}): save it again")
+    raw = metadata["config"].encode()
+    decode_typed(raw, DifferentialConfig, f"{file}, config")
+    progress = decode_typed(
+        metadata["progress"].encode(), Annotated[float, msgspec.Meta(ge=0, le=1)], f"{file}, progress"
+    )
     try:
-        config = DifferentialConfig.from_dict(json.loads(metadata["config"])).resolve()
-        return config, float(json.loads(metadata["progress"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its header has no differential configuration: save it again") from error
+        return DifferentialConfig.from_dict(json.loads(raw)).resolve(), progress
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 

@@ -17,12 +17,13 @@ from types import ModuleType
 from typing import NamedTuple
 
 import huggingface_hub
+import msgspec
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from errors import UserError
-from files import PathLike, atomic_folder, check_regular, one_line, read_json, reading, write_json, writing
+from files import PathLike, atomic_folder, check_regular, one_line, read_typed, reading, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -150,16 +151,32 @@ def resolve_run(path_or_hub_id: PathLike) -> tuple[str, Path | None]:
     raise UserError(f"{folder}: an unfinished run, without final/adapter/{ADAPTER_CONFIG}: {fix}")
 
 
+class RunBase(msgspec.Struct):
+    """The fields of run.json that name the base model."""
+
+    base_model: str | None = None
+    base_revision: str | None = None
+
+
+class AdapterBase(msgspec.Struct):
+    """The fields of adapter_config.json that name the base model."""
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
 def base_of_adapter(adapter: Path) -> str:
     """The base model named by run.json beside the adapter or up to two levels above, else by the adapter's config."""
     run = find_run_record(adapter)
     if run:
-        source, key, revision_key = run, "base_model", "base_revision"
+        source, key = run, "base_model"
+        record = read_typed(run, RunBase)
+        base, revision = record.base_model, record.base_revision
     else:
-        source, key, revision_key = adapter / ADAPTER_CONFIG, "base_model_name_or_path", "revision"
-    record = read_json(source)
-    base, revision = record.get(key), record.get(revision_key)
-    if not isinstance(base, str) or not base:
+        source, key = adapter / ADAPTER_CONFIG, "base_model_name_or_path"
+        config = read_typed(source, AdapterBase)
+        base, revision = config.base_model_name_or_path, config.revision
+    if not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
     for candidate in (Path(base), ROOT / base):
         if candidate.is_dir():
@@ -176,6 +193,12 @@ def find_run_record(adapter: Path) -> Path | None:
 
 
 # ---- reading weights
+class WeightIndex(msgspec.Struct):
+    """The fields of an index of shards."""
+
+    weight_map: dict[str, str]  # key -> name of its file
+
+
 class Entry(NamedTuple):
     """Where a weight is stored."""
 
@@ -210,11 +233,8 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         for pickle in folder.glob("pytorch_model*.bin"):
             raise UserError(f"{pickle}: convert it to safetensors; files that could run code are never loaded")
         raise UserError(f"{folder}: no weights here (neither {SINGLE} nor {INDEX}): check the path")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: no valid 'weight_map': download it again")
     files: dict[Path, list[str]] = {}
-    for key, name in weight_map.items():
+    for key, name in read_typed(index, WeightIndex, "download it again").weight_map.items():
         # only the name counts: in the hub's cache every file is a link out of its folder
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{index}: puts {key} in {name}, outside the folder: download the model again")

@@ -466,7 +466,7 @@ NAME = "model.language_model.layers.1.self_attn.differential.lambda_logit"
         ("has no place in", lambda t: t.update({NAME + "x": torch.ones(1)}), None),
         ("has shape", lambda t: t.update({NAME: torch.ones(2)}), None),
         ("no differential configuration", lambda t: None, {"format": "pt"}),
-        ("no differential configuration", lambda t: None, {"config": "[", "progress": "0"}),
+        ("config: Expected object", lambda t: None, {"config": "[", "progress": "0"}),
         ("is unknown", lambda t: None, {"config": json.dumps({"preset": "v9"}), "progress": "0"}),
     ],
 )
