@@ -1,17 +1,23 @@
-"""What is trained on a frozen base: LoRA and differential parameters, added, unfrozen, saved, loaded and merged; 4-bit
+"""What is trained on a frozen base model: LoRA and differential parameters, added, saved, loaded and merged; 4-bit
 weights and FSDP2.
 
-Everything takes models and paths; the folder of a run is not known here.
+The functions take models and paths; run folders are not known here.
 """
 
 import contextlib
 import json
 import os
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 import torch
+from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,63 +26,155 @@ from checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DIFFERENTIAL,
+    DIFFERENTIAL_PREFIX,
     KEYS_TO_MEMORY,
+    check_finite,
+    find_run_record,
     open_safetensors,
     rename_key,
 )
 from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
-from files import read_json, reading, sync, writing
+from files import (
+    MANIFEST,
+    PathLike,
+    decode_typed,
+    one_line,
+    read_json,
+    read_typed,
+    reading,
+    sync,
+    verify_manifest,
+    write_json,
+    writing,
+)
+
+if TYPE_CHECKING:  # imported where needed: peft takes seconds
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+# The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
+STANDARD_MAPPING = {"base_model_class": "PaliGemmaForConditionalGeneration", "parent_library": "transformers"}
+DIFFERENTIAL_MAPPING = STANDARD_MAPPING | {"parent_library": "differential_paligemma"}
+
+
+# peft reads names of modules as regular expressions, which can take forever: only plain names and this pattern pass.
+LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
+ALLOWED_PATTERN = re.compile(re.escape(LORA_PATTERN).replace(r"\{targets\}", r"\w+(\|\w+)*"))
+PlainName = Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+$", max_length=256)]
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+UNSUPPORTED = (  # fields of LoraConfig that change the function of the adapter and are not handled here
+    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
+    "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+
+
+class AdapterFields(msgspec.Struct):
+    """The fields of adapter_config.json that are checked before peft reads it."""
+
+    peft_type: Literal["LORA"] = "LORA"
+    r: Rank = 8
+    lora_alpha: float = 8
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: str | list[PlainName] | None = None
+    exclude_modules: str | list[PlainName] | None = None
+    modules_to_save: list[PlainName] | None = None
+    rank_pattern: dict[PlainName, Rank] | None = None
+    alpha_pattern: dict[PlainName, float] | None = None
+    layers_pattern: PlainName | list[PlainName] | None = None
+    layers_to_transform: int | list[int] | None = None
+    fan_in_fan_out: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_bias: bool = False
+    auto_mapping: dict[str, Any] | None = None
+
+
+def read_adapter_config(folder: Path) -> AdapterFields:
+    """The checked fields of the adapter_config.json of an adapter folder.
+
+    Raises UserError: not JSON, a field of another type, a kind of adapter that is not supported, or a regular
+    expression for the names of modules.
+    """
+    file = folder / ADAPTER_CONFIG
+    fields = read_typed(file, AdapterFields)
+    unsupported = [name for name in UNSUPPORTED if read_json(file).get(name)]
+    if unsupported:
+        raise UserError(f"{file}: {unsupported[0]} is not supported: give a LoRA adapter without it")
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(fields, name)
+        if isinstance(value, str) and not (re.fullmatch(r"[\w.-]+", value) or ALLOWED_PATTERN.fullmatch(value)):
+            raise UserError(
+                f"{file}: {name} is a regular expression, {value!r:.80}: replace it by the list of the names of modules"
+            )
+    return fields
 
 
 # ---- LoRA
-def new_lora(config, model):
+def new_lora(config: Any, model: nn.Module) -> "PeftModel":
+    """Put new LoRA into the language model of `model`, in place; returns peft's wrapper.
+
+    `config` has seed, lora_rank, lora_alpha, lora_dropout and lora_targets. Raises UserError for targets without layer.
+    """
     from peft import LoraConfig, get_peft_model
 
+    layer = model.model.language_model.layers[0]
+    modules = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
+    names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    unknown = [name for name in config.lora_targets or ("",) if name not in names]
+    if unknown:
+        raise UserError(
+            f"--lora_targets: {unknown[0]!r} is no layer of the language model: give some of {' '.join(names)}"
+        )
     torch.manual_seed(config.seed)
-    targets = "|".join(config.lora_targets)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        # anchored: bare names would put adapters into the vision tower too
-        target_modules=rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})",
+        target_modules=LORA_PATTERN.replace("{targets}", "|".join(config.lora_targets)),
     )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"lora_targets {config.lora_targets} do not fit the language model: {reason}") from error
+    return get_peft_model(model, lora)
 
 
-def attach_adapter(model, adapter_folder, trainable=False):
-    """Put a peft adapter into `model` in place; returns peft's model around it, the base frozen, in eval mode unless
-    `trainable`. Adapters trained under older namings fit too (peft #2574).
+def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool = False) -> "PeftModel":
+    """Put a stored LoRA adapter into `model`, in place; returns peft's wrapper, the base frozen, in eval mode unless
+    `trainable`. Adapters trained under older names of the layers fit too (peft #2574).
 
-    Raises UserError: files missing or corrupt, an adapter for another model, weights unused or left at random.
+    Raises UserError: files missing or corrupt, an adapter for another model, unused or missing
+    weights, NaN or infinity.
     """
     folder = Path(adapter_folder)
-    read_json(folder / ADAPTER_CONFIG)
+    read_adapter_config(folder)
     with reading(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
             raise UserError(f"{folder / 'adapter_model.bin'}: convert it to safetensors; pickles are never loaded")
-    with open_safetensors(
-        folder / ADAPTER_WEIGHTS
-    ) as handle:  # without it peft would look for a pickle, then ask the hub
+    # without this file peft would try a pickle, then the hub
+    with open_safetensors(folder / ADAPTER_WEIGHTS) as handle:
         prefix = "base_model.model."
         stored = {prefix + rename_key(key.removeprefix(prefix)) for key in handle.keys()}  # noqa: SIM118
+        for key in handle.keys():  # noqa: SIM118
+            check_finite(handle.get_tensor(key), key, folder / ADAPTER_WEIGHTS)
 
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
     try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.task_type = None  # others store CAUSAL_LM, for which peft expects the methods of transformers' models
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft warns of missing keys; they are refused below
+            warnings.simplefilter("ignore")  # peft warns of missing keys, which are refused below
             adapted = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=trainable, torch_device="cpu", key_mapping=KEYS_TO_MEMORY
+                model,
+                str(folder),
+                config=config,
+                is_trainable=trainable,
+                torch_device="cpu",
+                key_mapping=KEYS_TO_MEMORY,
             )
             used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise UserError(f"{folder}: this adapter does not fit the model ({reason}): give its own base model") from error
     for keys, fault in ((stored - used, "has no place in"), (used - stored, "is missing for")):
         if keys:
@@ -85,53 +183,102 @@ def attach_adapter(model, adapter_folder, trainable=False):
     return adapted
 
 
-def merge(model: torch.nn.Module):
-    """Add every LoRA update to the weight that it belongs to, in place, and leave plain layers. Raises UserError where
-    a weight would not be finite."""
-    from peft.tuners.lora import LoraLayer
+def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
+    """Write the LoRA of peft's wrapper into `folder` in peft's format, with a model card.
 
+    AutoPeftModel loads the folder onto transformers' PaliGemma, but refuses it if the model has differential attention.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of a base model that is not on the hub
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    base, revision = adapted.get_base_model().name_or_path, None
+    if Path(base).is_dir():
+        base = str(Path(base).resolve())  # "assets/paligemma-nano" would read as a hub id
+    else:
+        base, _, revision = base.partition("@")
+    differential = differential_config(adapted)
+    config = read_json(Path(folder, ADAPTER_CONFIG))
+    config["auto_mapping"] = DIFFERENTIAL_MAPPING if differential else STANDARD_MAPPING
+    config |= {"base_model_name_or_path": base, "revision": revision or None}
+    write_json(Path(folder, ADAPTER_CONFIG), config)
+    Path(folder, "README.md").write_text(adapter_card(base, revision, differential), encoding="utf-8")
+
+
+def adapter_card(base: str, revision: str | None, differential: DifferentialConfig | None) -> str:
+    """README.md of an adapter folder."""
+    is_local = Path(base).is_absolute()
+    tags = ["paligemma", "lora", *(["differential-attention", differential.preset] if differential else [])]
+    metadata = ModelCardData(
+        base_model=None if is_local else base, library_name="peft", pipeline_tag="image-text-to-text", tags=tags
+    )
+    name = Path(base).name if is_local else f"{base}@{revision}" if revision else base
+    text = f"A LoRA adapter for `{name}`"
+    if differential:
+        text += f""" with differential attention of preset `{differential.preset}`, whose parameters are in
+`../{DIFFERENTIAL}`. It works only with them: load the run folder with `from_pretrained` of the Multimodal
+Differential Transformer."""
+    else:
+        text += """. Load it with `AutoPeftModel.from_pretrained` of peft, or the run folder with `from_pretrained` of
+the Multimodal Differential Transformer."""
+    return f"---\n{metadata.to_yaml()}\n---\n\n# LoRA adapter\n\n{text}\n"
+
+
+def merge(model: nn.Module) -> None:
+    """Add every LoRA update to its weight and replace the layers of peft by plain ones, in place.
+
+    Raises UserError where a merged weight would not be finite, and for modules_to_save, which replace whole layers.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    replaced = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    if replaced:
+        raise UserError(f"{replaced[0]}: trained as a whole (modules_to_save), which cannot be merged: train LoRA only")
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
-            raise UserError(f"{name}: cannot be merged ({error}): look at the run's losses") from error
+            raise UserError(f"{name}: cannot be merged ({error}): check the losses of the run") from error
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def trainable_counts(model) -> dict[str, list[int]]:
-    """Parameters by tower: [trainable, all]."""
+def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
+    """Number of parameters by tower: [trainable, all]."""
     counts: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
         tower = next((t for t in ("vision_tower", "multi_modal_projector", "language_model") if t in name), "lm_head")
         kind = " lora" if "lora_" in name else " differential" if ".differential." in name else ""
         entry = counts.setdefault(tower + kind, [0, 0])
-        entry[0] += p.numel() * p.requires_grad
+        entry[0] += p.numel() if p.requires_grad else 0
         entry[1] += p.numel()
     return counts
 
 
 # ---- differential attention
-def _differential_state(model) -> dict:
+def differential_state(model: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter or buffer of everything that differential attention added to `model`."""
     modules = differential_modules(model).items()
     return {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
 
 
-def save_differential(model, folder):
+def save_differential(model: nn.Module, folder: PathLike) -> None:
     """Write what differential attention added to `model` (also inside peft's wrapper), and its configuration, into
-    `folder`/differential.safetensors; a standard model writes nothing. Raises UserError when the disk refuses."""
+    `folder`/differential.safetensors; nothing for standard attention.
+
+    Raises UserError when the disk is full or a permission is missing.
+    """
     config = differential_config(model)
     if config is None:
         return
     progress = next(iter(differential_modules(model).values())).progress.item()
-    told = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _differential_state(model).items()}
+    metadata = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in differential_state(model).items()}
     file, temporary = Path(folder, DIFFERENTIAL), Path(folder, f".{DIFFERENTIAL}.tmp")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, temporary, metadata=told)
+            save_file(tensors, temporary, metadata=metadata)
             sync(temporary)
             os.replace(temporary, file)
         except BaseException:
@@ -139,93 +286,139 @@ def save_differential(model, folder):
             raise
 
 
-def stored_differential(folder) -> DifferentialConfig | None:
+def find_differential(base: Path, adapter: Path | None) -> Path | None:
+    """The folder whose differential.safetensors belongs to a model: that of its adapter folder or its base; None for
+    standard attention.
+
+    Raises UserError if the file is missing although run.json, the adapter's or the model's config.json says that
+    attention is differential, and if weights beside the adapter are not those of the manifest there.
+    """
+    folders = [base] if adapter is None else [adapter.parent, base]
+    if adapter is not None and (adapter.parent / MANIFEST).is_file():
+        verify_manifest(adapter.parent, suffix=".safetensors")
+    with reading(folders[0]):
+        declared = declared_differential(base, adapter)
+        found = [folder for folder in folders if (folder / DIFFERENTIAL).is_file()]
+    if declared and folders[0] not in found:
+        raise UserError(
+            f"{folders[0] / DIFFERENTIAL}: missing, although {declared} says that attention is differential: restore it"
+        )
+    return found[0] if found else None
+
+
+def declared_differential(base: Path, adapter: Path | None) -> Path | None:
+    """The file that says that a model has differential attention, if there is one."""
+    if adapter is None:
+        model_type = read_json(base / "config.json").get("model_type")
+        return base / "config.json" if str(model_type).startswith(DIFFERENTIAL_PREFIX) else None
+    if read_adapter_config(adapter).auto_mapping == DIFFERENTIAL_MAPPING:
+        return adapter / ADAPTER_CONFIG
+    run = find_run_record(adapter)
+    if run is not None and str(read_json(run).get("arm")).startswith("diff"):
+        return run
+    return None
+
+
+def stored_differential(folder: PathLike) -> DifferentialConfig | None:
     """The configuration in `folder`/differential.safetensors; None without such a file. Raises UserError."""
     with reading(folder):
         if not Path(folder, DIFFERENTIAL).is_file():
             return None
-    return _told(Path(folder, DIFFERENTIAL))[0]
+    return read_metadata(Path(folder, DIFFERENTIAL))[0]
 
 
-def _told(file: Path) -> tuple[DifferentialConfig, float]:
+def read_metadata(file: Path) -> tuple[DifferentialConfig, float]:
+    """Configuration and progress of training, 0 to 1, in the header of a differential.safetensors."""
     with open_safetensors(file) as handle:
-        told = handle.metadata() or {}
+        metadata = handle.metadata() or {}
+    for key in ("config", "progress"):
+        if key not in metadata:
+            raise UserError(f"{file}: its header has no differential configuration ({key!r}): save it again")
+    raw = metadata["config"].encode()
+    decode_typed(raw, DifferentialConfig, f"{file}, config")
+    progress = decode_typed(
+        metadata["progress"].encode(), Annotated[float, msgspec.Meta(ge=0, le=1)], f"{file}, progress"
+    )
     try:
-        return DifferentialConfig.from_dict(json.loads(told["config"])).resolve(), float(json.loads(told["progress"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: its header holds no differential configuration: save it again") from error
+        return DifferentialConfig.from_dict(json.loads(raw)).resolve(), progress
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 
-def load_differential(model, folder):
+def load_differential(model: nn.Module, folder: PathLike) -> None:
     """Fill what differential attention added to `model` from `folder`/differential.safetensors.
 
-    Raises UserError: file missing or corrupt, another configuration, keys too many or too few, wrong shapes.
+    Raises UserError: file missing or corrupt, another configuration, unexpected or missing keys, wrong shapes, NaN or
+    infinity.
     """
     file = Path(folder, DIFFERENTIAL)
-    (stored, progress), built = _told(file), differential_config(model)
+    (stored, progress), built = read_metadata(file), differential_config(model)
     if built is None or not stored.same_method(built):
         raise UserError(
-            f"{file}: holds differential attention of preset {stored.preset} and the model was built with "
-            f"{built.preset if built else 'none'} or other choices: ask for the stored configuration, or leave it out"
+            f"{file}: has differential attention of preset {stored.preset} but the model was built with "
+            f"{built.preset if built else 'none'} or other choices: give the stored configuration, or none"
         )
-    state = _differential_state(model)
+    state = differential_state(model)
     with open_safetensors(file) as handle:
-        held = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        for names, fault in ((set(held) - set(state), "has no place in"), (set(state) - set(held), "is missing for")):
+        shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        for names, fault in (
+            (set(shapes) - set(state), "has no place in"),
+            (set(state) - set(shapes), "is missing for"),
+        ):
             if names:
                 raise UserError(f"{file}: {min(names)} {fault} this model ({len(names)} keys): give its own base model")
-        for name, shape in held.items():
+        for name, shape in shapes.items():
             if shape != tuple(state[name].shape):
-                raise UserError(f"{file}: {name} has shape {shape} where this model has {tuple(state[name].shape)}")
+                raise UserError(f"{file}: {name} has shape {shape} but this model has {tuple(state[name].shape)}")
         with torch.no_grad():
             for name, tensor in state.items():
-                tensor.copy_(handle.get_tensor(name))
+                stored_tensor = handle.get_tensor(name)
+                check_finite(stored_tensor, name, file)
+                tensor.copy_(stored_tensor)
     set_progress(model, progress)
 
 
-# ---- a base in 4 bits, a base in shards
-def quantize(model, device: torch.device):
-    """QLoRA (arXiv 2305.14314): the language model's frozen linears as 4-bit NF4 with doubly quantised scales, which
-    compute in bfloat16; embedding, head, vision tower and what differential attention added stay as they are.
+# ---- a base in 4 bits, a sharded base
+def quantize(model: nn.Module, device: torch.device) -> nn.Module:
+    """QLoRA (arXiv 2305.14314): the frozen linears of the language model in 4-bit NF4 with double quantization, which
+    compute in bfloat16. Embedding, head, vision tower and what differential attention added do not change.
 
-    `model` is on the CPU and goes to `device` piece by piece; returns it. Raises UserError without bitsandbytes.
+    `model` is on the CPU and moves to `device` layer by layer; returns it. Raises UserError without bitsandbytes.
     """
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise UserError("--dtype=nf4: bitsandbytes is not installed: pip install bitsandbytes") from error
     for layer in model.model.language_model.layers:
-        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)]:
-            small = Linear4bit(
+        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            quantized = Linear4bit(
                 linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
             )
-            small.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-            layer.set_submodule(name, small.to(device))  # quantised on the way
-    model.is_loaded_in_4bit = True  # so peft knows
+            quantized.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            layer.set_submodule(name, quantized.to(device))  # quantized by the move
+    model.is_loaded_in_4bit = True  # read by peft
     return model.to(device)
 
 
-def shard_frozen_layers(model, adapted, accelerator):
-    """FSDP2: each process keeps its share of the frozen layers' weights and gathers a layer when it acts.
+def shard_frozen_layers(model: nn.Module, adapted: nn.Module, accelerator: "Accelerator") -> None:
+    """FSDP2: each process stores a shard of the frozen layers' weights and gathers a layer when it runs.
 
-    What trains is small: it stays whole on each process and goes the way of DDP, as without shares. Accelerate's own
-    FSDP would cut it too, and does not run on a CPU.
+    What trains is small: it is replicated and synchronized by DDP, as without shards. Accelerate's own FSDP would shard
+    it too, and does not run on a CPU. `adapted` is peft's wrapper of `model`. Raises UserError for a single process.
     """
-    whole = {p for n, p in adapted.named_parameters() if p.requires_grad or ".differential." in n}
+    replicated = {p for n, p in adapted.named_parameters() if p.requires_grad or ".differential." in n}
     if accelerator.num_processes == 1:
-        raise UserError("--shard=True: one process has no one to share with: start several with torchrun")
+        raise UserError("--shard=True: needs several processes: start them with torchrun")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
     frozen = [name for name, p in adapted.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, frozen)
 
 
 @contextlib.contextmanager
-def gathered(model):
-    """Whole layers on every process while each works at its own pace: outside, they gather in step."""
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Gather all sharded layers inside the block, where the processes run different numbers of forward passes."""
     layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(False)

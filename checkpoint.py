@@ -17,18 +17,23 @@ from types import ModuleType
 from typing import NamedTuple
 
 import huggingface_hub
+import msgspec
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from errors import UserError
-from files import PathLike, atomic_folder, check_regular, one_line, read_json, reading, write_json, writing
+from files import PathLike, atomic_folder, check_regular, one_line, read_typed, reading, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
+# Starts the model_type and the names of the weight files of a whole model with differential attention, which therefore
+# does not load as a standard model in transformers.
+DIFFERENTIAL_PREFIX = "differential_"
+MODEL_FILE = re.compile(r"(differential_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|differential\.safetensors")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # all that is fetched from the hub
 PIECE = 8 << 20  # bytes converted at a time: bounds the memory of a change of dtype beyond its result
 
@@ -146,13 +151,32 @@ def resolve_run(path_or_hub_id: PathLike) -> tuple[str, Path | None]:
     raise UserError(f"{folder}: an unfinished run, without final/adapter/{ADAPTER_CONFIG}: {fix}")
 
 
+class RunBase(msgspec.Struct):
+    """The fields of run.json that name the base model."""
+
+    base_model: str | None = None
+    base_revision: str | None = None
+
+
+class AdapterBase(msgspec.Struct):
+    """The fields of adapter_config.json that name the base model."""
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
 def base_of_adapter(adapter: Path) -> str:
     """The base model named by run.json beside the adapter or up to two levels above, else by the adapter's config."""
-    run = next((parent / "run.json" for parent in adapter.parents[:3] if (parent / "run.json").is_file()), None)
-    source, key = (run, "base_model") if run else (adapter / ADAPTER_CONFIG, "base_model_name_or_path")
-    record = read_json(source)
-    base, revision = record.get(key), record.get("base_revision")
-    if not isinstance(base, str) or not base:
+    run = find_run_record(adapter)
+    if run:
+        source, key = run, "base_model"
+        record = read_typed(run, RunBase)
+        base, revision = record.base_model, record.base_revision
+    else:
+        source, key = adapter / ADAPTER_CONFIG, "base_model_name_or_path"
+        config = read_typed(source, AdapterBase)
+        base, revision = config.base_model_name_or_path, config.revision
+    if not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
     for candidate in (Path(base), ROOT / base):
         if candidate.is_dir():
@@ -162,7 +186,19 @@ def base_of_adapter(adapter: Path) -> str:
     return f"{base}@{revision}" if revision and "@" not in base else base
 
 
+def find_run_record(adapter: Path) -> Path | None:
+    """The run.json beside an adapter folder or up to two levels above; None for an adapter that is not in a run."""
+    files = (parent / "run.json" for parent in adapter.absolute().parents[:3])
+    return next((file for file in files if file.is_file()), None)
+
+
 # ---- reading weights
+class WeightIndex(msgspec.Struct):
+    """The fields of an index of shards."""
+
+    weight_map: dict[str, str]  # key -> name of its file
+
+
 class Entry(NamedTuple):
     """Where a weight is stored."""
 
@@ -185,23 +221,25 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """The weight files of a folder, each with its keys in the index; an empty list means all keys of the file."""
-    index = folder / INDEX
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: []}
-    if not index.is_file():
+    names = [prefix + name for prefix in ("", DIFFERENTIAL_PREFIX) for name in (SINGLE, INDEX)]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    models = {path.name.startswith(DIFFERENTIAL_PREFIX) for path in found}
+    if len(models) > 1:
+        raise UserError(f"{folder}: {found[0].name} and {found[-1].name} are two models: delete one")
+    if found and found[0].name.endswith(SINGLE):
+        return {found[0]: []}
+    index = found[0] if found else None
+    if index is None:
         for pickle in folder.glob("pytorch_model*.bin"):
             raise UserError(f"{pickle}: convert it to safetensors; files that could run code are never loaded")
         raise UserError(f"{folder}: no weights here (neither {SINGLE} nor {INDEX}): check the path")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: no valid 'weight_map': download it again")
     files: dict[Path, list[str]] = {}
-    for key, name in weight_map.items():
+    for key, name in read_typed(index, WeightIndex, "download it again").weight_map.items():
         # only the name counts: in the hub's cache every file is a link out of its folder
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{index}: puts {key} in {name}, outside the folder: download the model again")
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing, but {INDEX} puts {key} in it: download it again")
+            raise UserError(f"{folder / name}: missing, but {index.name} puts {key} in it: download it again")
         files.setdefault(folder / name, []).append(key)
     return files
 
@@ -217,7 +255,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             missing = sorted(set(indexed) - set(stored))
             if missing:
                 raise UserError(
-                    f"{file}: has no {missing[0]} ({len(missing)} keys), which {INDEX} lists: download it again"
+                    f"{file}: has no {missing[0]} ({len(missing)} keys), which the index lists: download it again"
                 )
             for key in indexed or stored:
                 entry = Entry(file, key, tuple(handle.get_slice(key).get_shape()))
@@ -233,8 +271,8 @@ def check_entries(entries: dict[str, Entry], expected: dict[str, Tensor], folder
     missing = [name for name in expected if name not in entries]
     for kind, names in (("unexpected", unexpected), ("missing", missing)):
         if names:
-            file = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)
-            file, key, _ = entries.get(names[0], (file, names[0], None))
+            first_file = next((entry.file for entry in entries.values()), folder)
+            file, key, _ = entries.get(names[0], (first_file, names[0], None))
             hint = next(text for when, part, text in KEY_HINTS if when in ("", kind) and any(part in n for n in names))
             raise UserError(f"{file}: {len(names)} {kind} keys (first {key}): {hint}")
     wrong = [name for name, entry in entries.items() if entry.shape != expected[name].shape]
@@ -260,9 +298,18 @@ def read_tensors(file: Path, keys: list[str], dtype: torch.dtype) -> Iterator[Te
                     mapped.close()
                     handle, unread = mapped.enter_context(open_safetensors(file)), PIECE
                 piece = handle.get_slice(key)[start : start + rows]
-                copy[start : start + rows] = piece
+                converted = copy[start : start + rows]
+                converted.copy_(piece)
+                check_finite(piece if piece.itemsize > converted.itemsize else converted, key, file)
                 unread -= piece.nbytes
             yield copy
+
+
+def check_finite(tensor: Tensor, key: str, file: Path) -> None:
+    """Raise UserError if a tensor contains NaN or infinity."""
+    # the sum is finite only if all values are, and costs a tenth of isfinite; the sum of large values may overflow
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise UserError(f"{file}: {key} contains NaN or infinity: restore the file, or train again with a lower --lr")
 
 
 def load_weights(
@@ -277,7 +324,8 @@ def load_weights(
     Floating tensors get `dtype`; where the file has it already, parameters are views of the mapped file (copied on
     write). Everything is checked from the headers before anything is loaded. `tied`: the caller ties `lm_head.weight`
     to the embedding afterwards; a stored head is dropped, or used as the embedding if that is missing.
-    Raises UserError, one line with file and key: missing, corrupt or incomplete files, wrong keys, wrong shapes.
+    Raises UserError, one line with file and key: missing, corrupt or incomplete files, wrong keys, wrong shapes, and
+    NaN or infinity in converted weights (views are not read here).
     """
     folder, entries, expected = Path(folder), read_entries(Path(folder)), model.state_dict()
     if tied:
@@ -295,8 +343,12 @@ def load_weights(
 
 
 # ---- saving weights
-def save_weights(state_dict: dict[str, Tensor], folder: PathLike, max_shard_size: int | str = "5GB") -> None:
+def save_weights(
+    state_dict: dict[str, Tensor], folder: PathLike, max_shard_size: int | str = "5GB", prefix: str = ""
+) -> None:
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
+
+    `prefix` starts the names of the files.
 
     Raises UserError when the disk is full or a permission is missing. Inside `atomic_folder` it is all or nothing.
     """
@@ -306,7 +358,9 @@ def save_weights(state_dict: dict[str, Tensor], folder: PathLike, max_shard_size
         del tensors[hub_key(HEAD)]
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+        huggingface_hub.save_torch_state_dict(
+            tensors, folder, filename_pattern=prefix + "model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
 
 
 def save_model_folder(
@@ -314,25 +368,27 @@ def save_model_folder(
 ) -> None:
     """Write weights and config.json into `folder`, which is created if missing; its other files stay.
 
-    `write_more(folder)` adds further files, such as those of differential attention.
+    `write_more(folder)` adds further files, such as those of differential attention. The names of the weight files
+    start with DIFFERENTIAL_PREFIX if the model_type of `config` does.
 
     The new files are written into a temporary folder inside it and moved at the end, so a failure leaves an older model
     unchanged, and a model that is memory-mapped from the same folder keeps its pages.
     """
     folder = Path(folder)
+    prefix = DIFFERENTIAL_PREFIX if config["model_type"].startswith(DIFFERENTIAL_PREFIX) else ""
+    weights = {key: value for key, value in state_dict.items() if ".differential." not in key}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / ".saving") as staged:
-        save_weights({key: value for key, value in state_dict.items() if ".differential." not in key}, staged)
+        save_weights(weights, staged, prefix=prefix)
         if write_more is not None:
             write_more(staged)
         write_json(staged / "config.json", config)
     new = list((folder / ".saving").iterdir())
     with writing(folder):
-        for pattern in ("model*.safetensors", "model*.safetensors.index.json", DIFFERENTIAL):
-            for old in folder.glob(pattern):
-                if old.name not in {file.name for file in new}:
-                    old.unlink()  # from an older save
+        for old in folder.iterdir():  # from an older save
+            if MODEL_FILE.fullmatch(old.name) and old.name not in {file.name for file in new}:
+                old.unlink()
         for file in new:
             os.replace(file, folder / file.name)
         (folder / ".saving").rmdir()

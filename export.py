@@ -1,18 +1,18 @@
-"""Make a trained run into a model folder that stands alone, with a model card, ready for the hub.
+"""Make a trained run into a model folder that needs nothing else, with a model card, ready for the hub.
 
     python export.py --model=runs/original_seed0 --output=exported/original
     python export.py --model=runs/diff_seed0 --output=exported/diff --push_to_hub=you/paligemma-diff
 
 LoRA is merged into the weights. With standard attention the folder is a PaliGemma that transformers loads; differential
-attention lies beside the weights in differential.safetensors, which this repository's `from_pretrained` reads.
+attention is beside the weights in differential.safetensors, which `from_pretrained` of this repository reads.
 """
 
-import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import huggingface_hub
 import torch
@@ -20,17 +20,15 @@ import tyro
 from huggingface_hub.errors import HTTPError
 
 from adapters import merge
-from checkpoint import is_hub_id, locate, resolve_run
-from differential_attention import differential_config
+from checkpoint import ROOT, is_hub_id, locate, resolve_run
+from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
-from files import atomic_folder, read_json
-from modeling_gemma import PaliGemmaForConditionalGeneration
+from files import atomic_folder, check_ranges, one_line, read_json, read_json_lines
+from models import classes_of
 from needle_eval.statistics import wilson
 from run_folder import comparable
 
-ROOT = Path(__file__).resolve().parent
-# what a processor is made of; model.safetensors and config.json are written anew
-PROCESSOR = (
+PROCESSOR_FILES = (  # copied from the base model
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -41,29 +39,33 @@ PROCESSOR = (
     "generation_config.json",
 )
 
-LOADED_THERE = "Load it with transformers' `PaliGemmaForConditionalGeneration.from_pretrained`."
-LOADED_HERE = """Load it with `PaliGemmaForConditionalGeneration.from_pretrained` of the repository named below:
-transformers would pass `differential.safetensors` by, and have another model."""
+LOAD_STANDARD = "Load it with `PaliGemmaForConditionalGeneration.from_pretrained` of transformers."
+LOAD_DIFFERENTIAL = """Load it with `PaliGemmaForConditionalGeneration.from_pretrained` of the repository named below:
+transformers does not know differential attention (`differential.safetensors`) and refuses the folder."""
+
+Result = TypeVar("Result")
 
 
 @dataclass
 class Config:
     model: str  # run folder, or its best/ or one of its checkpoints/
-    output: str  # folder to make
+    output: str  # folder to create
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved weights; bfloat16: half the size, rounded
-    license: str = ""  # of the weights; empty: the base model's, where it is known
+    license: str = ""  # of the weights; empty: that of the base model, where it is known
     push_to_hub: str = ""  # owner/name: upload the folder there too
-    private: bool = True  # who sees that repository
+    private: bool = True  # visibility of that repository
 
 
 # ---- the model card
-def card(config: Config, record: dict, evals: dict[str, list[int]], differential) -> str:
-    """README.md: metadata that the hub reads, then what was trained from what, how, and how well it answered.
+def write_card(
+    config: Config, record: dict[str, Any], evals: dict[str, list[int]], differential: DifferentialConfig | None
+) -> str:
+    """README.md: metadata that the hub reads, then what was trained on what, how, and how well it answered.
 
-    `record` is the run's run.json, `evals` name -> [exact answers, rows].
+    `record` is the run.json of the run, `evals` name -> [exact answers, rows].
     """
-    base, data, name = record["base_model"], public(record["config"]["data"]), Path(config.output).name
-    told = huggingface_hub.ModelCardData(
+    base, data, name = record["base_model"], hide_folders(record["config"]["data"]), Path(config.output).name
+    metadata = huggingface_hub.ModelCardData(
         base_model=base if is_hub_id(base) else None,
         license=config.license or known_license(base),
         datasets=[data.removeprefix("hub:")] if data.startswith("hub:") else None,
@@ -73,103 +75,109 @@ def card(config: Config, record: dict, evals: dict[str, list[int]], differential
         model_name=name,
         eval_results=[
             huggingface_hub.EvalResult(
-                "image-text-to-text", data, data, "exact_match", 100 * right / n, dataset_config=k
+                "image-text-to-text", data, data, "exact_match", 100 * right / n, dataset_config=rows
             )
-            for k, (right, n) in evals.items()
+            for rows, (right, n) in evals.items()
         ],
     )
     commit = f"@{record['base_revision']}" if record.get("base_revision") else ""
-    made = ", ".join(f"{package} {version}" for package, version in record.get("versions", {}).items())
+    versions = ", ".join(f"{package} {version}" for package, version in record.get("versions", {}).items())
     fields = [(key, value) for key, value in comparable(record).items() if value is not None and key != "output_dir"]
+    scores = "\n".join(score_row(rows, right, n) for rows, (right, n) in evals.items())
+    hyperparameters = "\n".join(f"| {key} | `{hide_folders(str(value))}` |" for key, value in fields)
     return f"""---
-{told.to_yaml()}
+{metadata.to_yaml()}
 ---
 
 # {name}
 
-`{public(base)}{commit}` with LoRA, fine-tuned on `{data}` and merged; arm `{record["arm"]}`, step {record.get("step")}.
-{LOADED_HERE if differential else LOADED_THERE}
+`{hide_folders(base)}{commit}` with LoRA, fine-tuned on `{data}` and merged;
+arm `{record["arm"]}`, step {record.get("step")}. {LOAD_DIFFERENTIAL if differential else LOAD_STANDARD}
 
 | held-out rows | exact answers, % | 95 % Wilson interval | n |
 |---|---|---|---|
-{chr(10).join(interval(rows, right, n) for rows, (right, n) in evals.items())}
+{scores}
 
 | hyperparameter | value |
 |---|---|
-{chr(10).join(f"| {key} | `{public(str(value))}` |" for key, value in fields)}
+{hyperparameters}
 
-Made by the Multimodal Differential Transformer, commit {record.get("commit")}, with {made}. The licence of the
-base model goes with its weights.
+Made by the Multimodal Differential Transformer, commit {record.get("commit")}, with {versions}. The license of the
+base model applies to its weights.
 """
 
 
-def public(path: str) -> str:
-    """A path without the folders of the machine that it lies on; anything else as it is."""
+def hide_folders(path: str) -> str:
+    """A path without the folders of this machine; other text unchanged."""
     return re.sub(r"(^|:)/\S*/", r"\1", path)
 
 
-def interval(rows: str, right: int, n: int) -> str:
+def score_row(rows: str, right: int, n: int) -> str:
+    """A line of the card's table, in percent."""
     low, high = wilson(right, n)
     return f"| {rows} | {100 * right / n:.1f} | {100 * low:.1f} to {100 * high:.1f} | {n} |"
 
 
 def known_license(base: str) -> str | None:
+    """The license of a base model, where it is known."""
     if is_hub_id(base) and base.startswith("google/paligemma"):
         return "gemma"
     return "apache-2.0" if (ROOT / base).is_relative_to(ROOT / "assets") else None
 
 
 def read_evals(folder: Path, step: int | None) -> dict[str, list[int]]:
-    """The evaluation at `step` in the metrics.jsonl of the run that `folder` (final/, best/, a checkpoint) is of."""
+    """The evaluation at `step` in the metrics.jsonl of the run that contains `folder` (final/, best/, a checkpoint)."""
     for log in (parent / "metrics.jsonl" for parent in folder.absolute().parents[:2]):
         if log.is_file():
-            lines = [json.loads(line) for line in log.read_text().splitlines()]
-            return next((line["eval"] for line in lines if "eval" in line and line["step"] == step), {})
+            lines = read_json_lines(log)
+            return next((line["eval"] for line in lines if "eval" in line and line.get("step") == step), {})
     return {}
 
 
 # ---- the hub
-def hub(action, name: str):
-    """`action(HfApi())`, its faults in one line."""
+def call_hub(action: Callable[[huggingface_hub.HfApi], Result], name: str) -> Result:
+    """`action(HfApi())`. Raises UserError for its faults."""
     try:
         return action(huggingface_hub.HfApi())
     except (OSError, ValueError, HTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"--push_to_hub={name}: {reason}: run `hf auth login` with a token that may write") from error
 
 
 @one_line_errors
-def main():
+def main() -> None:
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    check_ranges(config)
     output, name = Path(config.output), config.push_to_hub
     base, adapter = resolve_run(config.model)
     if adapter is None or not (adapter.parent / "run.json").is_file():
-        raise UserError(f"{config.model}: no run: give a run folder, its best/ or one of its checkpoints/")
+        raise UserError(f"{config.model}: not a run: give a run folder, its best/ or one of its checkpoints/")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already: give another --output")
-    if name:  # what the hub refuses it refuses before the work
-        hub(lambda api: api.create_repo(name, private=config.private, exist_ok=True), name)
+        raise UserError(f"{output}: exists already: give another --output")
+    if name:  # before the work, in case the hub refuses
+        call_hub(lambda api: api.create_repo(name, private=config.private, exist_ok=True), name)
 
-    # --- merge in float32, whatever the run computed in
-    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model)
+    # --- merge in float32, whatever dtype the run computed in
+    model = classes_of(config.model)[0].from_pretrained(config.model)
     merge(model)
     for key, parameter in model.named_parameters():
-        if ".differential." not in key:  # float32 always
+        if ".differential." not in key:  # always float32
             parameter.data = parameter.data.to(getattr(torch, config.dtype))
 
-    # --- the folder
+    # --- write the folder
     record = read_json(adapter.parent / "run.json")
     evals = read_evals(adapter.parent, record.get("step"))
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
-        for file in (locate(base) / file for file in PROCESSOR):
+        for file in (locate(base) / file for file in PROCESSOR_FILES):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-        text = card(config, record, evals, differential_config(model))
+        text = write_card(config, record, evals, differential_config(model))
         (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"{output}: {sum(file.stat().st_size for file in output.iterdir()) / 1e6:.1f} MB")
     if name:
-        hub(lambda api: api.upload_folder(repo_id=name, folder_path=output, commit_message="Upload the model"), name)
+        upload = dict(repo_id=name, folder_path=output, commit_message="Upload the model")
+        call_hub(lambda api: api.upload_folder(**upload), name)
         print(f"https://huggingface.co/{name}")
 
 

@@ -281,15 +281,20 @@ def write_manifest(folder: PathLike) -> None:
     write_json(Path(folder, MANIFEST), {file.relative_to(folder).as_posix(): sha256(file) for file in files})
 
 
-def verify_manifest(folder: PathLike) -> None:
-    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content."""
+def verify_manifest(folder: PathLike, suffix: str = "") -> None:
+    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content.
+
+    `suffix`: only the files whose names end in it.
+    """
     for name, digest in read_typed(Path(folder, MANIFEST), dict[str, str], f"delete {folder}").items():
         resolve_inside(folder, name)
+        if not name.endswith(suffix):
+            continue
         file = Path(folder, name)
         with reading(file):
             check_regular(file)
             if sha256(file) != digest:
-                raise UserError(f"{file}: damaged, not the content that was written: delete {folder}")
+                raise UserError(f"{file}: damaged, not the content that was written: restore it, or delete {folder}")
 
 
 def sha256(file: Path) -> str:
@@ -304,8 +309,10 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
 
     A file system without locks is tolerated. Raises UserError if another process holds the lock.
     """
-    # A soft lock, the default where the file system has no locks, would outlive a killed process.
-    lock = filelock.FileLock(Path(folder, LOCK), blocking=False, thread_local=False, fallback_to_soft=False)
+    path = Path(folder).resolve() / LOCK
+    # A soft lock, the default where the file system has no locks, would outlive a killed process. A singleton can be
+    # acquired again by the process that holds it.
+    lock = filelock.FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout as error:
@@ -314,5 +321,5 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         ) from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.EROFS):
-            raise UserError(f"{Path(folder, LOCK)}: cannot be locked ({error.strerror}): delete it") from error
+            raise UserError(f"{path}: cannot be locked ({error.strerror}): delete it") from error
     return lock

@@ -172,7 +172,7 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> "PaliGemmaConfig":
-        if data.get("model_type") != "paligemma":
+        if data.get("model_type") not in ("paligemma", "differential_paligemma"):
             raise UserError(f"model_type {data.get('model_type')!r} is not supported: config.json must say 'paligemma'")
         if "auto_map" in data:
             raise UserError(

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adapters import attach_adapter, load_differential, save_differential, stored_differential
+from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import PrefixMask
-from checkpoint import load_weights, locate, resolve_run, save_model_folder
-from differential_attention import DifferentialConfig, add_differential, as_config
+from checkpoint import DIFFERENTIAL_PREFIX, load_weights, locate, resolve_run, save_model_folder
+from differential_attention import DifferentialConfig, add_differential, as_config, differential_config
 from errors import UserError
 from fused_ops import apply_linears, apply_softcap, head_loss
 
@@ -152,8 +152,7 @@ class VisionLanguageModel(nn.Module):
         """
         base, adapter = resolve_run(path_or_hub_id)
         folder = locate(base)
-        candidates = [folder] if adapter is None else [adapter.parent, folder]
-        stored = next((path for path in candidates if stored_differential(path) is not None), None)
+        stored = find_differential(folder, adapter)
         if differential is None and stored is not None:
             differential = stored_differential(stored)
         config = cls.config_class.from_pretrained(folder)
@@ -161,7 +160,7 @@ class VisionLanguageModel(nn.Module):
             model = cls(config)
         load_weights(model, folder, dtype, device, tied=config.tie_word_embeddings)
         model.tie_weights()
-        model.name_or_path = str(path_or_hub_id)
+        model.name_or_path = base
         if differential is not None:
             add_differential(model, as_config(differential))
         if adapter is not None:
@@ -171,9 +170,15 @@ class VisionLanguageModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and safetensors. transformers loads a standard model back with equal logits; differential
-        attention is saved in a file of its own."""
-        save_model_folder(self.state_dict(), self.config.to_dict(), folder, partial(save_differential, self))
+        """Write config.json and safetensors. transformers loads a standard model back with equal logits.
+
+        Differential attention is saved in a file of its own, with a model_type and names of the weight files that make
+        transformers refuse the folder instead of loading it as a standard model.
+        """
+        config = self.config.to_dict()
+        if differential_config(self) is not None:
+            config |= {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": None}
+        save_model_folder(self.state_dict(), config, folder, partial(save_differential, self))
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""

@@ -8,7 +8,7 @@ from files import read_json
 from modeling_vlm import VisionLanguageModel
 from processing_paligemma import PaliGemmaProcessor
 
-SUPPORTED = ("paligemma",)
+SUPPORTED = ("paligemma", "differential_paligemma")
 
 
 def classes_of(path_or_hub_id: str | Path) -> tuple[type[VisionLanguageModel], type[PaliGemmaProcessor]]:
@@ -18,7 +18,7 @@ def classes_of(path_or_hub_id: str | Path) -> tuple[type[VisionLanguageModel], t
     """
     folder = locate(resolve_run(path_or_hub_id)[0])
     model_type = read_json(folder / "config.json").get("model_type")
-    if model_type == "paligemma":
+    if model_type in ("paligemma", "differential_paligemma"):
         from modeling_gemma import PaliGemmaForConditionalGeneration
 
         return PaliGemmaForConditionalGeneration, PaliGemmaProcessor

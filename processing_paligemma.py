@@ -129,7 +129,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float32)
         scale = 257 if image.mode != "I" or grey.max() > 255 else 1
         image = Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.mode == "La":  # PIL converts it to LA only; transformers fails
+        image = image.convert("LA")
+    if image.has_transparency_data and image.mode != "RGBa":  # transformers drops the transparency of RGBa
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

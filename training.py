@@ -11,7 +11,6 @@ import math
 import resource
 import shutil
 import time
-import warnings
 from pathlib import Path
 
 import safetensors.torch
@@ -25,6 +24,7 @@ from adapters import (
     load_differential,
     new_lora,
     save_differential,
+    save_lora,
     shard_frozen_layers,
     stored_differential,
     trainable_counts,
@@ -84,9 +84,7 @@ def make_optimizer(config, adapted) -> torch.optim.AdamW:
 
 def save_adapter(adapted, folder: Path, record: dict):
     """`folder`/adapter in peft's format, differential.safetensors, run.json: all that it takes beside the base."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft wonders about a base without a hub entry
-        adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    save_lora(adapted, folder / "adapter")
     save_differential(adapted, folder)
     write_json(folder / "run.json", record)
 

@@ -20,6 +20,7 @@ import adapters
 import checkpoint
 import files
 from checkpoint import EMBEDDING, HEAD, INDEX, SINGLE
+from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 FAMILIES = {"gemma": transformers.GemmaConfig, "gemma2": transformers.Gemma2Config}
 LINEAR = "linear.weight"
@@ -223,6 +224,20 @@ def test_conversion_in_pieces(tiny, monkeypatch):
         load(target, folder, dtype=torch.float64)
         for name, tensor in target.state_dict().items():
             assert torch.equal(tensor, tensors[name].double()), (piece, name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("stored", "loaded"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_converted_weights_are_finite(tiny, value, stored, loaded):
+    folder, tensors = tiny
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+    tensors[LINEAR][3, 2] = value
+    save_file(tensors, folder / SINGLE)
+    with refused(folder / SINGLE, LINEAR, "contains NaN or infinity"):
+        load(meta_linear(), folder, dtype=loaded)
+    tensors[LINEAR][:] = torch.finfo(torch.bfloat16).max  # finite, but the sum is not
+    save_file(tensors, folder / SINGLE)
+    load(meta_linear(), folder, dtype=loaded)
 
 
 # ---- keys and shapes refused
@@ -608,6 +623,11 @@ def test_adapters_refused(tmp_path):
     with refused(tmp_path, key.removesuffix(".weight"), "does not fit"):
         adapters.attach_adapter(paligemma(), tmp_path)
 
+    for value in (float("nan"), float("inf")):
+        save_file(stored | {key: torch.full_like(stored[key], value)}, weights)
+        with refused(weights, key, "contains NaN or infinity"):
+            adapters.attach_adapter(paligemma(), tmp_path)
+
     weights.write_bytes(whole)
     with refused(weights, "missing for this model"):
         adapters.attach_adapter(paligemma(layers=3), tmp_path)
@@ -618,7 +638,7 @@ def test_adapters_refused(tmp_path):
 
     content = files.read_json(config)
     files.write_json(config, content | {"peft_type": "NOPE"})
-    with refused(tmp_path, "does not fit", "NOPE"):
+    with refused(config, "NOPE", "peft_type"):
         adapters.attach_adapter(paligemma(), tmp_path)
     config.write_text("{")
     with refused(config, "not valid JSON"):
@@ -631,3 +651,105 @@ def test_adapters_refused(tmp_path):
     torch.save(stored, tmp_path / "adapter_model.bin")
     with refused("adapter_model.bin", "never loaded"):
         adapters.attach_adapter(paligemma(), tmp_path)
+
+
+CATASTROPHE = r".*(\w+\w+)+(\w+\w+)+(\w+\w+)+x"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", CATASTROPHE),
+        ("target_modules", ["q_proj", CATASTROPHE]),
+        ("target_modules", r".*language_model\.layers\.\d+\.(self_attn|mlp)\.((\w+)+x|q_proj)"),
+        ("exclude_modules", CATASTROPHE),
+        ("exclude_modules", [CATASTROPHE]),
+        ("rank_pattern", {CATASTROPHE: 4}),
+        ("alpha_pattern", {CATASTROPHE: 4}),
+        ("modules_to_save", [CATASTROPHE]),
+        ("layers_pattern", CATASTROPHE),
+    ],
+)
+def test_regular_expressions_of_adapters_are_refused(tmp_path, field, value):
+    """They would be matched against every name of a module, for hours."""
+    save_adapter(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    files.write_json(config, files.read_json(config) | {field: value, "layers_to_transform": [0]})
+    with refused(config, field):
+        adapters.attach_adapter(paligemma(), tmp_path)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "up_proj"], ["self_attn.q_proj", "mlp.up_proj"]])
+def test_plain_names_of_adapters_are_accepted(tmp_path, targets):
+    stored = save_adapter(tmp_path, targets)
+    config = tmp_path / "adapter_config.json"
+    changes = {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"layers.0.mlp.up_proj": 4}, "exclude_modules": ["x"]}
+    files.write_json(config, files.read_json(config) | changes)
+    found = attached(adapters.attach_adapter(paligemma(), tmp_path))
+    assert all(torch.equal(found[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"r": "8"}, ("Expected int, got str", "$.r")),
+        ({"r": 0}, ("Expected int >= 1", "$.r")),
+        ({"lora_dropout": 2}, ("lora_dropout",)),
+        ({"lora_alpha": None}, ("lora_alpha",)),
+        ({"peft_type": "IA3"}, ("IA3", "peft_type")),
+        ({"peft_type": 3}, ("peft_type",)),
+        ({"target_modules": {"a": 1}}, ("target_modules",)),
+        ({"rank_pattern": ["a"]}, ("rank_pattern",)),
+        ({"megatron_config": {"x": 1}, "megatron_core": "antigravity"}, ("megatron_config is not supported",)),
+        ({"layer_replication": [[0, 10**9]]}, ("layer_replication is not supported",)),
+        ({"auto_mapping": []}, ("auto_mapping",)),
+    ],
+)
+def test_fields_of_an_adapter_are_typed(tmp_path, changes, parts):
+    save_adapter(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    files.write_json(config, files.read_json(config) | changes)
+    with refused(config, *parts):
+        adapters.attach_adapter(paligemma(), tmp_path)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS"])
+def test_an_adapter_of_any_task_loads(tmp_path, task):
+    """peft's own classes for tasks need methods of transformers' models."""
+    stored = save_adapter(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    files.write_json(config, files.read_json(config) | {"task_type": task})
+    found = attached(adapters.attach_adapter(tiny_model(), tmp_path))
+    assert all(torch.equal(found[key], stored[key]) for key in stored)
+
+
+def tiny_model():
+    """The model of `paligemma`, of this repository."""
+    config = PaliGemmaConfig.from_dict(paligemma(device="meta").config.to_dict())
+    return PaliGemmaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "nope"), ("nope",), ("q.*",), ("vision_tower",), ()])
+def test_every_lora_target_is_a_layer(targets):
+    config = SimpleNamespace(seed=0, lora_rank=2, lora_alpha=2, lora_dropout=0.0, lora_targets=targets)
+    with refused("--lora_targets", repr((*targets, "")[targets[:1] == ("q_proj",)]), "q_proj k_proj v_proj"):
+        adapters.new_lora(config, tiny_model())
+
+
+def test_modules_to_save_are_not_merged(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["multi_modal_projector"])
+    peft.get_peft_model(paligemma(), config).save_pretrained(tmp_path, save_embedding_layers=False)
+    model = tiny_model()
+    adapters.attach_adapter(model, tmp_path)
+    with refused("multi_modal_projector", "modules_to_save"):
+        adapters.merge(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [({"base_model": 3}, ("base_model", "got int")), ({"base_model": "a/b", "base_revision": [1]}, ("base_revision",))],
+)
+def test_the_base_in_a_run_record_is_typed(run, content, parts):
+    files.write_json(run / "run.json", content)
+    with refused(run / "run.json", *parts):
+        checkpoint.resolve_run(run)

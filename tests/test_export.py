@@ -1,20 +1,29 @@
 """What is trained here is used elsewhere: merged folders, their cards, and what would go to the hub."""
 
 import json
+import shutil
 import sys
+from functools import partial
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 import transformers
+from refusals import refused
 from safetensors.torch import load_file
 
+import checkpoint
 import export
 import finetune_diff
+import generate
+from adapters import merge, new_lora, save_lora
 from data import loader, make_data
-from differential_attention import DifferentialConfig
+from differential_attention import DifferentialConfig, differential_parameters
+from files import read_json, write_json, write_manifest
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
+from models import classes_of
 from processing_paligemma import PaliGemmaProcessor
 
 SHORT = dict(max_steps=3, batch_size=4, lr=0.02, eval_samples=2, eval_batch_size=4, max_new_tokens=3, log_every=1)
@@ -71,14 +80,143 @@ def test_the_differential_arm_stands_alone(runs, batch, tiny_model, tmp_path, mo
     torch.testing.assert_close(
         logits(PaliGemmaForConditionalGeneration.from_pretrained(folder), batch), expected, atol=1e-5, rtol=0
     )
-    (folder / "differential.safetensors").rename(tmp_path / "aside")
-    assert (logits(PaliGemmaForConditionalGeneration.from_pretrained(folder), batch) - expected).abs().max() > 1e-3
     here = str(tiny_model.parent)
     assert not [file for file in folder.iterdir() if here in file.read_bytes().decode("latin-1")]
     ours, theirs = (PaliGemmaProcessor.from_pretrained(place) for place in (folder, tiny_model))
     assert ours.encode("answer en where is tent?") == theirs.encode("answer en where is tent?")
     assert (ours.image_size, ours.resample) == (theirs.image_size, theirs.resample)
-    assert {"config.json", "model.safetensors", "README.md"} < {file.name for file in folder.iterdir()}
+    assert {"config.json", "differential_model.safetensors", "README.md"} < {file.name for file in folder.iterdir()}
+
+
+def test_a_standard_adapter_loads_with_peft(runs, batch, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapted = peft.AutoPeftModel.from_pretrained(runs / "original/final/adapter").eval()
+    assert type(adapted.get_base_model()) is transformers.PaliGemmaForConditionalGeneration
+    expected = logits(PaliGemmaForConditionalGeneration.from_pretrained(runs / "original"), batch)
+    torch.testing.assert_close(logits(adapted, batch), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="differential_paligemma"):
+        peft.AutoPeftModel.from_pretrained(runs / "diff/final/adapter")
+
+
+@pytest.mark.parametrize("part", ["", "best", "checkpoints/step-000003", "best/adapter"])
+@pytest.mark.parametrize("evidence", ["adapter", "run", "both"])
+def test_a_differential_run_without_its_parameters_is_refused(runs, tmp_path, monkeypatch, capsys, part, evidence):
+    """generate, eval and export would run it as standard attention."""
+    run_folder = shutil.copytree(runs / "diff", tmp_path / "run")
+    for file in [*run_folder.rglob("differential.safetensors"), *run_folder.rglob("files.json")]:
+        file.unlink()
+    for file in run_folder.rglob("adapter_config.json" if evidence == "run" else "run.json"):
+        if evidence == "run":  # as older versions wrote it
+            write_json(file, read_json(file) | {"auto_mapping": None})
+        elif evidence == "adapter":
+            write_json(file, read_json(file) | {"arm": "original"})
+    image = checkpoint.ROOT / "assets/readme.png"
+    arguments = (f"--model={run_folder / part}", f"--output={tmp_path / 'out'}")
+    for script, main in (("generate.py", generate.main), ("export.py", export.main)):
+        monkeypatch.setattr(
+            sys, "argv", [script, *arguments, *([f"--image={image}"] if script == "generate.py" else [])]
+        )
+        with pytest.raises(SystemExit):
+            main()
+        error = capsys.readouterr().err
+        assert "differential.safetensors: missing, although" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_differential_folder_without_its_parameters_is_refused(tiny_model, tmp_path):
+    PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, differential="v2").save_pretrained(tmp_path)
+    (tmp_path / "differential.safetensors").unlink()
+    with refused(tmp_path / "differential.safetensors", "missing", tmp_path / "config.json"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "differential.safetensors"])
+def test_a_flipped_bit_in_a_finished_run_is_refused(runs, tmp_path, file):
+    final = shutil.copytree(runs / "diff", tmp_path / "run") / "final"
+    write_manifest(final)
+    (final / "run.json").write_text((final / "run.json").read_text() + "\n")  # a base model may be corrected there
+    PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "run")
+    data = bytearray((final / file).read_bytes())
+    data[-1] ^= 1
+    (final / file).write_bytes(data)
+    with refused(final / file, "damaged"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_differential_parameters_are_finite(tiny_model, tmp_path, value):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, differential="v2")
+    name = next(iter(differential_parameters(model)))
+    with torch.no_grad():
+        differential_parameters(model)[name].fill_(value)
+    model.save_pretrained(tmp_path)
+    with refused(tmp_path / "differential.safetensors", name, "contains NaN or infinity"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("arm", ["original", "diff"])
+def test_the_card_of_an_adapter(runs, arm):
+    folder = runs / arm / "final/adapter"
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model is None  # a folder is no hub id
+    assert ("differential.safetensors" in card.text) == (arm == "diff")
+    assert ("AutoPeftModel" in card.text) == (arm == "original")
+    assert "[More Information Needed]" not in card.text
+
+
+@pytest.mark.parametrize("name", ["org/name", "org/name@abc", "assets/paligemma-nano"])
+def test_the_base_of_an_adapter(tiny_model, tmp_path, monkeypatch, name):
+    """A local folder is stored as an absolute path, which does not read as a hub id; a revision separately."""
+    monkeypatch.chdir(checkpoint.ROOT)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    adapted = new_lora(Config(), model)
+    model.name_or_path = name
+    save_lora(adapted, tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter/adapter_config.json")
+    local = str(checkpoint.ROOT / name) if name.startswith("assets") else name.partition("@")[0]
+    assert config["base_model_name_or_path"] == local
+    assert config["revision"] == ("abc" if "@" in name else None)
+    assert checkpoint.resolve_run(tmp_path)[0] == (local if name.startswith("assets") else name)
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_transformers_refuses_a_differential_folder(runs, batch, tmp_path, monkeypatch, size):
+    """As a standard model it would answer differently without an error."""
+    monkeypatch.setattr(checkpoint, "save_weights", partial(checkpoint.save_weights, max_shard_size=size))
+    model = PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff")
+    merge(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "differential_model.safetensors.index.json").is_file() == (size == "20KB")
+    with pytest.raises(ValueError, match="differential_paligemma"):
+        transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="model.safetensors"):
+        transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    again = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    assert classes_of(tmp_path)[0] is PaliGemmaForConditionalGeneration
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-5, rtol=0)
+
+
+def test_differential_folders_of_older_versions_load(runs, batch, tmp_path):
+    """They have the model_type and the names of the weight files of a standard model."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff")
+    merge(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "differential_model.safetensors").rename(tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"model_type": "paligemma"})
+    again = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("differential", [None, "v2"])
+def test_saving_over_a_model_of_the_other_kind_leaves_one(tiny_model, tmp_path, differential):
+    kinds = (None if differential else "v2", differential)
+    for kind in kinds:
+        PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, differential=kind).save_pretrained(tmp_path)
+    PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "differential_model.safetensors").touch()
+    with refused(tmp_path, "model.safetensors and differential_model.safetensors are two models"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("arm", ["original", "diff"])
@@ -99,7 +237,7 @@ def test_the_card_says_what_it_is(runs, tmp_path, monkeypatch, arm):
 def test_the_base_model_s_name_and_licence_are_metadata():
     config = export.Config(model="", output="out")
     record = {"arm": "original", "base_model": "google/paligemma-3b-pt-224", "base_revision": "a" * 40}
-    text = export.card(config, record | {"config": {"data": "hub:org/set"}, "step": 1}, {}, None)
+    text = export.write_card(config, record | {"config": {"data": "hub:org/set"}, "step": 1}, {}, None)
     data = huggingface_hub.ModelCard(text).data
     assert (data.base_model, data.license, data.datasets) == ("google/paligemma-3b-pt-224", "gemma", ["org/set"])
     assert "google/paligemma-3b-pt-224@" + "a" * 40 in text
@@ -109,7 +247,9 @@ def test_the_base_model_s_name_and_licence_are_metadata():
 def test_bfloat16_halves_the_folder(runs, batch, tmp_path, monkeypatch):
     for dtype in ("float32", "bfloat16"):
         assert run(monkeypatch, f"--model={runs / 'diff'}", f"--output={tmp_path / dtype}", f"--dtype={dtype}") == 0
-    whole, half = ((tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("float32", "bfloat16"))
+    whole, half = (
+        (tmp_path / dtype / "differential_model.safetensors").stat().st_size for dtype in ("float32", "bfloat16")
+    )
     assert 0.49 < half / whole < 0.52
     added = [load_file(tmp_path / dtype / "differential.safetensors") for dtype in ("float32", "bfloat16")]
     assert all(torch.equal(added[0][key], added[1][key]) for key in added[0])
@@ -142,15 +282,16 @@ def test_push_to_hub(runs, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *arguments) == 0
     (created, kwargs), (uploaded, files) = Hub.asked
     assert created == uploaded == "me/mine" and kwargs == {"private": True, "exist_ok": True}
-    assert {"README.md", "config.json", "differential.safetensors", "model.safetensors", "tokenizer.json"} <= set(files)
+    weights = {"differential.safetensors", "differential_model.safetensors"}
+    assert {"README.md", "config.json", "tokenizer.json"} | weights <= set(files)
 
 
 def test_what_a_user_gets_wrong(runs, tiny_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     for model, output, told in (
-        (tiny_model, tmp_path / "out", "no run"),
-        (runs / "diff", tmp_path / "mine", "is there already"),
+        (tiny_model, tmp_path / "out", "not a run"),
+        (runs / "diff", tmp_path / "mine", "exists already"),
         (tmp_path / "gone", tmp_path / "out", "gone"),
     ):
         assert run(monkeypatch, f"--model={model}", f"--output={output}") == 2

@@ -355,8 +355,8 @@ def test_a_lock_ends_with_its_process(tmp_path):
         assert time.monotonic() - start < 2
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        files.lock_folder(tmp_path).release()
-        files.lock_folder(tmp_path).release()
+        held = files.lock_folder(tmp_path)
+        assert files.lock_folder(tmp_path) is held  # by the same process
     finally:
         holder.kill()
         holder.stdout.close()

@@ -256,6 +256,50 @@ def test_transparent_pixels_equal_transformers(tiny, mode):
     torch.testing.assert_close(tiny.pixels(image), theirs, rtol=0, atol=1e-6)
 
 
+MODES = [
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "F",
+    "I",
+    "I;16",
+    "I;16L",
+    "I;16B",
+    "I;16N",
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_pil_equals_transformers(tiny, mode):
+    """Random bytes; where transformers fails (La) or clips to white (16-bit grey), to_rgb only has to work."""
+    assert set(Image.MODES) <= set(MODES)
+    image = Image.new(mode, (37, 23))
+    raw = np.random.default_rng(0).integers(0, 255, len(image.tobytes()), dtype=np.uint8).tobytes()
+    if mode == "F":
+        raw = np.random.default_rng(0).uniform(0, 255, (23, 37)).astype("<f4").tobytes()
+    image.frombytes(raw)
+    if mode in ("P", "PA"):
+        image.putpalette(np.random.default_rng(1).integers(0, 255, 768, dtype=np.uint8).tobytes())
+    ours = tiny.pixels(image)
+    assert ours.shape == (3, 12, 12) and ours.std() > 0.05
+    if mode == "La":
+        torch.testing.assert_close(ours, tiny.pixels(image.convert("LA")), rtol=0, atol=0)
+    elif not mode.startswith("I"):
+        theirs = hf_images(12)(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 # ---- pixels
 
 
