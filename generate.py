@@ -7,18 +7,20 @@
 Prints the answer. `--model` is a hub id, a model folder or a run folder.
 """
 
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 import tyro
 from msgspec import Meta
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from boxes import locs_to_boxes
 from errors import UserError, one_line_errors
 from files import check_ranges, open_image
 from models import classes_of
+from processing_paligemma import to_rgb
 
 BOX_COLOR = (255, 0, 80)
 
@@ -38,12 +40,21 @@ class Config:
 
 
 def draw_boxes(image: Image.Image, answer: str, path: str) -> None:
-    """Write the image with the boxes and labels of a detection answer. Raises UserError if it cannot be written."""
-    image = image.convert("RGB")
-    draw, width = ImageDraw.Draw(image), max(2, image.width // 150)
-    for box, label in locs_to_boxes(answer, *image.size):
+    """Write the image with the boxes and labels of a detection answer; lines and labels scale with the image.
+
+    Raises UserError if it cannot be written.
+    """
+    image = to_rgb(image)
+    boxes = locs_to_boxes(answer, *image.size)
+    if not boxes:
+        print(f"{path}: the answer has no boxes, the image is written without marks", file=sys.stderr)
+    side = max(image.size)
+    draw, width = ImageDraw.Draw(image), max(1, side // 200)
+    font = ImageFont.load_default(size=max(10, side // 25))
+    for box, label in boxes:
         draw.rectangle(box, outline=BOX_COLOR, width=width)
-        draw.text((box[0] + 2 * width, box[1] + width), label, fill=BOX_COLOR, stroke_width=1, stroke_fill="white")
+        place = (box[0] + 2 * width, box[1] + width)
+        draw.text(place, label, fill=BOX_COLOR, font=font, stroke_width=max(1, width // 2), stroke_fill="white")
     try:
         image.save(path)
     except (OSError, ValueError) as error:

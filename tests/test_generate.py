@@ -1,0 +1,57 @@
+"""generate.py: drawn boxes and what a user gets wrong."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from refusals import refused
+
+import generate
+
+BOX = "<loc0256><loc0256><loc0768><loc0768> "
+
+
+def marks(tmp_path, side: int, answer: str) -> np.ndarray:
+    """Which pixels of a grey square image differ after drawing, [side, side]."""
+    path = str(tmp_path / f"{side}.png")
+    generate.draw_boxes(Image.new("L", (side, side), 128), answer, path)
+    return (np.array(Image.open(path)) != 128).any(-1)
+
+
+def label_height(tmp_path, side: int) -> int:
+    """Rows that the label alone changes."""
+    label = marks(tmp_path, side, BOX + "cat") & ~marks(tmp_path, side, BOX)
+    return int(label.any(1).sum())
+
+
+def test_labels_and_lines_scale_with_the_image(tmp_path):
+    small, large = label_height(tmp_path, 400), label_height(tmp_path, 4000)
+    assert 7 < large / small < 13
+    thickness = [int(marks(tmp_path, side, BOX)[side // 2, : side // 2].sum()) for side in (400, 4000)]
+    assert thickness == [2, 20]
+
+
+def test_an_answer_without_boxes_says_so(tmp_path, capsys):
+    assert not marks(tmp_path, 64, "a cat").any()
+    assert "64.png: the answer has no boxes" in capsys.readouterr().err
+    assert marks(tmp_path, 64, BOX + "cat").any()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    for path in (tmp_path / "none" / "a.png", tmp_path / "a.unknown"):
+        with refused(path, "cannot be written"):
+            generate.draw_boxes(Image.new("RGB", (8, 8)), BOX, str(path))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--temperature=nan", "--temperature=-1", "--top_p=0", "--top_p=inf", "--max_new_tokens=0", "--seed=" + "9" * 20],
+)
+def test_flags_out_of_range_are_one_line(monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--image=none.png", flag])
+    with pytest.raises(SystemExit) as end:
+        generate.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: " + flag.partition("=")[0]) and error.count("\n") == 1
