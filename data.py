@@ -4,7 +4,7 @@ An example is a pure function of (seed, epoch, index): workers have no state, an
 haystacks made of captioned images, jsonl rows of {image, prefix, suffix} as in big_vision and maestro, VQAv2 from its
 official json files beside a COCO folder, and a parquet copy of it on the hub. Every source has `name`, `skipped` (why
 rows were left out), `counts_for_best` (whether `best/` may be chosen by it), `chance` (exact accuracy of a guess, or
-None), `fingerprint()` and `get(epoch, index)`; those whose texts need no image also have `text(index)`.
+None), `fingerprint()`, `get(epoch, index)`, and `id(index)` and `text(index)` of epoch 0, which open no image.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
 from files import decode_typed, one_line, open_image, read_typed
-from haystack import ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
+from haystack import Haystack, ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
 from processing_paligemma import PaliGemmaProcessor
 
 if TYPE_CHECKING:
@@ -86,12 +86,23 @@ class Haystacks:
         images = [image.fingerprint().hex() for image in self.pool.images]
         return sha256_of([images, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
 
+    def id(self, index: int, epoch: int = 0) -> str:
+        return f"{self.name}/{self.seed}/{epoch}/{index}"
+
     def get(self, epoch: int, index: int) -> Example:
-        key = f"{self.name}/{self.seed}/{epoch}/{index}"
-        rng = random.Random(f"{key}/kind")
-        haystack = self.pool.make(key, 1, rng.choice(self.grids), positive=rng.random() >= self.negatives)
+        key = self.id(index, epoch)
+        haystack = self.make_haystack(key)
         images = [self.pool.stitch(f"{key}/{m}", cells, self.cell) for m, cells in enumerate(haystack.cells)]
         return Example(key, images, needle_prompt(*haystack.captions), haystack.answer)
+
+    def text(self, index: int) -> tuple[str, str, int]:
+        """Prompt, answer and number of images, in epoch 0."""
+        haystack = self.make_haystack(self.id(index))
+        return needle_prompt(*haystack.captions), haystack.answer, len(haystack.cells)
+
+    def make_haystack(self, key: str) -> Haystack:
+        rng = random.Random(f"{key}/kind")
+        return self.pool.make(key, 1, rng.choice(self.grids), positive=rng.random() >= self.negatives)
 
 
 # ---- rows of a file
@@ -131,6 +142,9 @@ class Rows:
         """SHA-256 of the rows, not of the images: a broken image may be repaired during a run."""
         told = [[list(row.images) if row.is_list else row.images[0], row.prefix, row.suffix] for row in self.rows]
         return sha256_of(told)
+
+    def id(self, index: int) -> str:
+        return self.rows[index].id
 
     def image_keys(self) -> list[list[str]]:
         """For every row a key of each image; images with the same key are the same, by path or by content."""
@@ -327,6 +341,9 @@ class HubRows:
         """SHA-256 of the questions and answers."""
         return sha256_of([list(self.rows["question"]), list(self.rows["multiple_choice_answer"])])
 
+    def id(self, index: int) -> str:
+        return f"{self.name}/{index}"
+
     def image_keys(self) -> list[list[str]]:
         """For every row the key of its image."""
         if "image_id" not in self.rows.column_names:
@@ -334,7 +351,7 @@ class HubRows:
         return [[str(image)] for image in self.rows["image_id"]]
 
     def get(self, epoch: int, index: int) -> Example:
-        name = f"{self.name}/{index}"
+        name = self.id(index)
         try:
             row = self.rows[index]
         except Exception as error:  # `datasets` and pyarrow raise whatever a broken file provokes
@@ -403,6 +420,9 @@ class Subset:
 
     def fingerprint(self) -> str:
         return sha256_of([self.source.fingerprint(), self.indices])
+
+    def id(self, index: int) -> str:
+        return self.source.id(self.indices[index])
 
     def get(self, epoch: int, index: int) -> Example:
         return self.source.get(epoch, self.indices[index])
@@ -568,7 +588,7 @@ def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
 
     Raises UserError for generated data.
     """
-    if not hasattr(source, "text"):
+    if isinstance(source, Haystacks):
         raise UserError("--group_by_length needs rows of a file: haystack questions have one length, leave it off")
 
     def length(prefix: str, suffix: str, images: int) -> int:
@@ -586,6 +606,24 @@ def longest_token(processor: PaliGemmaProcessor) -> int:
     return max(map(len, processor.tokenizer.get_vocab()))
 
 
+def encode_row(
+    processor: PaliGemmaProcessor, name: str, prefix: str, suffix: str | None, images: int, max_length: int | None
+) -> tuple[list[int], list[int]]:
+    """Ids and token types of a row with this number of images. Raises UserError, starting with its name, for text that
+    the processor refuses and for more than `max_length` tokens."""
+    characters = len(prefix) + len(suffix or "")
+    too_long = f"{name}: more tokens than the {max_length} that fit the model: shorten the row"
+    if max_length is not None and characters > max_length * longest_token(processor):
+        raise UserError(too_long)  # tokenising megabytes would take seconds
+    try:
+        encoded = processor.encode(prefix, suffix, images)
+    except UserError as error:
+        raise error if name in str(error) else UserError(f"{name}: {error}") from error
+    if max_length is not None and len(encoded[0]) > max_length:
+        raise UserError(f"{too_long} ({len(encoded[0])} tokens)")
+    return encoded
+
+
 class Fetch(Dataset):
     """What a worker of the loader runs: one example, tokenised, its images as pixels; or the UserError of the row."""
 
@@ -596,28 +634,15 @@ class Fetch(Dataset):
         try:
             example = self.source.get(*key)
             example.index = key[1]
-            encoded = self.encode(example)
+            suffix = example.suffix if self.with_suffix else None
+            encoded = encode_row(
+                self.processor, example.id, example.prefix, suffix, len(example.images), self.max_length
+            )
             pixels = [self.processor.pixels(image) for image in example.images]
         except UserError as error:  # raised in a worker, it would arrive wrapped in a traceback
             return UserError(without_address(error))
         example.images = []  # not needed any more, and large to send between processes
         return example, encoded, pixels
-
-    def encode(self, example: Example) -> tuple[list[int], list[int]]:
-        """Ids and token types of an example. Raises UserError, starting with its id, for text that the processor
-        refuses and for more than `max_length` tokens."""
-        suffix = example.suffix if self.with_suffix else None
-        characters = len(example.prefix) + len(suffix or "")
-        too_long = f"{example.id}: more tokens than the {self.max_length} positions of the model: shorten the row"
-        if self.max_length is not None and characters > self.max_length * longest_token(self.processor):
-            raise UserError(too_long)  # tokenising megabytes would take seconds
-        try:
-            encoded = self.processor.encode(example.prefix, suffix, len(example.images))
-        except UserError as error:
-            raise error if example.id in str(error) else UserError(f"{example.id}: {error}") from error
-        if self.max_length is not None and len(encoded[0]) > self.max_length:
-            raise UserError(f"{too_long} ({len(encoded[0])} tokens)")
-        return encoded
 
     def collate(self, items: list) -> tuple[tuple[Example, ...], dict[str, Tensor] | None, list[UserError]]:
         """(examples, tensors, errors). If no row can be used, the tensors are those of another row and there is no

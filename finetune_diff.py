@@ -5,27 +5,30 @@
     python finetune_diff.py --differential.towers text vision              # in SigLIP too
     python finetune_diff.py --model=google/paligemma-3b-pt-224 --lr=1e-4   # on a GPU
 
-What is not said here stands in finetune_original.py; `differential_attention.PRESETS` lists the methods.
+All other flags are those of finetune_original.py.
 """
 
 from dataclasses import dataclass, field, replace
 
-import tyro
-
 import finetune_original
-from differential_attention import DifferentialConfig
+from differential_attention import PRESETS, DifferentialConfig
 from errors import one_line_errors
 
 
 @dataclass
 class Config(finetune_original.Config):
-    # --- differential attention
-    differential: DifferentialConfig = field(default_factory=DifferentialConfig)
+    differential: DifferentialConfig = field(default_factory=DifferentialConfig)  # the method and its choices
+
+
+def describe_presets() -> str:
+    """One line per preset, for --help."""
+    return "\n".join(f"    {name:18}{preset.formula}" for name, preset in PRESETS.items())
 
 
 @one_line_errors
 def main():
-    config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    description = f"{__doc__}\nPresets of --differential.preset:\n\n{describe_presets()}"
+    config = finetune_original.parse_config(Config, description)
     config = replace(config, differential=replace(config.differential.resolve(), seed=config.seed))
     preset = "" if config.differential.preset == "split" else f"_{config.differential.preset}"
     finetune_original.finetune(config, arm=f"diff{preset}", differential=config.differential)

@@ -1,32 +1,56 @@
-"""The folder of a run: found or made, compared with what is asked, trimmed to its newest whole checkpoint.
+"""The folder of a run: its state, whether it can continue, and its logs.
 
-run.json (every hyperparameter, base model, versions, commit, device), metrics.jsonl, samples.jsonl, tensorboard/,
-checkpoints/step-*/, best/, final/, plots/.
+run.json (hyperparameters, base model, versions, commit, device), metrics.jsonl, samples.jsonl, samples/ (images of the
+samples), tensorboard/, checkpoints/step-*/, best/, final/, plots/.
 """
 
 import importlib.util
 import json
 import os
 import platform
-import shutil
+import re
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import accelerate
+import filelock
+import msgspec
 import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from checkpoint import hub_revision, resolve_run
+from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run
 from errors import UserError
-from files import LOCK, lock_folder, read_json, verify_manifest, write_json, writing
+from files import (
+    LOCK,
+    check_ranges,
+    describe,
+    lock_folder,
+    one_line,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    reading,
+    remove,
+    verify_manifest,
+    write_json,
+    writing,
+)
+
+if TYPE_CHECKING:
+    from data import Source
+    from finetune_original import Config
 
 ROOT = Path(__file__).resolve().parent
-# a run may continue with these changed: they say how it is watched and fitted into memory, not what it computes
-WATCHING = {
+TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed while it started may leave without run.json
+# a run may continue with other values of these fields: they change what is logged and saved, not what is computed
+RESUMABLE_FIELDS = {
     "output_dir",
     "overwrite",
     "eval_only",
@@ -42,13 +66,19 @@ WATCHING = {
     "vision_cache_gb",
     "vision_cache_dir",
 }
-# why the others cannot change under way; what is in neither list shaped the steps that were made
+# why other fields cannot change; those in neither set changed the steps made so far
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "negatives", "batch_size", "accumulation", "group_by_length"}
-SHAPES = {"model", "base_model", "base_revision", "arm", "lora_rank", "lora_targets", "differential"}
+SAVED_SHAPES = {"model", "base_model", "base_revision", "arm", "lora_rank", "lora_targets", "differential"}
+LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+}
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop: `number` is the signal's."""
+    """A signal asked the run to stop."""
 
     def __init__(self, number: int):
         self.number = number
@@ -61,15 +91,18 @@ class Run:
     folder: Path
     accelerator: accelerate.Accelerator
     dtype: torch.dtype  # of the frozen base and of autocast
-    record: dict
-    resume: Path | None = None  # newest whole checkpoint
+    record: dict[str, Any]
+    finished: bool = False  # there is nothing left to train
+    resume: Path | None = None  # the checkpoint that it continues from
+    found: "FolderState | None" = None  # the folder as it was when the run was opened
+    started: bool = False  # the folder is this run's: it may write there
     metrics: list[dict] = field(default_factory=list)
-    start: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # what differential attention started from
+    initial_differential: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # values before training
     tracker: accelerate.tracking.GeneralTracker | None = None  # beside metrics.jsonl, on the main process
     strict: bool = False  # a bad row ends the run
-    skipped: set[str] = field(default_factory=set, repr=False)  # rows that could not be used, each named once
+    skipped: set[str] = field(default_factory=set, repr=False)  # why rows were left out
     signal: int = 0  # that asked to stop
-    lock: object = None  # held while the main process lives
+    lock: filelock.BaseFileLock | None = None  # held until the main process ends
 
     @property
     def device(self) -> torch.device:
@@ -79,14 +112,20 @@ class Run:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def say(self, *lines: str):
-        if self.is_main:
+    @property
+    def arm(self) -> str:
+        return self.record["arm"]
+
+    def print(self, *lines: str):
+        """Print on the main process, above the progress bar."""
+        if self.is_main and lines:
             tqdm.write("\n".join(lines))
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
     def log(self, line: dict, file: str = "metrics.jsonl"):
+        """Append a line to a log of the folder."""
         if self.is_main:
             with writing(self.folder / file), open(self.folder / file, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -94,79 +133,81 @@ class Run:
             self.metrics.append(line)
 
     def track(self, step: int, values: dict):
-        """Every number among `values`, nested ones under their path, to TensorBoard or wandb."""
+        """Pass every number in `values`, nested ones under their path, to TensorBoard or wandb."""
         if self.tracker:
             with writing(self.folder / self.tracker.name):
-                self.tracker.log(flat_numbers(values), step=step)
+                self.tracker.log(flatten_numbers(values), step=step)
 
-    def skip(self, fault: UserError):
-        """Name a row that cannot be used, on the terminal and in skipped.log, and go on without it; or raise it."""
+    def skip(self, error: UserError):
+        """Report a row that cannot be used, once, on the terminal and in skipped.log; with `strict` raise the error."""
         if self.strict:
-            raise fault
-        told = " ".join(str(fault).split())
-        if told not in self.skipped:
-            self.skipped.add(told)
-            tqdm.write(f"skipped: {told}")
-            if not self.folder.is_dir():  # it is made when nothing can be refused any more
-                return
+            raise error
+        reason = one_line(error)
+        if reason in self.skipped:
+            return
+        self.skipped.add(reason)
+        tqdm.write(f"skipped: {reason}")
+        if self.started:  # rows that are skipped earlier are logged when the run starts
             with writing(self.folder), open(self.folder / "skipped.log", "a", encoding="utf-8") as log:
-                log.write(f"{told}\n")  # by the process that met it
+                log.write(f"{reason}\n")  # by the process that found the row
 
-    def heed(self):
-        """Raise Stopped on every process if any of them was asked to stop: none waits for one that has left."""
-        asked = torch.tensor([self.signal], device=self.device)
-        number = int(self.accelerator.gather(asked).max())
+    def raise_if_stopped(self):
+        """Raise Stopped on every process if any of them got a signal, so that none waits for one that has left."""
+        numbers = self.accelerator.gather(torch.tensor([self.signal], device=self.device))
+        number = int(numbers.max())
         if number:
             raise Stopped(number)
 
     @contextmanager
-    def noting_signals(self):
-        """SIGTERM and Ctrl-C only make a note for `heed` while the block runs."""
+    def catch_signals(self) -> Iterator[None]:
+        """Inside the block SIGTERM and Ctrl-C are only noted, for `raise_if_stopped`."""
 
-        def note(number, _):
+        def note(number: int, _):
             self.signal = number
 
-        kept = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for number, handler in kept.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def leave(self, stopped: Stopped, step: int):
-        """End this process by the shell's rule for signals, and say how to go on."""
+    def exit_after_signal(self, stopped: Stopped, step: int):
+        """End this process with the shell's exit code for the signal, and print how to continue."""
         name = signal.Signals(stopped.number).name
-        self.say(f"stopped by {name} after step {step}; the same command continues {self.folder} from there")
+        self.print(f"stopped by {name} after step {step}; run the same command again to continue {self.folder}")
         self.finish()
         raise SystemExit(128 + stopped.number)
 
     def finish(self):
+        """Close the tracker and the process group."""
         if self.tracker:
             self.tracker.finish()
         self.accelerator.end_training()
 
 
-def flat_numbers(values: dict, prefix: str = "") -> dict[str, float]:
+def flatten_numbers(values: dict, prefix: str = "") -> dict[str, float]:
+    """{"a": {"b": 1}} -> {"a/b": 1}; values that are no numbers are left out."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= flat_numbers(value, f"{prefix}{key}/")
+            flat |= flatten_numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat
 
 
-# ---- the run folder
-def open_run(config, arm: str) -> Run | None:
-    """Look at the run folder and the device, write nothing yet; None if the run is finished already.
+# ---- opening a run
+def open_run(config: "Config", arm: str) -> Run:
+    """Check the configuration, the device and the run folder; nothing is written yet.
 
-    An unfinished run of the same configuration continues from its newest whole checkpoint, `overwrite` starts anew.
+    An unfinished run of the same configuration continues from its newest complete checkpoint; `overwrite` starts again.
     Raises UserError when the folder holds a run of another configuration.
     """
-    check_numbers(config)
+    check_config(config)
     accelerator = make_accelerator()
     base = resolve_run(config.model)[0]
-    dtype, why = choose_dtype(config.dtype, accelerator.device)
+    dtype, reason = choose_dtype(config.dtype, accelerator.device)
     record = {
         "arm": arm,
         "base_model": portable_path(base),
@@ -180,93 +221,124 @@ def open_run(config, arm: str) -> Run | None:
     }
     folder = Path(config.output_dir or f"runs/{arm}_seed{config.seed}")
     run = Run(folder, accelerator, dtype, record, strict=config.strict_data)
-    finished = False
-    if not config.eval_only and not config.overwrite and (run.folder / "run.json").exists():
+    if not config.eval_only:
+        run.found = read_folder_state(folder)
+    if run.found and run.found.record is not None and not config.overwrite:
         check_same_config(run)
-        finished = (run.folder / "final").exists()
-        run.resume = None if finished else newest_checkpoint(run)
-    if len(set(gather_object([(finished, str(run.resume))]))) > 1:
-        raise UserError(f"{run.folder}: not the same on every node: give an --output_dir on a disk that all share")
-    if finished:
-        run.say(f"{run.folder} is finished: use {run.folder / 'final'}, or start anew with --overwrite=True")
-        return None
-    run.say(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
-    run.say(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {why}")
+        run.finished = run.found.finished
+        run.resume = None if run.finished else newest_checkpoint(run)
+    if len(set(gather_object([(run.finished, str(run.resume))]))) > 1:
+        raise UserError(f"{run.folder}: differs between nodes: give an --output_dir on a disk that all of them share")
+    if run.finished:
+        run.print(f"{run.folder} is finished: use {run.folder / 'final'}, or start again with --overwrite=True")
+        return run
+    run.print(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
+    run.print(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {reason}")
     return run
 
 
-def make_accelerator() -> accelerate.Accelerator:
-    """One process, or those of torchrun; without CUDA accelerate takes them up only if told to stay on the CPU.
+class FolderState(NamedTuple):
+    """What decides whether a run starts, continues or is finished; compared again when its folder has been locked."""
 
-    Autocast is the run's own: a launcher's setting would be a second one, and could be float16.
-    """
-    on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")
+    record: bytes | None  # run.json
+    checkpoints: list[str]
+    finished: bool
+
+
+def read_folder_state(folder: Path) -> FolderState:
+    """The state of a run folder, which may be missing."""
+    file = folder / "run.json"
+    with reading(file):
+        record = read_bytes(file) if file.exists() else None
+    finished = (folder / "final" / "adapter" / ADAPTER_CONFIG).is_file()  # as `checkpoint.resolve_run` looks for it
+    return FolderState(record, [checkpoint.name for checkpoint in find_checkpoints(folder)], finished)
+
+
+def make_accelerator() -> accelerate.Accelerator:
+    """One process, or those of torchrun. Raises UserError for settings of a launcher that would change the training."""
+    for name, neutral in LAUNCHER_SETTINGS.items():
+        if os.environ.get(name, neutral).lower() != neutral:
+            raise UserError(f"{name}={os.environ[name]}: unset it: use torchrun, and the flags of this script")
+    on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # accelerate must be asked to use the CPU
+    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")  # autocast is the run's own
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise UserError(
-            f"{started} processes were started and {accelerator.num_processes} found each other: use torchrun"
+            f"{started} processes were started but {accelerator.num_processes} found each other: use torchrun"
         )
     return accelerator
 
 
-def check_numbers(config):
-    """Raise UserError for a number that would divide by zero or silently train nothing, and for a missing tracker."""
-    names = ("batch_size", "accumulation", "eval_samples", "eval_batch_size", "eval_every", "log_every", "save_every")
-    for name in (*names, "keep_checkpoints", "max_new_tokens", "lora_rank"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}={getattr(config, name)}: must be at least 1")
-    if config.clip <= 0 or config.lr <= 0:
-        raise UserError(f"--clip={config.clip} --lr={config.lr}: must be above 0")
+def check_config(config: "Config"):
+    """Raise UserError for values out of range, combinations that do not work, and a missing tracker."""
+    check_ranges(config)
     if config.shard and config.dtype == "nf4":
-        raise UserError("--shard=True --dtype=nf4: layers in 4 bits are not cut: use one of the two")
-    if config.shard and (config.vision_cache_gb or config.vision_cache_dir):  # a process that misses would gather alone
-        raise UserError("--shard=True --vision_cache_gb: a tower in shares is run by all together: use one of the two")
+        raise UserError("--shard=True --dtype=nf4: 4-bit layers cannot be sharded: use one of the two")
+    if config.shard and (config.vision_cache_gb or config.vision_cache_dir):  # a process with a miss would gather alone
+        raise UserError("--shard=True --vision_cache_gb: all processes must run a sharded tower: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
 
 
 def start_folder(run: Run, faults: list[str]):
-    """Make the run folder or take up an interrupted one; called when all that can be refused has been read.
+    """Make the run folder, or continue in it; called when everything that could be refused has been checked.
 
-    `faults`: what is wrong with the rows that were left out, all noted in skipped.log.
+    `faults`: why rows were left out; all are written to skipped.log.
     """
     if run.is_main:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             run.lock = lock_folder(run.folder)
+            if not run.record["config"]["overwrite"] and read_folder_state(run.folder) != run.found:
+                raise UserError(f"{run.folder}: another process trained into it meanwhile: start the command again")
             if run.resume is None:
                 empty_folder(run.folder)
         except OSError as error:
             raise UserError(f"{run.folder}: cannot be made ({error.strerror}): give another --output_dir") from error
-        for torn in run.folder.glob("checkpoints/.*.tmp"):  # its process died in the middle
-            shutil.rmtree(torn)
+        for leftover in (*run.folder.glob(".*.tmp"), *run.folder.glob("checkpoints/.*.tmp")):  # of a killed process
+            remove(leftover)
         trim_logs(run.folder, step_of(run.resume))
         write_json(run.folder / "run.json", run.record)
-        note_skipped(run, faults)
+        log_skipped(run, faults)
     run.accelerator.wait_for_everyone()
+    run.started = True
     if run.resume:
-        log = run.folder / "metrics.jsonl"
-        if not log.exists():
-            raise UserError(f"{log}: is gone, and with it what this run measured: start anew with --overwrite=True")
-        run.metrics = [json.loads(line) for line in log.read_text().splitlines()]
-        run.say(f"continues from {run.resume}")
+        if not (run.folder / "metrics.jsonl").exists():
+            raise UserError(
+                f"{run.folder / 'metrics.jsonl'}: missing, and with it the measurements so far: restore it, or start "
+                "again with --overwrite=True"
+            )
+        run.metrics = read_metrics(run.folder)
+        run.print(f"continues from {run.resume}")
 
 
-def note_skipped(run: Run, faults: list[str]):
-    """Count the rows that were left out and name the first; skipped.log names all, also those met before a kill."""
+def empty_folder(folder: Path):
+    """Delete the contents of a run folder, and of no other; the folder itself may be a link.
+
+    run.json is deleted last: killed at any moment, this leaves a run folder or an empty one.
+    """
+    entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
+    is_run = any(entry.name == "run.json" for entry in entries)
+    if not is_run and any(entry.name not in TEMPORARY_FILES for entry in entries):
+        raise UserError(f"{folder}: has files but is not a run: give another --output_dir")
+    for entry in sorted(entries, key=lambda entry: entry.name == "run.json"):
+        remove(entry)
+
+
+def log_skipped(run: Run, faults: list[str]):
+    """Print how many rows were left out and the first of them; skipped.log names all, also those of before a kill."""
     faults, file = list(dict.fromkeys(" ".join(fault.split()) for fault in faults)), run.folder / "skipped.log"
     if faults:
-        run.say(f"{len(faults)} rows cannot be used and are left out, all named in {file}:", *faults[:3])
-    earlier = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        run.print(f"{len(faults)} rows cannot be used and are left out, all named in {file}:", *faults[:3])
+    earlier = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     run.skipped |= {*faults, *earlier}
     if run.skipped:
         with writing(file):
-            file.write_text("".join(f"{fault}\n" for fault in sorted(run.skipped)), encoding="utf-8")
+            file.write_text("".join(f"{reason}\n" for reason in sorted(run.skipped)), encoding="utf-8")
 
 
-def start_tracker(run: Run, config):
-    """TensorBoard inside the run folder, or wandb by name. Only a copy: metrics.jsonl is what everything reads."""
+def start_tracker(run: Run, config: "Config"):
+    """TensorBoard in the run folder, or wandb by name: copies of metrics.jsonl, which is what everything else reads."""
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     if not run.is_main or config.tracker == "none":
@@ -274,22 +346,13 @@ def start_tracker(run: Run, config):
     if config.tracker == "tensorboard":
         run.tracker = TensorBoardTracker("tensorboard", run.folder, purge_step=step_of(run.resume) + 1)
     else:
-        name = run.folder.resolve().name  # the id too: a run that continues goes on there
+        name = run.folder.resolve().name  # also the id: a run that continues goes on there
         run.tracker = WandBTracker("diff-transformer", name=name, id=name, resume="allow", config=run.record["config"])
     run.tracker.start()
 
 
-def empty_folder(folder: Path):
-    """Delete the contents of a run folder, and of no other; the folder itself may be a link or a mount."""
-    entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
-    if entries and not (folder / "run.json").exists():
-        raise UserError(f"{folder} holds files that are no run: give another --output_dir")
-    for entry in entries:
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """bfloat16 where the card has it, else float32; never float16, in which Gemma overflows."""
+    """(dtype, reason): bfloat16 where the card supports it, else float32; never float16, in which Gemma overflows."""
     if wanted == "nf4":
         if device.type != "cuda":
             raise UserError("--dtype=nf4: 4-bit weights need a CUDA card: use float32 or bfloat16 here")
@@ -297,32 +360,56 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     if wanted != "auto":
         return getattr(torch, wanted), "the configuration says so"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the card computes in bfloat16"
-    return torch.float32, f"{device.type} is not known to be fast and safe in bfloat16"
+        return torch.bfloat16, "the card supports it"
+    return torch.float32, f"bfloat16 is not known to be fast and safe on {device.type}"
+
+
+# ---- comparing a run with what is asked
+class RunRecord(msgspec.Struct):
+    """The fields of run.json that are read back."""
+
+    config: dict[str, Any]
+    arm: str | None = None
+    base_model: str | None = None
+    base_revision: str | None = None
+    dtype: str | None = None
+    processes: int | None = None
+    data: dict[str, dict[str, Any]] = {}
+
+
+def read_run_record(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder. Raises UserError for a field of another type."""
+    file = folder / "run.json"
+    record = read_json(file)
+    try:
+        msgspec.convert(record, RunRecord)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{file}: {str(error).replace('`', '')}: restore it, or pass --overwrite=True") from error
+    return record
 
 
 def check_same_config(run: Run):
-    """Say what was changed since the run began; UserError if a run cannot continue with it, with the reason."""
-    stored = read_json(run.folder / "run.json")
+    """Print what changed since the run began. Raises UserError, with the reason, if it cannot continue with that."""
+    stored = read_run_record(run.folder)
     old, new = comparable(stored), comparable(run.record)
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
-    reasons = {"order of the data": DATA_ORDER, "shapes of what is saved": SHAPES}
-    refused = {k: told for k, told in changed.items() if k not in WATCHING and k != "processes"}
+    refused = {k: change for k, change in changed.items() if k not in RESUMABLE_FIELDS and k != "processes"}
     if refused:
-        told = []
+        reasons = {"order of the data": DATA_ORDER, "shapes of what is saved": SAVED_SHAPES}
+        lines = []
         for reason, names in reasons.items():
-            told += [f"{reason}: {text}" for k, text in refused.items() if k.partition(".")[0] in names]
-        known = DATA_ORDER | SHAPES
-        told += [f"steps made so far: {text}" for k, text in refused.items() if k.partition(".")[0] not in known]
+            lines += [f"{reason}: {change}" for k, change in refused.items() if k.partition(".")[0] in names]
+        known = DATA_ORDER | SAVED_SHAPES
+        lines += [f"steps made so far: {change}" for k, change in refused.items() if k.partition(".")[0] not in known]
         raise UserError(
-            f"{run.folder} holds a run of another configuration ({'; '.join(told)}): give another --output_dir, "
-            "or start anew with --overwrite=True"
+            f"{run.folder} holds a run of another configuration ({'; '.join(lines)}): give another --output_dir, "
+            "or start again with --overwrite=True"
         )
-    run.say(*(f"changed since: {told}" for k, told in changed.items() if k not in ("output_dir", "overwrite")))
+    run.print(*(f"changed since: {text}" for k, text in changed.items() if k not in ("output_dir", "overwrite")))
 
 
 def comparable(record: dict) -> dict:
-    """The configuration of a run.json, nested fields under dotted names, and what stands beside it."""
+    """The configuration in a run.json, nested fields under dotted names, and the fields beside it that matter."""
     flat = {}
     for key, value in record.get("config", {}).items():
         nested = value.items() if isinstance(value, dict) else ()
@@ -330,19 +417,41 @@ def comparable(record: dict) -> dict:
     return flat | {k: record.get(k) for k in ("arm", "base_model", "base_revision", "processes", "dtype")}
 
 
-def check_same_data(run: Run, sources: dict):
-    """Note what the data is; UserError if it is not what the run began with: its rows would come in another order."""
+def check_same_data(run: Run, sources: dict[str, "Source"]):
+    """Record the data's hashes. Raises UserError if they differ from those that the run began with, since rows would
+    come in another order."""
     run.record["data"] = {name: {"rows": len(s), "sha256": s.fingerprint()} for name, s in sources.items()}
+    data = run.record["config"]["data"]
     if len(set(gather_object([json.dumps(run.record["data"])]))) > 1:
-        raise UserError(f"{run.record['config']['data']}: not the same on every process: give them all the same files")
-    stored = read_json(run.folder / "run.json").get("data", {}) if run.resume else run.record["data"]
-    for name, told in run.record["data"].items():
-        if stored.get(name) != told:
-            was = stored.get(name, {}).get("rows")
+        raise UserError(f"{data}: differs between processes: give all of them the same files")
+    stored = read_run_record(run.folder).get("data", {}) if run.resume else run.record["data"]
+    for name, found in run.record["data"].items():
+        if stored.get(name) != found:
+            rows = stored.get(name, {}).get("rows")
             raise UserError(
-                f"{run.folder}: {run.record['config']['data']} has changed since this run began ({name}: {was} rows "
-                f"then, {told['rows']} now, contents compared): restore it, or start anew with --overwrite=True"
+                f"{run.folder}: {data} has changed since this run began ({name}: {rows} rows then, {found['rows']} "
+                "now, contents compared): restore it, or start again with --overwrite=True"
             )
+
+
+# ---- checkpoints and logs
+class TrainerState(msgspec.Struct):
+    """trainer.pt: the state of the loop."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    best: float
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    optimizer: dict[str, Any]
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [
+        path
+        for path in (folder / "checkpoints").glob("step-*")
+        if path.is_dir() and re.fullmatch(r"step-\d{1,18}", path.name)
+    ]
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -350,54 +459,140 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def newest_checkpoint(run: Run) -> Path | None:
-    """The last checkpoint that is as it was written; a damaged one is named and passed over for the one before.
+    """The last checkpoint whose files are as they were written; damaged ones are reported and skipped.
 
-    Raises UserError when there are checkpoints and none is whole: what they hold is not thrown away unasked.
+    Raises UserError when there are checkpoints but all are damaged: they are not deleted without being asked to.
     """
-    folders = sorted((run.folder / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+    folders = find_checkpoints(run.folder)[::-1]
     for folder in folders:
         try:
             verify_manifest(folder)
             return folder
         except UserError as error:
-            run.say(f"skipped: {error}")
+            run.print(f"skipped: {error}")
     if folders:
-        raise UserError(f"{run.folder}: no checkpoint can be read; mend them, or start anew with --overwrite=True")
+        raise UserError(f"{run.folder}: no checkpoint can be read: restore one, or start again with --overwrite=True")
     return None
 
 
-def read_trainer_state(checkpoint: Path) -> dict:
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """{"step", "best", "seconds", "optimizer"} of a checkpoint. Raises UserError for a damaged file."""
+    file = checkpoint / "trainer.pt"
     try:
-        return torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        checked = msgspec.convert(state, TrainerState)
     except Exception as error:  # a damaged zip or pickle raises anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint / 'trainer.pt'}: damaged or missing ({reason}): delete {checkpoint}") from error
+        raise UserError(f"{file}: damaged or missing ({one_line(error)[:200]}): delete {checkpoint}") from error
+    if checked.step != step_of(checkpoint):
+        raise UserError(f"{file}: of step {checked.step}, not of {checkpoint.name}: delete {checkpoint}")
+    return state
 
 
-def trim_logs(folder: Path, first: int):
-    """Drop what was logged after the checkpoint of step `first`, and the evaluation at it: they happen again."""
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any], checkpoint: Path):
+    """`optimizer.load_state_dict`, after comparing names, shapes and dtypes: a fused update would corrupt memory.
+
+    Raises UserError where they differ.
+    """
+    try:
+        groups = list(zip(optimizer.param_groups, stored["param_groups"], strict=True))
+        for group, stored_group in groups:
+            for parameter, number in zip(group["params"], stored_group["params"], strict=True):
+                check_moments(parameter, stored["state"].get(number, {}))
+        optimizer.load_state_dict(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint / 'trainer.pt'}: the optimizer state does not fit this model ({one_line(error)}): "
+            f"delete {checkpoint}"
+        ) from error
+
+
+def check_moments(parameter: torch.Tensor, moments: dict[str, torch.Tensor]):
+    """Raise ValueError unless these can be AdamW's moments of a parameter; {} before its first update."""
+    if moments and set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"it has {', '.join(sorted(map(str, moments)))}")
+    for name, tensor in moments.items():
+        shape = torch.Size() if name == "step" else parameter.shape
+        if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, the parameter {tuple(parameter.shape)}")
+
+
+class LogLine(msgspec.Struct):
+    """What every line of metrics.jsonl and samples.jsonl has."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class MetricsLine(LogLine, rename={"lambda_": "lambda"}):
+    """A line of metrics.jsonl: of an update, or of an evaluation. Other fields are not read back."""
+
+    loss: float | None = None
+    eval: dict[str, tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=1)]]] | None = (
+        None  # right, n
+    )
+    lambda_: dict[str, float] | None = None
+    inside: dict[str, dict[str, float]] | None = None
+
+
+class SampleLine(LogLine):
+    """A line of samples.jsonl: one answer of an evaluation, and where its image is."""
+
+    set: str
+    id: str
+    prompt: str
+    answer: str
+    response: str
+    image: str | None = None  # relative to the run folder
+    grid: int | None = None  # the image is a haystack of grid x grid cells
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. Raises UserError naming the line for a value of another type."""
+    return read_log(folder / "metrics.jsonl", MetricsLine)
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl. Raises UserError naming the line for a value of another type."""
+    return read_log(folder / "samples.jsonl", SampleLine)
+
+
+def read_log(file: Path, type_: type[LogLine]) -> list[dict[str, Any]]:
+    lines = read_json_lines(file)
+    for number, line in enumerate(lines, 1):
+        try:
+            msgspec.convert(line, type_)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{file}, line {number}: {describe(error)}: correct or delete the line") from error
+    return lines
+
+
+def trim_logs(folder: Path, first_step: int):
+    """Drop what was logged after the checkpoint of `first_step`, and the evaluation at it: they are repeated."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        if (folder / name).exists():
-            lines = (folder / name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = "".join(line for line in lines if _stays(line, first))
-            with writing(folder / name):
-                (folder / f"{name}.tmp").write_text(kept, encoding="utf-8")
-                (folder / f"{name}.tmp").replace(folder / name)
+        file, temporary = folder / name, folder / f".{name}.tmp"
+        if file.exists():
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = "".join(line for line in lines if is_kept(line, first_step))
+            with writing(file):
+                temporary.write_text(kept, encoding="utf-8")
+                temporary.replace(file)
 
 
-def _stays(line: str, first: int) -> bool:
+def is_kept(line: str, first_step: int) -> bool:
+    """Whether a line of a log is complete and from before the point where the run continues."""
     try:
         entry = json.loads(line)
-    except ValueError:  # the process died in the middle of the line
+        step = msgspec.convert(entry, LogLine).step
+    except (ValueError, RecursionError):  # the process was killed while it wrote the line, or it is damaged
         return False
-    return entry["step"] < first or (entry["step"] == first and "loss" in entry)
+    return line.endswith("\n") and (step < first_step or (step == first_step and "loss" in entry))
 
 
+# ---- facts for run.json
 def portable_path(base: str) -> str:
-    """A folder inside the repository is noted relative to it, so that a run folder can be moved with it."""
+    """A folder inside the repository as a path relative to it, so that a run folder can be moved with it."""
     path = Path(base).resolve()
     if not Path(base).is_dir():
-        return str(base).partition("@")[0]  # the revision is noted beside
+        return str(base).partition("@")[0]  # the revision is recorded separately
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
@@ -407,7 +602,20 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def peak_memory(device: torch.device) -> str:
+    """Peak memory of the card, or of this process where the system reports it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the card"
+    if sys.platform == "win32":
+        return "unknown"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
 def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
     import peft
     import transformers
 
@@ -417,8 +625,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
+    """`git describe` of the repository, None outside of one."""
     try:
         git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except OSError:  # no git on this machine
+    except OSError:  # git is not installed
         return None
     return git.stdout.strip() or None

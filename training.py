@@ -1,36 +1,38 @@
-"""One training loop for both arms, on Accelerate: the arms differ in the model they hand in and in nothing else.
+"""The training loop of both arms, on Accelerate: the arms differ only in the model that they pass in.
 
-The state of a run is its adapter, what differential attention added, its optimizer, the number of the step and the
-best score so far; learning rate, lambda's warm-up, data order and dropout follow from the step and the seed, so a run
-that was cut off continues as if nothing had happened.
+The state of a run is the adapter, the differential parameters, the optimizer, the step and the best score so far.
+Learning rate, lambda's warm-up, data order and dropout follow from the step and the seed, so an interrupted run
+continues as if it had never stopped.
 """
 
 import contextlib
-import json
 import math
-import resource
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import safetensors.torch
 import torch
-from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapters import (
     attach_adapter,
+    find_differential,
     gathered,
     load_differential,
     new_lora,
     save_differential,
     save_lora,
     shard_frozen_layers,
-    stored_differential,
     trainable_counts,
 )
-from checkpoint import resolve_run
-from data import Haystacks, batch_order, loader, text_lengths
+from checkpoint import locate, resolve_run
+from data import Haystacks, Source, batch_order, encode_row, loader, text_lengths
 from diagnostics import answer_attention, lambda_values, measure_maps, select_heads
 from differential_attention import (
     differential_config,
@@ -39,443 +41,613 @@ from differential_attention import (
     unfreeze_differential,
 )
 from errors import UserError
-from files import atomic_folder, read_json, write_json, write_manifest, writing
-from needle_eval.questions import is_exact
+from files import atomic_folder, write_json, write_manifest, writing
+from needle_eval.questions import Question, is_exact
+from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import wilson
-from run_folder import WATCHING, Run, Stopped, check_same_data, read_trainer_state, start_folder, start_tracker, step_of
+from processing_paligemma import PaliGemmaProcessor
+from run_folder import (
+    RESUMABLE_FIELDS,
+    Run,
+    Stopped,
+    check_same_data,
+    find_checkpoints,
+    load_optimizer,
+    peak_memory,
+    read_metrics,
+    read_run_record,
+    read_trainer_state,
+    start_folder,
+    start_tracker,
+)
 from vision_cache import VisionCache
 
+if TYPE_CHECKING:
+    from finetune_original import Config
 
-# ---- the model
-def add_lora(run: Run, config, model):
-    """Freeze `model`, put LoRA into its language model, and unfreeze what differential attention added to it.
+PROBE_ROWS = 8  # prompts on which both maps are measured at every evaluation
+SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first and the last
+ATTENTION_ROWS = 3  # questions of each grid whose attention is saved
+SHOWN_ANSWERS = 2  # answers of each set in samples.jsonl, with their images
+SAMPLE_SIDE = 512  # pixels, at most, of an image in samples/
+GPU_WORKERS = 4  # data loading processes of each training process on a GPU
+IGNORED = -100  # label of a token that is not learned
+SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # of the dropout seed: seeds, steps and processes do not share masks
 
-    On a resumed run, or where `config.model` is a run folder, with the weights that were learned. Returns peft's
-    wrapper; `model` itself is changed in place.
+
+# ---- the model and its optimizer
+def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
+    """Freeze `model`, add LoRA to its language model, and unfreeze what differential attention added.
+
+    A resumed run takes the weights of its checkpoint. A new run starts from those of `config.model` where that is a run
+    folder. Returns peft's wrapper; `model` itself changes in place.
     """
     model.requires_grad_(False)
-    _, learned = resolve_run(config.model)
+    base, learned = resolve_run(config.model)
     folder = run.resume / "adapter" if run.resume else learned
     adapted = new_lora(config, model) if folder is None else attach_adapter(model, folder, trainable=True)
-    if learned and stored_differential(learned.parent):
-        load_differential(model, learned.parent)
-    run.start = {name: p.detach().clone() for name, p in differential_parameters(model).items()}
-    if run.resume and run.start:
+    if learned and (stored := find_differential(locate(base), learned)):
+        load_differential(model, stored)
+    run.initial_differential = {name: p.detach().clone() for name, p in differential_parameters(model).items()}
+    if run.resume and run.initial_differential:
         load_differential(model, run.resume)
     unfreeze_differential(model)
-    lora = adapted.peft_config["default"]  # what acts: a run folder brings its own
+    lora = adapted.peft_config["default"]  # the one in effect: a run folder brings its own
     run.record["lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout}
     return adapted
 
 
-def make_optimizer(config, adapted) -> torch.optim.AdamW:
-    """AdamW; what differential attention added takes no weight decay, which would move it without a gradient."""
+def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
+    """AdamW on the trainable parameters. Those of differential attention take no weight decay, which would move them
+    without a gradient; lambda has a learning rate of its own."""
     differential = differential_config(adapted)
     groups: dict[tuple, dict] = {}
-    for name, p in adapted.named_parameters():
-        if p.requires_grad:
-            added = ".differential." in name
-            scale = differential.lambda_lr if added and "lambda" in name.rpartition(".")[2] else 1.0
-            decay = 0.0 if added else config.weight_decay
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            is_differential = ".differential." in name
+            is_lambda = is_differential and "lambda" in name.rpartition(".")[2]
+            scale = differential.lambda_lr if is_lambda else 1.0
+            decay = 0.0 if is_differential else config.weight_decay
             group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
-            group["params"].append(p)
+            group["params"].append(parameter)
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
-def save_adapter(adapted, folder: Path, record: dict):
-    """`folder`/adapter in peft's format, differential.safetensors, run.json: all that it takes beside the base."""
-    save_lora(adapted, folder / "adapter")
-    save_differential(adapted, folder)
-    write_json(folder / "run.json", record)
+def init_or_resume_optimizer(run: Run, config: "Config", adapted: nn.Module) -> tuple[torch.optim.AdamW, dict]:
+    """The optimizer and the state of the loop (step, best score, seconds): new, or those of the checkpoint."""
+    optimizer = make_optimizer(config, adapted)
+    if run.resume is None:
+        return optimizer, {"step": 0, "best": -1.0, "seconds": 0.0}
+    state = read_trainer_state(run.resume)
+    load_optimizer(optimizer, state.pop("optimizer"), run.resume)
+    return optimizer, state
 
 
-# ---- the loop
-def learning_rate(config, step: int, steps: int) -> float:
-    """Linear warm-up, never zero, then a cosine to zero."""
+def learning_rate_at(config: "Config", step: int, total_steps: int) -> float:
+    """Learning rate of update `step`, counted from 0: linear warm-up from above zero, then a cosine to zero."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def total_steps(config, source) -> int:
+def count_steps(config: "Config", source: Source) -> int:
+    """Number of updates of the run."""
     if not config.epochs:
         return config.max_steps
     batches = math.ceil(len(source) / config.batch_size)  # the last one of an epoch may be short
     return math.ceil(config.epochs * batches / config.accumulation)
 
 
-def train(run: Run, config, model, adapted, processor, source, eval_sets):
-    """Train `adapted` on `source`; evaluate before, during and after; leave a run folder.
+def dropout_seed(config: "Config", step: int, process: int) -> int:
+    """Seed of the dropout masks of one update on one process."""
+    return config.seed * SEED_STRIDE + step * STEP_STRIDE + process
 
-    A checkpoint is written before the evaluation at its step: whatever follows it happens again after a kill, once.
+
+# ---- training
+def train(
+    run: Run,
+    config: "Config",
+    model: nn.Module,
+    adapted: nn.Module,
+    processor: PaliGemmaProcessor,
+    source: Source,
+    eval_sets: dict[str, Source],
+):
+    """Train `adapted`, peft's wrapper of `model`, on `source`; evaluate before, during and after; write the run folder.
+
+    Raises UserError for what the user can fix, before anything is written wherever possible.
     """
-    # --- what can be refused is refused before anything is written
-    steps = total_steps(config, source)
+    # ------------------------------------------------------------------
+    # setup: everything that could be refused is checked before the first file is written
+    # ------------------------------------------------------------------
+    accelerator, world_size = run.accelerator, run.accelerator.num_processes
+    total_steps = count_steps(config, source)
     lengths = text_lengths(source, processor) if config.group_by_length else None
-    cache = kept_features(config, model, source)
-    optimizer, state = take_up(run, config, adapted)
+    cache = make_vision_cache(config, model, source)
+    optimizer, state = init_or_resume_optimizer(run, config, adapted)
     if config.shard:
-        shard_frozen_layers(model, adapted, run.accelerator)
-    wrapped, optimizer = run.accelerator.prepare(adapted, optimizer)
-    describe(run, config, adapted, processor, source, steps)
+        shard_frozen_layers(model, adapted, accelerator)
+    wrapped, optimizer = accelerator.prepare(adapted, optimizer)
+    print_setup(run, config, model, adapted, processor, source, total_steps)
     check_same_data(run, {"train": source, **eval_sets})
+    questions = make_questions(config, model, processor, eval_sets)
     start_folder(run, [fault for rows in (source, *eval_sets.values()) for fault in rows.skipped])
     start_tracker(run, config)
-    probe = fixed_batch(run, processor, next(iter(eval_sets.values())))
+    limit = prompt_limit(config, model)
+    probe = first_rows(run, limit, processor, next(iter(eval_sets.values())), PROBE_ROWS, with_suffix=False)
     if state["step"] == 0 and not resolve_run(config.model)[1]:  # a run folder brings the heads that it selected
-        select_heads(model, fixed_batch(run, processor, source))
+        select_heads(model, first_rows(run, limit, processor, source, PROBE_ROWS, with_suffix=False))
 
-    # --- step by step; `state["step"]` updates have been made
-    first = saved = state["step"]
-    began, busy, tokens = time.perf_counter() - state["seconds"], 0.0, 0
-    batches = training_batches(run, config, processor, source, first, lengths, cache)
-    with run.noting_signals(), tqdm(initial=first, total=steps, disable=not run.is_main, desc=run.record["arm"]) as bar:
+    first_step = last_saved = state["step"]  # 0, or the step of the checkpoint
+    started = time.perf_counter() - state["seconds"]
+    update_seconds, tokens = 0.0, 0  # since the last line of the log
+    batches = training_batches(run, config, model, processor, source, first_step, lengths, cache)
+    with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
-            evaluate(run, config, model, processor, eval_sets, 2 * config.eval_batch_size)  # a broken one fails now
-            for step in range(first, steps + 1):
-                state |= {"step": step, "seconds": time.perf_counter() - began}
-                run.heed()
-                if step > first and (step % config.save_every == 0 or step == steps):
-                    save_checkpoint(run, config, adapted, optimizer, state)
-                    saved = step
-                if step == steps:
-                    check_moved(run, model, steps)
-                if step % config.eval_every == 0 or step == steps:
-                    look(run, config, model, adapted, processor, eval_sets, probe, state, steps)
-                if step == steps:
-                    break
-                started = time.perf_counter()
-                line, seen = update(run, config, model, wrapped, optimizer, batches, step, steps)
-                busy, tokens = busy + time.perf_counter() - started, tokens + seen
-                bar.update()
-                if line["step"] % config.log_every == 0 or line["step"] == steps:
-                    log_step(run, config, model, line, tokens / busy, bar)
-                    busy, tokens = 0.0, 0
-        except Stopped as stopped:
-            if state["step"] > saved:
-                save_checkpoint(run, config, adapted, optimizer, state)
-            run.leave(stopped, state["step"])
+            # a broken evaluation fails now, not after hours
+            evaluate(run, config, model, processor, questions, SHORT_EVALUATION * config.eval_batch_size)
 
-    # --- what is left behind
+            for step in range(first_step, total_steps + 1):  # `step` updates have been made
+                last_step = step == total_steps  # no update follows: only checkpoint and evaluation
+                state |= {"step": step, "seconds": time.perf_counter() - started}
+                run.raise_if_stopped()
+
+                # ------------------------------------------------------------------
+                # checkpoint, then evaluate: after a kill the evaluation is repeated, and its log lines are replaced
+                # ------------------------------------------------------------------
+                if step > first_step and (step % config.save_every == 0 or last_step):
+                    raise_if_not_finite(run, adapted, step)
+                    save_checkpoint(run, config, adapted, optimizer, state)
+                    last_saved = step
+                if last_step:
+                    check_lambda_moved(run, model, total_steps)
+                if step % config.eval_every == 0 or last_step:
+                    evaluate_and_log(
+                        run, config, model, adapted, processor, eval_sets, questions, probe, state, total_steps
+                    )
+                if last_step:
+                    break
+
+                # ------------------------------------------------------------------
+                # learning rate, lambda's schedule, micro-batches, dropout
+                # ------------------------------------------------------------------
+                update_started = time.perf_counter()
+                wrapped.train()
+                lr = learning_rate_at(config, step, total_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["scale"]
+                set_progress(model, (step + 1) / total_steps)
+                micro_batches = [next(batches) for _ in range(config.accumulation)]
+                # after the batches are fetched: a new loader draws from the same generator
+                torch.manual_seed(dropout_seed(config, step, accelerator.process_index))
+
+                # ------------------------------------------------------------------
+                # forward and backward: the loss is the mean over the label tokens of all micro-batches and processes
+                # ------------------------------------------------------------------
+                optimizer.zero_grad(set_to_none=True)
+                # a batch without examples only keeps the processes in step: its labels count as none
+                label_counts = [
+                    (batch["labels"] != IGNORED).sum() * bool(examples) for examples, batch in micro_batches
+                ]
+                total_labels = accelerator.reduce(sum(label_counts).float(), "sum").clamp(min=1)
+                loss = torch.zeros((), device=run.device)
+                for i, (_, batch) in enumerate(micro_batches):
+                    is_last = i + 1 == config.accumulation  # gradients are averaged over the processes only then
+                    with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped), run.autocast():
+                        micro_loss = wrapped(**batch).loss * label_counts[i] / total_labels
+                    accelerator.backward(micro_loss * world_size)  # times world_size: a sum instead of an average
+                    loss += micro_loss.detach()
+
+                # ------------------------------------------------------------------
+                # clip, check, update
+                # ------------------------------------------------------------------
+                grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.clip))
+                loss = accelerator.reduce(loss, "sum").item()
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    ids = ", ".join(example.id for examples, _ in micro_batches for example in examples)
+                    fault = f"loss {loss}, gradient norm {grad_norm}"
+                    raise UserError(f"step {step + 1}: {fault}: lower --lr, or check these rows: {ids}")
+                optimizer.step()
+
+                # ------------------------------------------------------------------
+                # log
+                # ------------------------------------------------------------------
+                tokens += sum(int(batch["attention_mask"].sum()) for _, batch in micro_batches) * world_size
+                update_seconds += time.perf_counter() - update_started
+                bar.update()
+                if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
+                    line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+                    line |= describe_differential(config, model, grad_norm)
+                    run.track(step + 1, line)
+                    run.log(line | {"tokens_per_second": round(tokens / update_seconds)})
+                    bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / update_seconds:.0f}")
+                    update_seconds, tokens = 0.0, 0
+        except Stopped as stopped:
+            if state["step"] > last_saved:
+                raise_if_not_finite(run, adapted, state["step"])
+                save_checkpoint(run, config, adapted, optimizer, state)
+            run.exit_after_signal(stopped, state["step"])
+
+    # ------------------------------------------------------------------
+    # final adapter and results
+    # ------------------------------------------------------------------
     save_attention(run, model, processor, eval_sets)
-    keep(run, adapted, run.folder / "final", {"step": steps, "seconds": round(time.perf_counter() - began, 1)})
-    run.say(*table(run, eval_sets), f"time {time.perf_counter() - began:.0f} s, peak memory {peak_memory(run.device)}")
-    run.say(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder / 'final'} --image=...")
+    seconds = time.perf_counter() - started
+    save_snapshot(run, adapted, run.folder / "final", {"step": total_steps, "seconds": round(seconds, 1)})
+    run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
+    run.print(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder} --image=...")
     run.finish()
 
 
-def kept_features(config, model, source) -> VisionCache | None:
-    """The cache that the configuration asks for. Raises UserError where no picture comes a second time."""
+def training_batches(
+    run: Run,
+    config: "Config",
+    model: nn.Module,
+    processor: PaliGemmaProcessor,
+    source: Source,
+    first_step: int,
+    lengths: list[int] | None = None,
+    cache: VisionCache | None = None,
+) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
+    """Endless (examples, batch on the device): this process's share of every micro-batch, from `first_step` on.
+
+    `lengths` as in `data.batch_order`; `cache` gives the features of the images. A batch without examples has the
+    tensors of another row, so that this process takes part in the reductions; it must not count.
+    """
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    order = batch_order(len(source), config.batch_size, config.seed, first_step * config.accumulation, lengths)
+    shares = (keys[rank::world] for keys in order)  # of a short last batch some processes get nothing
+    workers = worker_count(config, run)
+    for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
+        features = {}
+        if cache is not None:
+            with run.autocast():  # as the forward pass would compute them
+                features = {"pixel_values": None, "image_features": cache.features(batch.pop("pixel_values"))}
+        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | features
+
+
+def worker_count(config: "Config", run: Run) -> int:
+    """Number of processes that load data."""
+    return config.workers if config.workers >= 0 else GPU_WORKERS * (run.device.type == "cuda")
+
+
+def max_length(model: nn.Module) -> int:
+    """The longest sequence that the positions of `model` allow, image tokens included."""
+    return model.config.text_config.max_position_embeddings
+
+
+def prompt_limit(config: "Config", model: nn.Module) -> int:
+    """The longest prompt that leaves positions for the longest answer."""
+    return max_length(model) - config.max_new_tokens
+
+
+def make_vision_cache(config: "Config", model: nn.Module, source: Source) -> VisionCache | None:
+    """The cache that the configuration asks for. Raises UserError for haystacks, whose images never come again."""
     if not (config.vision_cache_gb or config.vision_cache_dir):
         return None
     if isinstance(source, Haystacks):
-        raise UserError("--vision_cache_gb: haystacks are made anew, none of their pictures comes again: give 0")
+        raise UserError("--vision_cache_gb: every haystack has new images, so nothing can be reused: leave it at 0")
     return VisionCache(model, config.vision_cache_gb, config.vision_cache_dir)
 
 
-def take_up(run: Run, config, adapted) -> tuple[torch.optim.Optimizer, dict]:
-    """The optimizer, and the state of the loop: as the checkpoint has them, or new."""
-    optimizer = make_optimizer(config, adapted)
-    if run.resume is None:
-        return optimizer, {"step": 0, "best": -1.0, "seconds": 0.0}
-    state = read_trainer_state(run.resume)
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return optimizer, state
-
-
-def update(run: Run, config, model, wrapped, optimizer, batches, step: int, steps: int) -> tuple[dict, int]:
-    """The update after `step` others: its line of the log, and how many tokens all processes saw."""
-    wrapped.train()
-    lr = learning_rate(config, step, steps)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    set_progress(model, (step + 1) / steps)
-    micro = [next(batches) for _ in range(config.accumulation)]
-    # dropout's masks follow from seed and step; after the fetch, since a new loader draws from the same generator
-    torch.manual_seed(config.seed * 1_000_003 + step * 1_009 + run.accelerator.process_index)
-    loss, norm = train_step(run, config, wrapped, optimizer, micro, step)
-    seen = sum(int(batch["attention_mask"].sum()) for _, batch in micro) * run.accelerator.num_processes
-    return {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}, seen
-
-
-def log_step(run: Run, config, model, line: dict, speed: float, bar: tqdm):
-    """The line of an update, `speed` in tokens per second, into metrics.jsonl, the tracker and the bar."""
-    line = line | differential_line(config, model, line["grad_norm"])
-    run.track(line["step"], line)
-    run.log(line | {"tokens_per_second": round(speed)})
-    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{speed:.0f}")
-
-
-def look(run: Run, config, model, adapted, processor, eval_sets: dict, probe: dict, state: dict, steps: int):
-    """Evaluate and log: all rows before and after training, two batches of each set in between; best/ is kept."""
-    step = state["step"]
-    limit = None if step in (0, steps) else 2 * config.eval_batch_size
-    scores = evaluate(run, config, model, processor, eval_sets, limit)
-    log_scores(run, step, scores, measure_maps(model, probe))
-    found = headline_rate(scores, eval_sets, config)
-    if step > 0 and (found > state["best"] or (step == steps and found == state["best"])):
-        state["best"] = found
-        keep(run, adapted, run.folder / "best", {"step": step})
-
-
-def fixed_batch(run: Run, processor, source) -> dict:
-    """The first eight prompts of an evaluation set: what the branches' diagnostics are taken on, always."""
-    rows = [[(0, i) for i in range(min(8, len(source)))]]
-    ((_, batch),) = loader(source, processor, rows, with_suffix=False, skip=run.skip)
+def first_rows(
+    run: Run, limit: int, processor: PaliGemmaProcessor, source: Source, count: int, with_suffix: bool
+) -> dict[str, Tensor]:
+    """The first `count` rows of a source, of at most `limit` tokens, as a batch on the device."""
+    rows = [[(0, i) for i in range(min(count, len(source)))]]
+    ((_, batch),) = loader(source, processor, rows, with_suffix, skip=run.skip, max_length=limit)
     return {key: tensor.to(run.device) for key, tensor in batch.items()}
 
 
-def save_attention(run: Run, model, processor, eval_sets: dict):
-    """What answers pay to picture patches, for three needles of each size of grid, into attention.safetensors."""
-    tensors = {}
-    with gathered(model):
-        for name, source in eval_sets.items():
-            if run.is_main and getattr(source, "chance", None) and "unseen" not in name:
-                rows = [[(0, i) for i in range(min(3, len(source)))]]
-                ((_, batch),) = loader(source, processor, rows, with_suffix=True, skip=run.skip)
-                batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
-                tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
-    if tensors:
-        with writing(run.folder / "attention.safetensors"):
-            safetensors.torch.save_file(tensors, run.folder / "attention.safetensors")
-
-
-def differential_line(config, model, norm: float) -> dict:
-    """Per layer lambda, and the gradient norm, before clipping, of what was added; {} for standard attention."""
-    grads = {}
-    for name, p in differential_parameters(model).items():
-        if p.grad is not None:
+def describe_differential(config: "Config", model: nn.Module, grad_norm: float) -> dict[str, dict[str, float]]:
+    """{"lambda", "differential_grad_norm"} of every layer, the norm before clipping; {} for standard attention."""
+    squares: dict[str, float] = {}
+    for name, parameter in differential_parameters(model).items():
+        if parameter.grad is not None:
             layer = name.rpartition(".")[0]
-            grads[layer] = grads.get(layer, 0.0) + p.grad.float().square().sum().item()
-    unclipped = max(1.0, norm / config.clip)  # the gradients have been clipped by now
+            squares[layer] = squares.get(layer, 0.0) + parameter.grad.float().square().sum().item()
+    unclip = max(1.0, grad_norm / config.clip)  # the gradients have been clipped by now
     line = {"lambda": lambda_values(model)}
-    line["differential_grad_norm"] = {layer: unclipped * math.sqrt(square) for layer, square in grads.items()}
+    line["differential_grad_norm"] = {layer: unclip * math.sqrt(square) for layer, square in squares.items()}
     return {key: values for key, values in line.items() if values}
 
 
-def check_moved(run: Run, model, steps: int):
-    """Name the differential parameters that training left as they were. Raises UserError if a lambda is among them."""
+def raise_if_not_finite(run: Run, adapted: nn.Module, step: int):
+    """Raise UserError if a trained parameter is not finite, so that it is never saved."""
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise UserError(
+                f"{run.folder}: {name} is not finite after step {step}: lower --lr; earlier checkpoints stay"
+            )
+
+
+def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
+    """Print the differential parameters that training did not change. Raises UserError if a lambda is among them."""
     trained = {name: p for name, p in differential_parameters(model).items() if p.requires_grad}
-    still = [name for name, p in trained.items() if torch.equal(p, run.start[name].to(p.device))]
+    unchanged = [name for name, p in trained.items() if torch.equal(p, run.initial_differential[name].to(p.device))]
     if trained:
-        run.say(f"differential parameters that training moved: {len(trained) - len(still)} of {len(trained)}")
-    if still:
-        run.say(*(f"not moved: {name}" for name in still))
-    frozen = [name for name in still if "lambda" in name]
-    if frozen and steps > 1:  # before the second update nothing reaches the lambda of an exact start
+        run.print(f"differential parameters changed by training: {len(trained) - len(unchanged)} of {len(trained)}")
+    run.print(*(f"not changed: {name}" for name in unchanged))
+    lambdas = [name for name in unchanged if "lambda" in name]
+    if lambdas and total_steps > 1:  # the first update of an exact start has no gradient for lambda
         raise UserError(
-            f"{run.folder}: {frozen[0]} did not learn ({len(frozen)} of them): raise --lr, or fix lambda openly"
+            f"{run.folder}: {lambdas[0]} did not learn ({len(lambdas)} of them): raise --lr, or fix lambda explicitly "
+            "with --differential.lambda_kind=fixed"
         )
 
 
-def training_batches(
-    run: Run, config, processor, source, first: int, lengths: list[int] | None = None, cache: VisionCache | None = None
-):
-    """Endless (examples, batch on the device): this process's share of every micro-batch, from step `first` on.
-
-    `lengths` as `batch_order` takes them; `cache` gives features in the place of pictures. Without examples the batch
-    is a stand-in, so that this process takes part in the sums: it must weigh nothing.
-    """
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    order = batch_order(len(source), config.batch_size, config.seed, first * config.accumulation, lengths)
-    shares = (keys[rank::world] for keys in order)  # of a short last batch some get none: a stand-in then
-    for examples, batch in loader(source, processor, shares, True, workers(config, run), run.skip):
-        kept = {}
-        if cache is not None:  # features stand in for pictures
-            with run.autocast():  # as the forward pass would compute them
-                kept = {"pixel_values": None, "image_features": cache.features(batch.pop("pixel_values"))}
-        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | kept
+# ---- what is saved
+def save_adapter(adapted: nn.Module, folder: Path, record: dict):
+    """adapter/ in peft's format, differential.safetensors and run.json into `folder`: all that the base model lacks."""
+    save_lora(adapted, folder / "adapter")
+    save_differential(adapted, folder)
+    write_json(folder / "run.json", record)
 
 
-def workers(config, run: Run) -> int:
-    return config.workers if config.workers >= 0 else 4 * (run.device.type == "cuda")
-
-
-def train_step(run: Run, config, wrapped, optimizer, micro: list, step: int) -> tuple[float, float]:
-    """One update over micro-batches and processes; the loss is the mean over all their label tokens, and so its
-    gradient.
-
-    Returns that loss and the gradient norm before clipping. Raises UserError when either is not finite.
-    """
-    world = run.accelerator.num_processes
-    counts = [(batch["labels"] != -100).sum() * bool(examples) for examples, batch in micro]
-    total = run.accelerator.reduce(sum(counts).float(), "sum").clamp(min=1)
-    optimizer.zero_grad(set_to_none=True)
-    summed = torch.zeros((), device=run.device)
-    for i, (_, batch) in enumerate(micro):
-        last = i + 1 == len(micro)
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(wrapped), run.autocast():
-            loss = wrapped(**batch).loss * counts[i] / total
-        run.accelerator.backward(loss * world)  # gradients are averaged over processes, this is a sum
-        summed += loss.detach()
-    norm = run.accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
-    loss, norm = run.accelerator.reduce(summed, "sum").item(), float(norm)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = ", ".join(example.id for examples, _ in micro for example in examples)
-        raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower --lr or look at these rows: {ids}")
-    optimizer.step()
-    return loss, norm
-
-
-def save_checkpoint(run: Run, config, adapted, optimizer, state: dict):
-    """A whole checkpoint or none; the oldest beyond `keep_checkpoints` go."""
+def save_checkpoint(run: Run, config: "Config", adapted: nn.Module, optimizer: torch.optim.Optimizer, state: dict):
+    """Write a complete checkpoint or none; delete the oldest beyond `keep_checkpoints`."""
     if run.is_main:
         newest = run.folder / "checkpoints" / f"step-{state['step']:06d}"
         with atomic_folder(newest) as folder:
             save_adapter(adapted, folder, run.record | {"step": state["step"]})
-            save_state(state | {"optimizer": optimizer.state_dict()}, folder / "trainer.pt")
+            save_trainer_state(state | {"optimizer": optimizer.state_dict()}, folder / "trainer.pt")
             write_manifest(folder)
-        folders = sorted((run.folder / "checkpoints").glob("step-*"), key=step_of)
-        for old in folders[: folders.index(newest) + 1][: -config.keep_checkpoints]:  # a later one is damaged
+        folders = find_checkpoints(run.folder)
+        for old in folders[: folders.index(newest) + 1][: -config.keep_checkpoints]:  # later ones are damaged
             shutil.rmtree(old)
     run.accelerator.wait_for_everyone()
 
 
-def save_state(state: dict, path: Path):
+def save_trainer_state(state: dict, path: Path):
+    """Write the state of the loop. Raises UserError when the disk is full."""
     try:
         torch.save(state, path)
-    except RuntimeError as error:  # torch's zip writer tells of a full disk in its own way
+    except RuntimeError as error:  # torch's zip writer reports a full disk in its own way
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{path.parent}: cannot be written ({reason}): free some space; earlier checkpoints stay"
         ) from error
 
 
-def keep(run: Run, adapted, folder: Path, more: dict):
+def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
+    """`final/` or `best/`: the adapter with its manifest, complete or not at all."""
     if run.is_main:
         with atomic_folder(folder) as new:
-            save_adapter(adapted, new, run.record | more)
+            save_adapter(adapted, new, run.record | record)
+            write_manifest(new)
     run.accelerator.wait_for_everyone()
 
 
-# ---- evaluation
-def evaluate(run: Run, config, model, processor, eval_sets: dict, limit: int | None = None) -> dict[str, dict]:
-    """Exact answers of each set, the first `limit` rows of each or all: {name: {right, n, answers}}.
+def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
+    """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors."""
+    tensors = {}
+    with gathered(model):
+        for name, source in eval_sets.items():
+            if run.is_main and source.chance and source.counts_for_best:
+                batch = first_rows(run, max_length(model), processor, source, ATTENTION_ROWS, with_suffix=True)
+                tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
+    if tensors:
+        with writing(run.folder / "attention.safetensors"):
+            safetensors.torch.save_file(tensors, run.folder / "attention.safetensors")
 
-    Generation is greedy and scored by MMNeedle's strict rule. A row that cannot be used is named and not counted.
-    Raises Stopped.
-    """
-    model.eval()
-    scores = {}
+
+# ---- evaluation
+@dataclass(frozen=True, eq=False)
+class SourceImage:
+    """An image of a row, opened when it is needed."""
+
+    source: Source
+    row: int
+    place: int  # among the images of the row
+
+    def open(self) -> Image.Image:
+        return self.source.get(0, self.row).images[self.place]
+
+    def __str__(self) -> str:
+        return f"{self.source.id(self.row)}/{self.place}"
+
+
+class Score(NamedTuple):
+    """Answers to an evaluation set."""
+
+    right: int  # exact answers
+    n: int
+    rows: list[dict]  # as `answer_questions` returns them
+
+
+def make_questions(
+    config: "Config", model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]
+) -> dict[str, list[Question]]:
+    """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error."""
+    questions: dict[str, list[Question]] = {}
     for name, source in eval_sets.items():
-        answers = answer_rows(run, config, model, processor, source, range(len(source))[:limit])
-        if not answers:
-            raise UserError(f"{name}: none of its rows can be used: look at its pictures")
-        right = sum(is_exact(text, suffix) for _, _, suffix, text in answers)
-        scores[name] = {"right": right, "n": len(answers), "answers": answers}
+        questions[name] = []
+        for row in range(len(source)):
+            prefix, suffix, n_images = source.text(row)
+            error = ""
+            try:
+                encode_row(processor, source.id(row), prefix, None, n_images, prompt_limit(config, model))
+            except UserError as fault:
+                error = str(fault)
+            images = tuple(SourceImage(source, row, place) for place in range(n_images))
+            fields = dict(setting=name, images=images, prompt=prefix, ground_truth=suffix)
+            question = Question(id=source.id(row), max_new_tokens=config.max_new_tokens, error=error, **fields)
+            questions[name].append(question)
+    return questions
+
+
+def evaluate(
+    run: Run,
+    config: "Config",
+    model: nn.Module,
+    processor: PaliGemmaProcessor,
+    questions: dict[str, list[Question]],
+    count: int | None = None,
+) -> dict[str, Score]:
+    """The score of each evaluation set, on its first `count` questions or on all.
+
+    Answers are greedy and scored by MMNeedle's strict rule. A row that cannot be used is reported and not counted.
+    Raises Stopped, and UserError for a set without a usable row.
+    """
+    answerer = Answerer(model, processor, run.accelerator, run.dtype, config.eval_batch_size, worker_count(config, run))
+    scores = {}
+    for name, asked in questions.items():
+        with gathered(model):
+            rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
+        answered = [row for row in rows if "error" not in row]
+        for row in rows:
+            if "error" in row and (run.is_main or run.strict):
+                run.skip(UserError(row["error"] if row["id"] in row["error"] else f"{row['id']}: {row['error']}"))
+        if not answered:
+            raise UserError(f"{name}: none of its {len(rows)} rows can be used: check its images")
+        right = sum(is_exact(row["response"], row["ground_truth"]) for row in answered)
+        scores[name] = Score(right, len(answered), answered)
     return scores
 
 
-def answer_rows(run: Run, config, model, processor, source, rows: range) -> list[list[str]]:
-    """[id, prompt, answer, response] of every row, each answered by one of the processes, in the order of the rows."""
-    rows, size = rows[run.accelerator.process_index :: run.accelerator.num_processes], config.eval_batch_size
-    batches = [[(0, i) for i in rows[start : start + size]] for start in range(0, len(rows), size)]
-    answers = []
-    with gathered(model), run.autocast():
-        for examples, batch in loader(source, processor, batches, False, workers(config, run), run.skip):
-            if run.signal:
-                break
-            if not examples:
-                continue
-            batch = {key: tensor.to(run.device) for key, tensor in batch.items()}
-            ids = model.generate(**batch, max_new_tokens=config.max_new_tokens)
-            told = processor.batch_decode(ids[:, batch["input_ids"].shape[1] :])
-            answers += [(e.index, e.id, e.prefix, e.suffix, text) for e, text in zip(examples, told, strict=True)]
-    run.heed()
-    return [answer for _, *answer in sorted(gather_object(answers))]
+def evaluate_and_log(
+    run: Run,
+    config: "Config",
+    model: nn.Module,
+    adapted: nn.Module,
+    processor: PaliGemmaProcessor,
+    eval_sets: dict[str, Source],
+    questions: dict[str, list[Question]],
+    probe: dict[str, Tensor],
+    state: dict,
+    total_steps: int,
+):
+    """Evaluate, on all rows before and after training and on a few batches of each set in between; log; save best/."""
+    step = state["step"]
+    count = None if step in (0, total_steps) else SHORT_EVALUATION * config.eval_batch_size
+    scores = evaluate(run, config, model, processor, questions, count)
+    maps = measure_maps(model, probe)
+
+    line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
+    run.log(line | ({"inside": maps} if maps else {}))
+    rates = {name: score.right / score.n for name, score in scores.items()}
+    run.track(step, {"exact": rates, "inside": maps})
+    for number, (name, score) in enumerate(scores.items()):
+        asked = {question.id: question for question in questions[name]}
+        for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
+            image = f"samples/{number}-{place}.png"
+            save_sample_image(run, asked[row["id"]], run.folder / image)
+            sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
+            sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}
+            run.log(sample | haystack_grid(eval_sets[name]), "samples.jsonl")
+    run.print(f"step {step}: " + ", ".join(f"{name} {score.right}/{score.n}" for name, score in scores.items()))
+
+    rate = headline_rate(scores, eval_sets, config)
+    if step > 0 and (rate > state["best"] or (step == total_steps and rate == state["best"])):
+        state["best"] = rate
+        save_snapshot(run, adapted, run.folder / "best", {"step": step})
 
 
-def headline_rate(scores: dict[str, dict], eval_sets: dict, config) -> float:
-    """What `best/` is chosen by: exact answers on the first two batches of the sets where there is something to find.
+def save_sample_image(run: Run, question: Question, file: Path):
+    """Write the images of a question, scaled down and side by side, for plots.py."""
+    if not run.is_main:
+        return
+    images = [image.open().convert("RGB") for image in question.images]
+    for image in images:
+        image.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+    joined = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        joined.paste(image, (left, 0))
+        left += image.width
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+        joined.save(file)
+
+
+def haystack_grid(source: Source) -> dict[str, int]:
+    """{"grid": cells along a side} of haystacks, for plots.py; {} for other data."""
+    return {"grid": source.grids[0]} if isinstance(source, Haystacks) else {}
+
+
+def headline_rate(scores: dict[str, Score], eval_sets: dict[str, Source], config: "Config") -> float:
+    """What `best/` is chosen by: exact answers on the first batches of the sets that count for it.
 
     The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
     """
-    found = total = 0
+    right = total = 0
     for name, score in scores.items():
-        if getattr(eval_sets[name], "negatives", 0) < 1 and "unseen" not in name:
-            answers = score["answers"][: 2 * config.eval_batch_size]
-            found += sum(is_exact(text, suffix) for _, _, suffix, text in answers)
-            total += len(answers)
-    return found / total
+        if eval_sets[name].counts_for_best:
+            rows = score.rows[: SHORT_EVALUATION * config.eval_batch_size]
+            right += sum(is_exact(row["response"], row["ground_truth"]) for row in rows)
+            total += len(rows)
+    return right / total
 
 
-def log_scores(run: Run, step: int, scores: dict[str, dict], inside: dict):
-    """Accuracies and diagnostics into metrics.jsonl and the tracker, two answers of each set into samples.jsonl."""
-    line = {"step": step, "eval": {name: [s["right"], s["n"]] for name, s in scores.items()}}
-    run.log(line | ({"inside": inside} if inside else {}))
-    run.track(step, {"exact": {name: s["right"] / s["n"] for name, s in scores.items()}, "inside": inside})
+# ---- what is printed
+def print_setup(
+    run: Run,
+    config: "Config",
+    model: nn.Module,
+    adapted: nn.Module,
+    processor: PaliGemmaProcessor,
+    source: Source,
+    total_steps: int,
+):
+    """Print trainable parameters, batch arithmetic and two decoded examples with their labels."""
+    counts = trainable_counts(adapted)
+    run.record["parameters"] = counts
+    run.print(*(f"{name}: {trainable:,} of {total:,} parameters train" for name, (trainable, total) in counts.items()))
+    update, world = config.batch_size * config.accumulation, run.accelerator.num_processes
+    run.print(
+        f"{update} examples per update = batch of {config.batch_size} over {world} process(es) x {config.accumulation} "
+        f"accumulated; {total_steps} updates; {len(source)} examples per epoch"
+    )
+    rows = [[(0, 0), (0, 1 % len(source))]]
+    ((examples, batch),) = loader(source, processor, rows, True, skip=run.skip, max_length=max_length(model))
+    for i, example in enumerate(examples):
+        text = processor.decode(batch["input_ids"][i])
+        labels = processor.decode([t for t in batch["labels"][i].tolist() if t >= 0], skip_special_tokens=False)
+        run.print(f"{example.id}: {text!r}, {int(batch['attention_mask'][i].sum())} tokens, labels {labels!r}")
+
+
+def print_scores(run: Run, scores: dict[str, Score]):
+    """Print the accuracy of every evaluation set."""
     for name, score in scores.items():
-        for example, prompt, answer, response in score["answers"][:2]:
-            line = {"step": step, "set": name, "id": example, "prompt": prompt, "answer": answer, "response": response}
-            run.log(line, "samples.jsonl")
-    run.say(f"step {step}: " + ", ".join(f"{n} {s['right']}/{s['n']}" for n, s in scores.items()))
+        run.print(f"{name:28}{percent_with_interval(score.right, score.n):>22}  n = {score.n}")
 
 
-def print_scores(run: Run, scores: dict[str, dict]):
-    run.say(*(f"{name:28}{rate(s['right'], s['n']):>22}  n = {s['n']}" for name, s in scores.items()))
-
-
-def table(run: Run, eval_sets: dict) -> list[str]:
+def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
     """Exact accuracy before and after, percent with 95 % Wilson intervals; beside it the baseline's, if it has run."""
     evals = [line["eval"] for line in run.metrics if "eval" in line]
-    columns = {"untuned": evals[0], "fine-tuned": evals[-1]}
-    if run.record["arm"] != "original":
-        columns |= baseline_column(run)
+    columns = {"untuned": evals[0], "fine-tuned": evals[-1]} | baseline_column(run)
     head = "".join(f"{column:>22}" for column in columns)
     lines = [f"\n{'held-out exact accuracy':28}{head}{'n':>7}{'chance':>9}"]
     for name, source in eval_sets.items():
-        cells = "".join(f"{rate(*scores[name]) if name in scores else '-':>22}" for scores in columns.values())
-        chance = getattr(source, "chance", None)
-        told = "" if chance is None else f"{100 * chance:.2f}"
-        lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{told:>9}")
+        cells = "".join(
+            f"{percent_with_interval(*scores[name]) if name in scores else '-':>22}" for scores in columns.values()
+        )
+        chance = "" if source.chance is None else f"{100 * source.chance:.2f}"
+        lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{chance:>9}")
     return lines
 
 
 def baseline_column(run: Run) -> dict[str, dict]:
-    """The last scores of the baseline of this seed beside this run, if it is finished and was run alike."""
+    """The last scores of the baseline of this seed in the same folder of runs, if it is finished and comparable."""
     folder = run.folder.parent / f"original_seed{run.record['config']['seed']}"
-    if not (folder / "final").exists():
+    if folder == run.folder or not (folder / "final").exists():
         return {}
     try:
-        theirs = read_json(folder / "run.json")["config"]
-        evals = [json.loads(line).get("eval") for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (UserError, OSError, ValueError, KeyError) as error:
-        run.say(f"{folder}: not shown beside ({error})")
+        theirs = read_run_record(folder)["config"]
+        evals = [line["eval"] for line in read_metrics(folder) if "eval" in line]
+    except UserError as error:
+        run.print(f"{folder}: not shown beside this run ({error})")
         return {}
     ours = run.record["config"]
-    unlike = [k for k in ours if k not in {"differential", *WATCHING} and ours[k] != theirs.get(k)]
-    if unlike:
-        run.say(f"{folder}: not shown beside, not run alike: {', '.join(unlike)}")
+    different = [k for k in ours if k not in {"differential", *RESUMABLE_FIELDS} and ours[k] != theirs.get(k)]
+    if different or not evals:
+        run.print(f"{folder}: not shown beside this run, which differs in {', '.join(different) or 'its evaluations'}")
         return {}
-    return {"original, fine-tuned": [scores for scores in evals if scores][-1]}
+    return {"original, fine-tuned": evals[-1]}
 
 
-def rate(right: int, n: int) -> str:
+def percent_with_interval(right: int, n: int) -> str:
+    """A rate in percent with its 95 % Wilson interval."""
     low, high = wilson(right, n)
     return f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-# ---- what is printed
-def describe(run: Run, config, adapted, processor, source, steps: int):
-    """Trainable counts, batch arithmetic and one decoded batch with its labels, before anything is trained."""
-    counts = trainable_counts(adapted)
-    run.record["parameters"] = counts
-    run.say(*(f"{name}: {t:,} of {n:,} parameters train" for name, (t, n) in counts.items()))
-    update, world = config.batch_size * config.accumulation, run.accelerator.num_processes
-    run.say(
-        f"{update} examples an update = {config.batch_size} among {world} process(es) x {config.accumulation} "
-        f"accumulated; {steps} updates of {len(source)} examples an epoch"
-    )
-    rows = [[(0, 0), (0, 1 % len(source))]]
-    ((examples, batch),) = loader(source, processor, rows, with_suffix=True, skip=run.skip)
-    for i, example in enumerate(examples):
-        text = processor.decode(batch["input_ids"][i])
-        learned = processor.decode([t for t in batch["labels"][i].tolist() if t >= 0], skip_special_tokens=False)
-        run.say(f"{example.id}: {text!r}, {int(batch['attention_mask'][i].sum())} tokens, labels {learned!r}")
-
-
-def peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the card"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"  # told in KiB

@@ -472,7 +472,7 @@ def test_rows_longer_than_the_model_are_skipped_and_named(tmp_path, tiny_model, 
     found = list(loader(rows, processor, [[(0, 0), (0, 1)]], True, 0, faults.append, max_length=32))
     assert [[e.index for e in examples] for examples, _ in found] == [[1]]
     (fault,) = map(str, faults)
-    assert "rows.jsonl:1: more tokens than the 32 positions of the model" in fault and len(fault) < 400
+    assert "rows.jsonl:1: more tokens than the 32 that fit the model" in fault and len(fault) < 400
     assert time.process_time() - began < 5
 
 

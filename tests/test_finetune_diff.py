@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import tiny
 import torch
-from test_training import adapter, metrics
+from runs import crash, logged, saved_differential, saved_lora
 
 import run_folder
 import training
@@ -28,114 +27,104 @@ def config(tiny_model, tmp_path):
     return tiny.quick(Config, tiny_model, tmp_path, max_steps=4, warmup_steps=1, eval_every=2)
 
 
-def run(config, arm="diff"):
-    finetune(config, arm, config.differential)
+def train(config: Config) -> Config:
+    """Train the differential arm; returns its configuration."""
+    finetune(config, "diff", config.differential)
     return config
 
 
-def saved(config, folder="final"):
-    return safetensors.torch.load_file(Path(config.output_dir) / folder / "differential.safetensors")
-
-
 def test_both_arms_start_from_the_same_weights_batches_and_dropout(config, tmp_path):
-    """split is exact at step 0: with equal adapters, rows and masks the first loss is equal to the last bit."""
+    """split is exact at step 0: with equal adapters, rows and masks the first loss is bit-equal."""
     config = replace(config, lora_dropout=0.3)
-    run(config)
+    train(config)
     original = replace(config, output_dir=str(tmp_path / "original"))
     finetune(original, "original")
-    ours, theirs = dict(metrics(config)), dict(metrics(original))
+    ours, theirs = dict(logged(config)), dict(logged(original))
     assert ours[1] == theirs[1] and ours[4] != theirs[4]
 
 
 def test_lambda_learns_is_logged_and_is_saved(config, capsys):
-    run(config)
-    told = capsys.readouterr().out
-    assert "language_model differential: " in told and "differential parameters that training moved: 6 of 6" in told
-    values = [line["model.language_model.layers.1.self_attn.differential"] for _, line in metrics(config, "lambda")]
+    train(config)
+    printed = capsys.readouterr().out
+    assert (
+        "language_model differential: " in printed and "differential parameters changed by training: 6 of 6" in printed
+    )
+    values = [line["model.language_model.layers.1.self_attn.differential"] for _, line in logged(config, "lambda")]
     assert len(values) == 4 and values[0] == 0.5 and values[-1] != 0.5
-    norms = metrics(config, "differential_grad_norm")
+    norms = logged(config, "differential_grad_norm")
     assert len(norms) == 4 and all(len(layers) == 2 and min(layers.values()) > 0 for _, layers in norms)
-    assert [step for step, _ in metrics(config, "inside")] == [0, 2, 4]
-    assert {"lambda", "cosine", "distance", "entropy1", "entropy2"} <= metrics(config, "inside")[-1][1].popitem()[
-        1
-    ].keys()
-    logits = {name: t for name, t in saved(config).items() if "lambda" in name}
+    assert [step for step, _ in logged(config, "inside")] == [0, 2, 4]
+    _, measured = logged(config, "inside")[-1]
+    keys = {"lambda", "cosine", "distance", "entropy1", "entropy2"}
+    assert all(keys <= layer.keys() for layer in measured.values())
+    logits = {name: t for name, t in saved_differential(config).items() if "lambda" in name}
     assert len(logits) == 2 and all(t.item() != 0.0 for t in logits.values())
 
 
-def test_what_is_loaded_answers_as_what_was_trained(config, monkeypatch):
-    kept = {}
+def test_the_saved_run_computes_what_was_trained(config, monkeypatch):
+    trained = []
     evaluate = training.evaluate
-    monkeypatch.setattr(
-        training,
-        "evaluate",
-        lambda run, c, model, *rest, **kw: kept.update(model=model) or evaluate(run, c, model, *rest, **kw),
-    )
-    run(config)
+    monkeypatch.setattr(training, "evaluate", lambda *args: trained.append(args[2]) or evaluate(*args))
+    train(config)
     loaded = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
     processor = PaliGemmaProcessor.from_pretrained(config.output_dir)
     source, _ = make_data(config)
     ((_, batch),) = loader(source, processor, [[(0, 0), (0, 1)]], with_suffix=True)
-    assert torch.equal(kept["model"].eval()(**batch).loss, loaded(**batch).loss)
+    assert torch.equal(trained[0].eval()(**batch).loss, loaded(**batch).loss)
     plain = PaliGemmaForConditionalGeneration.from_pretrained(config.model)
     assert not torch.equal(plain(**batch).loss, loaded(**batch).loss)
 
 
 @pytest.mark.parametrize("preset", ["split", "dex"])  # dex: lambda follows the progress of training
-def test_a_run_that_was_cut_off_ends_as_the_uninterrupted_one(config, tmp_path, monkeypatch, preset):
-    config = run(replace(config, differential=DifferentialConfig(preset), max_steps=6))
+def test_an_interrupted_run_ends_like_the_uninterrupted_one(config, tmp_path, preset):
+    config = train(replace(config, differential=DifferentialConfig(preset), max_steps=6))
     cut = replace(config, output_dir=str(tmp_path / "cut"))
-    step = training.train_step
-
-    def dies(*args):
-        if args[-1] == 4:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(training, "train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(cut)
-    monkeypatch.setattr(training, "train_step", step)
-    run(cut)
+    crash(cut, 4, "diff", cut.differential)
+    train(cut)
     for key in ("loss", "eval", "lambda", "inside"):
-        assert metrics(cut, key) == metrics(config, key)
-    for tensors, expected in ((adapter(cut), adapter(config)), (saved(cut), saved(config))):
+        assert logged(cut, key) == logged(config, key)
+    for saved in (saved_lora, saved_differential):
+        tensors, expected = saved(cut), saved(config)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "v1"])
 def test_every_preset_trains(config, preset):
-    config = run(replace(config, max_steps=2, differential=DifferentialConfig(preset)))
-    assert len(metrics(config)) == 2
+    config = train(replace(config, max_steps=2, differential=DifferentialConfig(preset)))
+    assert len(logged(config)) == 2
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
     learnable = {name for name in differential_parameters(model) if "lambda" in name}
     declared = {name for name in trainable_names(config.differential.resolve()) if "lambda" in name}
     assert {name.rpartition(".")[2] for name in learnable} >= declared
 
 
-def test_the_first_adapters_batches_and_masks_are_equal_to_the_bit(config, tmp_path, monkeypatch):
-    seen = []
-    step = training.train_step
+def test_first_adapters_batches_and_dropout_of_both_arms_are_bit_equal(config, tmp_path, monkeypatch):
+    steps = []  # of every update: LoRA before it, its batch, the random state that dropout draws from
+    real = training.add_lora
 
-    def watch(run, c, wrapped, optimizer, micro, number):
-        lora = {n: p.detach().clone() for n, p in wrapped.named_parameters() if "lora_" in n}
-        state = torch.get_rng_state()  # what dropout will draw from
-        seen.append((lora if number == 0 else {}, [e.id for es, _ in micro for e in es], micro[0][1], state))
-        return step(run, c, wrapped, optimizer, micro, number)
+    def record(adapted, _, batch):
+        if adapted.training:
+            lora = {n: p.detach().clone() for n, p in adapted.named_parameters() if "lora_" in n}
+            steps.append((lora, batch, torch.get_rng_state()))
 
-    monkeypatch.setattr(training, "train_step", watch)
-    run(config)
+    def add_lora(*args):
+        adapted = real(*args)
+        adapted.register_forward_pre_hook(record, with_kwargs=True)
+        return adapted
+
+    monkeypatch.setattr(training, "add_lora", add_lora)
+    train(config)
     finetune(replace(config, output_dir=str(tmp_path / "original")), "original")
-    ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-    assert len(ours[0][0]) == 28
-    for (lora, ids, batch, noise), (other_lora, other_ids, other_batch, other_noise) in zip(ours, theirs, strict=True):
-        assert ids == other_ids and torch.equal(noise, other_noise)
-        assert all(torch.equal(lora[n], other_lora[n]) for n in lora) and lora.keys() == other_lora.keys()
+    ours, theirs = steps[: len(steps) // 2], steps[len(steps) // 2 :]
+    assert len(ours) == 4 and len(ours[0][0]) == 28
+    assert all(torch.equal(tensor, theirs[0][0][name]) for name, tensor in ours[0][0].items())
+    for (_, batch, state), (_, other_batch, other_state) in zip(ours, theirs, strict=True):
+        assert torch.equal(state, other_state) and batch.keys() == other_batch.keys()
         assert all(torch.equal(batch[key], other_batch[key]) for key in batch)
 
 
 @pytest.mark.parametrize("preset", [None, "split", "v2", "v1_width", "additive", "grouped"])
-def test_the_map_that_is_drawn_is_the_map_that_acts(config, preset):
+def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
     """Values weighed by it are what the layer's attention gives."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=preset)
     for name, p in differential_parameters(model).items():
@@ -162,14 +151,14 @@ def test_the_map_that_is_drawn_is_the_map_that_acts(config, preset):
 
 
 def test_both_towers(config):
-    config = run(replace(config, differential=DifferentialConfig(towers=("text", "vision"))))
-    towers = {"vision_tower" in name for name in saved(config)}
+    config = train(replace(config, differential=DifferentialConfig(towers=("text", "vision"))))
+    towers = {"vision_tower" in name for name in saved_differential(config)}
     assert towers == {True, False}
 
 
 def test_a_lambda_that_does_not_move_fails_the_run(config):
     with pytest.raises(UserError, match="lambda_logit did not learn"):
-        run(replace(config, differential=DifferentialConfig(lambda_lr=0.0)))
+        train(replace(config, differential=DifferentialConfig(lambda_lr=0.0)))
     folder = Path(config.output_dir)
     assert (folder / "checkpoints" / "step-000004").exists() and not (folder / "final").exists()
 
@@ -186,16 +175,16 @@ def test_no_weight_decay_on_what_was_added_and_a_rate_of_its_own_for_lambda(conf
     assert found == {("lambda", 0.0, 3.0), ("added", 0.0, 1.0), ("lora", 0.1, 1.0)}
 
 
-def test_the_baseline_stands_beside(config, tmp_path, capsys):
+def test_results_of_a_finished_baseline_are_printed_beside(config, tmp_path, capsys):
     finetune(replace(config, output_dir=str(tmp_path / "original_seed0")), "original")
     assert "original, fine-tuned" not in capsys.readouterr().out
-    run(config)
+    train(config)
     assert "original, fine-tuned" in capsys.readouterr().out
 
 
 def test_v1_on_one_kv_head_is_refused_before_anything_is_written(config):
     with pytest.raises(UserError, match="v1_width"):
-        run(replace(config, differential=DifferentialConfig("v1")))
+        train(replace(config, differential=DifferentialConfig("v1")))
     assert not Path(config.output_dir).exists()
 
 
@@ -208,6 +197,6 @@ def test_the_baseline_refuses_a_differential_base(config, tmp_path):
 
 
 def test_the_configuration_is_in_run_json(config):
-    run(config)
+    train(config)
     record = json.loads((Path(config.output_dir) / "run.json").read_text())
     assert record["config"]["differential"]["preset"] == "split" and record["arm"] == "diff"

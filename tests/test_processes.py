@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from runs import flags_of, logged, saved_lora, start, wait_for
 from safetensors.torch import load_file
-from test_training import adapter, flags, metrics, script, wait_for
 
 from data import batch_order
 from differential_attention import DifferentialConfig
@@ -22,7 +22,7 @@ COLOURS = ["red", "green", "blue", "yellow", "white", "black", "orange", "purple
 
 
 def write_rows(folder: Path, name: str, count: int) -> str:
-    """A jsonl file of so many rows, each with a picture of its own."""
+    """A jsonl file of so many rows, each with an image of its own."""
     for colour in COLOURS[:count]:
         Image.new("RGB", (8, 8), colour).save(folder / f"{name}-{colour}.png")
     rows = [
@@ -54,7 +54,7 @@ def config(tiny_model, tmp_path):
 
 
 def launch(config, *arguments: str, scriptname="finetune_original.py"):
-    return script("-m", "torch.distributed.run", *arguments, scriptname, *flags(config))
+    return start("-m", "torch.distributed.run", *arguments, scriptname, *flags_of(config))
 
 
 def ends_well(*processes):
@@ -65,13 +65,13 @@ def ends_well(*processes):
 
 def check_same(found, expected):
     """Losses to 1e-5, every answer of the evaluations, and the adapters."""
-    assert dict(metrics(found)) == pytest.approx(dict(metrics(expected)), abs=1e-5)
-    assert metrics(found, "eval") == metrics(expected, "eval")
+    assert dict(logged(found)) == pytest.approx(dict(logged(expected)), abs=1e-5)
+    assert logged(found, "eval") == logged(expected, "eval")
     answers = [(Path(c.output_dir) / "samples.jsonl").read_text() for c in (found, expected)]
     assert answers[0] == answers[1] and '"green' in answers[0]
     for folder in ("final", "best"):
-        weights = adapter(expected, folder)
-        for name, tensor in adapter(found, folder).items():
+        weights = saved_lora(expected, folder)
+        for name, tensor in saved_lora(found, folder).items():
             torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=1e-4)
 
 
@@ -82,7 +82,7 @@ def test_two_processes_train_as_one(config, tmp_path):
     together = replace(config, output_dir=str(tmp_path / "together"))
     ends_well(launch(together, "--standalone", "--nproc-per-node=2"))
     check_same(together, config)
-    assert metrics(together, "eval")[0][1] == {"test.jsonl": [0, 5]}  # each row once
+    assert logged(together, "eval")[0][1] == {"test.jsonl": [0, 5]}  # each row once
     record = json.loads((tmp_path / "together" / "run.json").read_text())
     assert record["processes"] == 2
 
@@ -90,14 +90,14 @@ def test_two_processes_train_as_one(config, tmp_path):
 def test_a_fault_of_one_process_ends_all_with_one_line(config, tmp_path):
     config = replace(config, data=write_rows(tmp_path, "more", 12), strict_data=True, max_steps=6)
     second = {index for keys, _ in zip(batch_order(12, 4, 0), range(3), strict=False) for _, index in keys[1::2]}
-    broken = max(second - set(range(8)))  # the first eight are looked at by all
-    (tmp_path / f"more-{COLOURS[broken]}.png").write_bytes(b"no picture")
+    broken = max(second - set(range(8)))  # the first eight are read by all processes
+    (tmp_path / f"more-{COLOURS[broken]}.png").write_bytes(b"no image")
     process = launch(config, "--standalone", "--nproc-per-node=2")
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     (line,) = [line for line in err.splitlines() if "error: " in line]  # beside the other's bar
     assert f"more.jsonl:{broken + 1}" in line
-    assert "in train_step" not in err and "Connection closed" not in err  # torchrun's own report is all that follows
+    assert "in train\n" not in err and "Connection closed" not in err  # torchrun's own report is all that follows
 
 
 def test_shards_of_the_frozen_layers_train_as_the_whole(config, tmp_path):

@@ -1,0 +1,208 @@
+"""Figures of training: drawn from saved files alone, complete or not at all."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import tiny
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from refusals import refused
+from runs import ROOT
+
+import plots
+from differential_attention import DifferentialConfig
+from errors import UserError
+from finetune_diff import Config
+from finetune_original import finetune
+
+NAMES = ["accuracy.png", "answers.png", "lambda.png", "loss.png"]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plots")
+    config = tiny.quick(
+        Config, tiny_model, folder, max_steps=4, eval_every=2, differential=DifferentialConfig().resolve()
+    )
+    finetune(config, "diff", config.differential)
+    original = replace(config, output_dir=str(folder / "original"))
+    finetune(original, "original")
+    return config
+
+
+@pytest.fixture
+def run(config, tmp_path) -> Path:
+    """A copy of a finished differential run without its figures."""
+    shutil.copytree(config.output_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "plots")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict:
+    """The figures that are saved, by file name, with the texts of titles in them."""
+    found = {}
+    real = plots.save
+
+    def save(figure, path):
+        titles = [figure.get_suptitle(), *(panel.get_title() for panel in figure.axes)]
+        found[path.name] = (figure, [title for title in titles if title])
+        real(figure, path)
+
+    monkeypatch.setattr(plots, "save", save)
+    return found
+
+
+def edit_samples(run: Path, edit):
+    """Change every line of samples.jsonl."""
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    (run / "samples.jsonl").write_text("".join(json.dumps(edit(line)) + "\n" for line in lines))
+
+
+def test_all_figures_come_from_the_run_folder_alone(run, figures):
+    """No data is made and no model is loaded."""
+    assert not re.search(r"^(from|import) (data|haystack|models|modeling\w*) ", (ROOT / "plots.py").read_text(), re.M)
+    plots.draw_run(run)
+    assert sorted(path.name for path in (run / "plots").iterdir()) == NAMES and plots.is_drawn(run)
+    for _, titles in figures.values():
+        assert titles[0].startswith("run (diff, seed 0)")
+    accuracy, _ = figures["accuracy.png"]
+    assert list(accuracy.axes[0].lines[0].get_xdata()) == [0, 2, 4]
+    curve, _ = figures["lambda.png"]
+    assert list(curve.axes[0].lines[0].get_xdata()) == [0, 1, 2, 3, 4]
+    assert curve.axes[0].lines[0].get_ydata()[0] == 0.5
+
+
+def test_sample_images_are_the_images_of_the_questions(config, run):
+    from data import make_data
+
+    _, sets = make_data(config)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["image"] for sample in samples}) == 2 * len(sets)
+    for sample in samples:
+        row = int(sample["id"].rsplit("/", 1)[1])
+        example = sets[sample["set"]].get(0, row)
+        assert (example.prefix, example.suffix) == (sample["prompt"], sample["answer"])
+        saved = Image.open(run / sample["image"])
+        assert saved.tobytes() == example.images[0].convert("RGB").tobytes()
+        assert saved.width == sample["grid"] * 64
+
+
+def test_cells_of_answers_are_outlined(run, figures):
+    """The needle's cell, and for a wrong answer the cell that it names."""
+
+    def answer(line: dict) -> dict:
+        return line | {"answer": "1, 2, 1", "response": "1, 2, 1" if line["id"].endswith("/0") else "1, 1, 2"}
+
+    edit_samples(run, answer)
+    plots.draw_run(run)
+    figure, _ = figures["answers.png"]
+    panels = [axes for axes in figure.axes if axes.get_images()]
+    outlines = [[(p.get_xy(), p.get_edgecolor()[:3]) for p in axes.patches] for axes in panels]
+    green, red = (plt.matplotlib.colors.to_rgb(colour) for colour in (plots.FOUND, plots.MISSED))
+    assert outlines[0] == [((0, 64), green)]  # a grid of 2 x 2 cells of 64 pixels
+    assert sorted(len(o) for o in outlines) == [1] * 4 + [2] * 4
+    assert [((0, 64), green), ((64, 0), red)] in outlines
+
+
+def test_long_captions_wrap_and_neither_overlap_nor_leave_the_figure(run, figures):
+    words = "a very long caption of a photograph that was taken early in the morning " * 4
+    edit_samples(run, lambda line: line | {"prompt": f"answer en where is {words}?", "response": words})
+    plots.draw_run(run)
+    figure, _ = figures["answers.png"]
+    canvas = FigureCanvasAgg(figure)
+    renderer, (width, height) = canvas.get_renderer(), canvas.get_width_height()
+    boxes = [axes.title.get_window_extent(renderer) for axes in figure.axes if axes.get_title()]
+    boxes += [axes.get_window_extent(renderer) for axes in figure.axes if axes.get_images()]
+    assert len(boxes) == 16
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_runs_of_older_versions_are_drawn_without_answers(run, capsys):
+    def without_image(line: dict) -> dict:
+        return {key: value for key, value in line.items() if key not in ("image", "grid")}
+
+    edit_samples(run, without_image)
+    plots.draw_run(run)
+    assert "names no images" in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "plots").iterdir()) == [n for n in NAMES if n != "answers.png"]
+    with refused(run / "samples.jsonl", "does not name the images"):
+        plots.draw_attention([run], 0)
+
+
+def test_answers_to_other_data_are_drawn_with_their_images(config, tmp_path):
+    """Several images of one question are side by side."""
+    rows = [json.loads(line) for line in (ROOT / "assets" / "sample" / "rows.jsonl").read_text().splitlines()]
+    shutil.copytree(ROOT / "assets" / "sample", tmp_path / "rows")
+    images = [row["image"] for row in rows[:2] if isinstance(row["image"], str)]
+    pair = {"image": images, "prefix": "caption en", "suffix": "two"}
+    (tmp_path / "rows" / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for _ in range(4)))
+    data = str(tmp_path / "rows" / "pairs.jsonl")
+    finetune(
+        replace(config, data=data, eval_data=data, output_dir=str(tmp_path / "pairs")), "diff", config.differential
+    )
+    with Image.open(tmp_path / "pairs" / "samples" / "0-0.png") as joined:
+        sizes = [Image.open(tmp_path / "rows" / image).size for image in images]
+        assert joined.width == sum(min(w, plots_side(w, h)) for w, h in sizes)
+    assert (tmp_path / "pairs" / "plots" / "answers.png").exists()
+
+
+def plots_side(width: int, height: int) -> int:
+    from training import SAMPLE_SIDE
+
+    return round(width * min(1, SAMPLE_SIDE / max(width, height)))
+
+
+def test_attention_of_two_runs(config, run, figures, capsys, monkeypatch):
+    original = Path(config.output_dir).parent / "original"
+    monkeypatch.setattr("sys.argv", ["plots.py", str(original), str(run)])
+    plots.main()
+    assert f"{run / 'plots' / 'attention.png'}" in capsys.readouterr().out  # where it is
+    _, titles = figures["attention.png"]
+    assert sum("original, layer" in title for title in titles) == sum("run, layer" in title for title in titles) == 4
+
+
+def test_attention_that_cannot_be_compared_is_refused(config, run):
+    other = run.with_name("other")
+    shutil.copytree(run, other)
+    edit_samples(other, lambda line: line | {"id": f"{line['id']}0"})
+    with refused("different questions"):
+        plots.draw_attention([run, other], 0)
+    with refused("--token=99"):
+        plots.draw_attention([run], 99)
+    (other / "attention.safetensors").write_bytes(b"rubbish")
+    with refused(other / "attention.safetensors"):
+        plots.draw_attention([other], 0)
+    (other / "attention.safetensors").unlink()
+    with refused(other / "attention.safetensors", "missing"):
+        plots.draw_attention([other], 0)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("line", ["null", "7", "[]", "{", '{"step": "x"}', '{"step": 1, "lambda": 3, "set": 1}'])
+def test_damaged_logs_are_named(run, name, line):
+    with open(run / name, "a") as log:
+        log.write(line + "\n")
+    with refused(f"{run / name}, line"):
+        plots.draw_run(run)
+
+
+@pytest.mark.parametrize("image", ["../other.png", "/etc/passwd", "samples/missing.png", "samples"])
+def test_an_image_outside_of_the_run_is_not_opened(run, image):
+    Image.new("RGB", (8, 8)).save(run.parent / "other.png")
+    edit_samples(run, lambda line: line | {"image": image})
+    with pytest.raises(UserError):
+        plots.draw_run(run)
+    assert not plots.is_drawn(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with refused(tmp_path / "metrics.jsonl"):
+        plots.draw_run(tmp_path)
