@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
@@ -16,7 +17,8 @@ class UserError(Exception):
 
 
 def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Wrap a script's `main`: a `UserError` ends in its one line on stderr and exit code 2, without a traceback.
+    """Wrap a script's `main`: a `UserError` ends in its one line on stderr and exit code 2, Ctrl-C in one line and code
+    130, both without a traceback.
 
     Of several processes only the first that fails prints: the others fail because it ended.
     """
@@ -29,6 +31,10 @@ def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
             if failed_before() == 0:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             leave()
+        except KeyboardInterrupt:
+            if failed_before() == 0:
+                print("stopped by SIGINT", file=sys.stderr)
+            leave(128 + signal.SIGINT)
         except Exception:
             if failed_before() == 0:
                 raise
@@ -50,10 +56,10 @@ def failed_before() -> int:
         return 0
 
 
-def leave() -> NoReturn:
-    """Exit with code 2; one of several processes immediately, since an orderly exit would wait for the others."""
+def leave(code: int = EXIT_CODE) -> NoReturn:
+    """Exit; one of several processes immediately, since an orderly exit would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(EXIT_CODE)
-    sys.exit(EXIT_CODE)
+        os._exit(code)
+    sys.exit(code)

@@ -1,26 +1,36 @@
-"""Child process of test_survival.py: trains the same configuration again and again and cuts it off as told.
+"""Child process of test_survival.py: starts one configuration again and again and interrupts it.
 
-python tests/cut_off.py CONFIG.json PLAN.json
+python tests/cut_off.py CONFIG.json STARTS.json
 
-A plan is a list of runs {folder, place, after, deed}: at the `after`-th time that a run reaches `place` (one of PLACES)
-the deed happens: a signal's name, or "full", a disk that takes no more. Without a place it happens after so many
-seconds; without a deed the run may end. Every run is a fork of this process, which has imported everything and computed
-nothing. Prints a list of [exit status, what was printed]; a status below zero is a signal's.
+A start is {folder, action, at, count, copy, change}. `action` is a signal's name, or "full" for a disk that is full. It
+happens when the run reaches `at` for the `count`-th time: one of POINTS, or "call", any call that changes the file
+system inside the run folder. Without `at` it happens after `count` seconds; without `action` the run may end. `copy`
+names a folder that is copied to `folder` first, `change` has other fields of Config. Every start is a fork of
+this process, which has imported everything and computed nothing.
+
+Prints a list of [exit status, output, calls]. A status below zero is a signal's; calls are listed for starts without an
+action.
 """
 
+import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import adapters
+import plots
 import run_folder
 import training
 from differential_attention import DifferentialConfig
@@ -29,82 +39,121 @@ from finetune_diff import Config
 from finetune_original import finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
 
-PLACES = {
-    "step": (torch.optim.AdamW, "step"),  # gradients are there, weights not yet moved
-    "checkpoint": (training, "save_state"),  # the adapter is written, the optimizer not
-    "write_manifest": (training, "write_manifest"),
-    "best": (training, "save_differential"),
+POINTS = {
+    "step": (torch.optim.AdamW, "step"),  # there are gradients, the weights are not updated yet
+    "checkpoint": (training, "save_trainer_state"),  # the adapter is written, the optimizer is not
     "evaluation": (PaliGemmaForConditionalGeneration, "generate"),
     "log": (run_folder.Run, "log"),
+    "figures": (plots, "draw_loss"),
+    "data": (training, "print_setup"),  # nothing is written yet
 }
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree"}
+WRITERS = [(torch, "save"), (adapters, "save_file"), (safetensors.torch, "save_file")]  # these raise no audit event
 
 
-def do(deed: str):
-    if deed == "full":
+def act(action: str):
+    if action == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
     else:
-        os.kill(os.getpid(), signal.Signals[deed])
+        os.kill(os.getpid(), signal.Signals[action])
 
 
-def wait_in(place: str, after: int, deed: str):
-    owner, name = PLACES[place]
-    real, count = getattr(owner, name), 0
+def call_before(owner: object, name: str, hook: Callable[[], None]):
+    """Make `owner.name` call `hook` first."""
+    real = getattr(owner, name)
 
-    def reached(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == after:
-            do(deed)
+    def hooked(*args, **kwargs):
+        hook()
         return real(*args, **kwargs)
 
-    setattr(owner, name, reached)
+    setattr(owner, name, hooked)
 
 
-def child(config: Config, plan: dict, pipe: int):
+def watch_calls(folder: Path, on_call: Callable[[str], None]):
+    """Call `on_call` before every call that changes something in `folder`, with its name and path; TensorBoard's files
+    are left out, which a thread writes."""
+
+    def hook(event: str, args: tuple):
+        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+        if not (writes or event in CHANGES) or not isinstance(args[0], str | bytes | os.PathLike):
+            return
+        path = os.fsdecode(args[0])
+        if event in ("os.remove", "os.rmdir") and args[1] >= 0:  # relative to an open folder, as rmtree deletes
+            path = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), path)
+        path = Path(os.path.abspath(path))
+        if path.is_relative_to(folder) and "tensorboard" not in path.parts:
+            on_call(f"{event} {path.relative_to(folder)}")
+
+    for owner, name in WRITERS:
+        call_before(owner, name, lambda name=name: on_call(name))
+    sys.addaudithook(hook)
+
+
+def child(config: Config, start: dict, pipe: int):
     """Train in this process, which is a fork, and leave it."""
     os.dup2(pipe, 1)
     os.dup2(pipe, 2)
-    code = 1
+    code, calls, folder = 1, [], Path(config.output_dir).resolve()
+    reached = 0
+
+    def count(_: str = ""):
+        nonlocal reached
+        reached += 1
+        if reached == start["count"]:
+            act(start["action"])
+
     try:
-        if plan.get("place"):
-            wait_in(plan["place"], plan["after"], plan["deed"])
+        if start.get("at") == "call":
+            watch_calls(folder, count)
+        elif start.get("at"):
+            call_before(*POINTS[start["at"]], count)
+        elif not start.get("action"):
+            watch_calls(folder, calls.append)
         one_line_errors(finetune)(config, "diff", config.differential)
         code = 0
     except SystemExit as end:
         code = end.code
-    except Exception:
+    except BaseException:
         traceback.print_exc()
+    print("calls:", json.dumps(calls))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def cut_off(config: Config, plan: dict) -> list:
-    read, write = os.pipe()  # not a file: a full disk would take no word either
+def run(config: Config, start: dict) -> list:
+    """[exit status, output, calls] of one start."""
+    if start.get("copy"):
+        shutil.rmtree(config.output_dir, ignore_errors=True)
+        shutil.copytree(Path(config.output_dir).with_name(start["copy"]), config.output_dir)
+    read, write = os.pipe()  # not a file, which a full disk would not take either
     pid = os.fork()
     if pid == 0:
-        child(config, plan, write)
+        child(config, start, write)
     os.close(write)
-    killer = os.fork() if plan.get("deed") and not plan.get("place") else None
+    killer = os.fork() if start.get("action") and not start.get("at") else None
     if killer == 0:
-        time.sleep(plan["after"])
-        os.kill(pid, signal.Signals[plan["deed"]])
+        time.sleep(start["count"])
+        os.kill(pid, signal.Signals[start["action"]])
         os._exit(0)
-    told = os.fdopen(read).read()
+    output, _, calls = os.fdopen(read).read().rpartition("calls: ")
     if killer:
         os.kill(killer, signal.SIGKILL)
         os.waitpid(killer, 0)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), told]
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return [status, output, json.loads(calls)] if status >= 0 else [status, output + calls, []]
 
 
-def main(config: str, plans: str):
+def main(config: str, starts: str):
     torch.set_num_threads(1)
+    run_folder.versions()  # imports peft and transformers, as every fork would
+    importlib.import_module("torch.utils.tensorboard")
     fields = json.loads(Path(config).read_text())
-    base = Config(**fields | {"differential": DifferentialConfig(**fields["differential"])})
-    folder, ends = Path(plans).parent, []
-    for plan in json.loads(Path(plans).read_text()):
-        config = replace(base, output_dir=str(folder / plan["folder"]), **plan.get("change", {}))
-        ends.append(cut_off(config, plan))
+    base = Config(**fields | {"differential": DifferentialConfig(**fields["differential"]).resolve()})
+    folder, ends = Path(starts).parent, []
+    for start in json.loads(Path(starts).read_text()):
+        change = start.get("change", {})
+        ends.append(run(replace(base, output_dir=str(folder / start["folder"]), **change), start))
     print(json.dumps(ends))
 
 
