@@ -10,10 +10,11 @@ B batch, L queries, S keys, H query heads, K key/value heads, D head dim, C hidd
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor, nn
 
 from errors import UserError
@@ -427,14 +428,16 @@ class DifferentialConfig:
     # subtract: o1 - lambda o2; normalised: (o1 - lambda o2) / (1 - lambda); replace: o2 alone
     combine: Combine | None = None
     norm: Norm | None = None  # head: RMSNorm of each head's output, times (1 - lambda_init)
-    rank: int | None = None  # of delta and adapter
+    rank: Annotated[int, Meta(ge=1, le=65_536)] | None = None  # of delta and adapter
     lambda_start: float | None = None  # initial value of a scalar lambda, value of a fixed one
     lambda_init: float | None = None  # constant of vectors, annealing and norm; None: 0.8 - 0.6 exp(-0.3 layer)
     lambda_warmup: float = 0.0  # share of training over which lambda grows linearly from 0
-    lambda_lr: float = 1.0  # learning rate of lambda over that of the other parameters
+    lambda_lr: Annotated[float, Meta(ge=0, le=1_000_000)] = (
+        1.0  # learning rate of lambda over that of the other parameters
+    )
     seed: int = 0  # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
     adapter_scale: float | None = None  # factor of the low-rank product of adapter
-    noise_ratio: int | None = None  # heads of a key/value group that share one noise query
+    noise_ratio: Annotated[int, Meta(ge=1)] | None = None  # heads of a key/value group that share one noise query
     anneal: bool | None = None  # lambda goes from 0 over lambda_init to the learned value during training
     flip_sign: bool | None = None  # lambda becomes -lambda
     pairing: Pairing | None = None  # pairs: heads of two key/value groups, which keeps pretrained maps, or adjacent

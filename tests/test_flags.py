@@ -1,0 +1,99 @@
+"""Nonsense in every flag of both arms: it is refused in one line before anything is loaded, or it has a meaning."""
+
+import contextlib
+import io
+from dataclasses import fields, replace
+
+import pytest
+from refusals import refused
+
+import finetune_diff
+import finetune_original
+from differential_attention import DifferentialConfig
+from errors import UserError
+from finetune_original import parse_config
+
+NONSENSE = ["nan", "inf", "-inf", "-1", "0", "-0.5", "1.0", "2", "1e30", str(10**20), "1.5", "", "x", "True", "None"]
+FLAGS = [(finetune_original.Config, field.name) for field in fields(finetune_original.Config)]
+FLAGS += [(finetune_diff.Config, f"differential.{field.name}") for field in fields(DifferentialConfig)]
+TEXT = ("model", "data", "eval_data", "vision_cache_dir", "output_dir", "lora_targets")  # checked when it is used
+OUT_OF_RANGE = {
+    **dict.fromkeys(["max_steps", "batch_size", "accumulation", "eval_samples", "eval_batch_size"], ["-1", "0"]),
+    **dict.fromkeys(["eval_every", "log_every", "save_every", "keep_checkpoints", "max_new_tokens"], ["-1", "0"]),
+    **dict.fromkeys(["lr", "lora_alpha", "clip"], ["nan", "inf", "-1", "0"]),
+    **dict.fromkeys(["epochs", "weight_decay", "vision_cache_gb"], ["nan", "inf", "-1"]),
+    **dict.fromkeys(["beta2", "lora_dropout"], ["nan", "-0.1", "1.0"]),
+    "negatives": ["nan", "-0.1", "2"],
+    "seed": ["-1", "99999999999999999999"],
+    "lora_rank": ["-1", "0", "1000000"],
+    "warmup_steps": ["-1"],
+    "workers": ["-2", "1000000"],
+    "grids": ["0", "1000"],
+}
+DIFFERENTIAL = {
+    "lambda_lr": ["-1", "nan", "inf"],
+    "lambda_warmup": ["2", "-1", "nan"],
+    "lambda_start": ["nan", "2"],
+    "rank": ["0", "-1"],
+    "noise_ratio": ["0"],
+    "lambda_init": ["inf"],
+    "adapter_scale": ["nan"],
+    "preset": ["v3"],
+}
+
+
+def parse(config_class: type, *flags: str):
+    """The configuration of these flags, as `main` has it; SystemExit or UserError."""
+    config = parse_config(config_class, None, flags)
+    if config_class is finetune_diff.Config:
+        config = replace(config, differential=config.differential.resolve())
+    return config
+
+
+@pytest.mark.parametrize(("config_class", "name"), FLAGS, ids=[name for _, name in FLAGS])
+def test_nonsense_is_refused_in_one_line_or_parsed(config_class, name):
+    refusals = 0
+    for value in NONSENSE:
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+                parse(config_class, f"--{name}={value}")
+        except SystemExit as end:
+            assert end.code == 2 and "Traceback" not in output.getvalue()
+            refusals += 1
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+            refusals += 1
+    assert refusals >= (0 if name in TEXT else 4)
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_numbers_out_of_range_are_refused_by_their_flag(name):
+    for value in OUT_OF_RANGE[name]:
+        with refused(f"--{name}=", "xpected"):
+            parse(finetune_original.Config, f"--{name}={value}")
+
+
+@pytest.mark.parametrize("name", DIFFERENTIAL)
+def test_choices_of_differential_attention_out_of_range_are_refused(name):
+    for value in DIFFERENTIAL[name]:
+        with refused("differential"):
+            parse(finetune_diff.Config, f"--differential.{name}={value}")
+
+
+def test_haystacks_need_a_size_of_grid():
+    with refused("--grids"):
+        parse(finetune_original.Config, "--grids")
+
+
+def test_help_names_every_preset_and_no_section_of_the_source(capsys, monkeypatch):
+    from differential_attention import PRESETS
+
+    for script in (finetune_original, finetune_diff):
+        monkeypatch.setattr("sys.argv", [script.__name__, "--help"])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert "# ---" not in text and "│ ---" not in text
+    assert all(f" {name} " in text for name in PRESETS)
