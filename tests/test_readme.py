@@ -29,10 +29,7 @@ NOT_HERE = re.compile(r"google/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun")
 # flags of other programs
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
-BACKWARD_IMPORTS = {  # left to remove
-    ("processing_paligemma", "modeling_gemma"),
-    ("needle_eval.plots", "plots"),
-}
+BACKWARD_IMPORTS = {("needle_eval", "plots")}  # left to remove: the style of figures
 
 
 def blocks(page: str, language: str = "sh") -> list[str]:
@@ -154,33 +151,43 @@ def test_every_page_is_linked_from_the_readme():
     assert {name for name in PAGES if name != "README.md"} <= set(re.findall(r"\]\((docs/[\w.]+)\)", README))
 
 
-def mapped_modules() -> list[str]:
-    """Module names of the README's repository map, in its order: `files`, `needle_eval.pope`."""
+def repository_map() -> dict[str, list[Path]]:
+    """The README's map, in its order: a top-level module, or `needle_eval`, and the files of its entry."""
     (tree,) = [block for block in blocks(README, "") if block.startswith("errors.py")]
-    rows = re.findall(r"^( *)(\w+)\.py ", tree, re.M)
-    return [f"needle_eval.{name}" if indent else name for indent, name in rows]
-
-
-def test_the_repository_map_lists_every_module():
-    paths = [*ROOT.glob("*.py"), *(ROOT / "needle_eval").glob("*.py")]
-    found = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
-    assert sorted(mapped_modules()) == sorted(found)
-
-
-def imports_of(module: str) -> set[str]:
-    """Every name that a module imports, at its top or inside a function, as `files` or `needle_eval.pope`."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    found = {}
+    for indent, names in re.findall(r"^( *)((?:[\w*]+\.py(?:, )?)+)  ", tree, re.M):
+        for name in names.split(", "):
+            folder, module = (ROOT / "needle_eval", "needle_eval") if indent else (ROOT, Path(name).stem)
+            found.setdefault(module, []).extend(folder.glob(name))
     return found
 
 
+def imports_of(file: Path) -> set[str]:
+    """Top-level names that a file imports, at its top or in a function; those for type checkers do not count."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_repository_map_lists_every_module():
+    mapped = [path for paths in repository_map().values() for path in paths]
+    assert sorted(mapped) == sorted([*ROOT.glob("*.py"), *(ROOT / "needle_eval").glob("*.py")])
+
+
 def test_a_module_imports_only_from_modules_above_it():
-    names = mapped_modules()
-    backward = {(name, other) for at, name in enumerate(names) for other in imports_of(name) & set(names[at:])}
+    entries = repository_map()
+    order = list(entries)
+    backward = {
+        (name, other)
+        for at, name in enumerate(order)
+        for file in entries[name]
+        for other in imports_of(file) & set(order[at + 1 :])
+    }
     assert backward <= BACKWARD_IMPORTS
 
 
