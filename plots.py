@@ -51,7 +51,7 @@ def draw_run(folder: Path):
     title = f"{folder.resolve().name} ({record.get('arm')}, seed {record['config'].get('seed')})"
     images = [sample for sample in samples if sample.get("image")]
     if not images:
-        print(f"{folder / 'samples.jsonl'}: names no images, as in runs of older versions: no answers.png")
+        print(f"{folder / 'samples.jsonl'}: names no images, as in runs of older versions: answers.png is not drawn")
     with plt.rc_context(STYLE):
         if images:
             save(draw_answers(folder, images, title), folder / "plots" / "answers.png")
@@ -292,7 +292,10 @@ def main():
     for run in runs:
         draw_run(run)
         print(run / "plots")
-    if len(runs) > 1:
+    without_images = [run for run in runs if not any(sample.get("image") for sample in read_samples(run))]
+    if len(runs) > 1 and without_images:
+        print(f"{without_images[0] / 'samples.jsonl'}: names no images: attention.png is not drawn")
+    elif len(runs) > 1:
         with plt.rc_context(STYLE):
             path = runs[-1] / "plots" / "attention.png"
             save(draw_attention(runs, config.token), path)

@@ -125,13 +125,15 @@ def test_long_captions_wrap_and_neither_overlap_nor_leave_the_figure(run, figure
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
-def test_runs_of_older_versions_are_drawn_without_answers(run, capsys):
+def test_runs_of_older_versions_are_drawn_without_images(run, capsys, monkeypatch):
     def without_image(line: dict) -> dict:
         return {key: value for key, value in line.items() if key not in ("image", "grid")}
 
     edit_samples(run, without_image)
-    plots.draw_run(run)
-    assert "names no images" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["plots.py", str(run), str(run)])
+    plots.main()
+    printed = capsys.readouterr().out
+    assert "answers.png is not drawn" in printed and "attention.png is not drawn" in printed
     assert sorted(path.name for path in (run / "plots").iterdir()) == [n for n in NAMES if n != "answers.png"]
     with refused(run / "samples.jsonl", "does not name the images"):
         plots.draw_attention([run], 0)
