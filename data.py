@@ -1,46 +1,66 @@
-"""Data sets to examples, examples to batches.
+"""Datasets to examples, and examples to batches.
 
-An example is a pure function of (seed, epoch, index): no worker has state, and a run resumes at any batch. Three
-sources: haystacks generated from captioned pictures, `jsonl` rows {image, prefix, suffix} as big_vision and maestro use
-them, and VQAv2 from its official json files beside a COCO folder, or from a parquet copy on the hub.
+An example is a pure function of (seed, epoch, index): workers have no state, and a run resumes at any batch. Sources:
+haystacks made of captioned images, jsonl rows of {image, prefix, suffix} as in big_vision and maestro, VQAv2 from its
+official json files beside a COCO folder, and a parquet copy of it on the hub. Every source has `name`, `skipped` (why
+rows were left out), `counts_for_best` (whether `best/` may be chosen by it), `chance` (exact accuracy of a guess, or
+None), `fingerprint()` and `get(epoch, index)`; those whose texts need no image also have `text(index)`.
 """
 
 import hashlib
 import json
 import os
 import random
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 import torch
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
-from files import open_image, read_json
-from haystack import ImagePool, needle_prompt, read_captioned_images, read_pool
+from files import decode_typed, one_line, open_image, read_typed
+from haystack import ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
 from processing_paligemma import PaliGemmaProcessor
+
+if TYPE_CHECKING:
+    from finetune_original import Config
+
+POOL_CELL, OWN_CELL = 64, 256  # pixels of a haystack's cell: of the embedded images, of one's own
+HAYSTACKS_PER_EPOCH = 1 << 16  # what counts as one epoch of generated data
+TEST_SHARE = 5  # a fifth of one's own captions is for testing, see haystack.read_captioned_images
+HASHED_IMAGES = 20_000  # up to so many images, files of equal size are compared by content
+EPOCH_SEED_STRIDE = 1_000_003  # epochs of neighbouring seeds have orders of their own
+BUCKET = 50  # batches whose rows are sorted by length together
+T = TypeVar("T")
 
 
 @dataclass
 class Example:
-    """Pictures, the prompt, the answer to learn, a name to report, and its place in its source."""
+    """A name for messages, images, the prompt, the answer to learn, and its index in its source."""
 
     id: str
-    images: list = field(repr=False)
+    images: list[Image.Image] = field(repr=False)
     prefix: str
     suffix: str
     index: int = -1
 
 
-# ---- sources
+# ---- haystacks
 @dataclass
 class Haystacks:
-    """Generated needle questions. `size` is what counts as one epoch; every epoch has haystacks of its own.
+    """Generated needle questions; every epoch has its own.
 
-    `negatives` is the share of questions whose caption is nowhere in the picture, `cell` the side of a cell in pixels.
+    `size`: examples of an epoch; `negatives`: share of questions whose caption is in no cell; `cell`: side of a cell in
+    pixels.
     """
 
     pool: ImagePool
@@ -49,21 +69,22 @@ class Haystacks:
     size: int
     seed: int
     name: str = "train"
-    cell: int = 64
-    skipped: tuple = ()
+    cell: int = POOL_CELL
+    counts_for_best: bool = True
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.size
 
     @property
     def chance(self) -> float | None:
-        """Exact accuracy of a guess among the cells, where every question has a needle in one size of grid."""
+        """Exact accuracy of a guess among the cells, where every question has a needle in grids of one size."""
         return 1 / self.grids[0] ** 2 if len(self.grids) == 1 and not self.negatives else None
 
     def fingerprint(self) -> str:
         """SHA-256 of what the examples are made of."""
-        told = [picture.fingerprint().hex() for picture in self.pool.pictures]
-        return digest([told, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
+        images = [image.fingerprint().hex() for image in self.pool.images]
+        return sha256_of([images, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
 
     def get(self, epoch: int, index: int) -> Example:
         key = f"{self.name}/{self.seed}/{epoch}/{index}"
@@ -73,69 +94,112 @@ class Haystacks:
         return Example(key, images, needle_prompt(haystack.caption), haystack.answer)
 
 
+# ---- rows of a file
+class JsonRow(msgspec.Struct):
+    """A line of a jsonl file: `image` is a path, or a list of paths for several images in one prompt."""
+
+    image: str | list[str]
+    prefix: str
+    suffix: str
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A checked row; `id` names it in messages, image paths are relative to the folder of its source."""
+
+    id: str
+    images: tuple[str, ...]
+    prefix: str
+    suffix: str
+    is_list: bool = False  # the file had a list of images, which the fingerprint of older runs shows
+
+
 @dataclass
 class Rows:
-    """Rows of {id, image, prefix, suffix}: `image` a path, or a list of paths for several pictures in one prompt.
-
-    `skipped` names the rows that were left out, with the reason.
-    """
+    """Rows of a file. `skipped` names the rows that were left out, with the reason."""
 
     name: str
-    rows: list[dict]
+    rows: list[Row]
     folder: Path
     skipped: list[str] = field(default_factory=list, repr=False)
+    counts_for_best: bool = True
+    chance: float | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the rows, not of the pictures: a broken picture may be mended under a run."""
-        return digest([[row["image"], row["prefix"], row["suffix"]] for row in self.rows])
+        """SHA-256 of the rows, not of the images: a broken image may be repaired during a run."""
+        told = [[list(row.images) if row.is_list else row.images[0], row.prefix, row.suffix] for row in self.rows]
+        return sha256_of(told)
 
-    def pictures(self) -> list[list[str]]:
-        """The names of every row's pictures."""
-        return [paths_of(row) for row in self.rows]
+    def image_keys(self) -> list[list[str]]:
+        """For every row a key of each image; images with the same key are the same, by path or by content."""
+        keys = same_images({name for row in self.rows for name in row.images}, self.folder)
+        return [[keys[name] for name in row.images] for row in self.rows]
 
     def get(self, epoch: int, index: int) -> Example:
         row = self.rows[index]
-        images = [open_image(self.folder / path, name=f"{row['id']}: {path}") for path in paths_of(row)]
-        return Example(row["id"], images, row["prefix"], row["suffix"])
+        images = [open_image(self.folder / name, name=f"{row.id}: {name}") for name in row.images]
+        return Example(row.id, images, row.prefix, row.suffix)
 
     def text(self, index: int) -> tuple[str, str, int]:
-        """Prefix, suffix and number of pictures."""
+        """Prefix, suffix and number of images."""
         row = self.rows[index]
-        return row["prefix"], row["suffix"], len(row["image"]) if isinstance(row["image"], list) else 1
+        return row.prefix, row.suffix, len(row.images)
 
 
-def digest(told) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+def sha256_of(data: object) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def paths_of(row: dict) -> list[str]:
-    return row["image"] if isinstance(row["image"], list) else [row["image"]]
+def same_images(names: set[str], folder: Path) -> dict[str, str]:
+    """Image name -> a key that is equal for one file under several names, and for files of equal content.
+
+    Contents are compared up to HASHED_IMAGES files, and only among files of equal size.
+    """
+    keys = {name: os.path.realpath(folder / name) for name in names}
+    paths = set(keys.values())
+    if len(paths) > HASHED_IMAGES:
+        return keys
+    by_size = defaultdict(list)
+    for path in paths:
+        try:
+            by_size[os.stat(path).st_size].append(path)
+        except OSError:  # missing: named when the row is read
+            continue
+    digests = {}
+    for path in (path for group in by_size.values() if len(group) > 1 for path in group):
+        try:
+            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError:
+            continue
+    return {name: digests.get(path, path) for name, path in keys.items()}
 
 
 def read_jsonl(path: str | Path, strict: bool = True) -> Rows:
-    """Rows of a jsonl file, picture paths relative to its folder. A bad row is left out and named in `skipped`.
+    """Rows of a jsonl file, image paths relative to its folder. A bad row is left out and named in `skipped`.
 
-    Raises UserError for a file that cannot be read, for one that is mostly bad rows, and if `strict` for the first.
+    Raises UserError for a file that cannot be read or is mostly bad rows, and with `strict` for the first bad row.
     """
     path = Path(path)
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}): give a jsonl file of image, prefix and suffix") from error
-    listing = _Listing(path.parent)
-    named = ((f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip())
-    rows, skipped = sift(lambda row: _checked_row(*row, listing), named, strict)
+    files = FileIndex(path.parent)
+    numbered = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    rows, skipped = filter_rows(lambda item: check_json_row(*item, files), numbered, strict)
     if not rows:
-        raise UserError(f"{path}: holds no row: write one json object with image, prefix and suffix a line")
+        raise UserError(f"{path}: has no rows: write one JSON object with image, prefix and suffix per line")
     return Rows(path.name, rows, path.parent, skipped)
 
 
-def sift(check: Callable, items: Iterable, strict: bool) -> tuple[list[dict], list[str]]:
-    """`check` every item: (the rows that it gives, the faults that it raises). Raises UserError at the first fault if
-    `strict`, and where faults outnumber rows: then it is not the rows that are wrong."""
+def filter_rows(check: Callable[[T], Row], items: Iterable[T], strict: bool) -> tuple[list[Row], list[str]]:
+    """(the rows that `check` returns, the messages of the UserErrors that it raises).
+
+    Raises the first error with `strict`. Raises UserError where bad rows outnumber good ones: then the file is wrong,
+    not its rows.
+    """
     rows, faults = [], []
     for item in items:
         try:
@@ -149,148 +213,186 @@ def sift(check: Callable, items: Iterable, strict: bool) -> tuple[list[dict], li
     return rows, faults
 
 
-def _checked_row(name: str, line: bytes, listing: "_Listing") -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{name}: not json ({error}): mend or delete the line") from error
-    for key in ("image", "prefix", "suffix"):
-        if not isinstance(row, dict) or key not in row:
-            raise UserError(f"{name}: has no {key!r}: a row is {{image, prefix, suffix}}")
-    paths = paths_of(row)
-    if not paths or not all(isinstance(p, str) and p for p in paths) or not isinstance(row["prefix"], str):
-        raise UserError(f"{name}: image must be a path or a list of paths, and prefix a string")
-    if not isinstance(row["suffix"], str) or not row["suffix"].strip():
-        raise UserError(f"{name}: suffix must be a string that is not empty: it is what the model learns to answer")
-    for p in paths:
-        if fault := listing.fault(p):
-            raise UserError(f"{name}: picture {fault}")
-    return {"id": name} | {key: row[key] for key in ("image", "prefix", "suffix")}
+def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
+    """The row of a line. Raises UserError, starting with `name`, for anything but a row whose images exist."""
+    row = decode_typed(line, JsonRow, name, "a row is {image, prefix, suffix}")
+    images = row.image if isinstance(row.image, list) else [row.image]
+    if not images or not all(images):
+        raise UserError(f"{name}: image must be a path or a list of paths")
+    if not row.suffix.strip():
+        raise UserError(f"{name}: suffix is empty, but it is what the model learns to answer")
+    for image in images:
+        files.check(image, name)
+    return Row(name, tuple(images), row.prefix, row.suffix, isinstance(row.image, list))
 
 
-class _Listing:
-    """What files lie in a folder and below it; every directory is looked at once."""
+class FileIndex:
+    """The files in a folder and below it; every directory is listed once."""
 
     def __init__(self, folder: Path):
         self.folder, self.root = folder, folder.resolve()
-        self.files = cache(self._files)
+        self.names_in = cache(self._names_in)
 
-    def _files(self, parent: str) -> dict[str, bool]:
-        """Names in a directory -> is it a link; {} for a directory that is not there or outside."""
-        directory = (self.root / parent).resolve()
-        if not directory.is_relative_to(self.root) or not directory.is_dir():
-            return {}
-        return {entry.name: entry.is_symlink() for entry in os.scandir(directory) if entry.is_file()}
-
-    def fault(self, path: str) -> str | None:
-        """What is wrong with a picture's path, or None."""
-        parent, name = os.path.split(path)
-        link = self.files(parent).get(name)
-        if link is False:
-            return None
+    def _names_in(self, directory: str) -> set[str]:
+        """Names of the regular files in a directory, links apart; empty where it is missing or outside the folder."""
         try:
-            if not (self.root / path).resolve().is_relative_to(self.root):
-                return f"{path} lies outside {self.folder}: keep pictures in it"
-            exists = link or (self.root / path).is_file()
-        except (OSError, ValueError) as error:  # a name that no disk takes
-            return f"{path!r} cannot be a path ({error}): mend it"
-        return None if exists else f"{self.folder / path} does not exist: mend the path or delete the line"
+            path = (self.root / directory).resolve()
+            if not path.is_relative_to(self.root):
+                return set()
+            return {entry.name for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)}
+        except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop of links
+            return set()
+
+    def check(self, image: str, name: str) -> None:
+        """Raise UserError, starting with `name`, unless the path is a file inside the folder."""
+        directory, file = os.path.split(image)
+        if file in self.names_in(directory):
+            return
+        try:
+            path = (self.root / image).resolve()
+            is_inside, exists = path.is_relative_to(self.root), path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{name}: image {image!a:.200} is not a valid path ({one_line(error):.200})") from error
+        if not is_inside:
+            raise UserError(f"{name}: image {image:.200} is outside {self.folder}: keep images inside it")
+        if not exists:
+            raise UserError(f"{name}: image {self.folder / image} does not exist: correct the path or delete the row")
+
+
+# ---- VQAv2
+class VqaQuestion(msgspec.Struct):
+    question_id: int
+    image_id: int
+    question: str
+
+
+class VqaAnnotation(msgspec.Struct):
+    question_id: int
+    multiple_choice_answer: str
+
+
+class VqaQuestions(msgspec.Struct):
+    questions: list[msgspec.Raw]
+
+
+class VqaAnnotations(msgspec.Struct):
+    annotations: list[VqaAnnotation]
 
 
 def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
     """Official VQAv2 of a folder: v2_OpenEnded_mscoco_{split}2014_questions.json,
-    v2_mscoco_{split}2014_annotations.json and the COCO pictures in {split}2014/. Prompt `answer en {question}`, answer
-    `multiple_choice_answer`. Bad rows as in `read_jsonl`.
+    v2_mscoco_{split}2014_annotations.json and the COCO images in {split}2014/.
+
+    The prompt is `answer en {question}`, the answer `multiple_choice_answer`. Bad rows as in `read_jsonl`.
     """
-    folder = Path(folder)
-    questions = _list_of(folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json", "questions")
-    annotations = _list_of(folder / f"v2_mscoco_{split}2014_annotations.json", "annotations")
-    answers = {a.get("question_id"): a.get("multiple_choice_answer") for a in annotations}
-    listing = _Listing(folder)
+    folder, fix = Path(folder), "give VQAv2's official file"
+    questions_file = folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json"
+    questions = read_typed(questions_file, VqaQuestions, fix).questions
+    annotations = read_typed(folder / f"v2_mscoco_{split}2014_annotations.json", VqaAnnotations, fix).annotations
+    answers = {annotation.question_id: annotation.multiple_choice_answer for annotation in annotations}
+    files = FileIndex(folder)
 
-    def check(q: dict) -> dict:
-        number, picture = q.get("question_id"), q.get("image_id")
-        name = f"vqav2/{split}/{number}"
-        if not isinstance(picture, int) or not isinstance(q.get("question"), str):
-            raise UserError(f"{name}: has no image_id or no question: take the official file")
-        if not answers.get(number):
-            raise UserError(f"{folder}: question {number} has no annotation: take both files of one release")
-        image = f"{split}2014/COCO_{split}2014_{picture:012d}.jpg"
-        if fault := listing.fault(image):
-            raise UserError(f"{name}: picture {fault}")
-        return {"id": name, "image": image, "prefix": f"answer en {q['question']}", "suffix": answers[number]}
+    def check(item: tuple[int, msgspec.Raw]) -> Row:
+        place, raw = item
+        question = decode_typed(bytes(raw), VqaQuestion, f"{questions_file}: question {place}", fix)
+        name = f"vqav2/{split}/{question.question_id}"
+        if not answers.get(question.question_id, "").strip():
+            raise UserError(f"{name}: question {question.question_id} has no annotation: use files of one release")
+        image = f"{split}2014/COCO_{split}2014_{question.image_id:012d}.jpg"
+        files.check(image, name)
+        return Row(name, (image,), f"answer en {question.question}", answers[question.question_id])
 
-    rows, skipped = sift(check, questions, strict)
+    rows, skipped = filter_rows(check, enumerate(questions, 1), strict)
     if not rows:
-        raise UserError(f"{folder}: holds no question of {split}2014: give VQAv2's official files")
+        raise UserError(f"{folder}: has no questions for {split}2014: give VQAv2's official files")
     return Rows(f"vqav2-{split}", rows, folder, skipped)
 
 
-def _list_of(path: Path, key: str) -> list[dict]:
-    data = read_json(path)
-    if not isinstance(data.get(key), list) or not all(isinstance(entry, dict) for entry in data[key]):
-        raise UserError(f"{path}: holds no list {key!r}: give VQAv2's official file")
-    return data[key]
-
-
+# ---- a parquet dataset
 @dataclass
 class HubRows:
-    """A parquet VQA data set on the hub, columns image, question, multiple_choice_answer and, to hold pictures out,
-    image_id; read through `datasets`."""
+    """A parquet VQA dataset on the hub, read through `datasets`: columns image, question, multiple_choice_answer and,
+    to hold images out, image_id. Its rows are checked when they are read."""
 
     name: str
-    rows: object
-    skipped: tuple = ()  # its rows are looked at when they are needed
+    rows: object  # a datasets.Dataset
+    skipped: tuple[str, ...] = ()
+    counts_for_best: bool = True
+    chance: float | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def fingerprint(self) -> str:
         """SHA-256 of the questions and answers."""
-        return digest([list(self.rows["question"]), list(self.rows["multiple_choice_answer"])])
+        return sha256_of([list(self.rows["question"]), list(self.rows["multiple_choice_answer"])])
 
-    def pictures(self) -> list[list]:
+    def image_keys(self) -> list[list[str]]:
+        """For every row the key of its image."""
         if "image_id" not in self.rows.column_names:
-            raise UserError(f"data set {self.name!r} has no image_id to hold pictures out by: give --eval_data")
-        return [[picture] for picture in self.rows["image_id"]]
+            raise UserError(f"dataset {self.name!r} has no image_id to hold images out by: give --eval_data")
+        return [[str(image)] for image in self.rows["image_id"]]
 
     def get(self, epoch: int, index: int) -> Example:
         name = f"{self.name}/{index}"
         try:
             row = self.rows[index]
-        except Exception as error:  # `datasets` decodes the picture here, and PIL raises whatever it provokes
-            raise UserError(f"{name}: broken row ({' '.join(str(error).split())}): take another copy") from error
-        if row["image"] is None or not row["multiple_choice_answer"]:
-            raise UserError(f"{name}: has no picture or no answer: take another copy")
-        return Example(name, [row["image"]], f"answer en {row['question']}", row["multiple_choice_answer"])
+        except Exception as error:  # `datasets` and pyarrow raise whatever a broken file provokes
+            raise UserError(f"{name}: broken row ({without_address(error)}): use another copy") from error
+        question, answer = row["question"], row["multiple_choice_answer"]
+        if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
+            raise UserError(f"{name}: question and multiple_choice_answer must be strings, the answer not empty")
+        return Example(name, [stored_image(row["image"], name)], f"answer en {question}", answer)
 
     def text(self, index: int) -> tuple[str, str, int]:
+        """Prefix, suffix and number of images."""
         row = self.rows.select_columns(["question", "multiple_choice_answer"])[index]
         return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
 
 
+def stored_image(value: object, name: str) -> Image.Image:
+    """The image in a parquet cell: bytes, or a struct with `bytes`. A path is never opened."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if not isinstance(value, bytes):
+        raise UserError(f"{name}: has no image bytes (paths in a dataset are not opened): use another copy")
+    return open_image(value, name=f"{name}: image")
+
+
+def without_address(error: Exception) -> str:
+    """The message of an exception on one line, without memory addresses, which differ from one run to the next."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", one_line(error))
+
+
 def read_hub(name: str, split: str) -> HubRows:
-    """A data set's split. Data sets that bring code are refused by `datasets`; nothing here trusts remote code."""
-    import datasets  # a second of import that most runs do not need
+    """A split of a dataset on the hub or in a folder. `datasets` refuses datasets that bring code.
+
+    Raises UserError for a dataset that cannot be read or lacks a column.
+    """
+    import datasets  # takes a second, and most runs do not need it
 
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets raises a different class for every way to fail
-        reason = " ".join(str(error).split())
-        raise UserError(f"data set {name!r}, split {split!r}: {reason}: give a parquet data set to read") from error
+        raise UserError(f"dataset {name!r}, split {split!r}: {one_line(error)}: give a parquet dataset") from error
     missing = {"image", "question", "multiple_choice_answer"} - set(rows.column_names)
     if missing:
-        raise UserError(f"data set {name!r} has no column {sorted(missing)}: it has {sorted(rows.column_names)}")
+        raise UserError(f"dataset {name!r} has no column {sorted(missing)}: it has {sorted(rows.column_names)}")
+    if isinstance(rows.features["image"], datasets.Image):
+        rows = rows.cast_column("image", datasets.Image(decode=False))  # decoding would open paths and URLs
     return HubRows(name, rows)
 
 
+# ---- training and evaluation sources
 @dataclass
 class Subset:
     """Some rows of a source, under a name of their own."""
 
     name: str
-    source: object
+    source: Rows | HubRows
     indices: list[int]
+    counts_for_best: bool = True
+    chance: float | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -300,100 +402,41 @@ class Subset:
         return self.source.skipped
 
     def fingerprint(self) -> str:
-        return digest([self.source.fingerprint(), self.indices])
+        return sha256_of([self.source.fingerprint(), self.indices])
 
     def get(self, epoch: int, index: int) -> Example:
         return self.source.get(epoch, self.indices[index])
 
     def text(self, index: int) -> tuple[str, str, int]:
+        """Prefix, suffix and number of images."""
         return self.source.text(self.indices[index])
 
 
-def make_data(config) -> tuple[object, dict[str, object]]:
-    """The training source of `config.data` and the evaluation sources by name, the headline one first.
+Source = Haystacks | Rows | HubRows | Subset
 
-    "haystack": the embedded pool, "haystack:PICTURES": pictures of one's own. "*.jsonl", "vqav2:FOLDER", "hub:NAME":
-    `config.eval_data` of the same form, or where that is empty a seeded tenth held out.
+
+def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
+    """The training source of `config.data`, and the evaluation sources by name, the headline one first.
+
+    "haystack": the embedded pool; "haystack:IMAGES": one's own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME":
+    evaluated on `config.eval_data` of the same form, or where that is empty on a seeded tenth that is held out.
     """
-    kind, _, pictures = config.data.partition(":")
+    kind, _, images = config.data.partition(":")
     if kind == "haystack":
-        return make_haystacks(config, pictures)
-    source = _read(config.data, "train", config.strict_data)
+        if config.eval_data:
+            raise UserError(f"--eval_data={config.eval_data}: haystack data has test sets of its own: leave it out")
+        return make_haystacks(config, images)
+    source = read_source(config.data, "train", config.strict_data)
     if config.eval_data:
-        held_out = _read(config.eval_data, "val", config.strict_data)
+        held_out = read_source(config.eval_data, "val", config.strict_data)
         order = list(range(min(len(held_out), config.eval_samples)))
         return source, {held_out.name: Subset(held_out.name, held_out, order)}
     train, held, name = hold_out(source, config)
     return Subset("train", source, train), {name: Subset(name, source, held)}
 
 
-def make_haystacks(config, source: str) -> tuple[Haystacks, dict[str, Haystacks]]:
-    """Haystacks to train on; to evaluate, needles that are there, then absent ones, in each size of grid.
-
-    The embedded pool is evaluated on the other style's drawings of the trained concepts, then on concepts never
-    trained. Pictures of `source`, a folder or a jsonl file, on a fifth of the captions, which are never trained.
-    """
-    if source:
-        pictures, cell = read_captioned_images(source), 256
-        train, test = ([p for p in pictures if p.split == split] for split in ("train", "test"))
-        kinds = [("", test, 0.0), (" absent", test, 1.0)]
-    else:
-        train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), 64
-        unseen = [p for p in read_pool(splits=("test_concept",)) if p.style == "noto"]
-        kinds = [("", test, 0.0), (" absent", test, 1.0), (" unseen concepts", unseen, 0.0)]
-    n, sets = config.eval_samples, {}
-    for kind, pictures, share in kinds:
-        pool = ImagePool(pictures)
-        for grid in config.grids:
-            name = f"{grid}x{grid}{kind}"  # one test set for every seed
-            sets[name] = Haystacks(pool, (grid,), share, n, 0, name=f"test/{name}", cell=cell)
-    return Haystacks(ImagePool(train), config.grids, config.negatives, 1 << 16, config.seed, cell=cell), sets
-
-
-def hold_out(source, config) -> tuple[list[int], list[int], str]:
-    """Indices to train on and to evaluate on, a seeded tenth, and its name.
-
-    Rows that share a picture stay together, unless so many hang together that nothing else is left: the name says so.
-    """
-    order = list(range(len(source)))
-    random.Random(f"held out/{config.seed}").shuffle(order)
-    cut = min(config.eval_samples, max(1, len(source) // 10))
-    if len(source) < 2:
-        raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
-    groups: dict[int, list[int]] = {}
-    of = connected(source.pictures())
-    for index in order:
-        groups.setdefault(of[index], []).append(index)
-    held: set[int] = set()
-    for group in groups.values():
-        if len(held) + len(group) <= cut:
-            held |= set(group)
-    smallest = min(groups.values(), key=len)
-    if not held and 2 * len(smallest) <= len(source):
-        held = set(smallest)
-    name = "held out" if held else "held out, pictures shared with training"
-    held = held or set(order[:cut])
-    return [i for i in order if i not in held], [i for i in order if i in held], name
-
-
-def connected(pictures: list[list]) -> list[int]:
-    """For each row the number of its group; rows are in one group that share a picture, directly or through others."""
-    leader = list(range(len(pictures)))
-
-    def find(row: int) -> int:
-        while leader[row] != row:
-            leader[row] = leader[leader[row]]
-            row = leader[row]
-        return row
-
-    first: dict = {}
-    for row, names in enumerate(pictures):
-        for picture in names:
-            leader[find(row)] = find(first.setdefault(picture, row))
-    return [find(row) for row in range(len(pictures))]
-
-
-def _read(spec: str, split: str, strict: bool):
+def read_source(spec: str, split: str, strict: bool) -> Rows | HubRows:
+    """The rows that a value of --data names. Raises UserError for an unknown form."""
     if spec.endswith(".jsonl"):
         return read_jsonl(spec, strict)
     kind, _, rest = spec.partition(":")
@@ -402,55 +445,131 @@ def _read(spec: str, split: str, strict: bool):
     if kind == "hub" and rest:
         return read_hub(rest, "validation" if split == "val" else split)
     raise UserError(
-        f"data {spec!r} is unknown: give haystack, haystack:PICTURES, a .jsonl file, vqav2:FOLDER or hub:NAME"
+        f"data {spec!r} is unknown: give haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER or hub:NAME"
     )
 
 
+def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Haystacks]]:
+    """Haystacks to train on, and to evaluate: needles that are present, then absent ones, in each size of grid.
+
+    The embedded pool is evaluated in a drawing style that is never trained on, then on concepts that are never trained
+    on; images of `own`, a folder or a jsonl file, on the fifth of the captions that is never trained on.
+    """
+    if own:
+        images, cell = read_captioned_images(own), OWN_CELL
+        train, test = ([image for image in images if image.split == split] for split in ("train", "test"))
+        check_captions(own, train, test, max(config.grids))
+        kinds = [("", test, 0.0, True), (" absent", test, 1.0, False)]
+    else:
+        train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), POOL_CELL
+        unseen = [image for image in read_pool(splits=("test_concept",)) if image.style == "noto"]
+        kinds = [("", test, 0.0, True), (" absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
+    size, sets = config.eval_samples, {}
+    for kind, images, negatives, counts_for_best in kinds:
+        pool = ImagePool(images)
+        for grid in config.grids:
+            name = f"{grid}x{grid}{kind}"
+            sets[name] = Haystacks(  # seed 0: one test set for every seed
+                pool, (grid,), negatives, size, 0, f"test/{name}", cell, counts_for_best
+            )
+    pool = ImagePool(train)
+    return Haystacks(pool, config.grids, config.negatives, HAYSTACKS_PER_EPOCH, config.seed, cell=cell), sets
+
+
+def check_captions(own: str, train: list[PoolImage], test: list[PoolImage], grid: int) -> None:
+    """Raise UserError unless both splits have a caption for every cell of the largest grid and one more."""
+    counts = [len({image.caption for image in images}) for images in (train, test)]
+    need = grid * grid + 1
+    if min(counts) < need:
+        raise UserError(
+            f"haystack:{own}: {sum(counts)} captions, of which {counts[1]} are kept for testing, but {grid} x {grid} "
+            f"cells and an absent needle need {need} in training and {need} in testing: give about "
+            f"{TEST_SHARE * need} captions, or smaller --grids"
+        )
+
+
+def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[int], str]:
+    """Indices to train on, indices to evaluate on (a seeded tenth), and a name for these.
+
+    Rows that share an image stay together, unless so many are connected that nothing else is left: the name says so.
+    """
+    order = list(range(len(source)))
+    random.Random(f"held out/{config.seed}").shuffle(order)
+    count = min(config.eval_samples, max(1, len(source) // 10))
+    if len(source) < 2:
+        raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
+    groups: dict[int, list[int]] = {}
+    group_of = group_by_image(source.image_keys())
+    for index in order:
+        groups.setdefault(group_of[index], []).append(index)
+    held: set[int] = set()
+    for group in groups.values():
+        if len(held) + len(group) <= count:
+            held |= set(group)
+    smallest = min(groups.values(), key=len)
+    if not held and 2 * len(smallest) <= len(source):
+        held = set(smallest)
+    name = "held out" if held else "held out, images shared with training"
+    held = held or set(order[:count])
+    return [i for i in order if i not in held], [i for i in order if i in held], name
+
+
+def group_by_image(keys: list[list[str]]) -> list[int]:
+    """For every row the number of its group: rows that share an image, directly or through other rows."""
+    import networkx  # comes with torch; takes 0.2 s
+
+    graph = networkx.Graph()
+    for row, row_keys in enumerate(keys):
+        graph.add_node(row)
+        graph.add_edges_from((row, key) for key in row_keys)
+    group_of = [0] * len(keys)
+    for number, component in enumerate(networkx.connected_components(graph)):
+        for node in component:
+            if isinstance(node, int):  # the others are images
+                group_of[node] = number
+    return group_of
+
+
 # ---- batches
-POOL = 50  # batches among which rows of like length are put together
-
-
 def batch_order(
     size: int, batch: int, seed: int, start: int = 0, lengths: list[int] | None = None
 ) -> Iterator[list[tuple[int, int]]]:
-    """Endless batches of (epoch, index): every epoch a seeded permutation, the last short batch of one kept.
+    """Endless batches of (epoch, index): every epoch is a seeded permutation, its short last batch is kept.
 
     `start` skips that many batches, so that a resumed run sees what the uninterrupted one would have seen. With the
-    `lengths` of all rows, rows of like length share a batch: less padding, another order.
+    `lengths` of all rows, rows of similar length share a batch: less padding, another order.
     """
     per_epoch = -(-size // batch)
     epoch = start // per_epoch
     while True:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(seed * EPOCH_SEED_STRIDE + epoch)
         order = torch.randperm(size, generator=generator).tolist()
         batches = [order[b * batch : (b + 1) * batch] for b in range(per_epoch)]
         if lengths is not None:
-            batches = grouped(order, batch, lengths, generator)
+            batches = batch_by_length(order, batch, lengths, generator)
         first = start % per_epoch if epoch == start // per_epoch else 0
         for rows in batches[first:]:
             yield [(epoch, index) for index in rows]
         epoch += 1
 
 
-def grouped(order: list[int], batch: int, lengths: list[int], generator: torch.Generator) -> list[list[int]]:
-    """Batches of like length: stretches of the order are sorted by length and cut, and the batches shuffled, so that
-    neither epochs nor the course of one are alike."""
+def batch_by_length(order: list[int], batch: int, lengths: list[int], generator: torch.Generator) -> list[list[int]]:
+    """Batches of similar length: stretches of the order are sorted by length and cut, then the batches are shuffled, so
+    that neither epochs nor the course of one are alike."""
     batches = []
-    for start in range(0, len(order), POOL * batch):
-        rows = sorted(order[start : start + POOL * batch], key=lambda index: lengths[index])
+    for start in range(0, len(order), BUCKET * batch):
+        rows = sorted(order[start : start + BUCKET * batch], key=lambda index: lengths[index])
         batches += [rows[b : b + batch] for b in range(0, len(rows), batch)]
     return [batches[b] for b in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def text_lengths(source, processor: PaliGemmaProcessor) -> list[int]:
-    """Tokens of every row, pictures included and none opened; 0 for a row that is left out when its turn comes.
+def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
+    """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read.
 
-    Raises UserError for a source that makes its rows up.
+    Raises UserError for generated data.
     """
     if not hasattr(source, "text"):
-        raise UserError(
-            "group_by_length needs rows of a file: questions about haystacks are of one length, leave it off"
-        )
+        raise UserError("--group_by_length needs rows of a file: haystack questions have one length, leave it off")
 
     def length(prefix: str, suffix: str, images: int) -> int:
         try:
@@ -461,63 +580,92 @@ def text_lengths(source, processor: PaliGemmaProcessor) -> list[int]:
     return [length(*source.text(index)) for index in range(len(source))]
 
 
-class _Fetch(torch.utils.data.Dataset):
-    """What a loader's worker runs: one example, tokenised, its pictures as pixels; or what is wrong with it."""
+@lru_cache(maxsize=4)
+def longest_token(processor: PaliGemmaProcessor) -> int:
+    """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
+    return max(map(len, processor.tokenizer.get_vocab()))
 
-    def __init__(self, source, processor: PaliGemmaProcessor, with_suffix: bool):
-        self.source, self.processor, self.with_suffix = source, processor, with_suffix
 
-    def __getitem__(self, key: tuple[int, int]):
+class Fetch(Dataset):
+    """What a worker of the loader runs: one example, tokenised, its images as pixels; or the UserError of the row."""
+
+    def __init__(self, source: Source, processor: PaliGemmaProcessor, with_suffix: bool, max_length: int | None):
+        self.source, self.processor, self.with_suffix, self.max_length = source, processor, with_suffix, max_length
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple | UserError:
         try:
             example = self.source.get(*key)
+            example.index = key[1]
+            encoded = self.encode(example)
             pixels = [self.processor.pixels(image) for image in example.images]
-            row = self.processor.encode(example.prefix, example.suffix if self.with_suffix else None, len(pixels))
         except UserError as error:  # raised in a worker, it would arrive wrapped in a traceback
-            return error
-        example.index = key[1]
+            return UserError(without_address(error))
         example.images = []  # not needed any more, and large to send between processes
-        return example, row, pixels
+        return example, encoded, pixels
 
-    def collate(self, items):
-        """(examples, tensors, faults); with no row that can be used, another one stands in and there is no example."""
+    def encode(self, example: Example) -> tuple[list[int], list[int]]:
+        """Ids and token types of an example. Raises UserError, starting with its id, for text that the processor
+        refuses and for more than `max_length` tokens."""
+        suffix = example.suffix if self.with_suffix else None
+        characters = len(example.prefix) + len(suffix or "")
+        too_long = f"{example.id}: more tokens than the {self.max_length} positions of the model: shorten the row"
+        if self.max_length is not None and characters > self.max_length * longest_token(self.processor):
+            raise UserError(too_long)  # tokenising megabytes would take seconds
+        try:
+            encoded = self.processor.encode(example.prefix, suffix, len(example.images))
+        except UserError as error:
+            raise error if example.id in str(error) else UserError(f"{example.id}: {error}") from error
+        if self.max_length is not None and len(encoded[0]) > self.max_length:
+            raise UserError(f"{too_long} ({len(encoded[0])} tokens)")
+        return encoded
+
+    def collate(self, items: list) -> tuple[tuple[Example, ...], dict[str, Tensor] | None, list[UserError]]:
+        """(examples, tensors, errors). If no row can be used, the tensors are those of another row and there is no
+        example."""
         good = [item for item in items if not isinstance(item, UserError)]
-        faults = [item for item in items if isinstance(item, UserError)]
-        used = good or self.stand_in()
+        errors = [item for item in items if isinstance(item, UserError)]
+        used = good or self.find_usable()
         if not used:
-            return (), None, faults
-        examples, rows, pixels = zip(*used, strict=True)
-        tensors = self.processor.pad(list(rows))
-        tensors["pixel_values"] = torch.stack([p for row in pixels for p in row])
-        return examples if good else (), tensors, faults
+            return (), None, errors
+        examples, encoded, pixels = zip(*used, strict=True)
+        tensors = self.processor.pad(list(encoded))
+        tensors["pixel_values"] = torch.stack([image for row in pixels for image in row])
+        return examples if good else (), tensors, errors
 
-    def stand_in(self) -> list:
-        """The source's first row that can be used, if any."""
+    def find_usable(self) -> list:
+        """The first row of the source that can be used, if any."""
         items = (self[0, index] for index in range(len(self.source)))
         return list(islice((item for item in items if not isinstance(item, UserError)), 1))
 
 
 def loader(
-    source, processor: PaliGemmaProcessor, batches, with_suffix: bool, workers: int = 0, skip: Callable | None = None
-) -> Iterator:
-    """Batches of (examples, tensors), padded left, over `batches` of (epoch, index).
+    source: Source,
+    processor: PaliGemmaProcessor,
+    batches: Iterable[list[tuple[int, int]]],
+    with_suffix: bool,
+    workers: int = 0,
+    skip: Callable[[UserError], None] | None = None,
+    max_length: int | None = None,
+) -> Iterator[tuple[tuple[Example, ...], dict[str, Tensor]]]:
+    """(examples, tensors) of each of the `batches` of (epoch, index), padded on the left.
 
-    An evaluation loader has `with_suffix` False: the answer never enters its input. A bad row is handed to `skip` as a
-    UserError and left out; without `skip` it is raised. Of an empty batch, and of one that lost all its rows, the
-    tensors are a stand-in's and `examples` is empty: it is there for the shapes alone and must count nothing.
+    Without `with_suffix` the answer never enters the input. A bad row, or one of more than `max_length` tokens, is
+    passed to `skip` as a UserError and left out; without `skip` it is raised. For an empty batch, and for one that lost
+    all its rows, the tensors are those of another row and `examples` is empty: they keep processes in step and must not
+    count.
     """
-
-    fetch = _Fetch(source, processor, with_suffix)
-    for examples, tensors, faults in DataLoader(
+    fetch = Fetch(source, processor, with_suffix, max_length)
+    for examples, tensors, errors in DataLoader(
         fetch,
         batch_sampler=batches,
         collate_fn=fetch.collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     ):
-        for fault in faults:
+        for error in errors:
             if skip is None:
-                raise fault
-            skip(fault)
+                raise error
+            skip(error)
         if tensors is None:
-            raise UserError(f"{source.name}: none of its {len(source)} rows can be used: look at its pictures")
+            raise UserError(f"{source.name}: none of its {len(source)} rows can be used: check its images")
         yield examples, tensors

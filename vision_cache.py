@@ -1,13 +1,16 @@
-"""Vision features of a frozen tower, computed once per picture and kept: in memory up to a bound, then on disk.
+"""Features of images, encoded once and reused.
 
-An entry is found by a hash of everything that computes it: the picture's pixels, the weights of tower and projector,
-their configuration, dtype, device and autocast. So it cannot be stale: what changed has another name.
+`FeatureStore` keeps features under names that its user gives: an evaluation knows which images come again before it
+opens them. `VisionCache` names them by a hash of everything that they follow from: the pixels, the weights of tower and
+projector, their configuration, dtype, device and autocast. So an entry cannot be stale, in memory or on disk: when
+something changes, the name does.
 
-Shapes: n pictures, N patches, C the decoder's width.
+Shapes: n images, N patches, C hidden size of the decoder.
 """
 
 import hashlib
 import os
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,91 +21,123 @@ from torch import Tensor
 from differential_attention import DifferentialAttention
 from errors import UserError
 
+HASH_BYTES = 20
 
-class VisionCache:
-    """`features` stands in for `model.model.image_features`, with equal results."""
 
-    def __init__(self, model, memory_gb: float, folder: str | Path = ""):
-        """`model`: a PaliGemmaForConditionalGeneration; `folder`: where entries beyond `memory_gb` go, "" for nowhere.
+class FeatureStore:
+    """Features [N, C] of images by name, as `model.model.image_features` gives them."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model  # a PaliGemmaForConditionalGeneration
+        self.entries: dict[Hashable, Tensor] = {}
+        self.hits = self.misses = 0
+
+    @torch.no_grad()
+    def encode(self, names: list[Hashable], pixels: Mapping[Hashable, Tensor], batch_size: int | None = None) -> Tensor:
+        """Features [n, N, C] of the named images on the model's device, `batch_size` encoded at once (None: all).
+
+        `pixels` holds the images [3, S, S], best still on the CPU, that are not stored yet.
+        """
+        device = self.model.lm_head.weight.device
+        rows = {name: self.find(name) for name in names}
+        missing = [name for name, row in rows.items() if row is None]
+        self.hits, self.misses = self.hits + len(names) - len(missing), self.misses + len(missing)
+        if missing:
+            parts = torch.stack([pixels[name] for name in missing]).split(batch_size or len(missing))
+            encoded = torch.cat([self.model.model.image_features(part.to(device)) for part in parts])
+            for name, row in zip(missing, encoded, strict=True):
+                rows[name] = row
+                self.store(name, row)
+        return torch.stack([rows[name].to(device, non_blocking=True) for name in names])
+
+    def find(self, name: Hashable) -> Tensor | None:
+        """The stored features of an image, or None."""
+        return self.entries.get(name)
+
+    def store(self, name: Hashable, row: Tensor):
+        """Keep the features of an image."""
+        self.entries[name] = row.clone()  # a view would keep the whole batch in memory
+
+    def forget(self, names: Iterable[Hashable]):
+        """Drop these images, if they are stored."""
+        for name in names:
+            self.entries.pop(name, None)
+
+
+class VisionCache(FeatureStore):
+    """Features by content: `features` stands in for `model.model.image_features` of a frozen tower, results equal."""
+
+    def __init__(self, model: torch.nn.Module, memory_gb: float, folder: str | Path = ""):
+        """`folder`: where features beyond `memory_gb` of main memory are written, "" for nowhere.
 
         Raises UserError where the tower or the projector trains or holds differential attention: its features change.
         """
-        self.model, self.room = model, int(memory_gb * 1e9)
+        super().__init__(model)
+        self.free_bytes = int(memory_gb * 1e9)
         self.folder = Path(folder) if folder else None
-        self.kept: dict[str, Tensor] = {}
-        self.seen_weights, self.weights_hash = None, ""
-        self.hits = self.misses = 0
+        self.hashed_weights, self.weights_hash = None, ""
         parts = self.model.model.vision_tower, self.model.model.multi_modal_projector
         if any(p.requires_grad for part in parts for p in part.parameters()) or any(
             isinstance(module, DifferentialAttention) for part in parts for module in part.modules()
         ):
-            raise UserError("vision_cache_gb keeps the features of a frozen vision tower, and this one trains: give 0")
+            raise UserError("--vision_cache_gb: the features of a vision tower that trains change: set it to 0")
 
-    @torch.no_grad()
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Pictures [n, 3, S, S], best still on the CPU, -> features [n, N, C] on the model's device."""
-        device = self.model.lm_head.weight.device
-        told = self.told(pixel_values, device)
-        keys = [key_of(picture, told) for picture in pixel_values]
-        rows = {key: self.find(key) for key in keys}
-        missing = [key for key, row in rows.items() if row is None]
-        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
-        if missing:
-            pictures = pixel_values[[keys.index(key) for key in missing]].to(device)
-            computed = self.model.model.image_features(pictures)
-            for key, row in zip(missing, computed, strict=True):
-                rows[key] = row
-                self.keep(key, row)
-        return torch.stack([rows[key].to(device, non_blocking=True) for key in keys])
+        """Images [n, 3, S, S], best still on the CPU, -> features [n, N, C] on the model's device."""
+        context = self.context(pixel_values)
+        names = [content_name(image, context) for image in pixel_values]
+        return self.encode(names, dict(zip(names, pixel_values, strict=True)))
 
-    def find(self, key: str) -> Tensor | None:
-        path = self.folder / f"{key}.safetensors" if self.folder else None
-        if key in self.kept or path is None or not path.is_file():
-            return self.kept.get(key)
+    def find(self, name: str) -> Tensor | None:
+        path = self.folder / f"{name}.safetensors" if self.folder else None
+        if name in self.entries or path is None or not path.is_file():
+            return self.entries.get(name)
         try:
             return load_file(path)["features"]
-        except (SafetensorError, OSError, KeyError):  # cut off: computed again, written again
+        except (SafetensorError, OSError, KeyError):  # cut short: computed and written again
             return None
 
-    def keep(self, key: str, row: Tensor):
-        row = row.cpu().clone()  # a batch's row would keep the batch
+    def store(self, name: str, row: Tensor):
+        row = row.cpu().clone()
         size = row.numel() * row.element_size()
-        if size <= self.room:
-            self.kept[key] = row.pin_memory() if torch.cuda.is_available() else row
-            self.room -= size
+        if size <= self.free_bytes:
+            self.entries[name] = row.pin_memory() if torch.cuda.is_available() else row
+            self.free_bytes -= size
         elif self.folder is not None:
-            temporary = self.folder / f"{key}.{os.getpid()}.tmp"
+            temporary = self.folder / f"{name}.{os.getpid()}.tmp"
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_file({"features": row}, temporary)
-                os.replace(temporary, self.folder / f"{key}.safetensors")
+                os.replace(temporary, self.folder / f"{name}.safetensors")
             except (SafetensorError, OSError) as error:
                 temporary.unlink(missing_ok=True)
                 raise UserError(f"{self.folder}: cannot be written ({error}): free some space") from error
 
-    def told(self, pictures: Tensor, device: torch.device) -> bytes:
-        """What features follow from beside pixels; asked once a batch, since it looks at every weight."""
+    def context(self, images: Tensor) -> bytes:
+        """What features follow from besides pixels; computed once a batch, since it checks every weight."""
+        device = self.model.lm_head.weight.device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        shape = tuple(pictures.shape[1:])
-        return repr((self.weights(), device.type, autocast, pictures.dtype, shape, torch.__version__)).encode()
+        shape = tuple(images.shape[1:])
+        return repr((self.hash_weights(), device.type, autocast, images.dtype, shape, torch.__version__)).encode()
 
-    def weights(self) -> str:
-        """Hash of the tower and the projector, taken again when one of their tensors was replaced or written to."""
+    def hash_weights(self) -> str:
+        """Hash of tower and projector, computed again when one of their tensors was replaced or written to."""
         inner = self.model.model
         state = {**inner.vision_tower.state_dict(), **inner.multi_modal_projector.state_dict()}
-        now = tuple((name, t.data_ptr(), t._version, t.dtype) for name, t in state.items())
-        if now != self.seen_weights:
-            digest = hashlib.blake2b(repr(self.model.config.vision_config).encode(), digest_size=20)
+        versions = tuple((name, t.data_ptr(), t._version, t.dtype) for name, t in state.items())
+        if versions != self.hashed_weights:
+            digest = hashlib.blake2b(repr(self.model.config.vision_config).encode(), digest_size=HASH_BYTES)
             for name, tensor in state.items():
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(as_bytes(tensor))
-            self.seen_weights, self.weights_hash = now, digest.hexdigest()
+            self.hashed_weights, self.weights_hash = versions, digest.hexdigest()
         return self.weights_hash
 
 
-def key_of(picture: Tensor, told: bytes) -> str:
-    digest = hashlib.blake2b(told, digest_size=20)
-    digest.update(as_bytes(picture))
+def content_name(image: Tensor, context: bytes) -> str:
+    """Hash of an image's pixels and of what else its features follow from."""
+    digest = hashlib.blake2b(context, digest_size=HASH_BYTES)
+    digest.update(as_bytes(image))
     return digest.hexdigest()
 
 

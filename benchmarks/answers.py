@@ -2,9 +2,9 @@
 
     python benchmarks/answers.py
 
-Both read the stitched pictures from disk, preprocess, encode and generate greedily, untuned and under a LoRA adapter (a
-random one: what it says does not matter); the answers must be equal before anything is timed. Both in one process, turn
-by turn, one thread, process time; median over rounds of the ratio.
+Both read the stitched images from disk, preprocess, encode and generate greedily, untuned and under a LoRA adapter (a
+random one: what it says does not matter); the answers must be equal before anything is timed. Both in one process, in
+turn, one thread, process time; median over rounds of the ratio.
 """
 
 import itertools
@@ -34,7 +34,9 @@ from adapters import new_lora  # noqa: E402
 from finetune_original import Config as Finetune  # noqa: E402
 from haystack import ImagePool, read_pool  # noqa: E402
 from modeling_gemma import PaliGemmaForConditionalGeneration  # noqa: E402
-from needle_eval.mmneedle import Setting, build, read_questions  # noqa: E402
+from needle_eval.mmneedle import read_questions  # noqa: E402
+from needle_eval.mmneedle_build import build  # noqa: E402
+from needle_eval.mmneedle_prompts import Setting  # noqa: E402
 from needle_eval.questions import Question  # noqa: E402
 from needle_eval.runner import Answerer, answer_batches, plan_batches  # noqa: E402
 from processing_paligemma import PaliGemmaProcessor  # noqa: E402
@@ -45,7 +47,7 @@ NANO = ROOT / "assets" / "paligemma-nano"
 @dataclass
 class Config:
     rounds: int = 9  # timed rounds, after one that is not counted
-    samples: int = 64  # pictures, each searched for a thing that is there and for one that is not
+    samples: int = 64  # images, each searched for a thing that is there and for one that is not
     batch_size: int = 32  # questions answered at once
     protocol: str = "detect"  # what the embedded model can do untuned
     output: str = str(ROOT / "benchmarks" / "results" / "answers.json")
@@ -56,8 +58,8 @@ def ours(answerer: Answerer, batches: list[list[Question]]) -> list[str]:
         return [row["response"] for rows in answer_batches(answerer, batches) for row in rows]
 
 
-def theirs(model, processor, batches: list[list[Question]]) -> list[str]:
-    """The model card's way: every picture of every prompt opened, preprocessed and encoded."""
+def theirs(model: torch.nn.Module, processor: transformers.ProcessorMixin, batches: list[list[Question]]) -> list[str]:
+    """The model card's way: every image of every prompt opened, preprocessed and encoded."""
     texts = []
     for batch in batches:
         images = [[Image.open(path).convert("RGB") for path in question.images] for question in batch]
@@ -69,7 +71,7 @@ def theirs(model, processor, batches: list[list[Question]]) -> list[str]:
     return texts
 
 
-def pair(lora: bool, folder: str):
+def model_pair(lora: bool, folder: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Our model and theirs, with the same weights; `lora`: under the same adapter, as after fine-tuning."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(NANO)
     their_model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32).eval()
@@ -79,14 +81,14 @@ def pair(lora: bool, folder: str):
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.02)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft wonders about a base without a hub entry
+            warnings.simplefilter("ignore")  # peft warns about a base without a hub entry
             adapted.save_pretrained(folder, save_embedding_layers=False)
         their_model = PeftModel.from_pretrained(their_model, folder).eval()
     return model.eval(), their_model
 
 
 def measure(config: Config, lora: bool, questions: list[Question], folder: str) -> dict:
-    model, their_model = pair(lora, folder)
+    model, their_model = model_pair(lora, folder)
     answerer = Answerer(model, PaliGemmaProcessor.from_pretrained(NANO), Accelerator(cpu=True), torch.float32)
     their_processor = transformers.AutoProcessor.from_pretrained(NANO, backend="pil")
     batches = plan_batches(questions, config.batch_size)
@@ -113,7 +115,7 @@ def measure(config: Config, lora: bool, questions: list[Question], folder: str) 
 def main():
     config = tyro.cli(Config)
     torch.set_num_threads(1)
-    told = {
+    result = {
         "date": date.today().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, 1 thread, process time, float32",
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
@@ -126,9 +128,9 @@ def main():
         build(pool, Path(folder), setting, config.samples, seed=0, cell=64)
         questions = read_questions(folder, setting, config.protocol, config.samples)
         for name, lora in (("untuned", False), ("with LoRA", True)):
-            told[f"answers per second, {name}"] = measure(config, lora, questions, f"{folder}/adapter")
-    Path(config.output).write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(told, indent=2))
+            result[f"answers per second, {name}"] = measure(config, lora, questions, f"{folder}/adapter")
+    Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

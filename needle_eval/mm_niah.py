@@ -1,80 +1,84 @@
-"""MM-NIAH: needles in long documents of text and pictures (Wang et al., arXiv 2406.07230; OpenGVLab/MM-NIAH).
+"""MM-NIAH: needles in long documents of text and images (Wang et al., arXiv 2406.07230; OpenGVLab/MM-NIAH).
 
-Another benchmark than MMNeedle (arXiv 2406.11230), which haystack.py is about. Here are its reader, prompts, scoring
-rule and bins, and a small generated set in its schema to try them on. No MM-NIAH score is advertised: most documents
-are longer than the 8,192 positions of PaliGemma's decoder, which also takes all pictures before the text.
+This is another benchmark than MMNeedle (arXiv 2406.11230). Here are its reader, prompts, scoring rule and bins. No
+MM-NIAH score is advertised: most documents are longer than the 8,192 positions of PaliGemma's decoder, which also takes
+all images before the text.
 
-Context lengths are in tokens, text and pictures together, as the rows tell them; depths are fractions of the document.
+Context lengths are in tokens, text and images together, as the rows give them; depths are fractions of the document.
 """
 
 import bisect
-import hashlib
 import json
-import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from errors import UserError
-from haystack import PoolImage
-from needle_eval.questions import Question, check_distinct
+from needle_eval.questions import Question, check_some_image_exists, check_unique_ids, read_lines
 from needle_eval.statistics import mean_rate
 
+if TYPE_CHECKING:
+    from eval_mmnih import Config
+
 TASKS = ("retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image")
-MARK = "<image>"  # where a picture stands in the text
+FLAGS = ()  # no flags of its own
+LONG_QUESTIONS_ARE_WRONG = True  # a document that does not fit the model is answered wrong; other benchmarks refuse it
+IMAGE_MARK = "<image>"  # where an image stands in the text
 CONTEXT_BINS = (1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 40000, 48000, 64000)  # tokens, from here on
 DEPTH_BINS = 5
+MAX_NEW_TOKENS, MAX_NEW_TOKENS_COUNTING = 16, 32
+SOURCE = "give a folder of the release, or one of its files"
 
 
 # ---- questions
-def read_mm_niah(
-    path: str | Path, images: str | Path, tasks: Iterable[str] = TASKS, limit: int | None = None
-) -> list[Question]:
-    """The first `limit` questions, or all, of {task}.jsonl in the folder `path`, task by task.
+def load_questions(config: "Config") -> list[Question]:
+    """The first `config.samples` questions (0: all) of each task's {task}.jsonl in the folder `config.data`.
 
-    Or `path` is one such file, whose name starts with its task: the released counting-text-easy.jsonl. Pictures are
-    looked for below `images`; they are not opened here. Raises UserError naming the file and line of a bad row.
+    Or `config.data` is one such file, whose name starts with its task: the released counting-text-easy.jsonl. Images
+    are below `config.image_folder`, by default the data folder. Prompts are flattened, `config.prefix` before them.
+    Raises UserError that names the file and line of a bad row, and when none of the images exists.
     """
-    questions = []
-    for task, file in _files(Path(path), tuple(tasks)).items():
-        rows = [_question(f"{file}:{n}", task, line, Path(images)) for n, line in _lines(file, limit)]
-        if not rows:
-            raise UserError(f"{file}: holds no question: take the file from the release, or leave {task} out")
-        check_distinct(rows, file)
-        questions += rows
+    if config.data.partition(":")[0] == "haystack":
+        raise UserError(f"--benchmark=mm-niah --data={config.data}: give the folder or a file of the released MM-NIAH")
+    images = Path(config.image_folder or config.data)
+    files = task_files(Path(config.data)).items()
+    questions = [
+        question for task, file in files for question in read_task(file, task, images, config.prefix, config.samples)
+    ]
+    check_some_image_exists(questions, "give their folder by --image_folder")
     return questions
 
 
-def _files(path: Path, tasks: tuple[str, ...]) -> dict[str, Path]:
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UserError(f"MM-NIAH has no task {unknown[0]!r}: give some of {', '.join(TASKS)}")
+def task_files(path: Path) -> dict[str, Path]:
+    """Task -> file: all tasks of a folder, or the one of a file."""
     if not path.is_file():
-        return {task: path / f"{task}.jsonl" for task in tasks}
-    named = [task for task in tasks if path.name.startswith(task)]
+        return {task: path / f"{task}.jsonl" for task in TASKS}
+    named = [task for task in TASKS if path.name.startswith(task)]
     if not named:
-        raise UserError(f"{path}: its name starts with no task of {', '.join(tasks)}: rename it or give its task")
+        raise UserError(f"{path}: its name starts with no task of {', '.join(TASKS)}: rename the file")
     return {named[0]: path}
 
 
-def _lines(path: Path, limit: int | None) -> list[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}): give a folder of the release, or one of its files"
-        ) from error
-    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()][:limit]
+def read_task(file: Path, task: str, images: Path, prefix: str = "", limit: int = 0) -> list[Question]:
+    """The first `limit` questions (0: all) of a task's file. Images are below `images` and are not opened here.
+
+    Raises UserError that names the file and line of a bad row.
+    """
+    questions = [read_row(name, task, line, images, prefix) for name, line in read_lines(file, limit, SOURCE)]
+    if not questions:
+        raise UserError(f"{file}: holds no question: take the file from the release, or leave {task} out")
+    check_unique_ids(questions, file)
+    return questions
 
 
-def _question(name: str, task: str, line: str, images: Path) -> Question:
+def read_row(name: str, task: str, line: str, images: Path, prefix: str) -> Question:
+    """The question of one line; `name` is its file and number."""
+    fix = "correct or delete the line"
     try:
         row = json.loads(line)
         meta = row["meta"]
-        told = {
+        fields = {
             "question_id": row["id"],
             "context_length": meta["context_length"],
             "placed_depth": meta["placed_depth"],
@@ -83,42 +87,54 @@ def _question(name: str, task: str, line: str, images: Path) -> Question:
         if task.startswith("counting") and isinstance(answer, str):
             answer = json.loads(answer)  # some released files have the list as a string
         question, paths = build_question(row)
-        depth_bin(told["placed_depth"])  # both raise for what has no bin
-        context_bin(told["context_length"])
+        depth_bin(fields["placed_depth"])  # both raise for what has no bin
+        context_bin(fields["context_length"])
         prompt = row["context"] + "\n" + question
         files = tuple(str(images / path) for path in paths)
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{name}: no MM-NIAH row ({type(error).__name__}: {error}): mend or delete the line") from error
+        raise UserError(f"{name}: no MM-NIAH row ({type(error).__name__}: {error}): {fix}") from error
     choices = len(meta.get("choices") or meta.get("choices_image_path") or ())
-    if not _answer_fits(task, answer, choices):
-        raise UserError(f"{name}: answer {answer!r} is none for {task} with {choices} choices: mend or delete the line")
-    if prompt.count(MARK) != len(paths):
-        raise UserError(f"{name}: {prompt.count(MARK)} {MARK} marks for {len(paths)} pictures: mend or delete the line")
-    told |= {"question": question, "answer": answer}
-    tokens = 32 if task.startswith("counting") else 16
-    return Question(f"mm-niah/{task}/{row['id']}", task, files, prompt, answer, tokens, told)
+    if not answer_fits(task, answer, choices):
+        raise UserError(f"{name}: answer {answer!r} is none for {task} with {choices} choices: {fix}")
+    if prompt.count(IMAGE_MARK) != len(paths):
+        raise UserError(f"{name}: {prompt.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(paths)} images: {fix}")
+    return Question(
+        id=f"mm-niah/{task}/{row['id']}",
+        setting=task,
+        images=files,
+        prompt=prefix + flatten_prompt(prompt),
+        ground_truth=answer,
+        max_new_tokens=MAX_NEW_TOKENS_COUNTING if task.startswith("counting") else MAX_NEW_TOKENS,
+        fields=fields | {"question": question, "answer": answer},
+    )
 
 
 def build_question(row: dict) -> tuple[str, list[str]]:
-    """A row's question with its choices and the official instruction, and all its pictures in prompt order.
+    """A row's question with its choices and the official instruction, and all its images in prompt order.
 
-    The prompt is context, newline, question (get_input in utils/tools.py of OpenGVLab/MM-NIAH). Raises ValueError for
-    choices of both kinds.
+    The official prompt is context, newline, question (get_input in utils/tools.py of OpenGVLab/MM-NIAH). Raises
+    ValueError for choices of both kinds.
     """
     meta, images = row["meta"], list(row["images_list"])
-    choices, pictures = meta.get("choices"), meta.get("choices_image_path")
-    if choices and pictures:
+    choices, choice_images = meta.get("choices"), meta.get("choices_image_path")
+    if choices and choice_images:
         raise ValueError("choices and choices_image_path exclude each other")
-    shown = [MARK] * len(pictures) if pictures else choices or []
+    shown = [IMAGE_MARK] * len(choice_images) if choice_images else choices or []
     lines = [row["question"], *(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(shown))]
     if shown:
         lines.append("Answer with the option's letter from the given choices directly.")
     else:
         lines.append("Answer the question using a single word or phrase.")
-    return "\n".join(lines), images + list(pictures or [])
+    return "\n".join(lines), images + list(choice_images or [])
 
 
-def _answer_fits(task: str, answer: object, choices: int) -> bool:
+def flatten_prompt(prompt: str) -> str:
+    """A prompt without its `<image>` marks: PaliGemma takes all images, in their order, before the text."""
+    return prompt.replace(IMAGE_MARK, "")
+
+
+def answer_fits(task: str, answer: object, choices: int) -> bool:
+    """Whether a ground truth has the type that its task asks for: a list of counts, an option's number, or a text."""
     if task.startswith("counting"):
         return isinstance(answer, list) and bool(answer) and all(type(count) is int for count in answer)
     if choices:
@@ -126,32 +142,28 @@ def _answer_fits(task: str, answer: object, choices: int) -> bool:
     return isinstance(answer, str) and bool(answer.strip())
 
 
-def flatten_prompt(prompt: str) -> str:
-    """A prompt without its `<image>` marks: PaliGemma takes all pictures, in their order, before the text."""
-    return prompt.replace(MARK, "")
-
-
-# ---- scores
+# ---- answers
 def score_answer(response: str | None, truth: object) -> float:
     """The official score of a response in [0, 1], by the type of the truth; None scores 0.
 
     A list: the share of positions that match, in json; more entries are free. An int: the option's letter, or its
     number from 0. A string: found as whole words, both sides through `vqa_normalise`. So "not a banana" is right for
-    banana, and "B, because" wrong for B: the rule is kept as it is (is_correct in calculate_scores.py of
+    banana, and "B, because" wrong for B: the official rule, unchanged (is_correct in calculate_scores.py of
     OpenGVLab/MM-NIAH).
     """
     if response is None:
         return 0.0
     response = response.strip(".")
     if isinstance(truth, list):
-        return _score_list(response, truth)
+        return score_list(response, truth)
     if isinstance(truth, int):
-        return float(_option(response) == truth)
+        return float(read_option(response) == truth)
     words = re.escape(vqa_normalise(truth))
     return float(re.search(rf"\b{words}\b", vqa_normalise(response)) is not None)
 
 
-def _score_list(response: str, truth: list) -> float:
+def score_list(response: str, truth: list) -> float:
+    """The share of positions of `truth` that a json list, or all lists of a json object, has right."""
     try:
         given = json.loads(response.replace("json", "").replace("```", "").strip())
         if isinstance(given, dict):
@@ -163,7 +175,7 @@ def _score_list(response: str, truth: list) -> float:
     return sum(g == t for g, t in zip(given, truth, strict=False)) / len(truth)
 
 
-def _option(response: str) -> int | None:
+def read_option(response: str) -> int | None:
     """The option, counted from 0, that a response names."""
     if response.isdecimal() and len(response) < 4000:  # Python refuses to read longer ones
         return int(response)
@@ -230,11 +242,17 @@ def depth_bin(depth: float | list[float]) -> int:
     return min(int(depth / (1 / DEPTH_BINS)), DEPTH_BINS - 1)
 
 
-def score_mm_niah(rows: Iterable[dict]) -> dict:
-    """Scores of answer rows (`haystack.Question`) by the official rule, and beside it the plain mean over the rows.
+# ---- scores
+def is_correct(row: dict) -> bool:
+    """Whether an answer row has the full official score."""
+    return score_answer(row["response"], row["ground_truth"]) == 1
+
+
+def score(rows: list[dict]) -> dict:
+    """Scores of answer rows (`questions.Question`) by the official rule, and beside it the plain mean over the rows.
 
     {"tasks": {task: {...}}, "overall": ...}, fractions of 1. A task has n, dropped (rows below 1000 tokens, in no
-    score), broken (responses of None), "cells" [context bin][depth bin] and "mean", each as `intervals.mean_rate`;
+    score), broken (responses of None), "cells" [context bin][depth bin] and "mean", each as `statistics.mean_rate`;
     "by_context" and their mean "official", where a bin's score is the mean of its five depth cells and a cell without
     rows counts 0 (calculate_scores.py of OpenGVLab/MM-NIAH). "overall" is the mean of the tasks, None unless all six
     are there. Raises UserError for a row that is no answer to an MM-NIAH question.
@@ -244,255 +262,96 @@ def score_mm_niah(rows: Iterable[dict]) -> dict:
         if row["setting"] not in TASKS or not {"context_length", "placed_depth"} <= row.keys():
             raise UserError(f"{row['id']}: no answer to an MM-NIAH question: give the answers file of an MM-NIAH run")
         by_task.setdefault(row["setting"], []).append(row)
-    tasks = {task: _score_task(by_task[task]) for task in TASKS if task in by_task}
-    return {"tasks": tasks, "overall": _overall(list(tasks.values())) if len(tasks) == len(TASKS) else None}
+    tasks = {task: score_task(by_task[task]) for task in TASKS if task in by_task}
+    return {"tasks": tasks, "overall": score_overall(list(tasks.values())) if len(tasks) == len(TASKS) else None}
 
 
-def _score_task(rows: list[dict]) -> dict:
-    kept = [row for row in rows if context_bin(row["context_length"]) is not None]
+def score_task(rows: list[dict]) -> dict:
+    """Scores of one task's rows, by context bin and depth bin."""
+    binned = [row for row in rows if context_bin(row["context_length"]) is not None]
     scores = [[[] for _ in range(DEPTH_BINS)] for _ in CONTEXT_BINS]
-    for row in kept:
-        score = score_answer(row["response"], row["ground_truth"])
-        scores[context_bin(row["context_length"])][depth_bin(row["placed_depth"])].append(score)
+    for row in binned:
+        value = score_answer(row["response"], row["ground_truth"])
+        scores[context_bin(row["context_length"])][depth_bin(row["placed_depth"])].append(value)
     cells = [[mean_rate(cell) for cell in column] for column in scores]
-    by_context = [_mean([cell["rate"] or 0.0 for cell in column]) for column in cells]
+    by_context = [average([cell["rate"] or 0.0 for cell in column]) for column in cells]
     return {
-        "n": len(kept),
-        "dropped": len(rows) - len(kept),
-        "broken": sum(row["response"] is None for row in kept),
-        "official": _mean(by_context),
-        "mean": mean_rate([score for column in scores for cell in column for score in cell]),
+        "n": len(binned),
+        "dropped": len(rows) - len(binned),
+        "broken": sum(row["response"] is None for row in binned),
+        "official": average(by_context),
+        "mean": mean_rate([value for column in scores for cell in column for value in cell]),
         "by_context": by_context,
         "cells": cells,
     }
 
 
-def _overall(tasks: list[dict]) -> dict:
-    by_context = [_mean(column) for column in zip(*(task["by_context"] for task in tasks), strict=True)]
+def score_overall(tasks: list[dict]) -> dict:
+    """The means of all tasks' scores."""
+    by_context = [average(column) for column in zip(*(task["by_context"] for task in tasks), strict=True)]
     rates = [task["mean"]["rate"] for task in tasks]
     return {
-        "official": _mean(by_context),
-        "mean": None if None in rates else _mean(rates),
+        "official": average(by_context),
+        "mean": None if None in rates else average(rates),
         "by_context": by_context,
     }
 
 
-def _mean(values: Iterable[float]) -> float:
+def average(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
 
 
-def mm_niah_table(scores: dict) -> list[str]:
-    """Lines to print of `score_mm_niah`'s scores, in percent; a context bin without rows reads "-" and counts 0."""
+# ---- what is printed and written
+def format_table(scores_by_model: dict[str, dict]) -> list[str]:
+    """Lines to print, a block for each model: percent; a context bin without rows reads "-" and counts 0."""
     bins = [f"{length // 1000}k" for length in CONTEXT_BINS]
-    lines = [_line("MM-NIAH", "n", "dropped", "official", "mean over rows", bins)]
-    for task, found in scores["tasks"].items():
-        mean = found["mean"]
-        interval = f"{_percent(mean['rate'])} [{_percent(mean['low'])}, {_percent(mean['high'])}]"
-        filled = [any(cell["n"] for cell in column) for column in found["cells"]]
-        contexts = [_percent(score if rows else None) for score, rows in zip(found["by_context"], filled, strict=True)]
-        lines.append(_line(task, found["n"], found["dropped"], _percent(found["official"]), interval, contexts))
-    overall = scores["overall"]
-    if overall is None:
-        return [*lines, f"no overall score: {len(scores['tasks'])} of {len(TASKS)} tasks"]
-    contexts = [_percent(score) for score in overall["by_context"]]
-    return [*lines, _line("overall", "", "", _percent(overall["official"]), _percent(overall["mean"]), contexts)]
+    lines = []
+    for model, scores in scores_by_model.items():
+        lines += [f"\n{model}", format_line("MM-NIAH", "n", "dropped", "official", "mean over rows", bins)]
+        for task, found in scores["tasks"].items():
+            mean = found["mean"]
+            interval = f"{percent(mean['rate'])} [{percent(mean['low'])}, {percent(mean['high'])}]"
+            filled = [any(cell["n"] for cell in column) for column in found["cells"]]
+            contexts = [
+                percent(value if rows else None) for value, rows in zip(found["by_context"], filled, strict=True)
+            ]
+            lines.append(
+                format_line(task, found["n"], found["dropped"], percent(found["official"]), interval, contexts)
+            )
+        overall = scores["overall"]
+        if overall is None:
+            lines.append(f"no overall score: {len(scores['tasks'])} of {len(TASKS)} tasks")
+        else:
+            contexts = [percent(value) for value in overall["by_context"]]
+            official, mean = percent(overall["official"]), percent(overall["mean"])
+            lines.append(format_line("overall", "", "", official, mean, contexts))
+    return lines
 
 
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.1f}"
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def _line(name: str, n: object, dropped: object, official: str, mean: str, contexts: list[str]) -> str:
+def format_line(name: str, n: object, dropped: object, official: str, mean: str, contexts: list[str]) -> str:
     columns = "".join(f"{cell:>6}" for cell in contexts)
     return f"{name:16} {n:>6} {dropped:>8} {official:>9}  {mean:20}{columns}".rstrip()
 
 
-# ---- answers in the official form
-def output_name(model: str, task: str, split: str) -> str:
-    """The file name that the official scorer takes apart. `split`: val, test, rag-val or rag-test."""
-    if task not in TASKS or split not in ("val", "test", "rag-val", "rag-test") or "/" in model:
-        raise UserError(f"{model}_{task}-{split}: needs a model without a slash, a task, and val or test as the split")
-    return f"{model}_{task}-{split}.jsonl"
+def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
+    """Write {model}_{task}-val.jsonl of each task, the names and rows that the official scorer takes apart.
 
-
-def output_rows(rows: Iterable[dict]) -> list[dict]:
-    """Answer rows of one task as the official scorer reads them. No response is written "None", as its runners do."""
-    kept = ("question_id", "question", "answer", "response", "context_length", "placed_depth")
-    return [{key: "None" if row[key] is None else row[key] for key in kept} for row in rows]
-
-
-# ---- a small generated set
-WORDS = 250  # of every document, beside its needles
-PICTURE_TOKENS = 256  # PaliGemma's at 224 pixels
-PICTURES = (3, 7, 15)  # of a document: with the words enough for the 1k, 2k and 4k bins
-SENTENCES = (
-    "On Monday the {} was left beside the {}.",
-    "Nobody at the harbour had asked for the {} or the {}.",
-    "The baker would trade the {} for the {} any day.",
-    "Rain fell on the {} and on the {} alike.",
-    "A child drew the {} with the {} behind it.",
-    "In the attic stood the {}, and under it the {}.",
-)
-
-
-def make_mini_set(folder: str | Path, pool_pictures: list[PoolImage], seed: int, rows_per_task: int):
-    """Write {task}.jsonl of all six tasks, in the released schema, and their pictures below `folder`/images.
-
-    The documents are our own sentences and the pool's pictures, 1,000 to 4,200 tokens long if a word is one token and a
-    picture 256. Fifteen rows fill three context bins (ten fill two of counting-image, whose answer must fit 32 tokens)
-    by five depths. The same arguments give the same bytes. Raises UserError for a pool of fewer than 24 captions, and
-    for a folder that cannot be written.
+    No response is written "None", as the official runners do.
     """
-    folder, things = Path(folder), {picture.caption: picture for picture in pool_pictures}
-    if len(things) < 24:
-        raise UserError(f"the pool has {len(things)} captions, a document needs 24: give more pictures")
-    try:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        studio = _Studio(folder / "images", things)
-        for task in TASKS:
-            rows = [_mini_row(task, number, seed, studio) for number in range(rows_per_task)]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{task}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}): give another folder") from error
-
-
-@dataclass
-class _Studio:
-    """Makes the pictures: captions' drawings on white, 128 pixels a side, as png files in `images`."""
-
-    images: Path
-    things: dict[str, PoolImage]
-    shown: dict[str, str] = field(default_factory=dict)
-
-    def draw(self, grid: int, *placed: tuple[str, int]) -> str:
-        """The file name of a picture of (caption, cell), cells counted row by row in a grid x grid raster."""
-        side = 128 // grid
-        canvas = Image.new("RGB", (128, 128), "white")
-        for caption, cell in placed:
-            drawing = self.things[caption].open().resize((side, side), Image.Resampling.LANCZOS)
-            canvas.paste(drawing, (cell % grid * side, cell // grid * side), drawing)
-        name = f"{hashlib.sha256(canvas.tobytes()).hexdigest()[:16]}.png"  # equal pictures are one file
-        canvas.save(self.images / name)
-        return name
-
-    def show(self, caption: str) -> str:
-        if caption not in self.shown:
-            self.shown[caption] = self.draw(1, (caption, 0))
-        return self.shown[caption]
-
-
-def _mini_row(task: str, number: int, seed: int, studio: _Studio) -> dict:
-    rng = random.Random(f"{seed}/{task}/{number}")
-    captions = rng.sample(sorted(studio.things), 24)
-    sizes = PICTURES[:2] if task == "counting-image" else PICTURES
-    size = sizes[number % len(sizes)]
-    needles, question, answer, choices = MAKERS[task](rng, captions[:6], studio, size)
-    depths = sorted((number % DEPTH_BINS + rng.random()) / DEPTH_BINS for _ in needles)
-    if task == "counting-image":
-        depths[0] = 0.0  # the pattern to count opens the document
-    context, images = _document(rng, list(zip(depths, needles, strict=True)), captions[6:], studio, size)
-    if task == "counting-image":
-        del depths[0]  # and is not to be found
-    text_length, image_length = len(context.replace(MARK, "").split()), PICTURE_TOKENS * len(images)
-    meta = {
-        "placed_depth": depths if len(depths) > 1 else depths[0],
-        "context_length": text_length + image_length,
-        "context_length_text": text_length,
-        "context_length_image": image_length,
-        "num_images": len(images),
-        "needles": [picture or text for text, picture in needles],
-        "choices": None,
-        "choices_image_path": None,
-        "category": task,
-    }
-    return {
-        "id": number,
-        "images_list": images,
-        "context": context,
-        "question": question,
-        "answer": answer,
-        "meta": meta | choices,
-    }
-
-
-def _document(rng, placed: list[tuple], captions: list[str], studio: _Studio, size: int) -> tuple[str, list[str]]:
-    """Text and pictures of a document that holds (depth, (text, picture)) pieces among sentences and other pictures."""
-    sentences = _sentences(rng, captions)
-    more = size - sum(picture is not None for _, (_, picture) in placed)
-    pieces = [
-        *placed,
-        *((rng.random(), (MARK, studio.show(caption))) for caption in captions[:more]),
-        *((i / len(sentences), (sentence, None)) for i, sentence in enumerate(sentences)),
-    ]
-    pieces.sort(key=lambda piece: piece[0])
-    texts, pictures = zip(*(piece for _, piece in pieces), strict=True)
-    return "\n".join(texts), [picture for picture in pictures if picture]
-
-
-def _sentences(rng: random.Random, captions: list[str]) -> list[str]:
-    sentences, words = [], 0
-    while words < WORDS:
-        sentences.append(rng.choice(SENTENCES).format(*rng.sample(captions, 2)))
-        words += len(sentences[-1].split())
-    return sentences
-
-
-# A maker returns the needles in order as (text, None) or (MARK, picture), the question, the answer, and its choices.
-def _retrieval_text(rng, captions, studio, size):
-    person, thing = captions[:2]
-    needle = f"The secret word of the {person} is {thing}."
-    return [(needle, None)], f"What is the secret word of the {person}?", thing, {}
-
-
-def _counting_text(rng, captions, studio, size):
-    counts = rng.sample(range(2, 10), 3)
-    needles = [(f"That day the keeper saw the {captions[0]} {count} times.", None) for count in counts]
-    question = f"How many times did the keeper see the {captions[0]} each day? Give a list in the text's order: [4, 2]"
-    return needles, question, counts, {}
-
-
-def _reasoning_text(rng, captions, studio, size):
-    first, second, third = captions[:3]
-    pairs = [(first, second), (second, third)]
-    rng.shuffle(pairs)
-    asked = rng.sample([first, second, third], 3)
-    needles = [(f"The {a} is taller than the {b}.", None) for a, b in pairs]
-    return needles, "Which is the tallest, the {}, the {} or the {}?".format(*asked), first, {}
-
-
-def _retrieval_image(rng, captions, studio, size):
-    pictures = [studio.show(caption) for caption in captions[:4]]
-    answer = rng.randrange(4)
-    question = "Which of these pictures is in the document?"
-    return [(MARK, pictures[answer])], question, answer, {"choices_image_path": pictures}
-
-
-def _counting_image(rng, captions, studio, size):
-    pattern, other = captions[:2]
-    counts = [rng.randint(0, 3) for _ in range(size - 1)]
-    pictures = [studio.show(pattern)]
-    for count in counts:
-        cells = rng.sample(range(16), 4)
-        pictures.append(studio.draw(4, *((pattern if i < count else other, cell) for i, cell in enumerate(cells))))
-    question = "How often is the first picture's thing in each of the others? Give a list in their order: [1, 0]"
-    return [(MARK, picture) for picture in pictures], question, counts, {}
-
-
-def _reasoning_image(rng, captions, studio, size):
-    cells = rng.sample(range(4), 2)  # of the first row
-    answer = int(cells[0] < cells[1])
-    pictures = [studio.draw(4, (captions[0], cell)) for cell in cells]
-    question = f"Two pictures show the {captions[0]} small. Where does it go from the first to the second?"
-    return [(MARK, picture) for picture in pictures], question, answer, {"choices": ["to the left", "to the right"]}
-
-
-MAKERS = {
-    "retrieval-text": _retrieval_text,
-    "counting-text": _counting_text,
-    "reasoning-text": _reasoning_text,
-    "retrieval-image": _retrieval_image,
-    "counting-image": _counting_image,
-    "reasoning-image": _reasoning_image,
-}
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = ("question_id", "question", "answer", "response", "context_length", "placed_depth")
+    files = []
+    for task in dict.fromkeys(row["setting"] for row in rows):
+        lines = [
+            json.dumps({key: "None" if row[key] is None else row[key] for key in columns}) + "\n"
+            for row in rows
+            if row["setting"] == task
+        ]
+        files.append(folder / f"{model_name}_{task}-val.jsonl")
+        files[-1].write_text("".join(lines), encoding="utf-8")
+    return files

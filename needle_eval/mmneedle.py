@@ -1,130 +1,88 @@
-"""MMNeedle (Wang et al., arXiv 2406.11230, NAACL 2025): its released files read, its prompts built, its schema written.
+"""MMNeedle (Wang et al., arXiv 2406.11230, NAACL 2025): reading its files, scoring its answers, printing its tables.
 
-A setting is M pictures of N x N cells and K needles. The release holds stitched pictures, which picture of COCO lies in
-which cell, and annotations: rows of pictures, the needle's place and its target. What `build` writes has the same
-files and keys, so that one reader serves both. This is not MM-NIAH, which `mm_niah.py` reads.
+A setting is M images of N x N cells and K needles. The release holds stitched images, which COCO image is in which
+cell, and annotations: rows of images, the needle's place and its target. `mmneedle_build.py` writes haystacks of other
+images with the same files and keys, so that one reader serves both. This is not MM-NIAH, which `mm_niah.py` reads.
+No torch is imported here.
 """
 
 import gzip
-import hashlib
 import json
 import math
 import pickle
-import random
 import re
 from collections import Counter
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from boxes import locs_to_boxes
 from errors import UserError
-from files import atomic_folder, write_json
-from haystack import ImagePool, PoolImage, clean, needle_prompt
-from needle_eval.questions import Question, check_distinct, normalise
-from needle_eval.statistics import mcnemar_exact, paired_bootstrap, rate
+from files import write_json
+from needle_eval.mmneedle_build import build_haystacks
+from needle_eval.mmneedle_prompts import (
+    ABSENT,
+    PROTOCOLS,
+    Setting,
+    check_protocol,
+    make_candidates,
+    make_prompts,
+    make_settings,
+)
+from needle_eval.mmneedle_rules import cell_of_box, is_well_formed, parse_lenient, prepare_rows, score_strict
+from needle_eval.questions import Question, check_some_image_exists, check_unique_ids
+from needle_eval.statistics import rate
 
-ABSENT = "-1"
-PROTOCOLS = {  # and the longest answer, in tokens a needle
-    "official": 30,  # the benchmark's prompt, word for word
-    "finetuned": 12,  # a short question in PaliGemma's form, answered "1, 2, 1" or "-1"
-    "rank": 12,  # the short question; every possible answer is weighed, none generated: a metric of its own
-    "quadrant": 100,  # two questions about halves (arXiv 2507.15875), 2 x 2 only
-    "detect": 40,  # PaliGemma's own task; the cell is where the box has its centre
-}
-ROWS = {1: 1000, 2: 100, 5: 100}  # positives, and negatives, that the paper evaluates, by number of needles
-NEGATIVES_FROM = 5000  # ids below are positives
-BUILDER = 2  # raise it when `build` would write other bytes: older caches are then left alone
+if TYPE_CHECKING:
+    from eval_mmnih import Config
 
-
-@dataclass(frozen=True)
-class Setting:
-    """M pictures a question, N x N cells a picture, K needles."""
-
-    images: int
-    grid: int
-    needles: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.images}x{self.grid}x{self.grid}" + (f" K={self.needles}" if self.needles > 1 else "")
-
-    @property
-    def annotations(self) -> str:
-        start = f"{self.needles}_" if self.needles > 1 else ""
-        return f"{start}annotations_{self.images}_{self.grid}_{self.grid}.json"
-
-    def cells(self) -> list[tuple[int, int, int]]:
-        """Every (picture, row, column), counted from 0."""
-        return list(product(range(self.images), range(self.grid), range(self.grid)))
+FLAGS = ("split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
+NAME_FLAGS = ("protocol", "data")  # always part of an evaluation folder's name
+HAS_CELLS = True  # its scores are drawn as maps of cells, and models side by side
+SAMPLES = {1: 1000, 2: 100, 5: 100}  # positives, and negatives, that the paper evaluates, by number of needles
+SAMPLES_OTHERWISE = 100
+PLACE_PROTOCOLS = ("finetuned", "official", "rank")  # they answer a place in words: attention on it can be measured
 
 
-def settings(images, grids, needles) -> list[Setting]:
-    """All combinations but one cell alone, which the benchmark leaves out. Raises UserError when nothing is left."""
-    shapes = dict.fromkeys(product(images, grids, needles))  # a number given twice is one setting
-    found = [Setting(*shape) for shape in shapes if shape[:2] != (1, 1)]
-    if not found or any(min(s.images, s.grid, s.needles) < 1 for s in found):
-        raise UserError(
-            f"--images {images} --grids {grids} --needles {needles}: give numbers from 1, and not 1 x 1 alone"
-        )
-    return found
+# ---- questions
+def load_questions(config: "Config") -> list[Question]:
+    """The questions of all settings, from the release in the folder `config.data` or from haystacks that are built.
+
+    Raises UserError for flags that do not go together, for files that are missing or not the release's, and when none
+    of the images exists.
+    """
+    settings = make_settings(config.images, config.grids, config.needles)
+    for setting in settings:
+        check_protocol(config.protocol, setting)
+    if config.attention and config.protocol not in PLACE_PROTOCOLS:
+        raise UserError(f"--attention: needs a protocol that answers a place: {', '.join(PLACE_PROTOCOLS)}")
+    folder = build_haystacks(config, settings) if config.data.partition(":")[0] == "haystack" else Path(config.data)
+    questions = [
+        question
+        for setting in settings
+        for question in read_questions(folder, setting, config.protocol, config.samples, config.per_cell, config.prefix)
+    ]
+    check_some_image_exists(questions, "complete the data folder")
+    return questions
 
 
-# ---- prompts
-def official_prompt(setting: Setting, captions: list[str]) -> str:
-    """The benchmark's data-protocol prompt, word for word; captions stand in it as the release has them."""
-    images = "images" if setting.images > 1 else "image"
-    subimages = "subimages" if setting.grid > 1 else "subimage"
-    head = (
-        f"Given {setting.images} {images} indexed from 1 to {setting.images}, each divided into "
-        f"{setting.grid}*{setting.grid} {subimages}, identify the "
-    )
-    example = "For example, '1, 2, 3' indicates the subimage in the first image, second row, and third column. "
-    if setting.needles == 1:
-        return (
-            f"{head}subimage that best matches the provided caption. Respond with 'index, row, column' and nothing "
-            f"else. {example}If no match is found, respond only with '-1'.\nCaption: {captions[0]}"
-        )
-    form = "; ".join(f"index_{k}, row_{k}, column_{k}" for k in range(1, setting.needles + 1))
-    listed = "\n".join(f"Caption_{k}: {caption}" for k, caption in enumerate(captions, 1))
-    return (
-        f"{head}subimages that best match the provided {setting.needles} captions. Respond in the format: {form}. Only "
-        f"provide this information. {example}If no subimage matches a caption, respond with '-1' for that caption.\n"
-        f"{listed}"
-    )
-
-
-def short_prompt(captions: list[str]) -> str:
-    """The question of `needle_prompt`, several captions joined with "; "."""
-    return needle_prompt("; ".join(clean(caption) for caption in captions))
-
-
-def quadrant_prompts(caption: str) -> dict[str, str]:
-    """The two questions of arXiv 2507.15875's evaluation, word for word: a caption's own full stop makes two."""
-    return {
-        "rows": f"Caption: {caption}. Where is the caption? Top or Bottom?",
-        "columns": f"Caption: {caption}. Where is the caption? Left or Right?",
-    }
-
-
-# ---- the release
 def read_questions(
     folder: str | Path, setting: Setting, protocol: str, samples: int = 0, per_cell: int = 0, prefix: str = ""
 ) -> list[Question]:
     """The first `samples` positives and negatives of a setting (0: the paper's number), asked in `protocol`.
 
-    `per_cell` takes so many positives of every cell instead, `prefix` is put before every prompt. `quadrant` asks
-    positives only, each twice. A row without caption, picture or place becomes a question with told["error"], which
-    counts as wrong. Raises UserError for files that are not there or are none of the release's.
+    `per_cell` takes that many positives of every cell instead, `prefix` is put before every prompt. `quadrant` asks
+    positives only, each twice. A row without caption, image or place becomes a question with an error, which counts as
+    wrong. Raises UserError for files that are missing or not the release's.
     """
     check_protocol(protocol, setting)
     folder = Path(folder)
     rows, captions = read_release(folder, setting.annotations), read_captions(folder)
     kinds = {"positive": [], "negative": []}
-    for at, row in enumerate(rows if isinstance(rows, list) else [None]):
+    for number, row in enumerate(rows if isinstance(rows, list) else [None], 1):
         if not isinstance(row, dict) or not {"id", "index"} <= set(row):
-            raise UserError(f"{folder}: {setting.annotations}, row {at + 1} has no id or index: download it again")
+            raise UserError(f"{folder}: {setting.annotations}, row {number} has no id or index: download it again")
         kinds["negative" if row["index"] == -1 or row["index"] == [-1] * setting.needles else "positive"].append(row)
-    samples = samples or ROWS.get(setting.needles, 100)
+    samples = samples or SAMPLES.get(setting.needles, SAMPLES_OTHERWISE)
     chosen = {kind: rows[:samples] for kind, rows in kinds.items()}
     if per_cell:
         chosen["positive"] = first_per_cell(kinds["positive"], setting, per_cell)
@@ -136,27 +94,15 @@ def read_questions(
         for row in rows
         for question in ask(folder, setting, protocol, kind, row, captions, prefix)
     ]
-    check_distinct(questions, f"{folder}: {setting.annotations}")
+    check_unique_ids(questions, f"{folder}: {setting.annotations}")
     return questions
 
 
-def check_protocol(protocol: str, setting: Setting):
-    """Raise UserError where a protocol cannot ask what a setting wants."""
-    fits = {
-        "quadrant": (setting.images, setting.grid, setting.needles) == (1, 2, 1),
-        "detect": (setting.images, setting.needles) == (1, 1),
-        "rank": setting.needles == 1,
-    }
-    if not fits.get(protocol, True):
-        wants = {"quadrant": "1 picture of 2x2 cells", "detect": "1 picture", "rank": "any pictures"}[protocol]
-        raise UserError(
-            f"--protocol={protocol} asks {wants} and 1 needle, not {setting}: change --images, --grids, --needles"
-        )
-
-
-def ask(folder: Path, setting: Setting, protocol: str, kind: str, row: dict, captions: dict, prefix: str):
+def ask(
+    folder: Path, setting: Setting, protocol: str, kind: str, row: dict, captions: dict, prefix: str
+) -> Iterator[Question]:
     """The question of one row, or the two of `quadrant`."""
-    told = {
+    fields = {
         "benchmark": "mmneedle",
         "protocol": protocol,
         "kind": kind,
@@ -164,58 +110,44 @@ def ask(folder: Path, setting: Setting, protocol: str, kind: str, row: dict, cap
         "row": row["id"],
         "target": row.get("target"),
     }
-    name, images, truth = f"{setting}/{row['id']}", (), ""
-    texts = {"": ""}
+    images, ground_truth, prompts, fault = (), "", {"": ""}, ""
     try:
-        truth = ground_truth(row, setting)
-        told["caption"] = found = captions_of(row, captions, setting)
+        ground_truth = ground_truth_of(row, setting)
+        fields["caption"] = captions_of(row, captions, setting)
         images = tuple(str(folder / path) for path in row["image_ids"])
         if len(images) != setting.images:
-            raise ValueError(f"{len(images)} pictures where the setting has {setting.images}")
-        texts = prompts(protocol, setting, found)
+            raise ValueError(f"{len(images)} images where the setting has {setting.images}")
+        prompts = make_prompts(protocol, setting, fields["caption"])
     except (KeyError, TypeError, ValueError) as error:
-        told["error"] = f"{setting.annotations}, id {row['id']}: {type(error).__name__} {error}: mend the row"
-    for axis, text in texts.items():
+        fault = f"{setting.annotations}, id {row['id']}: {type(error).__name__} {error}: correct the row"
+    for axis, prompt in prompts.items():
         yield Question(
-            id=f"{name}/{axis}" if axis else name,
+            id=f"{setting}/{row['id']}/{axis}" if axis else f"{setting}/{row['id']}",
             setting=str(setting),
             images=images,
-            prompt=prefix + text,
-            truth=truth,
+            prompt=prefix + prompt,
+            ground_truth=ground_truth,
             max_new_tokens=PROTOCOLS[protocol] * setting.needles,
-            fields=told | ({"axis": axis} if axis else {}),
+            fields=fields | ({"axis": axis} if axis else {}),
+            candidates=make_candidates(setting) if protocol == "rank" else (),
+            error=fault,
         )
 
 
-def prompts(protocol: str, setting: Setting, captions: list[str]) -> dict[str, str]:
-    """What is asked, by axis for `quadrant` and under "" elsewhere."""
-    if protocol == "quadrant":
-        return quadrant_prompts(captions[0])
-    if protocol == "official":
-        return {"": official_prompt(setting, captions)}
-    if protocol == "detect":
-        return {"": f"detect {clean(captions[0])}"}
-    return {"": short_prompt(captions)}
-
-
-def candidates(setting: Setting) -> list[str]:
-    """Every answer that `rank` weighs: all cells, then "-1"."""
-    return [", ".join(str(n + 1) for n in cell) for cell in setting.cells()] + ["-1"]
-
-
-def ground_truth(row: dict, setting: Setting) -> str:
+def ground_truth_of(row: dict, setting: Setting) -> str:
     """The official string: "index, row, column" from 1, "; " between needles; a negative reads "0, 0, 0"."""
-    places = [row[key] if isinstance(row[key], list) else [row[key]] for key in ("index", "row", "col")]
-    needles = list(zip(*places, strict=True))
+    columns = [row[key] if isinstance(row[key], list) else [row[key]] for key in ("index", "row", "col")]
+    needles = list(zip(*columns, strict=True))
     if len(needles) != setting.needles:
         raise ValueError(f"{len(needles)} needles where the setting has {setting.needles}")
     for place in needles:
         if place != (-1, -1, -1) and place not in setting.cells():
-            raise ValueError(f"place {place} lies outside {setting}")
+            raise ValueError(f"place {place} is outside {setting}")
     return "; ".join(", ".join(str(n + 1) for n in place) for place in needles)
 
 
 def captions_of(row: dict, captions: dict, setting: Setting) -> list[str]:
+    """The captions of a row's targets."""
     targets = row["target"] if isinstance(row["target"], list) else [row["target"]]
     if len(targets) != setting.needles:
         raise ValueError(f"{len(targets)} targets where the setting has {setting.needles} needles")
@@ -240,7 +172,8 @@ def first_per_cell(rows: list[dict], setting: Setting, count: int) -> list[dict]
     return chosen
 
 
-def read_release(folder: Path, name: str):
+# ---- files of the release
+def read_release(folder: Path, name: str) -> object:
     """A json file of the release: in metadata_stitched/, annotations_trainval/ or `folder` itself, plain or gzipped."""
     for place in (folder / "metadata_stitched", folder / "annotations_trainval", folder):
         for file, opened in ((place / name, open), (place / f"{name}.gz", gzip.open)):
@@ -267,17 +200,18 @@ def read_captions(folder: Path) -> dict[str, str]:
     raise UserError(f"{file}: not there: download MMNeedle's annotations_trainval")
 
 
-class _Plain(pickle.Unpickler):
-    """Dicts and strings need no class; a pickle that names one could run code."""
+class PlainUnpickler(pickle.Unpickler):
+    """Refuses every class: dicts and strings need none, and a pickle that names one could run code."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
 
 def unpickle_captions(file: Path) -> dict[str, str]:
+    """The captions in a pickle of strings. Raises UserError for a pickle that holds or asks for anything else."""
     try:
         with open(file, "rb") as stream:
-            captions = _Plain(stream).load()
+            captions = PlainUnpickler(stream).load()
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"{file}: refused ({error}): it must hold file names and captions alone") from error
     if not isinstance(captions, dict) or not all(isinstance(c, str) for pair in captions.items() for c in pair):
@@ -285,314 +219,96 @@ def unpickle_captions(file: Path) -> dict[str, str]:
     return captions
 
 
-# ---- haystacks in the same schema
-def build(pool: ImagePool, folder: Path, setting: Setting, samples: int, seed: int, cell: int):
-    """Write `samples` positives and as many negatives into `folder`, in the release's files; what is there stays.
+# ---- answers
+def is_correct(row: dict) -> bool:
+    """Whether an answer row is right: a positive by its exact answer, a negative by its existence.
 
-    `cell` is the side of a cell in pixels. The same pool and numbers give the same bytes. With one picture a question
-    every stitched picture serves one positive and one negative, several are drawn anew for every question. A
-    needle's caption is in no second cell, a negative's in none. Raises UserError when the pool has too few captions.
+    One of the two answers of `quadrant` is right or wrong by itself.
     """
-    if samples > NEGATIVES_FROM:
-        raise UserError(f"--samples={samples}: at most {NEGATIVES_FROM}, where the ids of negatives begin")
-    if setting.images > samples:
-        raise UserError(f"--samples={samples}: {setting} needs at least {setting.images} stitched pictures")
-    grids = stitched(pool, folder, setting, samples, seed, cell)
-    file = folder / "metadata_stitched" / setting.annotations
-    if file.exists():
-        return
-    names = [name_of(picture) for picture in pool.pictures]
-    captions = {name: picture.caption for name, picture in zip(names, pool.pictures, strict=True)}
-    write_json(folder / "annotations_trainval" / "file_to_caption.json", captions)
-    order = list(grids)
-    random.Random(f"{seed}/{setting}/order").shuffle(order)
-    rows = []
-    for start in (0, NEGATIVES_FROM):
-        for at in range(samples):
-            rng = random.Random(f"{seed}/{setting}/{start + at}")
-            images = [order[at]] if setting.images == 1 else rng.sample(order, setting.images)
-            cells = {place: grids[images[place[0]]][place[1]][place[2]] for place in setting.cells()}
-            places, targets = (negative if start else positive)(pool, cells, setting, rng)
-            row = {"id": start + at, "image_ids": [f"{stitched_folder(setting)}/{name}" for name in images]}
-            columns = [list(values) for values in (*zip(*places, strict=True), [names[t] for t in targets])]
-            if setting.needles == 1:
-                columns = [values[0] for values in columns]
-            rows.append(row | dict(zip(("index", "row", "col", "target"), columns, strict=True)))
-    write_json(file, rows)
-
-
-def positive(pool: ImagePool, cells: dict, setting: Setting, rng: random.Random):
-    """K places whose captions are in one cell each, and what they show."""
-    shown = Counter(pool.pictures[index].caption for index in cells.values())
-    alone = [place for place, index in cells.items() if shown[pool.pictures[index].caption] == 1]
-    if len(alone) < setting.needles:
-        raise UserError(f"{setting}: {len(alone)} captions are in one cell alone: use a larger pool or fewer cells")
-    places = rng.sample(alone, setting.needles)
-    return places, [cells[place] for place in places]
-
-
-def negative(pool: ImagePool, cells: dict, setting: Setting, rng: random.Random):
-    """K captions that no cell shows."""
-    shown = {pool.pictures[index].caption for index in cells.values()}
-    absent = [caption for caption in pool.captions if caption not in shown]
-    if len(absent) < setting.needles:
-        raise UserError(f"{setting}: every caption of the pool is shown: use a larger pool or fewer cells")
-    targets = [rng.choice(pool.by_caption[caption]) for caption in rng.sample(absent, setting.needles)]
-    return [(-1, -1, -1)] * setting.needles, targets
-
-
-def stitched(pool: ImagePool, folder: Path, setting: Setting, count: int, seed: int, cell: int) -> dict:
-    """Stitched picture -> its cells, rows of pool indices; pictures and metadata are written where they are not yet."""
-    grid = setting.grid
-    if grid**2 + 1 > len(pool.captions):
-        raise UserError(
-            f"{grid}x{grid} cells need {grid**2 + 1} captions, the pool has {len(pool.captions)}: use a larger one"
-        )
-    cells = {}
-    for i in range(count):
-        rng = random.Random(f"{seed}/{grid}/{i}")
-        drawn = [rng.choice(pool.by_caption[caption]) for caption in rng.sample(pool.captions, grid**2)]
-        cells[f"stitched_{i:04}.png"] = tuple(tuple(drawn[row * grid :][:grid]) for row in range(grid))
-    target = folder / stitched_folder(setting)
-    if not target.exists():
-        with atomic_folder(target) as new:
-            for name, rows in cells.items():
-                pool.stitch(f"{seed}/{grid}/{name}", rows, cell).save(new / name)
-    metadata = {
-        name: {
-            f"{row}_{col}": name_of(pool.pictures[index])
-            for row, line in enumerate(rows)
-            for col, index in enumerate(line)
-        }
-        for name, rows in cells.items()
-    }
-    (folder / "annotations_trainval").mkdir(exist_ok=True)
-    (folder / "metadata_stitched").mkdir(exist_ok=True)
-    write_json(folder / "metadata_stitched" / f"{grid}_{grid}.json", metadata)
-    return cells
-
-
-def stitched_folder(setting: Setting) -> str:
-    return f"images_stitched/{setting.grid}_{setting.grid}"
-
-
-def name_of(picture: PoolImage) -> str:
-    """A pool picture's file name in the metadata, where a slash would end it: a/b.png and a-b.png stay two."""
-    return f"{picture.style}-{picture.concept}".replace("%", "%25").replace("/", "%2F")
-
-
-def cache_folder(root: Path, name: str, pictures: list[PoolImage], *numbers) -> Path:
-    """Where the haystacks of these pictures and numbers lie: other pictures or numbers, another folder."""
-    digest = hashlib.sha256(repr((BUILDER, numbers)).encode())
-    for picture in pictures:
-        digest.update(picture.fingerprint())
-    return root / f"{name}-{digest.hexdigest()[:12]}"
-
-
-# ---- response files
-def write_responses(rows: list[dict], folder: Path, model: str):
-    """Answers in the files that the benchmark's own scorer reads: {folder}/COCO_val2014_{first}_{last}/....json.
-
-    `rows` in the form of `scoring.answers`. The scorer splits the file name at "_": the model's name loses its own.
-    """
-    version = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.") or "model"
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((*row["shape"], row["kind"]), []).append(row)
-    for (images, grid, needles, _), group in groups.items():
-        more = f"_needles_{needles}" if needles > 1 else ""
-        place = folder / f"COCO_val2014_{group[0]['row']}_{group[0]['row'] + len(group) - 1}"
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(
-            place / f"paligemma_{version}_{images}_{grid}_{grid}{more}.json",
-            [
-                {
-                    "id": row["row"],
-                    "response": row["response"],
-                    "ground_truth": row["ground_truth"],
-                    "target_path": row["target"],
-                    "caption": row.get("caption", [None])[0] if needles == 1 else row.get("caption"),
-                }
-                for row in group
-            ],
-        )
-
-
-# ---- the strict rule
-def strict(response: str | None, truth: str, needles: int) -> dict:
-    """What the official scorer says of one answer: existence, index, exact; for K > 1 also `first` and `each` needle.
-
-    `each` holds (index, exact) of the answered needles only, as the official pooling has it. Two oddities are kept
-    because published figures contain them: an empty answer claims existence on a positive, and "0, 0, 0" has the
-    right index on a negative. None, a broken question, is wrong in everything.
-    """
-    if response is None:
-        return {"existence": False, "index": False, "exact": False, "first": (False, False), "each": []}
-    answer, absent = normalise(response), set(re.findall(r"\d+", truth)) == {"0"}
-    told, true = ([part.strip() for part in text.split("; ")] if needles > 1 else [text] for text in (answer, truth))
-    pairs = [(a.split(", ")[0] == t.split(", ")[0], a == t) for a, t in zip(told, true, strict=False)]
-    return {
-        "existence": (answer in absences(needles)) == absent,
-        "index": len(told) == len(true) and all(index for index, _ in pairs),
-        "exact": answer == ABSENT if absent else told == true,
-        "first": pairs[0],
-        "each": pairs,
-    }
-
-
-def absences(needles: int) -> set[str]:
-    """Every answer that the official scorer takes for "no needle", once normalised."""
-    if needles == 1:
-        return {ABSENT}
-    one = [ABSENT] * needles
-    return {ABSENT, "; ".join(one), ", ".join(one), "".join(one), "; ".join(["-1, -1, -1"] * needles)}
-
-
-# ---- the lenient reading
-def lenient(response: str | None, needles: int = 1) -> str | None:
-    """The answer meant: per needle the next -1 or the next three integers; None if the text does not hold K of them.
-
-    One leading -1 stands for all needles where nothing else follows.
-    """
-    text = re.sub(r"<\w+>", " ", response or "")  # location tokens are no numbers
-    numbers = re.findall(r"(?<!\w)-\d+|\d+", text)  # "1-2-1" and "row-2" have no minus
-    if numbers and (set(numbers) == {ABSENT} or normalise(response) in absences(needles)):
-        return "; ".join([ABSENT] * needles)
-    found = []
-    while numbers and len(found) < needles:
-        size = 1 if numbers[0] == ABSENT else 3
-        if len(numbers) < size:
-            break
-        found.append(", ".join(str(int(n)) for n in numbers[:size]))
-        numbers = numbers[size:]
-    return "; ".join(found) if len(found) == needles else None
-
-
-def well_formed(response: str, needles: int = 1) -> bool:
-    """Whether an answer has the form that was asked for, right or wrong."""
-    one = r"(-1|\d+, \d+, \d+)"
-    answer = normalise(response)
-    return answer in absences(needles) or bool(re.fullmatch("; ".join([one] * needles), answer))
-
-
-# ---- answers of other protocols, brought into the same form
-def answers(rows: list[dict]) -> list[dict]:
-    """Rows of any protocol as rows whose `response` the rules above can read: one row a needle question."""
-    rows = merge_quadrants(rows) if any(row["protocol"] == "quadrant" for row in rows) else rows
-    return [row | {"response": boxed(row)} if row["protocol"] == "detect" else row for row in rows]
-
-
-def boxed(row: dict) -> str | None:
-    """`detect`: the cell that holds the centre of the first box; no answer at all is "-1"; other text stays."""
-    response, grid = row["response"], row["shape"][1]
-    if response is None:
-        return None
-    if not response.strip():
-        return ABSENT
-    boxes = locs_to_boxes(response, grid, grid)
-    if not boxes:
-        return response
-    x0, y0, x1, y1 = boxes[0][0]
-    row_at, col_at = (min(int((low + high) / 2), grid - 1) + 1 for low, high in ((y0, y1), (x0, x1)))
-    return f"1, {row_at}, {col_at}"
-
-
-def merge_quadrants(rows: list[dict]) -> list[dict]:
-    """`quadrant`: the two answers of a picture as one, row and column, for every model alike (arXiv 2507.15875)."""
-    pairs: dict[str, dict] = {}
-    for row in rows:
-        name = row["id"].rpartition("/")[0] if "axis" in row else row["id"]  # a broken row is asked nothing
-        pairs.setdefault(name, {})[row.get("axis")] = row
-    merged = []
-    for name, pair in pairs.items():
-        told = [(pair[axis]["response"] if axis in pair else None) for axis in ("rows", "columns")]
-        words = [text if text is None else text.strip().lower() for text in told]
-        places = [{"top": 1, "bottom": 2}.get(words[0]), {"left": 1, "right": 2}.get(words[1])]
-        response = f"1, {places[0]}, {places[1]}" if all(places) else " | ".join(map(str, told))
-        merged.append(next(iter(pair.values())) | {"id": name, "response": None if None in told else response})
-    return merged
+    if "axis" in row:
+        place = row["ground_truth"].split(", ")[1 if row["axis"] == "rows" else 2]
+        words = {"rows": ("top", "bottom"), "columns": ("left", "right")}[row["axis"]]
+        return (row["response"] or "").strip().lower() == words[int(place) - 1]
+    response = cell_of_box(row) if row["protocol"] == "detect" else row["response"]
+    verdict = score_strict(response, row["ground_truth"], row["shape"][2])
+    return verdict["exact" if row["kind"] == "positive" else "existence"]
 
 
 # ---- scores
-def score(rows: list[dict], skip_none: bool = False) -> dict[str, dict]:
-    """Scores by setting ("1x2x2"), positives and negatives apart, every rate with its count and Wilson interval.
-
-    `skip_none` leaves broken questions out of the denominators, as the official scorer does.
-    """
-    rows = [row for row in answers(rows) if not (skip_none and row["response"] is None)]
-    settings = dict.fromkeys(row["setting"] for row in rows)
-    return {name: score_setting([row for row in rows if row["setting"] == name]) for name in settings}
+def score(rows: list[dict]) -> dict[str, dict]:
+    """Scores by setting ("1x2x2"), positives and negatives apart, every rate with its count and Wilson interval."""
+    by_setting: dict[str, list[dict]] = {}
+    for row in prepare_rows(rows):
+        by_setting.setdefault(row["setting"], []).append(row)
+    return {name: score_setting(part) for name, part in by_setting.items()}
 
 
 def score_setting(rows: list[dict]) -> dict:
+    """Scores of one setting's positives and negatives, those of the baselines beside them."""
     positives, negatives = ([row for row in rows if row["kind"] == kind] for kind in ("positive", "negative"))
-    found = {"baselines": baselines(positives)}
+    scores = {"baselines": score_baselines(positives)}
     if positives:
-        found["positive"] = score_positives(positives)
+        scores["positive"] = score_positives(positives)
     if negatives:
-        found["negative"] = score_kind(negatives)
+        scores["negative"] = score_kind(negatives)
     if positives and negatives:
-        found["balanced existence"] = balanced(found["positive"]["existence"], found["negative"]["existence"])
-    return found
+        scores["balanced existence"] = balanced(scores["positive"]["existence"], scores["negative"]["existence"])
+    return scores
 
 
 def score_kind(rows: list[dict]) -> dict:
     """Existence, strict and lenient, and what could not be read, of positives or of negatives."""
-    needles, wanted = rows[0]["shape"][2], rows[0]["kind"] == "negative"
-    judged = [strict(row["response"], row["ground_truth"], needles) for row in rows]
-    meant = [lenient(row["response"], needles) for row in rows]
+    needles, negative = rows[0]["shape"][2], rows[0]["kind"] == "negative"
+    verdicts = [score_strict(row["response"], row["ground_truth"], needles) for row in rows]
+    meant = [parse_lenient(row["response"], needles) for row in rows]
     says_absent = [text is not None and set(text.split("; ")) == {ABSENT} for text in meant]
-    heard = [row["response"] for row in rows if row["response"] is not None]
+    responses = [row["response"] for row in rows if row["response"] is not None]
     scores = {
         "n": len(rows),
-        "broken": len(rows) - len(heard),
-        "format failures": rate(sum(not well_formed(text, needles) for text in heard), len(rows)),
+        "broken": len(rows) - len(responses),
+        "format failures": rate(sum(not is_well_formed(text, needles) for text in responses), len(rows)),
     }
     if rows[0]["protocol"] != "quadrant":  # which offers no way to say "absent"
-        scores["existence"] = rate(sum(j["existence"] for j in judged), len(rows))
-        told = [text is not None and absent == wanted for text, absent in zip(meant, says_absent, strict=True)]
-        scores["existence, lenient"] = rate(sum(told), len(rows))
+        scores["existence"] = rate(sum(v["existence"] for v in verdicts), len(rows))
+        right = [text is not None and absent == negative for text, absent in zip(meant, says_absent, strict=True)]
+        scores["existence, lenient"] = rate(sum(right), len(rows))
     return scores
 
 
 def score_positives(rows: list[dict]) -> dict:
+    """All scores of positives: those of `score_kind`, index, exact, single needles, and by place."""
     images, grid, needles = rows[0]["shape"]
-    judged = [strict(row["response"], row["ground_truth"], needles) for row in rows]
-    meant = [lenient(row["response"], needles) for row in rows]
+    verdicts = [score_strict(row["response"], row["ground_truth"], needles) for row in rows]
     scores = score_kind(rows)
     for name in ("index", "exact"):
-        scores[name] = rate(sum(j[name] for j in judged), len(rows))
-    scores["exact, lenient"] = rate(sum(is_meant(row, text) for row, text in zip(rows, meant, strict=True)), len(rows))
+        scores[name] = rate(sum(v[name] for v in verdicts), len(rows))
+    lenient = sum(parse_lenient(row["response"], needles) == row["ground_truth"] for row in rows)
+    scores["exact, lenient"] = rate(lenient, len(rows))
     if needles > 1:
-        each = [pair for j in judged for pair in j["each"]]
-        for at, name in enumerate(("index", "exact")):
-            scores[f"first {name}"] = rate(sum(j["first"][at] for j in judged), len(rows))
+        each = [pair for v in verdicts for pair in v["each"]]
+        for i, name in enumerate(("index", "exact")):
+            scores[f"first {name}"] = rate(sum(v["first"][i] for v in verdicts), len(rows))
             # a needle that was not answered is charged; the official pooling is over the answered ones
-            scores[f"individual {name}"] = rate(sum(pair[at] for pair in each), needles * len(rows))
-            scores[f"individual {name}, official pooling"] = rate(sum(pair[at] for pair in each), len(each))
-    scores["cells"] = places(rows, judged, lambda m, r, c: (r, c), [(r, c) for r in range(grid) for c in range(grid)])
-    scores["depths"] = places(rows, judged, lambda m, r, c: (m,), [(m,) for m in range(images)])
+            scores[f"individual {name}"] = rate(sum(pair[i] for pair in each), needles * len(rows))
+            scores[f"individual {name}, official pooling"] = rate(sum(pair[i] for pair in each), len(each))
+    cells = [(row, column) for row in range(grid) for column in range(grid)]
+    scores["cells"] = score_places(rows, verdicts, lambda image, row, column: (row, column), cells)
+    scores["depths"] = score_places(rows, verdicts, lambda image, row, column: (image,), [(m,) for m in range(images)])
     return scores
 
 
-def is_meant(row: dict, meant: str | None) -> bool:
-    return meant == row["ground_truth"]
-
-
-def places(rows: list[dict], judged: list[dict], key, every: list[tuple]) -> list[dict]:
-    """Exact answers by place, the needle's cell or its picture: one entry a place, each needle counted once.
+def score_places(rows: list[dict], verdicts: list[dict], place_of: Callable, places: list[tuple]) -> list[dict]:
+    """Exact answers by place, the needle's cell or its image: one entry a place, each needle counted once.
 
     A broken row that names no place is in none of them.
     """
     right, total = Counter(), Counter()
-    for row, verdict in zip(rows, judged, strict=True):
-        if not row["ground_truth"]:
-            continue
-        for at, truth in enumerate(row["ground_truth"].split("; ")):
-            place = key(*(int(n) - 1 for n in truth.split(", ")))
+    for row, verdict in zip(rows, verdicts, strict=True):
+        for i, truth in enumerate(row["ground_truth"].split("; ") if row["ground_truth"] else ()):
+            place = place_of(*(int(n) - 1 for n in truth.split(", ")))
             total[place] += 1
-            right[place] += at < len(verdict["each"]) and verdict["each"][at][1]
-    return [{"place": [n + 1 for n in place], **rate(right[place], total[place])} for place in every]
+            right[place] += i < len(verdict["each"]) and verdict["each"][i][1]
+    return [{"place": [n + 1 for n in place], **rate(right[place], total[place])} for place in places]
 
 
 def balanced(one: dict, other: dict) -> dict:
@@ -602,7 +318,7 @@ def balanced(one: dict, other: dict) -> dict:
     return {"rate": mean, "low": mean - below, "high": mean + above, "n": one["n"] + other["n"]}
 
 
-def baselines(positives: list[dict]) -> dict:
+def score_baselines(positives: list[dict]) -> dict:
     """Rates of three answerers without eyes: a uniform guess, the best constant on these rows, and always "-1"."""
     always = {"existence, positives": 0.0, "existence, negatives": 1.0, "balanced existence": 0.5, "exact": 0.0}
     if not positives:
@@ -621,57 +337,6 @@ def baselines(positives: list[dict]) -> dict:
     }
 
 
-# ---- two runs against each other
-def compare(first: list[dict], second: list[dict], judge) -> dict[str, dict]:
-    """The same questions answered by two models: by setting and kind both rates, the paired difference, McNemar's p.
-
-    `judge` says of a row whether it is right. Raises UserError when the ids differ, or what was asked under one id.
-    """
-    first, second = ({row["id"]: row for row in rows} for rows in (first, second))
-    if set(first) != set(second):
-        raise UserError(
-            f"{len(set(first) ^ set(second))} questions are in one run alone ({min(set(first) ^ set(second))}): "
-            "compare answers to the same questions"
-        )
-    asked = ("prompt", "ground_truth")
-    other = [name for name in first if any(first[name].get(key) != second[name].get(key) for key in asked)]
-    if other:
-        raise UserError(
-            f"{len(other)} questions differ between the runs ({other[0]}): compare answers to the same questions, of "
-            "one protocol, one seed and the same pictures"
-        )
-    groups: dict[str, list] = {}
-    for name, row in first.items():
-        group = f"{row['setting']} {row['kind']}" if "kind" in row else row["setting"]
-        groups.setdefault(group, []).append((judge(row), judge(second[name])))
-    found = {}
-    for name, pairs in groups.items():
-        a, b = ([int(pair[i]) for pair in pairs] for i in (0, 1))
-        difference, low, high = paired_bootstrap(a, b)
-        only_a, only_b = (sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs))
-        found[name] = {
-            "first": rate(sum(a), len(a)),
-            "second": rate(sum(b), len(b)),
-            "difference": {"mean": difference, "low": low, "high": high},
-            "only first": only_a,
-            "only second": only_b,
-            "p": mcnemar_exact(only_a, only_b),
-        }
-    return found
-
-
-def judge(row: dict) -> bool:
-    """What a row is compared by: the exact answer of a positive, the existence of a negative. One half of `quadrant`
-    is right by itself."""
-    if row["protocol"] == "quadrant" and "axis" in row and row["id"].endswith(row["axis"]):
-        place = int(row["ground_truth"].split(", ")[1 if row["axis"] == "rows" else 2]) - 1
-        words = {"rows": ("top", "bottom"), "columns": ("left", "right")}[row["axis"]]
-        return (row["response"] or "").strip().lower() == words[place]
-    response = boxed(row) if row["protocol"] == "detect" else row["response"]
-    verdict = strict(response, row["ground_truth"], row["shape"][2])
-    return verdict["exact" if row["kind"] == "positive" else "existence"]
-
-
 # ---- what is printed
 METRICS = {
     "positive": (
@@ -686,47 +351,46 @@ METRICS = {
     "negative": ("existence", "existence, lenient"),
 }
 TITLES = {"positive": "caption present", "negative": "caption absent"}
+NOT_SETTINGS = ("attention", "decoding")  # what report.py puts beside the settings
 
 
-def table(by_name: dict[str, dict], ranked: bool = False) -> list[str]:
+def format_table(scores_by_model: dict[str, dict]) -> list[str]:
     """Scores of models side by side, percent with 95 % Wilson intervals, baselines last.
 
-    `ranked` answers were chosen among all possible ones: their exactness is another metric and is named so.
+    Where answers were ranked ("decoding"), their exactness is another metric and is named so.
     """
     lines = []
-    first = next(iter(by_name.values()))
-    head = "".join(f"{name[-24:]:>26}" for name in by_name) + f"{'uniform':>10}{'constant':>10}{'all -1':>8}"
-    for setting in (name for name in first if name != "attention"):
+    first = next(iter(scores_by_model.values()))
+    ranked = first.get("decoding") == "ranked"
+    head = "".join(f"{name[-24:]:>26}" for name in scores_by_model) + f"{'uniform':>10}{'constant':>10}{'all -1':>8}"
+    for setting in (name for name in first if name not in NOT_SETTINGS):
         lines.append(f"\n{setting:32}{head}")
         for kind, metrics in METRICS.items():
-            told = [scores[setting].get(kind) for scores in by_name.values()]
-            if told[0] is None:
+            columns = [scores[setting].get(kind) for scores in scores_by_model.values()]
+            if columns[0] is None:
                 continue
-            lines.append(f"{TITLES[kind]}, n = {told[0]['n']:,}")
+            lines.append(f"{TITLES[kind]}, n = {columns[0]['n']:,}")
             for metric in (*metrics, "format failures"):
-                if metric in told[0]:
-                    guesses = guessed(first[setting]["baselines"], kind, metric)
-                    lines.append(
-                        f"  {'ranked ' * (ranked and 'exact' in metric) + metric:30}"
-                        + "".join(f"{percent(t[metric]):>26}" for t in told)
-                        + guesses
-                    )
-            if any(t["broken"] for t in told):
-                lines.append(f"  {'broken, counted wrong':30}" + "".join(f"{t['broken']:>26}" for t in told))
+                if metric in columns[0]:
+                    title = "ranked " * (ranked and "exact" in metric) + metric
+                    cells = "".join(f"{percent(column[metric]):>26}" for column in columns)
+                    lines.append(f"  {title:30}{cells}{format_baselines(first[setting]['baselines'], kind, metric)}")
+            if any(column["broken"] for column in columns):
+                lines.append(f"  {'broken, counted wrong':30}" + "".join(f"{c['broken']:>26}" for c in columns))
         if "balanced existence" in first[setting]:
-            told = [percent(scores[setting]["balanced existence"]) for scores in by_name.values()]
-            lines.append(f"{'balanced existence':32}" + "".join(f"{t:>26}" for t in told) + f"{'50.0':>28}")
-    for name, scores in by_name.items():
+            cells = [percent(scores[setting]["balanced existence"]) for scores in scores_by_model.values()]
+            lines.append(f"{'balanced existence':32}" + "".join(f"{cell:>26}" for cell in cells) + f"{'50.0':>28}")
+    for name, scores in scores_by_model.items():
         for setting, found in scores.get("attention", {}).items():
             shares = " ".join(f"{100 * share:.1f}" for share in found["share"])
             lines.append(
-                f"\n{name} {setting}: attention on the needle's patches, percent of the pictures', by layer: {shares} "
+                f"\n{name} {setting}: attention on the needle's patches, percent of the images', by layer: {shares} "
                 f"(even: {100 * found['even']:.1f}, n = {found['n']})"
             )
     return lines
 
 
-def guessed(baselines: dict, kind: str, metric: str) -> str:
+def format_baselines(baselines: dict, kind: str, metric: str) -> str:
     """The three answerers without eyes, where they have a rate of this metric."""
     metric = metric.removesuffix(", lenient")
     if metric == "existence":  # a guess and a constant name a cell
@@ -738,7 +402,48 @@ def guessed(baselines: dict, kind: str, metric: str) -> str:
     return "".join(f"{'' if r is None else f'{100 * r:.1f}':>{width}}" for r, width in cells)
 
 
-def percent(told: dict) -> str:
-    if told["rate"] is None:
+def percent(found: dict) -> str:
+    """A rate and its interval in percent."""
+    if found["rate"] is None:
         return "-"
-    return f"{100 * told['rate']:.1f} [{100 * told['low']:.1f}, {100 * told['high']:.1f}]"
+    return f"{100 * found['rate']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def describe(config: "Config", image_size: int, num_image_tokens: int) -> list[str]:
+    """Lines about the protocol and the size of a cell in the model's eyes: in pixels and in patches."""
+    patches = math.isqrt(num_image_tokens)
+    cells = ", ".join(f"{n}x{n}: {image_size // n} px, {patches / n:g} patches" for n in config.grids)
+    lines = [f"protocol {config.protocol}; a cell's side: {cells}"]
+    if max(config.images) > 1:
+        lines.append("several images a prompt: the base models saw one, so this is outside their pre-training")
+    return lines
+
+
+# ---- response files
+def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
+    """Answers in the files that the benchmark's own scorer reads: {folder}/COCO_val2014_{first}_{last}/....json.
+
+    The scorer splits the file name at "_": the model's name loses its own.
+    """
+    version = re.sub(r"[^A-Za-z0-9.-]+", "-", model_name).strip("-.") or "model"
+    groups: dict[tuple, list[dict]] = {}
+    for row in prepare_rows(rows):
+        groups.setdefault((*row["shape"], row["kind"]), []).append(row)
+    files = []
+    for (images, grid, needles, _), group in groups.items():
+        more = f"_needles_{needles}" if needles > 1 else ""
+        part = folder / f"COCO_val2014_{group[0]['row']}_{group[0]['row'] + len(group) - 1}"
+        part.mkdir(parents=True, exist_ok=True)
+        entries = [
+            {
+                "id": row["row"],
+                "response": row["response"],
+                "ground_truth": row["ground_truth"],
+                "target_path": row["target"],
+                "caption": row.get("caption", [None])[0] if needles == 1 else row.get("caption"),
+            }
+            for row in group
+        ]
+        files.append(part / f"paligemma_{version}_{images}_{grid}_{grid}{more}.json")
+        write_json(files[-1], entries)
+    return files

@@ -1,73 +1,68 @@
 """POPE: does a model see objects that are not there? (Li et al., arXiv 2305.10355; AoiDragon/POPE)
 
-Yes/no questions over COCO val2014 pictures in three splits. The files and the pictures are read from disk, none is
-downloaded. Another benchmark than MMNeedle, and not a haystack: one picture, one question.
+Yes/no questions about COCO val2014 images in three splits. Question files and images are read from disk, none is
+downloaded. This is another benchmark than MMNeedle, and no haystack: one image, one question.
 """
 
-import gzip
 import json
-import zlib
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import UserError
-from needle_eval.questions import Question, check_distinct
+from needle_eval.questions import Question, check_some_image_exists, check_unique_ids, read_lines
 from needle_eval.statistics import rate
 
+if TYPE_CHECKING:
+    from eval_mmnih import Config
+
 SPLITS = ("random", "popular", "adversarial")
+FLAGS = ()  # no flags of its own
+MAX_NEW_TOKENS = 10
+SOURCE = "take it from AoiDragon/POPE, output/coco"
 
 
 # ---- questions
-def read_pope(
-    folder: str | Path,
-    images: str | Path,
-    splits: Iterable[str] = SPLITS,
-    prefix: str = "",
-    limit: int | None = None,
-) -> list[Question]:
-    """The first `limit` questions, or all, of every split: coco_pope_{split}.json in `folder`, or the same with .gz.
+def load_questions(config: "Config") -> list[Question]:
+    """The first `config.samples` questions (0: all) of each split, their images in `config.image_folder`.
 
-    The files hold one json object a line: {"question_id", "image", "text", "label"}. `prefix` goes before the text of
-    each question. Pictures lie in `images`; they are not opened here. Raises UserError naming the file and line.
+    Raises UserError that names the file and line of a bad row, and when none of the images exists.
     """
-    questions = []
-    for split in splits:
-        path = _file_of(Path(folder), split)
-        rows = [_question(f"{path}:{n}", split, line, Path(images), prefix) for n, line in _lines(path, limit)]
-        if not rows:
-            raise UserError(f"{path}: holds no question: take the file from AoiDragon/POPE, output/coco")
-        check_distinct(rows, path)
-        questions += rows
+    if config.data == "haystack" or not config.image_folder:
+        raise UserError("POPE needs --data, the folder of its files, and --image_folder, that of COCO val2014")
+    folder, images = Path(config.data), Path(config.image_folder)
+    questions = [q for split in SPLITS for q in read_split(folder, images, split, config.prefix, config.samples)]
+    check_some_image_exists(questions, "give their folder by --image_folder")
     return questions
 
 
-def _file_of(folder: Path, split: str) -> Path:
-    if split not in SPLITS:
-        raise UserError(f"POPE has no split {split!r}: give some of {', '.join(SPLITS)}")
-    plain = folder / f"coco_pope_{split}.json"
-    packed = plain.with_suffix(".json.gz")
-    return packed if packed.is_file() and not plain.is_file() else plain
+def read_split(folder: Path, images: Path, split: str, prefix: str = "", limit: int = 0) -> list[Question]:
+    """The first `limit` questions (0: all) of coco_pope_{split}.json in `folder`, or of the same file with .gz.
+
+    The file holds one json object a line: {"question_id", "image", "text", "label"}. `prefix` goes before each text.
+    Images are in the folder `images` and are not opened here. Raises UserError that names the file and line.
+    """
+    path = folder / f"coco_pope_{split}.json"
+    packed = path.with_suffix(".json.gz")
+    if packed.is_file() and not path.is_file():
+        path = packed
+    questions = [read_row(name, split, line, images, prefix) for name, line in read_lines(path, limit, SOURCE)]
+    if not questions:
+        raise UserError(f"{path}: holds no question: {SOURCE}")
+    check_unique_ids(questions, path)
+    return questions
 
 
-def _lines(path: Path, limit: int | None) -> list[tuple[int, str]]:
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): take it from AoiDragon/POPE, output/coco") from error
-    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()][:limit]
-
-
-def _question(name: str, split: str, line: str, images: Path, prefix: str) -> Question:
+def read_row(name: str, split: str, line: str, images: Path, prefix: str) -> Question:
+    """The question of one line; `name` is its file and number."""
     try:
         row = json.loads(line)
         number, image, text, label = (row[key] for key in ("question_id", "image", "text", "label"))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: no row of question_id, image, text, label ({error}): mend or delete it") from error
+        raise UserError(f"{name}: no row of question_id, image, text, label ({error}): correct or delete it") from error
     if label not in ("yes", "no") or not (isinstance(image, str) and image and isinstance(text, str) and text):
-        raise UserError(f"{name}: image and text must be strings, and label yes or no: mend or delete the line")
-    return Question(f"pope/{split}/{number}", split, (str(images / image),), prefix + text, label, 10, {})
+        raise UserError(f"{name}: image and text must be strings, and label yes or no: correct or delete the line")
+    return Question(f"pope/{split}/{number}", split, (str(images / image),), prefix + text, label, MAX_NEW_TOKENS)
 
 
 # ---- answers
@@ -86,14 +81,19 @@ def is_invalid(response: str | None) -> bool:
     return response is None or response.strip().removesuffix(".").strip().lower() not in ("yes", "no")
 
 
+def is_correct(row: dict) -> bool:
+    """Whether an answer row is right by the official reading."""
+    return parse_pope(row["response"]) == row["ground_truth"]
+
+
 # ---- scores
-def score_pope(rows: Iterable[dict]) -> dict:
-    """Scores of answer rows (`haystack.Question`): {split: {...}, "mean": {...}}, fractions of 1, yes as the positive.
+def score(rows: list[dict]) -> dict:
+    """Scores of answer rows (`questions.Question`): {split: {...}, "mean": {...}}, fractions of 1, yes as the positive.
 
     A split has n, accuracy, precision, recall, yes_ratio (of the predictions), invalid (`is_invalid`), each as
-    `intervals.rate` with its counts, f1, broken (responses of None), and under "baselines" the same metrics of the
-    constant answers. What is undefined is None, as precision and f1 are where no answer is yes. The six questions of a
-    picture are taken as independent, so that the intervals are a little narrow. "mean" is over the splits present.
+    `statistics.rate` with its counts, f1, broken (responses of None), and under "baselines" the same metrics of the
+    constant answers. What is undefined is None, as precision and f1 are where no answer is yes. The six questions of
+    an image are taken as independent, so that the intervals are a little narrow. "mean" is over the splits present.
     Raises UserError for a row that is no answer to a POPE question.
     """
     by_split = {}
@@ -101,21 +101,29 @@ def score_pope(rows: Iterable[dict]) -> dict:
         if row["setting"] not in SPLITS or row["ground_truth"] not in ("yes", "no"):
             raise UserError(f"{row['id']}: no answer to a POPE question: give the answers file of a POPE run")
         by_split.setdefault(row["setting"], []).append(row)
-    scores = {split: _score_split(by_split[split]) for split in SPLITS if split in by_split}
-    return scores | {"mean": _mean(list(scores.values()))}
+    scores = {split: score_split(by_split[split]) for split in SPLITS if split in by_split}
+    accuracies, f1s = [s["accuracy"]["rate"] for s in scores.values()], [s["f1"] for s in scores.values()]
+    mean = {
+        "splits": len(scores),
+        "accuracy": sum(accuracies) / len(accuracies) if accuracies else None,
+        "f1": sum(f1s) / len(f1s) if f1s and None not in f1s else None,
+    }
+    return scores | {"mean": mean}
 
 
-def _score_split(rows: list[dict]) -> dict:
+def score_split(rows: list[dict]) -> dict:
+    """Metrics of one split, and those of the two constant answers beside them."""
     truths = [row["ground_truth"] for row in rows]
     responses = [row["response"] for row in rows]
-    return _metrics(truths, [parse_pope(response) for response in responses]) | {
+    return metrics(truths, [parse_pope(response) for response in responses]) | {
         "invalid": rate(sum(map(is_invalid, responses)), len(rows)),
         "broken": responses.count(None),
-        "baselines": {f"always {word}": _metrics(truths, [word] * len(rows)) for word in ("yes", "no")},
+        "baselines": {f"always {word}": metrics(truths, [word] * len(rows)) for word in ("yes", "no")},
     }
 
 
-def _metrics(truths: list[str], predictions: list[str]) -> dict:
+def metrics(truths: list[str], predictions: list[str]) -> dict:
+    """POPE's five metrics with their counts."""
     n, yes, said_yes = len(truths), truths.count("yes"), predictions.count("yes")
     pairs = Counter(zip(truths, predictions, strict=True))
     found = pairs["yes", "yes"]
@@ -129,38 +137,41 @@ def _metrics(truths: list[str], predictions: list[str]) -> dict:
     }
 
 
-def _mean(splits: list[dict]) -> dict:
-    accuracies = [scores["accuracy"]["rate"] for scores in splits]
-    f1s = [scores["f1"] for scores in splits]
-    return {
-        "splits": len(splits),
-        "accuracy": sum(accuracies) / len(splits) if splits else None,
-        "f1": sum(f1s) / len(splits) if splits and None not in f1s else None,
-    }
+# ---- what is printed and written
+def format_table(scores_by_model: dict[str, dict]) -> list[str]:
+    """Lines to print, a block for each model: percent, the accuracy with its 95 % interval, "-" for undefined."""
+    lines = []
+    for model, scores in scores_by_model.items():
+        lines += [
+            f"\n{model}",
+            format_line("POPE", "n", "accuracy", "precision", "recall", "F1", "yes ratio", "invalid"),
+        ]
+        for split in (name for name in SPLITS if name in scores):
+            lines.append(format_metrics(split, scores[split]))
+            lines += [format_metrics(f"  {name}", found) for name, found in scores[split]["baselines"].items()]
+        mean = scores["mean"]
+        name = f"mean of {mean['splits']}"
+        lines.append(format_line(name, "", percent(mean["accuracy"]), "", "", percent(mean["f1"])))
+    return lines
 
 
-def pope_table(scores: dict) -> list[str]:
-    """Lines to print of `score_pope`'s scores, in percent, the accuracy with its 95 % interval, "-" for undefined."""
-    lines = [_line("POPE", "n", "accuracy", "precision", "recall", "F1", "yes ratio", "invalid")]
-    for split in [name for name in scores if name != "mean"]:
-        lines.append(_metrics_line(split, scores[split]))
-        lines += [_metrics_line(f"  {name}", metrics) for name, metrics in scores[split]["baselines"].items()]
-    mean = scores["mean"]
-    return [*lines, _line(f"mean of {mean['splits']}", "", _percent(mean["accuracy"]), "", "", _percent(mean["f1"]))]
+def format_metrics(name: str, found: dict) -> str:
+    accuracy = found["accuracy"]
+    interval = f"{percent(accuracy['rate'])} [{percent(accuracy['low'])}, {percent(accuracy['high'])}]"
+    rates = [found["precision"]["rate"], found["recall"]["rate"], found["f1"], found["yes_ratio"]["rate"]]
+    if "invalid" in found:  # a constant answer has none
+        rates.append(found["invalid"]["rate"])
+    return format_line(name, str(found["n"]), interval, *map(percent, rates))
 
 
-def _metrics_line(name: str, metrics: dict) -> str:
-    accuracy = metrics["accuracy"]
-    interval = f"{_percent(accuracy['rate'])} [{_percent(accuracy['low'])}, {_percent(accuracy['high'])}]"
-    rates = [metrics["precision"]["rate"], metrics["recall"]["rate"], metrics["f1"], metrics["yes_ratio"]["rate"]]
-    if "invalid" in metrics:  # a constant answer has none
-        rates.append(metrics["invalid"]["rate"])
-    return _line(name, str(metrics["n"]), interval, *map(_percent, rates))
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.2f}"
 
 
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.2f}"
-
-
-def _line(name: str, n: str, accuracy: str, *others: str) -> str:
+def format_line(name: str, n: str, accuracy: str, *others: str) -> str:
     return f"{name:12} {n:>6}  {accuracy:23}{''.join(f'{cell:>10}' for cell in others)}".rstrip()
+
+
+def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
+    """Nothing yet."""
+    return []

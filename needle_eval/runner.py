@@ -1,13 +1,14 @@
-"""Questions in, answers out: batches, pictures encoded once, one line an answer, and a run that continues.
+"""Questions to answers: batches, images encoded once, one row an answer, and a run that continues where it was stopped.
 
-Nothing here knows a benchmark: a `haystack.Question` has pictures, a prompt and the longest answer, and its answer row
-is scored elsewhere. The batches are fixed before the first answer and every process takes its share of them, so that a
-run that was cut off, or several processes, give the answers of one run.
+No benchmark is known here: a `Question` has images, a prompt and the longest answer; its row is scored elsewhere. The
+evaluation script calls it with a file, training in memory. All batches are planned before the first answer and every
+process answers its share of them, so an interrupted run and several processes give the answers of one run.
 """
 
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,268 +17,225 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from files import open_image, writing
-from modeling_vlm import KVCache
-from needle_eval.questions import Question
+from files import writing
+from needle_eval.questions import ImageReference, Question, open_reference
+from needle_eval.ranking import rank_candidates
 from processing_paligemma import PaliGemmaProcessor
+from vision_cache import FeatureStore
 
-KEPT_BYTES = 2 << 30  # of picture features, on the model's device
+FEATURE_BYTES = 2 << 30  # of image features that stay on the model's device
 
 
 @dataclass
 class Answerer:
-    """A model, its processor and how answers are made: `candidates`, by setting, are weighed instead of generating."""
+    """A model, its processor, and how its answers are computed."""
 
     model: torch.nn.Module
     processor: PaliGemmaProcessor
     accelerator: Accelerator
-    dtype: torch.dtype
-    batch_size: int = 32
-    workers: int = 0
-    candidates: dict[str, list[str]] | None = None
+    dtype: torch.dtype  # bfloat16: under autocast
+    batch_size: int = 32  # questions answered at once
+    workers: int = 0  # processes that read images
+
+
+def answer_questions(
+    answerer: Answerer,
+    questions: list[Question],
+    file: Path | None = None,
+    is_correct: Callable[[dict], bool] | None = None,
+    raise_if_stopped: Callable[[], None] = lambda: None,
+    progress: str | None = None,
+) -> list[dict]:
+    """One answer row for each question, in the order of the questions, the same list on every process.
+
+    With `file`, a row is written as soon as it is known, and rows that the file holds already are not answered again.
+    `is_correct` and `progress`, a title, are for the progress bar; without a title there is none. `raise_if_stopped` is
+    called before every batch, equally often on every process, and may raise to end the run. A broken image or prompt
+    gives a row with "error" and the response None, which is answered again when the run is. Raises UserError when
+    `file` holds answers to other questions.
+    """
+    accelerator = answerer.accelerator
+    rows = {}
+    if file is not None:
+        with accelerator.main_process_first():
+            rows = read_answers(file, questions, cut_last_line=accelerator.is_main_process)
+        rows = {name: row for name, row in rows.items() if "error" not in row}
+        accelerator.wait_for_everyone()  # all processes plan from the same file, before one of them writes to it
+    batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
+    answers = answer_batches(answerer, batches[accelerator.process_index :: accelerator.num_processes])
+    rounds = -(-len(batches) // accelerator.num_processes)  # neighbouring batches cost alike
+    bf16 = answerer.dtype == torch.bfloat16
+    main_file = file if accelerator.is_main_process else None
+    hidden = progress is None or not accelerator.is_main_process
+    with tqdm(total=len(questions), initial=len(rows), desc=progress, unit="answer", disable=hidden) as bar:
+        log = AnswerLog(rows, main_file, bar, is_correct)
+        log.add([make_row(q, None, 0.0) for q in questions if q.error and q.id not in rows])
+        with torch.inference_mode(), torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+            for _ in range(rounds):
+                raise_if_stopped()
+                log.add([row for row in gather_object(next(answers, [])) if row["id"] not in rows])
+    if main_file is not None:
+        write_answers(main_file, [rows[question.id] for question in questions])
+    accelerator.wait_for_everyone()
+    return [rows[question.id] for question in questions]
 
 
 # ---- the plan
-def mark_too_long(questions: list[Question], processor: PaliGemmaProcessor, limit: int) -> list[Question]:
-    """The questions, those that with their longest answer do not fit `limit` positions marked as broken."""
-    marked = []
-    for question in questions:
-        try:
-            prompt = processor.encode(question.prompt, None, len(question.images))[0]
-        except UserError:  # named when its turn comes
-            prompt = []
-        need = len(prompt) + question.max_new_tokens
-        if need > limit:
-            fault = (
-                f"{len(question.images)} pictures of {processor.num_image_tokens:,} tokens ({processor.image_size} px),"
-                f" text and {question.max_new_tokens} to answer need {need:,} positions, the model has {limit:,}: take "
-                "fewer pictures or a model of lower resolution"
-            )
-            question = replace(question, fields={**question.fields, "error": fault})
-        marked.append(question)
-    return marked
-
-
 def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
-    """Batches within a setting, sorted by the length of the prompt so that little is padded; broken questions aside.
+    """Batches within a setting, sorted by the length of the prompt so that little is padded, without broken questions.
 
     A function of the questions alone: ties stay in order.
     """
 
-    def kind(question: Question) -> tuple:
+    def group_of(question: Question) -> tuple:
         return question.setting, len(question.images), question.max_new_tokens
 
-    whole = sorted((q for q in questions if "error" not in q.fields), key=lambda q: (*kind(q), len(q.prompt)))
-    groups = [list(group) for _, group in groupby(whole, key=kind)]
+    whole = sorted((q for q in questions if not q.error), key=lambda q: (*group_of(q), len(q.prompt)))
+    groups = [list(group) for _, group in groupby(whole, key=group_of)]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
-def plan_pictures(batches: list[list[Question]], capacity: int) -> list[tuple[list[str], list[str]]]:
-    """For every batch the pictures to encode first, and those to forget after it: the `capacity` last used are kept."""
-    kept: OrderedDict[str, None] = OrderedDict()
+def plan_images(
+    batches: list[list[Question]], capacity: int
+) -> list[tuple[list[ImageReference], list[ImageReference]]]:
+    """For every batch the images to open before it and those to forget after it: the `capacity` last used ones stay."""
+    held: OrderedDict[ImageReference, None] = OrderedDict()
     plan = []
     for batch in batches:
-        wanted = dict.fromkeys(path for question in batch for path in question.images)
-        new = [path for path in wanted if path not in kept]
-        kept |= dict.fromkeys(new)
-        for path in wanted:
-            kept.move_to_end(path)
-        dropped = [kept.popitem(last=False)[0] for _ in range(len(kept) - max(capacity, len(wanted)))]
+        needed = dict.fromkeys(image for question in batch for image in question.images)
+        new = [image for image in needed if image not in held]
+        held |= dict.fromkeys(new)
+        for image in needed:
+            held.move_to_end(image)
+        dropped = [held.popitem(last=False)[0] for _ in range(len(held) - max(capacity, len(needed)))]
         plan.append((new, dropped))
     return plan
 
 
-# ---- the run
-def answer(answerer: Answerer, questions: list[Question], file: Path, judge) -> list[dict]:
-    """Answer what `file` does not hold yet, a line at a time, and return all rows in the order of the questions.
-
-    `judge` tells of a row whether it is right, for the progress bar. A broken picture or prompt gives a row with
-    "error" and response None, and is tried again when the run is. Raises UserError when `file` holds answers to other
-    questions.
-    """
-    main = answerer.accelerator.is_main_process
-    with answerer.accelerator.main_process_first():
-        rows = read_answers(file, questions, mend=main)
-    rows = {name: row for name, row in rows.items() if "error" not in row}
-    answerer.accelerator.wait_for_everyone()  # all plan from the same file, before anybody writes
-    batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
-    broken = [row_of(q, None, 0.0) for q in questions if "error" in q.fields and q.id not in rows]
-    log = Log(file, rows, len(questions), judge) if main else None
-    if main:
-        log.write(broken)
-    world, rank = answerer.accelerator.num_processes, answerer.accelerator.process_index
-    rounds = -(-len(batches) // world)
-    answered = answer_batches(answerer, batches[rank::world])  # neighbours cost alike
-    bf16 = answerer.dtype == torch.bfloat16
-    with torch.inference_mode(), torch.autocast(answerer.accelerator.device.type, torch.bfloat16, enabled=bf16):
-        for _ in range(rounds):
-            told = gather_object(next(answered, []))
-            if main:
-                log.write([row for row in told if row["id"] not in rows])
-    if main:
-        log.close(questions)
-    answerer.accelerator.wait_for_everyone()
-    return list(read_answers(file, questions).values())
+def mark_too_long(questions: list[Question], processor: PaliGemmaProcessor, limit: int) -> list[Question]:
+    """The questions; those that do not fit `limit` positions with their longest answer have an error."""
+    marked = []
+    for question in questions:
+        try:
+            prompt = processor.encode(question.prompt, None, len(question.images))[0]
+        except UserError:  # reported with its answer
+            prompt = []
+        needed = len(prompt) + question.max_new_tokens
+        if needed > limit:
+            fault = (
+                f"{len(question.images)} images of {processor.num_image_tokens:,} tokens ({processor.image_size} px),"
+                f" text and {question.max_new_tokens} to answer need {needed:,} positions, the model has {limit:,}: "
+                "take fewer images or a model of lower resolution"
+            )
+            question = replace(question, error=fault)
+        marked.append(question)
+    return marked
 
 
-def answer_batches(answerer: Answerer, batches: list[list[Question]]):
-    """Yield the rows of every batch; a picture is read and encoded once while it is kept."""
-    config = answerer.model.config
-    width = config.text_config.hidden_size * torch.finfo(answerer.dtype).bits // 8
-    plan = plan_pictures(batches, KEPT_BYTES // (answerer.processor.num_image_tokens * width))
-    fetched = DataLoader(
-        _Pictures([new for new, _ in plan], answerer.processor),
+# ---- answers
+def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterator[list[dict]]:
+    """Yield the rows of every batch; an image is opened and encoded once while its features are stored."""
+    width = answerer.model.config.text_config.hidden_size * torch.finfo(answerer.dtype).bits // 8
+    plan = plan_images(batches, FEATURE_BYTES // (answerer.processor.num_image_tokens * width))
+    loader = DataLoader(
+        OpenedImages([new for new, _ in plan], answerer.processor),
         batch_size=None,
         num_workers=min(answerer.workers, len(batches)),
     )
-    kept: dict[str, Tensor | str] = {}  # features, or what is wrong with the picture
-    for batch, (_, dropped), (pixels, faults) in zip(batches, plan, fetched, strict=True):
-        began = time.perf_counter()
-        kept |= faults | encode_pictures(answerer, pixels)
-        yield answer_batch(answerer, batch, kept, began)
-        for path in dropped:
-            del kept[path]
+    store = FeatureStore(answerer.model)
+    faults: dict[ImageReference, str] = {}
+    for batch, (new, dropped), opened in zip(batches, plan, loader, strict=True):
+        started = time.perf_counter()
+        faults |= {image: fault for image, fault in zip(new, opened, strict=True) if isinstance(fault, str)}
+        pixels = {image: tensor for image, tensor in zip(new, opened, strict=True) if isinstance(tensor, Tensor)}
+        if pixels:
+            store.encode(list(pixels), pixels, answerer.batch_size)
+        yield answer_batch(answerer, batch, store, faults, started)
+        store.forget(dropped)
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """What a loader's worker does: the pixels of a batch's new pictures, or what is wrong with them, by path."""
+class OpenedImages(Dataset):
+    """For every batch, and each of its new images: the pixels [3, S, S], or what is wrong with it."""
 
-    def __init__(self, paths: list[list[str]], processor: PaliGemmaProcessor):
-        self.paths, self.processor = paths, processor
+    def __init__(self, images: list[list[ImageReference]], processor: PaliGemmaProcessor):
+        self.images, self.processor = images, processor
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
-    def __getitem__(self, at: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-        pixels, faults = {}, {}
-        for path in self.paths[at]:
-            try:
-                pixels[path] = self.processor.pixels(open_image(path))
-            except UserError as error:
-                faults[path] = str(error)
-        return pixels, faults
+    def __getitem__(self, index: int) -> list[Tensor | str]:
+        return [self.open(image) for image in self.images[index]]
 
-
-@torch.no_grad()
-def encode_pictures(answerer: Answerer, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Path -> projected features [N, C]."""
-    if not pixels:
-        return {}
-    device, parts = answerer.accelerator.device, torch.stack(list(pixels.values())).split(answerer.batch_size)
-    features = torch.cat([answerer.model.model.image_features(part.to(device)) for part in parts])
-    return dict(zip(pixels, features, strict=True))
-
-
-def answer_batch(answerer: Answerer, batch: list[Question], kept: dict, began: float) -> list[dict]:
-    rows, told, good = [], {}, []
-    for question in batch:
-        faults = [kept[path] for path in question.images if isinstance(kept[path], str)]
+    def open(self, image: ImageReference) -> Tensor | str:
         try:
-            if faults:
-                raise UserError(faults[0])
-            rows.append(answerer.processor.encode(question.prompt, None, len(question.images)))
+            return self.processor.pixels(open_reference(image))
+        except UserError as error:
+            return str(error)
+
+
+def answer_batch(
+    answerer: Answerer, batch: list[Question], store: FeatureStore, faults: dict[ImageReference, str], started: float
+) -> list[dict]:
+    """The rows of one batch. `started`: when its images began to be encoded, for the seconds of an answer."""
+    good, encoded, rows = [], [], {}
+    for question in batch:
+        try:
+            for image in question.images:
+                if image in faults:
+                    raise UserError(faults[image])
+            encoded.append(answerer.processor.encode(question.prompt, None, len(question.images)))
             good.append(question)
         except UserError as error:
-            told[question.id] = row_of(question, None, 0.0) | {"error": str(error)}
+            rows[question.id] = make_row(replace(question, error=str(error)), None, 0.0)
     if good:
-        features = torch.stack([kept[path] for question in good for path in question.images])
-        device = features.device
-        tensors = {key: tensor.to(device) for key, tensor in answerer.processor.pad(rows).items()}
-        if answerer.candidates:
-            texts = rank(answerer, tensors, features, answerer.candidates[good[0].setting])
+        features = store.encode([image for question in good for image in question.images], {})
+        tensors = {key: tensor.to(features.device) for key, tensor in answerer.processor.pad(encoded, "left").items()}
+        if good[0].candidates:
+            texts = rank_candidates(answerer.model, answerer.processor, tensors, features, good[0].candidates)
         else:
             ids = answerer.model.generate(
                 **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens
             )
             texts = answerer.processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :])
-        seconds = (time.perf_counter() - began) / len(good)
-        told |= {q.id: row_of(q, text, seconds) for q, text in zip(good, texts, strict=True)}
-    return [told[question.id] for question in batch]
+        seconds = (time.perf_counter() - started) / len(good)
+        rows |= {q.id: make_row(q, text, seconds) for q, text in zip(good, texts, strict=True)}
+    return [rows[question.id] for question in batch]
 
 
-@torch.no_grad()
-def rank(answerer: Answerer, tensors: dict, features: Tensor, candidates: list[str]) -> list[str]:
-    """The likeliest of `candidates` for each prompt [B, L], by mean log-probability of its tokens and `<eos>`.
-
-    The mean, since "-1" is shorter than a cell and a sum would favour it. One pass over the prompts fills the cache,
-    then each prompt meets the candidates in batches.
-    """
-    model, language = answerer.model, answerer.model.model.language_model
-    count, length = tensors["input_ids"].shape
-    ids, held = candidate_tensors(answerer.processor, candidates, features.device)
-    mask, positions = model.model.mask(tensors["attention_mask"]), model.model.positions(tensors["attention_mask"])
-    x = model.model.embed(tensors["input_ids"], features)
-    cache = KVCache(language, count, length, x.dtype, x.device)
-    first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
-    best = []
-    for row in range(count):
-        told = torch.cat(
-            [continuations(model, cache, tensors["attention_mask"][row], row, part) for part in ids.split(64)]
-        )
-        total = first[row][ids[:, 0]] + (told * held[:, 1:]).sum(1)
-        best.append(candidates[int((total / held.sum(1)).argmax())])
-    return best
-
-
-def continuations(model, cache: KVCache, prompt: Tensor, row: int, ids: Tensor) -> Tensor:
-    """Log-probabilities [A, T - 1] of the second and later tokens of ids [A, T], after the cached prompt of one row;
-    `prompt` [L] is its attention mask."""
-    language, (count, width), length = model.model.language_model, ids.shape, cache.length
-    wide = KVCache(language, count, length + width, cache.keys[0].dtype, ids.device)
-    for mine, theirs in ((wide.keys, cache.keys), (wide.values, cache.values)):
-        for new, old in zip(mine, theirs, strict=True):
-            new[:, :, :length] = old[row]
-    wide.length = length
-    valid = torch.cat((prompt.expand(count, -1), torch.ones_like(ids)), dim=1)
-    types = torch.zeros_like(valid)
-    types[:, length:] = 1
-    mask, positions = model.model.mask(valid, types), model.model.positions(valid)[:, length:]
-    hidden = language(language.embed(ids), positions, mask, wide)
-    return model.head(hidden[:, :-1]).float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-
-
-def candidate_tensors(processor: PaliGemmaProcessor, candidates: list[str], device) -> tuple[Tensor, Tensor]:
-    """Ids [A, T] of the answers and their `<eos>`, padded on the right, and 1.0 where they count."""
-    rows = [processor.encode("", text, num_images=0) for text in candidates]
-    rows = [[i for i, is_answer in zip(*row, strict=True) if is_answer] for row in rows]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [processor.pad_token_id] * (width - len(row)) for row in rows], device=device)
-    held = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in rows], device=device)
-    return ids, held
-
-
-# ---- the file
-def row_of(question: Question, response: str | None, seconds: float) -> dict:
-    return {
+def make_row(question: Question, response: str | None, seconds: float) -> dict:
+    """The answer row of a question."""
+    row = {
         "id": question.id,
         "setting": question.setting,
         "prompt": question.prompt,
         "response": response,
-        "ground_truth": question.truth,
-        "images": list(question.images),
+        "ground_truth": question.ground_truth,
+        "images": [str(image) for image in question.images],
         "seconds": round(seconds, 4),
         **question.fields,
     }
+    return row | ({"error": question.error} if question.error else {})
 
 
-def read_answers(file: Path, questions: list[Question], mend: bool = False) -> dict[str, dict]:
+# ---- the file
+def read_answers(file: Path, questions: list[Question], cut_last_line: bool = False) -> dict[str, dict]:
     """The rows of a file by id, in the order of the questions.
 
-    `mend` cuts a last line off that a killed process left unfinished. Raises UserError when the file answers other
-    questions, prompts or pictures: it is another run's.
+    A last line that a killed process left unfinished is ignored, with `cut_last_line` deleted. Raises UserError when
+    the file answers other questions: other ids, prompts, images or ground truths.
     """
     if not file.exists():
         return {}
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-        if mend:
+        if cut_last_line:
             file.write_text("".join(lines), encoding="utf-8")
-    asked = {q.id: (q.prompt, list(q.images), q.truth) for q in questions}  # other haystacks may share the prompt
+    asked = {q.id: (q.prompt, [str(image) for image in q.images], q.ground_truth) for q in questions}
     found = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -288,34 +246,37 @@ def read_answers(file: Path, questions: list[Question], mend: bool = False) -> d
         if not same:
             raise UserError(
                 f"{file}:{number}: answers another question ({row['id']}): give another --output_dir, or "
-                "answer anew with --overwrite=True"
+                "start again with --overwrite=True"
             )
         found[row["id"]] = row
     return {question.id: found[question.id] for question in questions if question.id in found}
 
 
-class Log:
-    """The answers file and the progress bar."""
+def write_answers(file: Path, rows: list[dict]):
+    """Write the file again, whole and in order."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with writing(file):
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(file)
 
-    def __init__(self, file: Path, rows: dict, total: int, judge):
-        self.file, self.rows, self.judge = file, rows, judge
-        self.right = sum(judge(row) for row in rows.values())
-        self.bar = tqdm(total=total, initial=len(rows), desc=file.parent.name, unit="answer")
 
-    def write(self, rows: list[dict]):
-        with writing(self.file), open(self.file, "a", encoding="utf-8") as out:
-            for row in rows:
-                out.write(json.dumps(row) + "\n")
-                self.rows[row["id"]] = row
-                self.right += self.judge(row)
+class AnswerLog:
+    """Adds answer rows to those so far, to the file, if any, and to the progress bar."""
+
+    def __init__(self, rows: dict[str, dict], file: Path | None, bar: tqdm, is_correct: Callable[[dict], bool] | None):
+        self.rows, self.file, self.bar, self.is_correct = rows, file, bar, is_correct
+        self.correct = 0
+        self.count(list(rows.values()))
+
+    def add(self, rows: list[dict]):
+        self.rows.update({row["id"]: row for row in rows})
+        if self.file is not None:
+            with writing(self.file), open(self.file, "a", encoding="utf-8") as out:
+                out.write("".join(json.dumps(row) + "\n" for row in rows))
         self.bar.update(len(rows))
-        self.bar.set_postfix(right=f"{self.right / max(1, len(self.rows)):.1%}")
+        self.count(rows)
 
-    def close(self, questions: list[Question]):
-        """The file anew, whole and in the order of the questions."""
-        self.bar.close()
-        text = "".join(json.dumps(self.rows[question.id]) + "\n" for question in questions)
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        with writing(self.file):
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.file)
+    def count(self, rows: list[dict]):
+        if self.is_correct is not None and not self.bar.disable:
+            self.correct += sum(map(self.is_correct, rows))
+            self.bar.set_postfix(right=f"{self.correct / max(1, len(self.rows)):.1%}")

@@ -10,20 +10,22 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from errors import UserError
 
+CONFIDENCE = 0.95
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+BOOTSTRAP_CELLS = 1_000_000  # numbers drawn at once: 8 MB
+
 
 # ---- one run
-def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a rate, 95 % by default (Wilson 1927); (0, 1) for no sample."""
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson score interval of a rate (Wilson 1927); (0, 1) for no sample."""
     if not total:
         return 0.0, 1.0
-    rate = right / total
-    centre = rate + z * z / (2 * total)
-    spread = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    low, high = ((centre + side) / (1 + z * z / total) for side in (-spread, spread))
-    return max(0.0, min(low, rate)), min(1.0, max(high, rate))  # rounding must not leave the rate outside
+    interval = stats.binomtest(right, total).proportion_ci(CONFIDENCE, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def rate(right: int, total: int) -> dict:
@@ -35,24 +37,20 @@ def rate(right: int, total: int) -> dict:
 def mean_rate(scores: Sequence[float]) -> dict:
     """As `rate`, for scores within [0, 1]; "right" is their sum.
 
-    None varies more than 0/1 scores of the same mean, so Wilson's interval is wide enough, and unlike a bootstrap's it
-    keeps a width where all scores are equal.
+    Where the sum is no whole number, the interval is that of the two counts beside it, each end the wider one. None
+    varies more than 0/1 scores of the same mean, so it is wide enough, and unlike a bootstrap's it has a width where
+    all scores are equal.
     """
-    return rate(math.fsum(scores), len(scores))
+    right, total = math.fsum(scores), len(scores)
+    low, high = wilson(math.floor(right), total)[0], wilson(math.ceil(right), total)[1]
+    return {"right": right, "n": total, "rate": right / total if total else None, "low": low, "high": high}
 
 
 # ---- two runs over the same questions
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p value of McNemar's exact test: `only_a` questions were right in run A alone, `only_b` in B alone.
-
-    Twice the smaller tail of Binomial(only_a + only_b, 1/2), at most 1; in whole numbers until the last division.
-    """
-    n, few = only_a + only_b, min(only_a, only_b)
-    term = tail = 1  # choose(n, 0)
-    for i in range(few):
-        term = term * (n - i) // (i + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**n)
+    """Two-sided p value of McNemar's exact test: `only_a` questions were right in run A alone, `only_b` in B alone."""
+    discordant = only_a + only_b
+    return float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0
 
 
 def paired_bootstrap(
@@ -68,12 +66,12 @@ def paired_bootstrap(
     differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     values, counts = np.unique(differences, return_counts=True)
     rng, n = np.random.default_rng(seed), len(differences)
-    step = max(1, 1_000_000 // len(values))  # at most 8 MB at a time
+    step = max(1, BOOTSTRAP_CELLS // len(values))
     means = [  # drawing n of the questions is drawing how often each value comes
         rng.multinomial(n, counts / n, size=min(step, samples - start)) @ values / n
         for start in range(0, samples, step)
     ]
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    low, high = np.quantile(np.concatenate(means), TAILS)
     return float(differences.mean()), float(low), float(high)
 
 
@@ -87,7 +85,7 @@ def mean_over_seeds(rates: Sequence[float]) -> dict:
     mean = statistics.fmean(rates) if n else None
     if n < 2:
         return {"n": n, "mean": mean, "low": None, "high": None}
-    spread = t_quantile(n - 1) * statistics.stdev(rates) / math.sqrt(n)
+    spread = float(stats.t.ppf(TAILS[1], n - 1)) * statistics.stdev(rates) / math.sqrt(n)
     return {"n": n, "mean": mean, "low": mean - spread, "high": mean + spread}
 
 
@@ -102,29 +100,7 @@ def paired_over_seeds(a_rates: Sequence[float], b_rates: Sequence[float]) -> dic
     over, n = mean_over_seeds(differences), len(differences)
     if n < 2:
         return over | {"p": None}
-    error = statistics.stdev(differences) / math.sqrt(n)
-    return over | {"p": _outside(math.atan2(abs(over["mean"]), error * math.sqrt(n - 1)), n - 1)}
-
-
-def t_quantile(df: int, inside: float = 0.95) -> float:
-    """The t with P(|T| <= t) = `inside` for Student's t of `df` degrees of freedom: 12.706 for df = 1."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):  # halvings, to the last bit
-        middle = (low + high) / 2
-        low, high = (middle, high) if _outside(middle, df) > 1 - inside else (low, middle)
-    return math.sqrt(df) * math.tan(low)
-
-
-def _outside(angle: float, df: int) -> float:
-    """P(|T| > t) for angle = atan(t / sqrt(df)), so that an infinite t is pi / 2.
-
-    For whole df the incomplete beta integral is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4).
-    """
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = df % 2
-    term, terms = (cosine if odd else 1.0), []
-    for k in range(2 + odd, df + 1, 2):
-        terms.append(term)
-        term *= cosine * cosine * (k - 1) / k
-    inside = sine * math.fsum(terms)
-    return max(0.0, 1 - (2 / math.pi * (angle + inside) if odd else inside))
+    if max(differences) == min(differences):  # t is infinite, or 0 / 0
+        return over | {"p": float(over["mean"] == 0)}
+    t = over["mean"] / (statistics.stdev(differences) / math.sqrt(n))
+    return over | {"p": 2 * float(stats.t.sf(abs(t), n - 1))}

@@ -43,11 +43,6 @@ def test_the_table_of_the_cpu(compare, tmp_path, monkeypatch, capsys):
     assert all(name in capsys.readouterr().out for name in list(rows)[-1:])
 
 
-def test_the_readme_shows_what_was_measured(compare):
-    rows = json.loads((ROOT / "benchmarks" / "results" / "compare_cpu.json").read_text())["rows"]
-    assert "\n".join(compare.summary(rows)) in (ROOT / "README.md").read_text()
-
-
 def test_the_table_of_the_gpu(compare):
     """Its code, on a CPU."""
     rows = dict(compare.cuda_rows(compare.Config(size="tiny", rounds=1)))

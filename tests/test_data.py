@@ -12,6 +12,7 @@ from PIL import Image
 
 from data import (
     Haystacks,
+    Row,
     Subset,
     batch_order,
     hold_out,
@@ -53,7 +54,7 @@ def test_the_answer_is_where_the_needle_is():
     for index in range(40):
         key = f"k{index}"
         haystack = POOL.make(key, images=2, grid=2, positive=index % 4 > 0)
-        captions = [[[POOL.pictures[i].caption for i in row] for row in cells] for cells in haystack.cells]
+        captions = [[[POOL.images[i].caption for i in row] for row in cells] for cells in haystack.cells]
         flat = [c for cells in captions for row in cells for c in row]
         assert len(set(flat)) == 8
         if haystack.needle is None:
@@ -71,13 +72,13 @@ def test_needles_are_everywhere_and_a_fifth_is_absent():
     assert all(0.15 < share < 0.26 for share in shares.values())
 
 
-def test_the_picture_shows_the_drawings_row_by_row():
+def test_the_image_shows_the_drawings_row_by_row():
     flat = ImagePool(read_pool(splits=("train",))[:40])
-    picture = flat.stitch("key", ((0, 1), (2, 3)), cell=64)
-    assert picture.size == (128, 128)
+    image = flat.stitch("key", ((0, 1), (2, 3)), cell=64)
+    assert image.size == (128, 128)
     for place, index in enumerate((0, 1, 2, 3)):
-        drawing = flat.drawing(index, 64)
-        cell = picture.crop((place % 2 * 64, place // 2 * 64, place % 2 * 64 + 64, place // 2 * 64 + 64))
+        drawing = flat.resized(index, 64)
+        cell = image.crop((place % 2 * 64, place // 2 * 64, place % 2 * 64 + 64, place // 2 * 64 + 64))
         background = cell.getpixel((0, 0))
         expected = Image.new("RGB", (64, 64), background)
         expected.paste(drawing, (4, 4), drawing)
@@ -89,13 +90,13 @@ def test_a_pool_that_is_too_small_is_refused():
         ImagePool(read_pool(splits=("train",))[:20]).make("k", 1, 4, True)
 
 
-def test_haystacks_of_one_s_own_pictures(tmp_path):
-    """Captions of the test sets are never trained on, an opaque picture fills its cell."""
+def test_haystacks_of_one_s_own_images(tmp_path):
+    """Captions of the test sets are never trained on, an opaque image fills its cell."""
     for i in range(120):
         Image.new("RGB", (30, 20), (i, 0, 255 - i)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"thing {i}")
     train, sets = make_data(Config(data=f"haystack:{tmp_path}", grids=(2,), eval_samples=5))
-    trained, tested = ({p.caption for p in s.pool.pictures} for s in (train, sets["2x2"]))
+    trained, tested = ({p.caption for p in s.pool.images} for s in (train, sets["2x2"]))
     assert list(sets) == ["2x2", "2x2 absent"] and not trained & tested and len(trained | tested) == 120
     assert train.get(0, 0).images[0].size == (512, 512)
     for i in range(5):
@@ -110,17 +111,17 @@ def test_haystacks_of_one_s_own_pictures(tmp_path):
         make_data(Config(data=f"haystack:{tmp_path / '0.txt'}"))
 
 
-def test_training_and_test_sets_do_not_meet():
+def test_training_and_test_sets_are_disjoint():
     train, sets = make_data(Config())
-    styles = {p.style for p in train.pool.pictures}
+    styles = {p.style for p in train.pool.images}
     assert styles == {"fluent", "twemoji"}
-    trained = {p.concept for p in train.pool.pictures}
+    trained = {p.concept for p in train.pool.images}
     assert list(sets) == [
         "2x2", "4x4", "2x2 absent", "4x4 absent", "2x2 unseen concepts", "4x4 unseen concepts",
     ]  # fmt: skip
     for name, held_out in sets.items():
-        assert {p.style for p in held_out.pool.pictures} == {"noto"}
-        concepts = {p.concept for p in held_out.pool.pictures}
+        assert {p.style for p in held_out.pool.images} == {"noto"}
+        concepts = {p.concept for p in held_out.pool.images}
         assert concepts.isdisjoint(trained) if "unseen" in name else concepts == trained
         assert all((held_out.get(0, i).suffix == "-1") == ("absent" in name) for i in range(5))
     assert [sets[name].chance for name in ("2x2", "4x4", "2x2 absent")] == [0.25, 0.0625, None]
@@ -150,35 +151,44 @@ def test_jsonl_rows_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
-        ("{broken", "not json"),
-        ('["a.png"]', "has no 'image'"),
-        ({"prefix": "a", "suffix": "b"}, "has no 'image'"),
-        ({"image": "a.png", "suffix": "b"}, "has no 'prefix'"),
-        ({"image": "a.png", "prefix": "a"}, "has no 'suffix'"),
+        ("{broken", "not valid JSON"),
+        ('["a.png"]', "Expected object, got array"),
+        ({"prefix": "a", "suffix": "b"}, "missing required field image"),
+        ({"image": "a.png", "suffix": "b"}, "missing required field prefix"),
+        ({"image": "a.png", "prefix": "a"}, "missing required field suffix"),
         ({"image": "a.png", "prefix": "a", "suffix": " "}, "suffix"),
-        ({"image": "a.png", "prefix": 3, "suffix": "b"}, "prefix a string"),
+        ({"image": "a.png", "prefix": 3, "suffix": "b"}, r"Expected str, got int - at \$.prefix"),
+        ({"image": "a.png", "prefix": "a", "suffix": None}, r"Expected str, got null - at \$.suffix"),
+        ({"image": {"path": "a.png"}, "prefix": "a", "suffix": "b"}, r"at \$.image"),
+        ('{"image": "a.png", "prefix": "\\ud800", "suffix": "b"}', "not valid JSON"),
+        (
+            '{"image": "a.png", "prefix": "a", "suffix": "b", "more": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "not valid JSON",
+        ),
+        ({"image": "loop/a.png", "prefix": "a", "suffix": "b"}, "not a valid path"),
         ({"image": [], "prefix": "a", "suffix": "b"}, "image must be"),
         ({"image": "b.png", "prefix": "a", "suffix": "b"}, "does not exist"),
         ({"image": "../a.png", "prefix": "a", "suffix": "b"}, "outside"),
         ({"image": "/etc/hostname", "prefix": "a", "suffix": "b"}, "outside"),
         ({"image": "out.png", "prefix": "a", "suffix": "b"}, "outside"),
         ({"image": "away/secret.png", "prefix": "a", "suffix": "b"}, "outside"),
-        ({"image": "a.png\0", "prefix": "a", "suffix": "b"}, "cannot be a path"),
-        ({"image": "a" * 5000, "prefix": "a", "suffix": "b"}, "cannot be a path"),
+        ({"image": "a.png\0", "prefix": "a", "suffix": "b"}, "not a valid path"),
+        ({"image": "a" * 5000, "prefix": "a", "suffix": "b"}, "not a valid path"),
     ],
 )
-def test_a_bad_row_is_named_and_left_out_or_refused(tmp_path, row, told):
+def test_a_bad_row_is_named_and_left_out_or_refused(tmp_path, row, message):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret.png").touch()
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "out.png").symlink_to(tmp_path / "elsewhere" / "secret.png")
     (folder / "away").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder / "loop")
     good = {"image": "a.png", "prefix": "a", "suffix": "b"}
     path = write_rows(folder, [good, row, good])
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_jsonl(path)
     assert "rows.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
     rows = read_jsonl(path, strict=False)
@@ -192,14 +202,14 @@ def test_a_file_of_mostly_bad_rows_is_refused(tmp_path):
         read_jsonl(path, strict=False)
 
 
-def test_bytes_that_are_no_text_and_separators_inside_strings(tmp_path):
+def test_a_line_that_is_not_utf8_is_one_bad_row_and_unicode_separators_end_no_line(tmp_path):
     """One broken line is one bad row, and U+2028 ends no line of json."""
     good = json.dumps({"image": "a.png", "prefix": "a\u2028b", "suffix": "b"}, ensure_ascii=False).encode()
     write_rows(tmp_path, [])
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, b'{"image": "\xff"}', good, b""]))
     rows = read_jsonl(tmp_path / "rows.jsonl", strict=False)
-    assert [row["prefix"] for row in rows.rows] == ["a\u2028b"] * 2
-    assert len(rows.skipped) == 1 and "rows.jsonl:2: not json" in rows.skipped[0]
+    assert [row.prefix for row in rows.rows] == ["a\u2028b"] * 2
+    assert len(rows.skipped) == 1 and "rows.jsonl:2: not valid JSON" in rows.skipped[0]
 
 
 def test_a_hundred_thousand_rows_with_one_bad_in_a_hundred(tmp_path):
@@ -223,12 +233,12 @@ def bomb(path, side=40_000):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_pictures_and_bombs_are_left_out_of_a_batch(tmp_path, tiny_model, workers):
+def test_broken_images_and_bombs_are_left_out_of_a_batch(tmp_path, tiny_model, workers):
     """Of a batch that lost all its rows, as of an empty one, a stand-in's tensors are left, and no example."""
     processor = PaliGemmaProcessor.from_pretrained(tiny_model)
     path = write_rows(tmp_path, [{"image": f"{name}.png", "prefix": "a", "suffix": "b"} for name in "cba"])
     bomb(tmp_path / "b.png")
-    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(b"no image")
     rows, faults = read_jsonl(path), []
     batches = [[(0, 0), (0, 2)], [(0, 1)], [], [(0, 2)]]
     found = list(loader(rows, processor, batches, True, workers, lambda fault: faults.append(str(fault))))
@@ -243,20 +253,18 @@ def test_broken_pictures_and_bombs_are_left_out_of_a_batch(tmp_path, tiny_model,
 
 
 # ---- held-out rows
-def vqav2(folder, split="train", pictures=40, questions=3):
-    """A folder in VQAv2's official form, every picture with several questions."""
+def vqav2(folder, split="train", images=40, questions=3):
+    """A folder in VQAv2's official form, every image with several questions."""
     (folder / f"{split}2014").mkdir(parents=True)
     asked, answered = [], []
-    for picture in range(pictures):
-        file = f"COCO_{split}2014_{picture:012d}.jpg"
-        Image.new("RGB", (9, 5), (picture * 6, 0, 0)).save(folder / f"{split}2014" / file)
+    for image in range(images):
+        file = f"COCO_{split}2014_{image:012d}.jpg"
+        Image.new("RGB", (9, 5), (image * 6, 0, 0)).save(folder / f"{split}2014" / file)
         for n in range(questions):
-            number = picture * 1000 + n
-            asked.append({"image_id": picture, "question": f"What is {n}?", "question_id": number})
+            number = image * 1000 + n
+            asked.append({"image_id": image, "question": f"What is {n}?", "question_id": number})
             answers = [{"answer": "red", "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
-            answered.append(
-                {"question_id": number, "image_id": picture, "question_type": "what is", "answers": answers}
-            )
+            answered.append({"question_id": number, "image_id": image, "question_type": "what is", "answers": answers})
             answered[-1] |= {"answer_type": "other", "multiple_choice_answer": f"red {n}"}
     head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": f"{split}2014"}
     questions_file = folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json"
@@ -265,7 +273,7 @@ def vqav2(folder, split="train", pictures=40, questions=3):
     return folder
 
 
-def test_vqav2_holds_out_pictures_and_no_questions_of_the_others(tmp_path):
+def test_vqav2_holds_out_images_and_no_questions_of_the_others(tmp_path):
     train, sets = make_data(Config(data=f"vqav2:{vqav2(tmp_path)}"))
     (held,) = sets.values()
     assert list(sets) == ["held out"] and (len(train), len(held)) == (108, 12)
@@ -275,27 +283,27 @@ def test_vqav2_holds_out_pictures_and_no_questions_of_the_others(tmp_path):
     assert again.indices == train.indices != make_data(Config(data=f"vqav2:{tmp_path}", seed=1))[0].indices
 
 
-def test_rows_that_share_pictures_through_others_stay_together(tmp_path):
+def test_rows_that_share_images_through_others_stay_together(tmp_path):
     source = read_jsonl(write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}]))
     names = [["a"], ["a", "b"], ["b"], ["c"], ["d"], ["c"], ["e"], ["f"], ["g"], ["h"]]
-    source.rows = [{"image": images, "prefix": "", "suffix": ""} for images in names]
+    source.rows = [Row(str(i), tuple(images), "", "") for i, images in enumerate(names)]
     for seed in range(10):
         train, held, name = hold_out(source, Config(seed=seed))
         assert sorted(train + held) == list(range(10)) and name == "held out"
         assert {n for i in train for n in names[i]}.isdisjoint(n for i in held for n in names[i])
     source.rows = source.rows[:3]
-    assert hold_out(source, Config())[2] == "held out, pictures shared with training"
+    assert hold_out(source, Config())[2] == "held out, images shared with training"
 
 
-def test_rows_without_shared_pictures_are_held_out_by_a_seeded_tenth(tmp_path):
+def test_rows_without_shared_images_are_held_out_by_a_seeded_tenth(tmp_path):
     source = read_jsonl(write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}]))
-    source.rows = [{"image": f"{i}.png", "prefix": "", "suffix": ""} for i in range(40)]
+    source.rows = [Row(str(i), (f"{i}.png",), "", "") for i in range(40)]
     order = list(range(40))
     random.Random("held out/3").shuffle(order)
     assert hold_out(source, Config(seed=3))[:2] == (order[4:], order[:4])
 
 
-def test_a_broken_picture_is_named(tmp_path):
+def test_a_broken_image_is_named(tmp_path):
     path = write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}])
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     with pytest.raises(UserError, match=r"rows.jsonl:1.*a.png"):
@@ -303,9 +311,9 @@ def test_a_broken_picture_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_reaches_the_user_as_one_line_from_a_worker_too(tmp_path, tiny_model, workers):
+def test_a_broken_image_reaches_the_user_as_one_line_from_a_worker_too(tmp_path, tiny_model, workers):
     path = write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}])
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.png").write_bytes(b"no image")
     processor = PaliGemmaProcessor.from_pretrained(tiny_model)
     with pytest.raises(UserError, match=r"rows.jsonl:1.*a.png") as caught:
         list(loader(read_jsonl(path), processor, [[(0, 0)]], with_suffix=True, workers=workers))
@@ -322,30 +330,30 @@ def test_workers_change_nothing(tiny_model):
 
 
 def test_vqav2_reads_the_official_files(tmp_path):
-    vqav2(tmp_path, pictures=2, questions=2)
+    vqav2(tmp_path, images=2, questions=2)
     example = read_vqav2(tmp_path, "train").get(0, 3)
     assert (example.id, example.prefix, example.suffix) == ("vqav2/train/1001", "answer en What is 1?", "red 1")
     assert example.images[0].size == (9, 5)
     annotations = tmp_path / "v2_mscoco_train2014_annotations.json"
-    told = json.loads(annotations.read_text())
-    annotations.write_text(json.dumps(told | {"annotations": told["annotations"][1:]}))
+    official = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps(official | {"annotations": official["annotations"][1:]}))
     with pytest.raises(UserError, match="question 0 has no annotation"):
         read_vqav2(tmp_path, "train")
     (tmp_path / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
     with pytest.raises(UserError, match="3 of 4 rows are bad"):
         read_vqav2(tmp_path, "train", strict=False)
-    annotations.write_text(json.dumps(told))
+    annotations.write_text(json.dumps(official))
     rows = read_vqav2(tmp_path, "train", strict=False)
     assert len(rows) == len(rows.skipped) == 2 and "COCO_train2014_000000000001.jpg does not exist" in rows.skipped[0]
 
 
-def parquet(folder, pictures=10, **columns):
+def parquet(folder, images=10, **columns):
     """A hub data set of VQAv2's columns, in parquet."""
     import datasets
 
     rows = [
         {"image_id": p, "question": f"What is {n}?", "multiple_choice_answer": "red"}
-        for p in range(pictures)
+        for p in range(images)
         for n in (0, 1)
     ]
     table = {key: [row[key] for row in rows] for key in rows[0]}
@@ -356,7 +364,7 @@ def parquet(folder, pictures=10, **columns):
     return folder
 
 
-def test_a_parquet_copy_holds_out_pictures_too(tmp_path, monkeypatch):
+def test_a_parquet_copy_holds_out_images_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     train, sets = make_data(Config(data=f"hub:{parquet(tmp_path / 'set')}"))
     shown = [{s.get(0, i).images[0].tobytes() for i in range(len(s))} for s in (train, *sets.values())]
@@ -364,10 +372,10 @@ def test_a_parquet_copy_holds_out_pictures_too(tmp_path, monkeypatch):
     assert train.fingerprint() != make_data(Config(data=f"hub:{tmp_path / 'set'}", seed=1))[0].fingerprint()
 
 
-def test_a_data_set_that_brings_code_is_refused(tmp_path):
+def test_a_dataset_that_brings_code_is_refused_and_not_run(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match="give a parquet data set") as caught:
+    with pytest.raises(UserError, match="give a parquet dataset") as caught:
         read_hub(str(tmp_path / "set"), "train")
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
@@ -375,8 +383,8 @@ def test_a_data_set_that_brings_code_is_refused(tmp_path):
 def test_a_parquet_copy_is_read_through_datasets(tmp_path, monkeypatch):
     import datasets
 
-    picture = Image.new("RGB", (6, 6), "green")
-    row = {"image": [picture], "question": ["What?"], "multiple_choice_answer": ["green"]}
+    image = Image.new("RGB", (6, 6), "green")
+    row = {"image": [image], "question": ["What?"], "multiple_choice_answer": ["green"]}
     rows = datasets.Dataset.from_dict(row).cast_column("image", datasets.Image())
     rows.to_parquet(tmp_path / "train.parquet")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -392,7 +400,7 @@ def test_an_unknown_source_is_named(data):
         make_data(Config(data=data))
 
 
-def test_rows_of_like_length_share_a_batch(tmp_path, tiny_model):
+def test_group_by_length_puts_rows_of_similar_length_into_a_batch(tmp_path, tiny_model):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     rows = [{"image": ["a.png"] * (1 + n % 2), "prefix": "x" * (n % 7), "suffix": "y"} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -414,3 +422,118 @@ def test_rows_of_like_length_share_a_batch(tmp_path, tiny_model):
     assert padded(batch_order(28, 4, 3, lengths=lengths)) < 1.06 < padded(batch_order(28, 4, 3))
     with pytest.raises(UserError, match="group_by_length"):
         text_lengths(source(), processor)
+
+
+# ---- defects that once passed
+def test_one_image_under_several_names_or_copied_is_never_both_trained_on_and_held_out(tmp_path):
+    (tmp_path / "sub").mkdir()
+    names = []
+    for i in range(12):
+        Image.new("RGB", (8, 8), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"link{i}.png").symlink_to(tmp_path / f"{i}.png")
+        (tmp_path / f"copy{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
+        names += [f"{i}.png", f"./{i}.png", f"sub/../{i}.png", f"link{i}.png", f"copy{i}.png"]
+    path = write_rows(tmp_path, [{"image": name, "prefix": "a", "suffix": "b"} for name in names])
+    for seed in range(5):
+        train, sets = make_data(Config(data=str(path), seed=seed))
+        (held,) = sets.values()
+        shown = [{s.get(0, i).images[0].getpixel((0, 0)) for i in range(len(s))} for s in (train, held)]
+        assert shown[0].isdisjoint(shown[1]) and shown[1]
+
+
+def test_ten_thousand_images_are_compared_within_seconds(tmp_path):
+    for i in range(10_000):
+        (tmp_path / f"{i}.png").write_bytes(i.to_bytes(64, "big"))
+    rows = [{"image": f"{i}.png", "prefix": "a", "suffix": "b"} for i in range(10_000)]
+    source = read_jsonl(write_rows(tmp_path, rows))
+    began = time.process_time()
+    assert len({key for (key,) in source.image_keys()}) == 10_000
+    assert time.process_time() - began < 10  # half a second on an idle machine
+
+
+def test_text_with_special_tokens_is_named_by_its_row_and_equal_texts_stay_apart(tmp_path, tiny_model):
+    processor = PaliGemmaProcessor.from_pretrained(tiny_model)
+    row = {"image": "a.png", "prefix": "what is <image>?", "suffix": "b"}
+    rows, faults = read_jsonl(write_rows(tmp_path, [row, row, row | {"prefix": "a"}])), []
+    list(loader(rows, processor, [[(0, 0), (0, 1), (0, 2)]], True, 0, lambda fault: faults.append(str(fault))))
+    assert ["rows.jsonl:1: " in faults[0], "rows.jsonl:2: " in faults[1], len(faults)] == [True, True, 2]
+    assert all("<image>" in fault for fault in faults)
+
+
+@pytest.mark.parametrize("words", [40, 3_000, 5_000_000])
+def test_rows_longer_than_the_model_are_skipped_and_named(tmp_path, tiny_model, words):
+    """Megabytes are refused by their number of characters, before they are tokenised."""
+    processor = PaliGemmaProcessor.from_pretrained(tiny_model)
+    good = {"image": "a.png", "prefix": "a", "suffix": "b"}
+    path = write_rows(tmp_path, [good | {"prefix": "a " * words}, good])
+    rows, faults = read_jsonl(path), []
+    began = time.process_time()
+    found = list(loader(rows, processor, [[(0, 0), (0, 1)]], True, 0, faults.append, max_length=32))
+    assert [[e.index for e in examples] for examples, _ in found] == [[1]]
+    (fault,) = map(str, faults)
+    assert "rows.jsonl:1: more tokens than the 32 positions of the model" in fault and len(fault) < 400
+    assert time.process_time() - began < 5
+
+
+def test_messages_of_broken_images_are_the_same_each_time(tmp_path, tiny_model):
+    """A memory address in them would log one row again and again."""
+    processor = PaliGemmaProcessor.from_pretrained(tiny_model)
+    path = write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}])
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    messages = set()
+    for _ in range(3):
+        with pytest.raises(UserError) as caught:
+            list(loader(read_jsonl(path), processor, [[(0, 0)]], True))
+        messages.add(str(caught.value))
+    assert len(messages) == 1 and " at 0x" not in messages.pop()
+
+
+def test_too_few_captions_of_ones_own_are_counted_and_the_number_needed_is_given(tmp_path):
+    for i in range(16):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"thing {i}")
+    with pytest.raises(UserError, match=r"16 captions, of which \d+ are kept .* need 17 .* give about 85 captions"):
+        make_data(Config(data=f"haystack:{tmp_path}"))
+    with pytest.raises(UserError, match=r"2 x 2 cells .* need 5 in training and 5 in testing: give about 25 captions"):
+        make_data(Config(data=f"haystack:{tmp_path}", grids=(2,)))
+
+
+def test_evaluation_data_beside_haystacks_is_refused():
+    with pytest.raises(UserError, match="--eval_data=x: haystack data has test sets of its own"):
+        make_data(Config(eval_data="x"))
+
+
+def parquet_of(folder, images):
+    """A parquet file whose image column is as given, without the Image feature."""
+    import pyarrow
+    import pyarrow.parquet
+
+    n = len(images)
+    table = {"image": images, "question": ["What?"] * n, "multiple_choice_answer": ["red"] * n}
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "train.parquet")
+    return read_hub(str(folder), "train")
+
+
+def test_parquet_images_as_bytes_or_structs_are_read_and_paths_are_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Image.new("RGB", (6, 6), "red").save(tmp_path / "a.png")
+    data, path = (tmp_path / "a.png").read_bytes(), str(tmp_path / "a.png")
+    assert parquet_of(tmp_path / "bytes", [data]).get(0, 0).images[0].size == (6, 6)
+    structs = [{"bytes": data, "path": "/nowhere.png"}, {"bytes": None, "path": path}, None]
+    structs.append({"bytes": None, "path": "http://localhost:9/a.png"})
+    rows = parquet_of(tmp_path / "structs", structs)
+    assert rows.get(0, 0).images[0].size == (6, 6)
+    for source in (rows, parquet_of(tmp_path / "paths", [None, path, path])):
+        for index in (1, 2):
+            with pytest.raises(UserError, match=f"/{index}: has no image bytes"):
+                source.get(0, index)
+
+
+@pytest.mark.parametrize("column", ["question", "multiple_choice_answer"])
+def test_parquet_texts_that_are_not_strings_are_named(tmp_path, monkeypatch, column):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = read_hub(str(parquet(tmp_path / "set", images=1, **{column: [1, 2]})), "train")
+    with pytest.raises(UserError, match="must be strings"):
+        rows.get(0, 1)

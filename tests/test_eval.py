@@ -21,6 +21,9 @@ from errors import UserError
 from eval_mmnih import Config
 from files import read_json, write_json
 from haystack import read_pool
+from needle_eval import mm_niah, mmneedle
+from needle_eval.folder import hash_weights, output_folder, slug
+from needle_eval.mmneedle_build import build_haystacks
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -104,7 +107,7 @@ def test_several_pictures_and_needles(tiny_model, folder, capsys):
     out = evaluate(f"--model={tiny_model}", *flags, "--attention=2", "--output_dir=out", capsys=capsys)
     told = read_json(folder / "out" / "attention.json")
     assert set(told) == {"1x2x2", "3x2x2"} and told["3x2x2"]["even"] == 1 / 12 and told["3x2x2"]["n"] == 2
-    assert "several pictures a prompt: the base models saw one" in out and "individual exact" in out
+    assert "several images a prompt: the base models saw one" in out and "individual exact" in out
     scores = read_json(folder / "out" / "scores.json")["scores"]
     assert list(scores) == ["1x2x2", "1x2x2 K=2", "3x2x2", "3x2x2 K=2"]
     assert (
@@ -121,7 +124,7 @@ def test_models_side_by_side_and_compared(tiny_model, folder, capsys):
     out = evaluate(
         "--model", *models, "--protocol=detect", "--samples=12", "--grids=2", "--output_dir=out", capsys=capsys
     )
-    places = [folder / "out" / eval_mmnih.slug(str(model)) for model in models]
+    places = [folder / "out" / slug(str(model)) for model in models]
     assert all((place / "answers.jsonl").exists() for place in places) and "paligemma-nano" in out
     told = evaluate("--compare", *places, capsys=capsys)
     found = read_json(places[1] / "comparison.json")["by pair"][0]["1x2x2 positive"]
@@ -211,23 +214,37 @@ def test_pope(tiny_model, folder, capsys):
         rows[7]["image"] = "lost.jpg"
         (folder / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
     out = evaluate(f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=pictures", capsys=capsys)
-    place = folder / "runs" / "eval" / eval_mmnih.slug(str(tiny_model)) / "pope"
+    place = folder / "runs" / "eval" / slug(str(tiny_model)) / "pope"
     told = read_json(place / "scores.json")
     assert told["benchmark"] == "pope" and told["scores"]["popular"]["n"] == 8 and len(told["broken"]) == 3
     assert "lost.jpg" in told["broken"][0] and told["scores"]["popular"]["broken"] == 1 and "always yes" in out
-    assert "--pictures" in refused(capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.")
+    assert "--image_folder" in refused(capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.")
     (folder / "none").mkdir()
     told = refused(capsys, f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=none", "--output_dir=x")
-    assert "none of 4 pictures is there" in told and not (folder / "x").exists()
+    assert "none of 4 images exists" in told and not (folder / "x").exists()
 
 
-def test_mm_niah_on_the_generated_set(tiny_model, folder, capsys):
-    out = evaluate(f"--model={tiny_model}", "--benchmark=mm-niah", "--samples=1", "--output_dir=out", capsys=capsys)
-    rows, told = rows_of(folder / "out"), read_json(folder / "out" / "scores.json")
-    assert told["benchmark"] == "mm-niah" and len(rows) == 6 and "no score of the benchmark" in out
-    assert not any("<image>" in row["prompt"] for row in rows) and set(told["scores"]["tasks"]) == {
-        r["setting"] for r in rows
-    }
+def test_mm_niah(tiny_model, folder, capsys):
+    """Rows of every task in the released schema; one document is longer than the model and counts as wrong."""
+    (folder / "niah").mkdir()
+    picture = read_pool(splits=("test_style",))[0]
+    picture.open().convert("RGB").save(folder / "niah" / "a.jpg")
+    for task in mm_niah.TASKS:
+        answer = [1] if task.startswith("counting") else "oak"
+        for number in range(2):
+            meta = {"placed_depth": 0.5, "context_length": 1500, "choices": None, "choices_image_path": None}
+            text = "word " * 3000 if number and task == "retrieval-text" else "Some words."
+            row = {"id": number, "images_list": ["a.jpg"], "context": f"{text}\n<image>", "question": "Which tree?"}
+            with open(folder / "niah" / f"{task}.jsonl", "a") as file:
+                file.write(json.dumps(row | {"answer": answer, "meta": meta}) + "\n")
+    flags = (f"--model={tiny_model}", "--benchmark=mm-niah", "--output_dir=out")
+    assert "--data=haystack: give the folder or a file of the released MM-NIAH" in refused(capsys, *flags)
+    evaluate(*flags, "--data=niah", capsys=capsys)
+    rows, found = rows_of(folder / "out"), read_json(folder / "out" / "scores.json")
+    assert found["benchmark"] == "mm-niah" and len(rows) == 12 and set(found["scores"]["tasks"]) == set(mm_niah.TASKS)
+    assert not any("<image>" in row["prompt"] for row in rows)
+    assert [row["id"] for row in rows if row["response"] is None] == ["mm-niah/retrieval-text/1"]
+    assert found["scores"]["tasks"]["retrieval-text"]["broken"] == 1 and "the model has" in found["broken"][0]
     assert len(list((folder / "out" / "response").glob("*_*-val.jsonl"))) == 6
 
 
@@ -253,8 +270,8 @@ def test_numbers_that_no_run_can_have_are_refused(folder, capsys):
 def test_evaluations_that_start_together_share_what_is_built(folder):
     """Each in its own process, as two models on two cards are."""
     code = (
-        "import eval_mmnih as e; from needle_eval.mmneedle import Setting; "
-        "print(e.mmneedle_folder(e.Config(samples=150), [Setting(1, 2)]))"
+        "from eval_mmnih import Config; from needle_eval.mmneedle_build import Setting, build_haystacks; "
+        "print(build_haystacks(Config(samples=150), [Setting(1, 2)]))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]
@@ -305,20 +322,20 @@ def test_trained_again_is_another_model(tiny_model, folder):
     write_json(run / "adapter" / "adapter_config.json", {"base_model_name_or_path": str(tiny_model)})
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"one")
     write_json(run / "run.json", {"base_model": str(tiny_model)})
-    before = eval_mmnih.weights_digest(str(run))
-    assert before == eval_mmnih.weights_digest(str(run))
+    before = hash_weights(str(run))
+    assert before == hash_weights(str(run))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"two")
-    assert eval_mmnih.weights_digest(str(run)) != before
-    base = eval_mmnih.weights_digest(str(tiny_model))
+    assert hash_weights(str(run)) != before
+    base = hash_weights(str(tiny_model))
     file = next(tiny_model.glob("*.safetensors"))
     times = file.stat()
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
-    assert eval_mmnih.weights_digest(str(tiny_model)) != base, "a base trained anew in place has the same size"
+    assert hash_weights(str(tiny_model)) != base, "a base trained anew in place has the same size"
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    told = eval_mmnih.output_folder(Config(), str(folder / "run"))
+    told = output_folder(Config(), mmneedle, str(folder / "run"))
     assert told.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
     write_json(folder / "run" / "run.json", {"base_model": str(tiny_model)})
-    assert eval_mmnih.output_folder(Config(), str(folder / "run")) == folder / "run/eval/mmneedle-finetuned-haystack"
+    assert output_folder(Config(), mmneedle, str(folder / "run")) == folder / "run/eval/mmneedle-finetuned-haystack"
 
 
 def test_faults_are_one_line(tiny_model, folder, capsys):
@@ -329,13 +346,15 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
     config["text_config"]["max_position_embeddings"] = 100
     write_json("short/config.json", config)
     told = refused(capsys, "--model=short", "--images=10", "--grids=2", "--samples=10", "--output_dir=out")
-    assert "10x2x2/0 and 19 other questions do not fit: 10 pictures of 16 tokens (32 px)" in told
-    assert "the model has 100: take fewer pictures" in told
+    assert "10x2x2/0 and 19 other questions do not fit: 10 images of 16 tokens (32 px)" in told
+    assert "the model has 100: take fewer images" in told
     assert not (folder / "out").exists(), "refused before anything is written"
     assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant")
     assert "takes two runs" in refused(capsys, "--compare", "a", "b", "c")
     assert "takes two runs" in refused(capsys, "--compare") and "--score: names no" in refused(capsys, "--score")
-    assert "--skip_none: is MMNeedle's rule" in refused(capsys, model, "--skip_none=True", "--benchmark=pope")
+    assert "--skip_none: means nothing to --benchmark=pope" in refused(
+        capsys, model, "--skip_none=True", "--benchmark=pope"
+    )
     assert "--attention: needs a protocol" in refused(capsys, model, "--attention=3", "--protocol=detect")
     assert "there is no such folder" in refused(capsys, "--compare", "a", "b")
     assert "eval.json" in refused(capsys, "--score=.")
@@ -384,4 +403,4 @@ def test_pictures_of_one_s_own(tiny_model, folder, capsys):
     assert len(rows) == 6 and Image.open(rows[0]["images"][0]).size == (64, 64)
     with pytest.raises(UserError, match="lost.png"):
         (folder / "mine" / "captions.json").write_text(json.dumps({"lost.png": "x"}))
-        eval_mmnih.mmneedle_folder(Config(data="haystack:mine"), [])
+        build_haystacks(Config(data="haystack:mine"), [])

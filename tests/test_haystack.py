@@ -1,4 +1,10 @@
-"""Scores by golden cases (needle_evaluation facts)."""
+"""What every benchmark shares: the exact match by golden cases, the five entry points, and no torch."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +23,35 @@ from needle_eval.questions import is_exact
 )
 def test_the_strict_rule(response, answer, exact):
     assert is_exact(response, answer) is exact
+
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ("mmneedle", "pope", "mm_niah")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_imports_no_torch(name):
+    """Its questions and scores are read in a tenth of a second, not in four."""
+    code = f"import sys, needle_eval.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_the_five_entry_points(name):
+    module = importlib.import_module(f"needle_eval.{name}")
+    wanted = {
+        "load_questions": ["config"],
+        "is_correct": ["row"],
+        "score": ["rows"],
+        "format_table": ["scores_by_model"],
+        "write_official": ["rows", "folder", "model_name"],
+    }
+    assert {entry: list(inspect.signature(getattr(module, entry)).parameters) for entry in wanted} == wanted
+
+
+def test_no_other_file_tests_a_benchmark_s_name():
+    for file in (ROOT / "eval_mmnih.py", *(ROOT / "needle_eval").glob("*.py")):
+        if file.stem not in ("mmneedle", "pope", "mm_niah", "mmneedle_prompts", "mmneedle_rules", "mmneedle_build"):
+            text = file.read_text()
+            for name in ("mmneedle", "pope", "mm-niah"):
+                assert f'== "{name}"' not in text and f'!= "{name}"' not in text, file.name

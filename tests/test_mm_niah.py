@@ -1,4 +1,4 @@
-"""MM-NIAH: reader, prompts, the official scoring rule and bins by golden cases, and the generated set.
+"""MM-NIAH: reader, prompts, the official scoring rule and bins by golden cases.
 
 The golden cases come from the official is_correct and get_input (OpenGVLab/MM-NIAH, arXiv 2406.07230).
 """
@@ -7,31 +7,25 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from PIL import Image, ImageChops
 
 from errors import UserError
-from files import open_image
-from haystack import read_pool
 from needle_eval.mm_niah import (
     CONTRACTIONS,
     TASKS,
     context_bin,
     depth_bin,
-    flatten_prompt,
-    make_mini_set,
-    mm_niah_table,
-    output_name,
-    output_rows,
-    read_mm_niah,
+    format_table,
+    load_questions,
+    read_task,
+    score,
     score_answer,
-    score_mm_niah,
     vqa_normalise,
+    write_official,
 )
-from processing_paligemma import PaliGemmaProcessor
 
-NANO = Path(__file__).parent.parent / "assets" / "paligemma-nano"
 META = {"placed_depth": [0.2, 0.6], "context_length": 1023, "choices": None, "choices_image_path": None}
 ROW = {
     "id": 3,
@@ -48,8 +42,12 @@ def write(path, *rows):
     return path
 
 
+def config(data, **changes):
+    return SimpleNamespace(**dict(data=str(data), image_folder="", prefix="", samples=0) | changes)
+
+
 def read_one(tmp_path, row, task="retrieval-text"):
-    return read_mm_niah(write(tmp_path / f"{task}.jsonl", row), "pictures")[0]
+    return read_task(write(tmp_path / f"{task}.jsonl", row), task, Path("images"))[0]
 
 
 # ---- reading
@@ -61,8 +59,8 @@ def test_an_open_question(tmp_path):
         16,
     )
     asked = "Which tree?\nAnswer the question using a single word or phrase."
-    assert question.prompt == f"One.\n<image>\nTwo. <image>\n{asked}"
-    assert question.images == ("pictures/a.jpg", "pictures/b.jpg") and question.truth == "oak"
+    assert question.prompt == f"One.\n\nTwo. \n{asked}"
+    assert question.images == ("images/a.jpg", "images/b.jpg") and question.ground_truth == "oak"
     assert question.fields == {
         "question_id": 3,
         "context_length": 1023,
@@ -70,7 +68,6 @@ def test_an_open_question(tmp_path):
         "question": asked,
         "answer": "oak",
     }
-    assert flatten_prompt(question.prompt) == f"One.\n\nTwo. \n{asked}"
     json.dumps(asdict(question))
 
 
@@ -80,31 +77,34 @@ def test_choices_of_text(tmp_path):
     assert question.prompt.endswith(
         "\nWhich tree?\nA. left\nB. right\nAnswer with the option's letter from the given choices directly."
     )
-    assert question.truth == 1 and len(question.images) == 2
+    assert question.ground_truth == 1 and len(question.images) == 2
 
 
 def test_choices_of_pictures(tmp_path):
     row = ROW | {"answer": 0, "meta": META | {"choices_image_path": ["c.jpg", "d.jpg"]}}
     question = read_one(tmp_path, row, "retrieval-image")
     assert question.prompt.endswith(
-        "\nWhich tree?\nA. <image>\nB. <image>\nAnswer with the option's letter from the given choices directly."
+        "\nWhich tree?\nA. \nB. \nAnswer with the option's letter from the given choices directly."
     )
-    assert question.images == tuple(f"pictures/{name}.jpg" for name in "abcd")
+    assert question.images == tuple(f"images/{name}.jpg" for name in "abcd")
 
 
 def test_counts_may_be_a_string(tmp_path):
     for answer in ([1, 3, 2], "[1, 3, 2]"):
         question = read_one(tmp_path, ROW | {"answer": answer}, "counting-text")
-        assert question.truth == question.fields["answer"] == [1, 3, 2] and question.max_new_tokens == 32
+        assert question.ground_truth == question.fields["answer"] == [1, 3, 2] and question.max_new_tokens == 32
 
 
 def test_a_folder_or_a_file_and_the_limit_is_per_task(tmp_path):
-    for task, answer in (("retrieval-text", "oak"), ("counting-text", [1])):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    for task in TASKS:
+        answer = [1] if task.startswith("counting") else "oak"
         write(tmp_path / f"{task}.jsonl", *(ROW | {"id": i, "answer": answer} for i in range(3)))
-    settings = [q.setting for q in read_mm_niah(tmp_path, "x", ["retrieval-text", "counting-text"], limit=2)]
-    assert settings == ["retrieval-text"] * 2 + ["counting-text"] * 2
+    questions = load_questions(config(tmp_path, samples=2, prefix="hm "))
+    assert [q.setting for q in questions] == [task for task in TASKS for _ in range(2)]
+    assert questions[0].prompt.startswith("hm One.\n\nTwo")
     easy = (tmp_path / "counting-text.jsonl").rename(tmp_path / "counting-text-easy.jsonl")
-    assert len(read_mm_niah(easy, "x")) == 3
+    assert len(load_questions(config(easy, image_folder=str(tmp_path)))) == 3
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_a_folder_or_a_file_and_the_limit_is_per_task(tmp_path):
         ("{", "jsonl:1: no MM-NIAH row"),
         ("[]", "jsonl:1: no MM-NIAH row"),
         ({k: v for k, v in ROW.items() if k != "meta"}, "KeyError: 'meta'"),
-        (ROW | {"images_list": ["a.jpg"]}, "jsonl:1: 2 <image> marks for 1 pictures"),
-        (ROW | {"question": "Which <image>?"}, "jsonl:1: 3 <image> marks for 2 pictures"),
+        (ROW | {"images_list": ["a.jpg"]}, "jsonl:1: 2 <image> marks for 1 images"),
+        (ROW | {"question": "Which <image>?"}, "jsonl:1: 3 <image> marks for 2 images"),
         (ROW | {"images_list": [1, 2]}, "jsonl:1: no MM-NIAH row"),
         (ROW | {"context": None}, "jsonl:1: no MM-NIAH row"),
         (ROW | {"answer": 1}, "answer 1 is none for retrieval-text with 0 choices"),
@@ -137,15 +137,13 @@ def test_other_faults_are_named(tmp_path):
     with pytest.raises(UserError, match=r"answer \[\] is none for counting-image"):
         read_one(tmp_path, ROW | {"answer": []}, "counting-image")
     with pytest.raises(UserError, match="retrieval-text.jsonl: cannot be read"):
-        read_mm_niah(tmp_path / "nowhere", "x")
-    with pytest.raises(UserError, match="no task 'needles'"):
-        read_mm_niah(tmp_path, "x", ["needles"])
+        load_questions(config(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="mine.jsonl: its name starts with no task of"):
-        read_mm_niah(write(tmp_path / "mine.jsonl", ROW), "x")
-    with pytest.raises(UserError, match="mm-niah/retrieval-text/3 stands there more than once"):
-        read_mm_niah(write(tmp_path / "retrieval-text.jsonl", ROW, ROW), "x")
+        load_questions(config(write(tmp_path / "mine.jsonl", ROW)))
+    with pytest.raises(UserError, match="mm-niah/retrieval-text/3 is there more than once"):
+        load_questions(config(write(tmp_path / "retrieval-text.jsonl", ROW, ROW)))
     with pytest.raises(UserError, match="retrieval-text.jsonl: holds no question"):
-        read_mm_niah(write(tmp_path / "retrieval-text.jsonl"), "x")
+        load_questions(config(write(tmp_path / "retrieval-text.jsonl")))
 
 
 # ---- the official scoring rule
@@ -209,6 +207,10 @@ def test_depth_bins(depth, place):
 
 
 # ---- scores
+def table(scores):
+    return format_table({"x": scores})[1:]
+
+
 def answer(task, response, truth="oak", length=1500, depth=0.1):
     told = {"question_id": 7, "question": "Which?", "answer": truth, "context_length": length, "placed_depth": depth}
     return {"id": f"mm-niah/{task}/7", "setting": task, "response": response, "ground_truth": truth, **told}
@@ -222,7 +224,7 @@ def test_empty_cells_count_nothing_officially():
         answer("retrieval-text", None, length=2000),
         answer("retrieval-text", "oak", length=999),
     ]
-    scores = score_mm_niah(rows)
+    scores = score(rows)
     found = scores["tasks"]["retrieval-text"]
     assert (found["n"], found["dropped"], found["broken"]) == (4, 1, 1)
     assert found["by_context"] == [pytest.approx(1.5 / 5)] + [0.0] * 10
@@ -235,41 +237,41 @@ def test_empty_cells_count_nothing_officially():
 
 def test_overall_needs_all_six_tasks():
     rows = [answer(task, "oak") for task in TASKS[:5]] + [answer(TASKS[5], "B", truth=0)]
-    overall = score_mm_niah(rows)["overall"]
+    overall = score(rows)["overall"]
     assert overall["by_context"][0] == pytest.approx(5 / 6 / 5)
     assert overall["official"] == pytest.approx(5 / 6 / 5 / 11) and overall["mean"] == pytest.approx(5 / 6)
-    five = score_mm_niah(rows[:5])
+    five = score(rows[:5])
     assert five["overall"] is None
-    assert mm_niah_table(five)[-1] == "no overall score: 5 of 6 tasks"
-    short = score_mm_niah([*rows[:5], answer(TASKS[5], "A", truth=0, length=10)])
-    assert short["overall"]["mean"] is None and mm_niah_table(short)[-1].split()[:2] == ["overall", "1.5"]
+    assert table(five)[-1] == "no overall score: 5 of 6 tasks"
+    short = score([*rows[:5], answer(TASKS[5], "A", truth=0, length=10)])
+    assert short["overall"]["mean"] is None and table(short)[-1].split()[:2] == ["overall", "1.5"]
 
 
 def test_soft_scores_and_no_rows():
-    counted = score_mm_niah([answer("counting-text", "[1, 3]", truth=[1, 3, 2, 2])])["tasks"]["counting-text"]
+    counted = score([answer("counting-text", "[1, 3]", truth=[1, 3, 2, 2])])["tasks"]["counting-text"]
     assert counted["mean"]["rate"] == counted["cells"][0][0]["rate"] == 0.5
-    assert score_mm_niah([]) == {"tasks": {}, "overall": None}
-    assert mm_niah_table(score_mm_niah([]))
+    assert score([]) == {"tasks": {}, "overall": None}
+    assert table(score([]))
     row = answer("retrieval-text", "oak")
     lacking = [{k: row[k] for k in row if k != name} for name in ("context_length", "placed_depth")]
     for other in (row | {"setting": "random"}, *lacking):
         with pytest.raises(UserError, match="mm-niah/retrieval-text/7: no answer to an MM-NIAH question"):
-            score_mm_niah([other])
+            score([other])
 
 
 def test_the_table():
-    line = mm_niah_table(
-        score_mm_niah([answer("reasoning-text", "oak"), answer("reasoning-text", "elm", length=4000)])
-    )[1]
+    line = table(score([answer("reasoning-text", "oak"), answer("reasoning-text", "elm", length=4000)]))[1]
     assert line.split()[:4] == ["reasoning-text", "2", "0", "1.8"] and "50.0 [9.5, 90.5]" in line
     assert line.split()[-11:] == ["20.0", "-", "0.0"] + ["-"] * 8
 
 
 # ---- the official form
-def test_what_the_official_scorer_reads():
-    assert output_name("nano_diff", "counting-text", "val") == "nano_diff_counting-text-val.jsonl"
-    rows = output_rows([answer("retrieval-text", "oak"), answer("retrieval-text", None)])
-    assert rows[0] == {
+def test_what_the_official_scorer_reads(tmp_path):
+    rows = [answer("retrieval-text", "oak"), answer("retrieval-text", None), answer("counting-text", "[1]", [1])]
+    files = write_official(rows, tmp_path / "response", "nano_diff")
+    assert [file.name for file in files] == [f"nano_diff_{task}-text-val.jsonl" for task in ("retrieval", "counting")]
+    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert lines[0] == {
         "question_id": 7,
         "question": "Which?",
         "answer": "oak",
@@ -277,130 +279,24 @@ def test_what_the_official_scorer_reads():
         "context_length": 1500,
         "placed_depth": 0.1,
     }
-    assert rows[1]["response"] == "None"
-    for bad in (("a/b", TASKS[0], "val"), ("a", "needles", "val"), ("a", TASKS[0], "train")):
-        with pytest.raises(UserError, match="needs a model without a slash"):
-            output_name(*bad)
+    assert lines[1]["response"] == "None" and len(lines) == 2
 
 
-# ---- the generated set
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mini")
-    make_mini_set(folder, read_pool(splits=("train",)), seed=0, rows_per_task=15)
-    return folder
-
-
-def test_the_same_arguments_give_the_same_bytes(tmp_path):
-    pool = read_pool(splits=("train",))
-    trees = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make_mini_set(tmp_path / name, pool, seed, rows_per_task=2)
-        files = sorted(f for f in (tmp_path / name).rglob("*") if f.is_file())
-        trees.append({str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files})
-    assert trees[0] == trees[1] and len(trees[0]) > len(TASKS)
-    assert all(trees[2][f"{task}.jsonl"] != trees[0][f"{task}.jsonl"] for task in TASKS)
-
-
-def test_every_row_is_read_and_every_cell_met(mini):
-    questions = read_mm_niah(mini, mini / "images")
-    assert len(questions) == len({q.id for q in questions}) == 90
-    met = {task: set() for task in TASKS}
-    for q in questions:
-        met[q.setting].add((context_bin(q.fields["context_length"]), depth_bin(q.fields["placed_depth"])))
-    for task, cells in met.items():
-        assert cells == {(c, d) for c in range(2 if task == "counting-image" else 3) for d in range(5)}, task
-    for name in {name for q in questions for name in q.images}:
-        assert open_image(name).size == (128, 128)
-
-
-def test_it_fits_the_embedded_models_positions(mini):
-    """2,048 positions with 64 tokens a picture; so PaliGemma's 8,192 with 256 and far fewer for the words."""
-    processor = PaliGemmaProcessor.from_pretrained(NANO)
-    for q in read_mm_niah(mini, mini / "images"):
-        ids, _ = processor.encode(flatten_prompt(q.prompt), None, len(q.images))
-        assert len(ids) + q.max_new_tokens <= 2048
-        assert 256 * len(q.images) + len(ids) - 64 * len(q.images) <= 8192
-
-
-def test_the_needles_are_where_and_what_the_rows_say(mini):
+# ---- what never errs and what never answers
+def test_an_oracle_scores_all_and_a_silent_model_nothing(tmp_path):
+    choices = {"choices": ["a", "b"]}
     for task in TASKS:
-        for line in (mini / f"{task}.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            meta = row["meta"]
-            lines, pictures = row["context"].split("\n"), iter(row["images_list"])
-            pieces = [next(pictures) if text == "<image>" else text for text in lines]
-            depths = meta["placed_depth"] if isinstance(meta["placed_depth"], list) else [meta["placed_depth"]]
-            needles = meta["needles"][1:] if task == "counting-image" else meta["needles"]
-            texts = [i for i, text in enumerate(lines) if text != "<image>" and text not in meta["needles"]]
-            for needle, depth in zip(needles, depths, strict=True):
-                if task != "counting-image":  # two of its pictures can be the same
-                    before = sum(i < pieces.index(needle) for i in texts)
-                    assert abs(before / len(texts) - depth) <= 1 / len(texts)
-            if task == "retrieval-image":
-                assert [p in row["images_list"] for p in meta["choices_image_path"]].index(True) == row["answer"]
-            if task == "counting-image":
-                assert row["images_list"][0] == meta["needles"][0] and len(row["answer"]) == meta["num_images"] - 1
-                assert row["context"].startswith("<image>\n")
-            if task == "reasoning-text":
-                assert f"The {row['answer']} is taller than" in row["context"]
-                assert f"than the {row['answer']}." not in row["context"]
-
-
-def test_counted_patterns_can_be_counted_again(mini):
-    """The pattern, small, stands in each picture as often as the answer says."""
-    checked = 0
-    for line in (mini / "counting-image.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        caption = pattern_of(mini, row["images_list"][0])
-        small = on_white(caption, 32).tobytes()
-        for name, count in zip(row["images_list"][1:], row["answer"], strict=True):
-            picture = open_image(mini / "images" / name)
-            cells = [(x, y, x + 32, y + 32) for y in range(0, 128, 32) for x in range(0, 128, 32)]
-            assert sum(picture.crop(cell).tobytes() == small for cell in cells) == count
-            checked += count
-    assert checked > 20
-
-
-def test_a_thing_moves_where_the_answer_says(mini):
-    for line in (mini / "reasoning-image.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        pictures = [open_image(mini / "images" / name) for name in row["meta"]["needles"]]
-        left = [ImageChops.invert(picture).getbbox()[0] for picture in pictures]  # of all that is not white
-        assert row["meta"]["choices"][row["answer"]] == ("to the right" if left[0] < left[1] else "to the left")
-
-
-POOL = {picture.caption: picture for picture in read_pool(splits=("train",))}
-
-
-def on_white(caption, side):
-    canvas = Image.new("RGB", (side, side), "white")
-    drawing = POOL[caption].open().resize((side, side), Image.Resampling.LANCZOS)
-    canvas.paste(drawing, (0, 0), drawing)
-    return canvas
-
-
-def pattern_of(mini, name):
-    picture = open_image(mini / "images" / name).tobytes()
-    return next(caption for caption in POOL if on_white(caption, 128).tobytes() == picture)
-
-
-def test_an_oracle_scores_all_and_a_mute_nothing(mini):
-    questions = read_mm_niah(mini, mini / "images")
-    told = [q.truth if isinstance(q.truth, str) else json.dumps(q.truth) for q in questions]
+        truth = [2, 3] if task.startswith("counting") else 1 if task.endswith("image") else "oak"
+        meta = META | (choices if truth == 1 else {})
+        depths = [ROW | {"id": i, "answer": truth, "meta": meta | {"placed_depth": i / 5}} for i in range(5)]
+        write(tmp_path / f"{task}.jsonl", *depths)
+    (tmp_path / "a.jpg").write_bytes(b"")
+    questions = load_questions(config(tmp_path))
+    said = [q.ground_truth if isinstance(q.ground_truth, str) else json.dumps(q.ground_truth) for q in questions]
     rows = [
-        {"id": q.id, "setting": q.setting, "response": r, "ground_truth": q.truth} | q.fields
-        for q, r in zip(questions, told, strict=True)
+        {"id": q.id, "setting": q.setting, "response": r, "ground_truth": q.ground_truth} | q.fields
+        for q, r in zip(questions, said, strict=True)
     ]
-    oracle, mute = score_mm_niah(rows), score_mm_niah([row | {"response": None} for row in rows])
-    assert oracle["overall"]["mean"] == 1.0 and mute["overall"]["mean"] == 0.0
-    assert oracle["tasks"]["retrieval-text"]["official"] == pytest.approx(3 / 11)
-    assert mute["tasks"]["retrieval-text"]["broken"] == 15
-
-
-def test_a_mini_set_that_cannot_be_made(tmp_path):
-    with pytest.raises(UserError, match="the pool has 3 captions, a document needs 24"):
-        make_mini_set(tmp_path, read_pool(splits=("train",))[:6], 0, 1)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: cannot be written"):
-        make_mini_set(tmp_path / "file", read_pool(splits=("train",)), 0, 1)
+    oracle, silent = score(rows), score([row | {"response": None} for row in rows])
+    assert oracle["overall"]["mean"] == 1.0 and silent["overall"]["mean"] == 0.0
+    assert oracle["tasks"]["retrieval-text"]["by_context"][0] > 0.5 and silent["tasks"]["retrieval-text"]["broken"] == 5

@@ -15,16 +15,16 @@ from PIL import Image
 from errors import UserError
 from haystack import ImagePool, PoolImage, read_captioned_images, read_pool
 from needle_eval import mmneedle
-from needle_eval.mmneedle import (
+from needle_eval.mmneedle import ground_truth_of, read_questions, score
+from needle_eval.mmneedle_build import build, cache_folder, name_of
+from needle_eval.mmneedle_prompts import (
     Setting,
-    answers,
-    build,
-    candidates,
-    ground_truth,
+    check_protocol,
+    make_candidates,
+    make_settings,
     official_prompt,
-    read_questions,
-    score,
-    settings,
+    quadrant_prompts,
+    short_prompt,
 )
 
 RELEASE = Path(os.environ.get("MMNEEDLE_DATA", ""))
@@ -45,7 +45,13 @@ def flat_pool(count: int = 40) -> ImagePool:
 
 def oracle(questions, change=lambda truth: truth) -> list[dict]:
     return [
-        {"id": q.id, "setting": q.setting, "response": change(q.truth), "ground_truth": q.truth, **q.fields}
+        {
+            "id": q.id,
+            "setting": q.setting,
+            "response": change(q.ground_truth),
+            "ground_truth": q.ground_truth,
+            **q.fields,
+        }
         for q in questions
     ]
 
@@ -72,31 +78,31 @@ def test_official_prompts_word_for_word():
 
 
 def test_short_prompts_are_those_of_training():
-    assert mmneedle.short_prompt(["red apple"]) == "answer en where is red apple?"
-    assert mmneedle.short_prompt([" A dog\nruns. ", "A cat"]) == "answer en where is A dog runs; A cat?"
-    asked = mmneedle.quadrant_prompts("A cat.")
+    assert short_prompt(["red apple"]) == "answer en where is red apple?"
+    assert short_prompt([" A dog\nruns. ", "A cat"]) == "answer en where is A dog runs; A cat?"
+    asked = quadrant_prompts("A cat.")
     assert asked["rows"] == "Caption: A cat.. Where is the caption? Top or Bottom?"
     assert asked["columns"] == "Caption: A cat.. Where is the caption? Left or Right?"
 
 
 def test_candidates_are_every_cell_and_none():
-    assert candidates(Setting(1, 2)) == ["1, 1, 1", "1, 1, 2", "1, 2, 1", "1, 2, 2", "-1"]
-    assert len(candidates(Setting(10, 8))) == 641 and candidates(Setting(10, 8))[-2] == "10, 8, 8"
+    assert make_candidates(Setting(1, 2)) == ("1, 1, 1", "1, 1, 2", "1, 2, 1", "1, 2, 2", "-1")
+    assert len(make_candidates(Setting(10, 8))) == 641 and make_candidates(Setting(10, 8))[-2] == "10, 8, 8"
 
 
 def test_settings():
-    assert [str(s) for s in settings((1, 10), (1, 2), (1, 2))] == [
+    assert [str(s) for s in make_settings((1, 10), (1, 2), (1, 2))] == [
         "1x2x2", "1x2x2 K=2", "10x1x1", "10x1x1 K=2", "10x2x2", "10x2x2 K=2",
     ]  # fmt: skip
     assert Setting(10, 4, 5).annotations == "5_annotations_10_4_4.json"
-    assert settings((1,), (2, 2), (1, 1)) == [Setting(1, 2)], "asked once"
+    assert make_settings((1,), (2, 2), (1, 1)) == [Setting(1, 2)], "asked once"
     with pytest.raises(UserError, match="--needles=1"):
         mmneedle.first_per_cell([], Setting(1, 2, 2), 3)
     with pytest.raises(UserError, match="not 1 x 1 alone"):
-        settings((1,), (1,), (1,))
+        make_settings((1,), (1,), (1,))
     for protocol, setting in (("quadrant", Setting(1, 4)), ("detect", Setting(2, 2)), ("rank", Setting(1, 2, 2))):
         with pytest.raises(UserError, match=f"--protocol={protocol} asks"):
-            mmneedle.check_protocol(protocol, setting)
+            check_protocol(protocol, setting)
 
 
 # ---- the schema
@@ -106,8 +112,8 @@ def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
     pool, setting = flat_pool(250 if shape[0] == 10 else 40), Setting(*shape)
     build(pool, tmp_path, setting, samples=12, seed=3, cell=8)
     metadata = json.loads((tmp_path / "metadata_stitched" / f"{shape[1]}_{shape[1]}.json").read_text())
-    colours = {mmneedle.name_of(p): p.open().getpixel((0, 0)) for p in pool.pictures}
-    captions = {mmneedle.name_of(p): p.caption for p in pool.pictures}
+    colours = {name_of(p): p.open().getpixel((0, 0)) for p in pool.images}
+    captions = {name_of(p): p.caption for p in pool.images}
     for name, cells in metadata.items():
         pixels = np.asarray(Image.open(tmp_path / f"images_stitched/{shape[1]}_{shape[1]}" / name))
         assert pixels.shape == (8 * shape[1], 8 * shape[1], 3)
@@ -125,10 +131,10 @@ def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
         targets = row["target"] if shape[2] > 1 else [row["target"]]
         assert [captions[target] for target in targets] == question.fields["caption"]
         if row["id"] >= 5000:
-            assert question.truth == "; ".join(["0, 0, 0"] * shape[2]) and question.fields["kind"] == "negative"
+            assert question.ground_truth == "; ".join(["0, 0, 0"] * shape[2]) and question.fields["kind"] == "negative"
             assert not set(question.fields["caption"]) & set(shown)
             continue
-        for truth, target in zip(question.truth.split("; "), targets, strict=True):
+        for truth, target in zip(question.ground_truth.split("; "), targets, strict=True):
             m, r, c = (int(n) - 1 for n in truth.split(", "))
             assert metadata[Path(row["image_ids"][m]).name][f"{r}_{c}"] == target
             assert shown.count(captions[target]) == 1
@@ -137,7 +143,7 @@ def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        build(ImagePool(flat_pool().pictures), tmp_path / name, Setting(1, 2), samples=5, seed=1, cell=8)
+        build(ImagePool(flat_pool().images), tmp_path / name, Setting(1, 2), samples=5, seed=1, cell=8)
     build(flat_pool(), tmp_path / "c", Setting(1, 2), samples=5, seed=2, cell=8)
     files = [
         {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*") if f.is_file()} for n in "abc"
@@ -156,7 +162,7 @@ def test_several_pictures_make_another_haystack_for_every_question(tmp_path):
 
 def test_names_of_pictures_stay_apart():
     pictures = [PoolImage(b"", "c", concept, "f", "test") for concept in ("a/b", "a-b", "a%2Fb")]
-    assert len({mmneedle.name_of(p) for p in pictures}) == 3 and "/" not in mmneedle.name_of(pictures[0])
+    assert len({name_of(p) for p in pictures}) == 3 and "/" not in name_of(pictures[0])
 
 
 def test_a_pool_too_small_is_refused(tmp_path):
@@ -164,13 +170,13 @@ def test_a_pool_too_small_is_refused(tmp_path):
         build(flat_pool(), tmp_path, Setting(1, 8), samples=2, seed=0, cell=4)
     with pytest.raises(UserError, match="4 captions are in one cell alone"):
         build(flat_pool(), tmp_path, Setting(1, 2, 5), samples=2, seed=0, cell=4)
-    with pytest.raises(UserError, match="needs at least 10 stitched pictures"):
+    with pytest.raises(UserError, match="needs at least 10 stitched images"):
         build(flat_pool(), tmp_path, Setting(10, 2), samples=2, seed=0, cell=4)
 
 
 def test_other_pictures_lie_in_another_folder(tmp_path):
-    pool = flat_pool().pictures
-    folders = {mmneedle.cache_folder(tmp_path, "x", pictures, seed) for pictures in (pool, pool[1:]) for seed in (0, 1)}
+    pool = flat_pool().images
+    folders = {cache_folder(tmp_path, "x", pictures, seed) for pictures in (pool, pool[1:]) for seed in (0, 1)}
     assert len(folders) == 4
 
 
@@ -196,11 +202,9 @@ def test_broken_rows_become_questions_that_count_as_wrong(tmp_path):
     write_release(tmp_path, rows, {"a.jpg": " A cat. "})
     questions = read_questions(tmp_path, Setting(1, 2), "official", samples=10)
     assert [q.fields["kind"] for q in questions] == ["positive"] * 5 + ["negative"]
-    assert ["error" in q.fields for q in questions] == [False, True, True, True, True, False]
-    assert (
-        "id 1: KeyError 'lost.jpg'" in questions[1].fields["error"] and "outside 1x2x2" in questions[2].fields["error"]
-    )
-    assert questions[0].truth == "1, 2, 1" and questions[0].prompt.endswith("Caption:  A cat. ")
+    assert [bool(q.error) for q in questions] == [False, True, True, True, True, False]
+    assert "id 1: KeyError 'lost.jpg'" in questions[1].error and "outside 1x2x2" in questions[2].error
+    assert questions[0].ground_truth == "1, 2, 1" and questions[0].prompt.endswith("Caption:  A cat. ")
     assert questions[0].images == (str(tmp_path / "images_stitched/2_2/s.jpg"),)
 
 
@@ -231,7 +235,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_a_repeated_id_is_refused(tmp_path):
     write_release(tmp_path, [GOOD, GOOD], {"a.jpg": "A cat"})
-    with pytest.raises(UserError, match="annotations_1_2_2.json: 1x2x2/0 stands there more than once"):
+    with pytest.raises(UserError, match="annotations_1_2_2.json: the id 1x2x2/0 is there more than once"):
         read_questions(tmp_path, Setting(1, 2), "official")
 
 
@@ -239,7 +243,7 @@ def test_so_many_of_every_cell(tmp_path):
     build(flat_pool(), tmp_path, Setting(1, 2), samples=40, seed=0, cell=4)
     questions = read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=3)
     assert len(questions) == 24 and {q.fields["kind"] for q in questions} == {"positive"}
-    assert set(Counter(q.truth for q in questions).values()) == {6}
+    assert set(Counter(q.ground_truth for q in questions).values()) == {6}
     with pytest.raises(UserError, match="a cell has .* positives, not 40"):
         read_questions(tmp_path, Setting(1, 2), "quadrant", per_cell=40)
 
@@ -270,7 +274,7 @@ def test_pictures_of_a_folder_and_of_a_jsonl(tmp_path):
 
 def test_the_embedded_pool_is_drawn_on_colours():
     pool = ImagePool(read_pool(splits=("test_style",)))
-    assert pool.drawing(0, 64).mode == "RGBA" and pool.drawing(0, 64).size == (56, 56)
+    assert pool.resized(0, 64).mode == "RGBA" and pool.resized(0, 64).size == (56, 56)
 
 
 # ---- response files
@@ -296,8 +300,8 @@ def test_response_files_are_scored_alike_by_the_official_rule(tmp_path):
         read_questions(tmp_path, Setting(1, 2), "official", samples=30),
         lambda truth: rng.choice([truth, "-1", "1, 1, 1.", "1", "", "No match", None, "-1, -1, -1"]),
     )
-    mmneedle.write_responses(answers(rows), tmp_path / "response", "my_model/v2")
-    told = score(rows, skip_none=True)["1x2x2"]
+    mmneedle.write_official(rows, tmp_path / "response", "my_model/v2")
+    told = score([row for row in rows if row["response"] is not None])["1x2x2"]
     for kind, folder in (("positive", "COCO_val2014_0_29"), ("negative", "COCO_val2014_5000_5029")):
         file = tmp_path / "response" / folder / "paligemma_my-model-v2_1_2_2.json"
         assert len(file.stem.split("_")) == 5
@@ -319,14 +323,14 @@ def test_the_released_rows_read_as_they_are():
         5000: ("1534", "0, 0, 0", "She is well prepared to participate in the tennis match."),
     }
     questions = read_questions(RELEASE, Setting(1, 2), "official", samples=5000)
-    assert len(questions) == 10_000 and not any("error" in q.fields for q in questions)
+    assert len(questions) == 10_000 and not any(bool(q.error) for q in questions)
     by_id = {q.fields["row"]: q for q in questions}
     for number, (stitched, truth, caption) in golden.items():
         assert by_id[number].images[0].endswith(f"images_stitched/2_2/COCO_val2014_stitched_{stitched}.jpg")
-        assert (by_id[number].truth, by_id[number].fields["caption"]) == (truth, [caption])
+        assert (by_id[number].ground_truth, by_id[number].fields["caption"]) == (truth, [caption])
     for grid, (stitched, truth) in {4: ("4220", "1, 4, 1"), 8: ("8484", "1, 7, 2")}.items():
         first = read_questions(RELEASE, Setting(1, grid), "official", samples=1)[0]
-        assert stitched in first.images[0] and first.truth == truth
+        assert stitched in first.images[0] and first.ground_truth == truth
 
 
 @released
@@ -337,7 +341,7 @@ def test_the_released_needles_lie_where_the_metadata_says():
         shown = cells[Path(row["image_ids"][0]).name]
         caption = captions[Path(row["target"]).name]
         if row["index"] == -1:
-            assert row["target"] not in shown.values() and ground_truth(row, Setting(1, 2)) == "0, 0, 0"
+            assert row["target"] not in shown.values() and ground_truth_of(row, Setting(1, 2)) == "0, 0, 0"
         else:
             assert shown[f"{row['row']}_{row['col']}"] == row["target"]
             assert [captions[Path(name).name] for name in shown.values()].count(caption) == 1

@@ -4,11 +4,13 @@ import gzip
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from errors import UserError
-from needle_eval.pope import SPLITS, is_invalid, parse_pope, pope_table, read_pope, score_pope
+from needle_eval.pope import SPLITS, format_table, is_invalid, load_questions, parse_pope, read_split, score
 from needle_eval.questions import Question
 
 ROW = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard?", "label": "yes"}
@@ -19,6 +21,10 @@ def write(folder, split, rows):
     path = folder / f"coco_pope_{split}.json"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def config(folder, **changes):
+    return SimpleNamespace(**dict(data=str(folder), image_folder=str(folder), prefix="", samples=0) | changes)
 
 
 def answers(responses, truths=None, split="random"):
@@ -32,7 +38,7 @@ def answers(responses, truths=None, split="random"):
 # ---- reading
 def test_a_question(tmp_path):
     write(tmp_path, "random", [ROW, ROW | {"question_id": 2, "label": "no"}])
-    questions = read_pope(tmp_path, "coco/val2014", splits=["random"], prefix="answer en ")
+    questions = read_split(tmp_path, Path("coco/val2014"), "random", prefix="answer en ")
     assert questions[0] == Question(
         "pope/random/1",
         "random",
@@ -42,8 +48,8 @@ def test_a_question(tmp_path):
         10,
         {},
     )
-    assert [q.truth for q in questions] == ["yes", "no"]
-    assert read_pope(tmp_path, "coco", splits=["random"], limit=1)[0].prompt == ROW["text"]
+    assert [q.ground_truth for q in questions] == ["yes", "no"]
+    assert read_split(tmp_path, Path("coco"), "random", limit=1)[0].prompt == ROW["text"]
     json.dumps(asdict(questions[0]))
 
 
@@ -52,8 +58,12 @@ def test_the_limit_is_per_split_and_gz_is_read(tmp_path):
         path = write(tmp_path, split, [ROW | {"question_id": i} for i in range(5)])
         path.with_suffix(".json.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    assert [q.setting for q in read_pope(tmp_path, "x", limit=2)] == [s for s in SPLITS for _ in range(2)]
-    assert len(read_pope(tmp_path, "x")) == 15
+    (tmp_path / ROW["image"]).write_bytes(b"")
+    assert [q.setting for q in load_questions(config(tmp_path, samples=2))] == [s for s in SPLITS for _ in range(2)]
+    assert len(load_questions(config(tmp_path))) == 15
+    (tmp_path / ROW["image"]).unlink()
+    with pytest.raises(UserError, match="none of 1 images exists: give their folder by --image_folder"):
+        load_questions(config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -64,28 +74,26 @@ def test_the_limit_is_per_split_and_gz_is_read(tmp_path):
         ({k: v for k, v in ROW.items() if k != "label"}, "json:2: no row of .*'label'"),
         (ROW | {"label": "maybe"}, "json:2: .* label yes or no"),
         (ROW | {"image": 7}, "json:2: image and text must be strings"),
-        (ROW, "pope/random/1 stands there more than once"),
+        (ROW, "pope/random/1 is there more than once"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, told):
     write(tmp_path, "random", [ROW, row])
     with pytest.raises(UserError, match=told):
-        read_pope(tmp_path, "x", splits=["random"])
+        read_split(tmp_path, Path("x"), "random")
 
 
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="coco_pope_random.json: cannot be read"):
-        read_pope(tmp_path, "x")
-    with pytest.raises(UserError, match="no split 'hard': give some of random, popular, adversarial"):
-        read_pope(tmp_path, "x", splits=["hard"])
+        read_split(tmp_path, Path("x"), "random")
     write(tmp_path, "random", [])
     with pytest.raises(UserError, match="random.json: holds no question"):
-        read_pope(tmp_path, "x", splits=["random"])
+        read_split(tmp_path, Path("x"), "random")
     packed = gzip.compress(b"{}" * 100)
     for broken in (b"plain", packed[:-9], packed[:10] + b"\xff" + packed[11:]):
         (tmp_path / "coco_pope_popular.json.gz").write_bytes(broken)
         with pytest.raises(UserError, match="popular.json.gz: cannot be read"):
-            read_pope(tmp_path, "x", splits=["popular"])
+            read_split(tmp_path, Path("x"), "popular")
 
 
 # ---- the official parse
@@ -113,7 +121,7 @@ def rates(scores, split="random"):
 
 
 def test_constant_answers():
-    yes, no = (score_pope(answers([word] * 3000)) for word in ("yes", "no"))
+    yes, no = (score(answers([word] * 3000)) for word in ("yes", "no"))
     assert rates(yes) == [0.5, 0.5, 1.0, pytest.approx(2 / 3), 1.0]
     assert rates(no) == [0.5, None, 0.0, None, 0.0]
     assert yes["mean"] == {"splits": 1, "accuracy": 0.5, "f1": pytest.approx(2 / 3)}
@@ -127,7 +135,7 @@ def test_constant_answers():
 
 def test_counts_by_hand():
     truths = ["yes"] * 4 + ["no"] * 6
-    found = score_pope(answers(["yes", "Yes.", "perhaps", "no"] + ["no"] * 3 + ["yes", "NO", None], truths))["random"]
+    found = score(answers(["yes", "Yes.", "perhaps", "no"] + ["no"] * 3 + ["yes", "NO", None], truths))["random"]
     assert (found["accuracy"]["right"], found["n"]) == (6, 10)  # perhaps and NO read as yes, None as neither
     assert (found["precision"]["right"], found["precision"]["n"]) == (3, 5)
     assert (found["recall"]["right"], found["recall"]["n"]) == (3, 4)
@@ -137,22 +145,22 @@ def test_counts_by_hand():
 
 
 def test_no_answer_at_all_does_not_crash():
-    broken = score_pope(answers([None] * 6))
+    broken = score(answers([None] * 6))
     assert rates(broken) == [0.0, None, 0.0, None, 0.0]
     assert broken["random"]["invalid"]["rate"] == 1.0 and broken["random"]["broken"] == 6
-    empty = score_pope([])
+    empty = score([])
     assert empty == {"mean": {"splits": 0, "accuracy": None, "f1": None}}
-    no_yes = score_pope(answers(["no", "yes"], ["no", "no"]))
+    no_yes = score(answers(["no", "yes"], ["no", "no"]))
     assert rates(no_yes) == [0.5, 0.0, None, None, 0.5]
-    all_wrong = score_pope(answers(["no", "yes"], ["yes", "no"]))
+    all_wrong = score(answers(["no", "yes"], ["yes", "no"]))
     assert rates(all_wrong) == [0.0, 0.0, 0.0, 0.0, 0.5]
     for scores in (broken, empty, no_yes, all_wrong):
-        assert pope_table(scores) and json.dumps(scores)
+        assert format_table({"x": scores}) and json.dumps(scores)
 
 
 def test_splits_are_apart_in_the_benchmarks_order():
     rows = answers(["yes", "no"] * 4, split="adversarial") + answers(["yes", "yes"] * 4, split="random")
-    scores = score_pope(rows)
+    scores = score(rows)
     assert list(scores) == ["random", "adversarial", "mean"]
     assert [scores[s]["accuracy"]["rate"] for s in ("random", "adversarial")] == [0.5, 1.0]
     assert scores["mean"] == {"splits": 2, "accuracy": 0.75, "f1": pytest.approx((2 / 3 + 1) / 2)}
@@ -161,11 +169,11 @@ def test_splits_are_apart_in_the_benchmarks_order():
 def test_other_rows_are_refused():
     for change in ({"setting": "M1 N2"}, {"ground_truth": "1, 2, 1"}):
         with pytest.raises(UserError, match="pope/random/0: no answer to a POPE question"):
-            score_pope([answers(["yes", "no"])[0] | change])
+            score([answers(["yes", "no"])[0] | change])
 
 
 def test_the_table():
-    lines = pope_table(score_pope(answers(["no"] * 8)))
+    lines = format_table({"x": score(answers(["no"] * 8))})[1:]
     assert [" ".join(line.split()) for line in lines] == [
         "POPE n accuracy precision recall F1 yes ratio invalid",
         "random 8 50.00 [21.52, 78.48] - 0.00 - 0.00 0.00",
@@ -178,19 +186,27 @@ def test_the_table():
 # ---- the released files
 @pytest.mark.skipif("POPE_DATA" not in os.environ, reason="POPE_DATA names no folder of the three released files")
 def test_the_release():
-    questions = read_pope(os.environ["POPE_DATA"], "val2014")
+    folder = Path(os.environ["POPE_DATA"])
+    questions = [q for split in SPLITS for q in read_split(folder, Path("val2014"), split)]
     assert len({q.id for q in questions}) == len(questions) == 9000
     first = questions[0]
-    assert (first.id, first.prompt, first.truth) == ("pope/random/1", "Is there a snowboard in the image?", "yes")
+    assert (first.id, first.prompt, first.ground_truth) == (
+        "pope/random/1",
+        "Is there a snowboard in the image?",
+        "yes",
+    )
     assert first.images == ("val2014/COCO_val2014_000000310196.jpg",)
     by_split = {split: [q for q in questions if q.setting == split] for split in SPLITS}
     pictures = [{q.images for q in part} for part in by_split.values()]
     assert len(pictures[0]) == 500 and pictures[0] == pictures[1] == pictures[2]
     for part in by_split.values():
-        assert (len(part), sum(q.truth == "yes" for q in part)) == (3000, 1500)
+        assert (len(part), sum(q.ground_truth == "yes" for q in part)) == (3000, 1500)
     assert [sum("Is there an " in q.prompt for q in part) for part in by_split.values()] == [149, 44, 58]
-    rows = [{"id": q.id, "setting": q.setting, "response": q.truth, "ground_truth": q.truth} for q in questions]
-    oracle = score_pope(rows)
+    rows = [
+        {"id": q.id, "setting": q.setting, "response": q.ground_truth, "ground_truth": q.ground_truth}
+        for q in questions
+    ]
+    oracle = score(rows)
     assert oracle["mean"] == {"splits": 3, "accuracy": 1.0, "f1": 1.0}
     for split in SPLITS:
         assert rates({split: oracle[split]["baselines"]["always yes"]}, split) == [0.5, 0.5, 1, pytest.approx(2 / 3), 1]

@@ -1,107 +1,222 @@
-"""The README's commands run as they stand, made short by flags."""
+"""README.md and docs/ are true: commands run, flags exist, links resolve, tables equal the committed results."""
 
-import importlib
+import ast
+import functools
+import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import tyro
 
 from differential_attention import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
+PAGES = {"README.md": README} | dict(sorted(PAGES.items()))
+RESULTS = ROOT / "benchmarks" / "results"
+MAX_README_WORDS = 2300
+# a command with one of these needs a licence, a download, another machine or minutes
+NOT_HERE = re.compile(r"google/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun")
+# flags of other programs
+FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+
+BACKWARD_IMPORTS = {  # left to remove
+    ("processing_paligemma", "modeling_gemma"),
+    ("needle_eval.plots", "plots"),
+}
+
+
+def blocks(page: str, language: str = "sh") -> list[str]:
+    return [body for name, body in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.S | re.M) if name == language]
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```\n(.*?)```", README, re.S)
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [re.search(r"python .*", line)[0] for line in lines if "python " in line]
+    """Every command that starts a script of this repository, once each, in the order of the pages."""
+    text = "\n".join(block for page in PAGES.values() for block in blocks(page)).replace("\\\n", " ")
+    lines = (line.strip() for line in text.splitlines())
+    return list(dict.fromkeys(line for line in lines if re.match(r"(python|torchrun) ", line)))
 
 
-def test_every_command_runs(tmp_path):
-    """In a folder of their own, so that no run of the user's is met."""
+@functools.cache
+def load(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"readme_{Path(script).stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(command: str) -> object:
+    """The Config that a command line gives. Raises SystemExit for a flag or a value that the script refuses."""
+    words = shlex.split(command.replace("$seed", "0"), comments=True)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    config = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(load(words[at]).Config, args=words[at + 1 :], config=config, use_underscores=True)
+
+
+def flags_of(config: type, prefix: str = "--") -> set[str]:
+    """Every flag of a Config, nested ones with their dots."""
+    found = set()
+    for field in fields(config):
+        found.add(prefix + field.name)
+        nested = getattr(field, "default_factory", None)
+        if is_dataclass(nested):
+            found |= flags_of(nested, f"{prefix}{field.name}.")
+    return found
+
+
+def test_quick_commands_run(tmp_path):
+    """As they are, in an empty folder, with a `python` that adds flags to make them short."""
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    ran = []
-    for command in commands():
-        if any(part in command for part in ("google/", "benchmarks/", "$")):  # licences, GPUs, data; minutes
-            continue
-        words = [word.replace('"', "") for word in re.findall(r'(?:[^\s"]|"[^"]*")+', command.split("#")[0])]
-        if words[1].startswith("finetune"):
-            words += ["--max_steps=2", "--eval_samples=2", "--batch_size=2", "--eval_batch_size=2"]
-        if words[1].startswith("eval"):
-            words += ["--samples=2"]
-        environment = os.environ | {"OMP_NUM_THREADS": "2"}
-        told = subprocess.run(
-            [sys.executable, str(ROOT / words[1]), *words[2:]],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
+    (tmp_path / "bin").mkdir()
+    short = "--max_steps=2 --eval_samples=2 --batch_size=2 --eval_batch_size=2"
+    (tmp_path / "bin" / "python").write_text(
+        f"""#!/bin/sh
+script=$1; shift
+case "$script $*" in
+  finetune*) set -- "$@" {short} ;;
+  *--compare*) ;;
+  eval*) set -- "$@" --samples=2 ;;
+esac
+exec {sys.executable} {ROOT}/"$script" "$@"
+"""
+    )
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    quick = [command for command in commands() if not NOT_HERE.search(command)]
+    for command in quick:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300
         )
-        assert told.returncode == 0, f"{command}: {told.stderr}"
-        ran.append(words[1])
+        assert done.returncode == 0, f"{command}: {done.stderr}"
     scripts = {"finetune_original.py", "finetune_diff.py", "eval_mmnih.py", "generate.py", "plots.py", "export.py"}
-    assert scripts <= set(ran)
+    assert scripts == {command.split()[1] for command in quick}
     assert (tmp_path / "boxes.png").stat().st_size > 1000
+    assert (tmp_path / "runs" / "diff_seed0" / "final" / "differential.safetensors").exists()
 
 
-def test_flags_of_the_commands_that_need_a_gpu_or_several_processes_are_known():
-    lines = [
-        line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.replace("\\\n", " ").splitlines()
-    ]
-    found = [
-        match
-        for line in lines
-        if (match := re.search(r"(finetune_\w+|eval_mmnih)\.py (--.*)", line)) and "$" not in line
-    ]
-    assert len([match for match in found if "google/" in match[0]]) == 7
-    for script, flags in (match.groups() for match in found):
-        assert tyro.cli(
-            importlib.import_module(script).Config,
-            args=flags.partition("#")[0].split(),
-            config=(tyro.conf.FlagConversionOff,),
-            use_underscores=True,
-        )
+@pytest.mark.parametrize("command", [c for c in commands() if NOT_HERE.search(c)])
+def test_flags_of_the_other_commands_are_valid(command):
+    parse(command)
 
 
-def test_the_sweep_starts_every_seed_of_either_arm_once(tmp_path):
-    """The loop as it stands, `python` noting what it is asked for."""
-    (block,) = [block for block in re.findall(r"```\n(.*?)```", README, re.S) if "for seed in" in block]
-    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+def test_flags_in_the_text_exist():
+    scripts = ("finetune_diff.py", "eval_mmnih.py", "generate.py", "export.py", "benchmarks/compare.py")
+    known = FOREIGN_FLAGS.union(*(flags_of(load(script).Config) for script in scripts))
+    for name, page in PAGES.items():
+        text = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text))
+        assert mentioned <= known, f"{name}: {mentioned - known}"
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if "for seed in" in page])
+def test_a_sweep_trains_every_seed_of_both_arms_once(name, tmp_path):
+    """The loop as it is, with a `python` that records its arguments."""
+    (block,) = [block for block in blocks(PAGES[name]) if "for seed in" in block]
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/recorded\n')
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-euc", block], check=True, env=environment, cwd=tmp_path)
-    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
-    configs = [
-        tyro.cli(importlib.import_module(script.removesuffix(".py")).Config, args=flags, use_underscores=True)
-        for script, *flags in asked
-    ]
+    recorded = [line for line in (tmp_path / "recorded").read_text().splitlines() if line.startswith("finetune")]
+    configs = [parse(f"python {line}") for line in recorded]
     assert [config.seed for config in configs] == [0, 0, 1, 1, 2, 2]
-    assert len({config.output_dir for config in configs}) == 6
+    assert [line.split()[0] for line in recorded] == ["finetune_original.py", "finetune_diff.py"] * 3
+    folders = [config.output_dir for config in configs]
+    assert len(set(folders)) == 6 or not any(folders)  # by default, arm and seed name the folder
 
 
-def test_the_files_it_names_exist():
-    for name in re.findall(r"`((?:tests/|benchmarks/|assets/)?[\w/-]+\.(?:py|txt))`", README):
-        assert (ROOT / name).exists(), name
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_readme_is_short():
+    assert len(README.split()) <= MAX_README_WORDS
+
+
+def test_files_and_links_exist():
+    for name, page in PAGES.items():
+        for file in re.findall(r"`((?:tests/|benchmarks/|assets/|needle_eval/|docs/)[\w/.-]+|\w+\.py)`", page):
+            assert (ROOT / file).exists(), f"{name}: {file}"
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", page):
+            path, _, anchor = target.partition("#")
+            linked = (ROOT / name).parent / path if path else ROOT / name
+            assert linked.exists(), f"{name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}, target
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert {name for name in PAGES if name != "README.md"} <= set(re.findall(r"\]\((docs/[\w.]+)\)", README))
+
+
+def mapped_modules() -> list[str]:
+    """Module names of the README's repository map, in its order: `files`, `needle_eval.pope`."""
+    (tree,) = [block for block in blocks(README, "") if block.startswith("errors.py")]
+    rows = re.findall(r"^( *)(\w+)\.py ", tree, re.M)
+    return [f"needle_eval.{name}" if indent else name for indent, name in rows]
+
+
+def test_the_repository_map_lists_every_module():
+    paths = [*ROOT.glob("*.py"), *(ROOT / "needle_eval").glob("*.py")]
+    found = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    assert sorted(mapped_modules()) == sorted(found)
+
+
+def imports_of(module: str) -> set[str]:
+    """Every name that a module imports, at its top or inside a function, as `files` or `needle_eval.pope`."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_a_module_imports_only_from_modules_above_it():
+    names = mapped_modules()
+    backward = {(name, other) for at, name in enumerate(names) for other in imports_of(name) & set(names[at:])}
+    assert backward <= BACKWARD_IMPORTS
 
 
 def test_the_table_of_presets_is_the_code_s():
-    """Formula and exactness are the table's, parameters and time those that the benchmark saved."""
-    measured = json.loads((ROOT / "benchmarks" / "results" / "presets.json").read_text())["presets"]
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \| ([\d,]+) \| ([\d.-]+) \|$", README, re.M)
+    """Formula and exactness are those of PRESETS, parameters and time those that benchmarks/presets.py measured."""
+    measured = json.loads((RESULTS / "presets.json").read_text())["presets"]
+    page = PAGES["docs/differential_attention.md"]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \| ([\d,]+) \| ([\d.-]+) \|$", page, re.M)
     assert [row[0] for row in rows] == list(PRESETS)
     for name, formula, exact, parameters, time in rows:
-        told = measured[name]
+        expected = measured[name]
         assert (formula, exact == "yes") == (PRESETS[name].formula, PRESETS[name].exact)
-        assert int(parameters.replace(",", "")) == told["parameters"]
-        assert time == (f"{told['time']:.2f}" if "time" in told else "-")
+        assert int(parameters.replace(",", "")) == expected["parameters"]
+        assert time == (f"{expected['time']:.2f}" if "time" in expected else "-")
+
+
+def test_the_speed_table_is_what_was_measured():
+    rows = json.loads((RESULTS / "compare_cpu.json").read_text())["rows"]
+    assert "\n".join(load("benchmarks/compare.py").summary(rows)) in PAGES["docs/speed.md"]
+    answers = json.loads((RESULTS / "answers.json").read_text())
+    untuned, lora = (answers[f"answers per second, {kind}"]["ratio"] for kind in ("untuned", "with LoRA"))
+    assert f"{untuned:.1f} x the answers per second" in PAGES["docs/speed.md"]
+    assert f"{lora:.1f} x under a LoRA adapter" in PAGES["docs/speed.md"]
+
+
+def test_the_loading_table_is_what_was_measured():
+    measured = json.loads((RESULTS / "full_size.json").read_text())
+    for name, side in (("here", "ours"), ("transformers", "transformers")):
+        bf16, fp32 = measured[f"{side} bfloat16"], measured[f"{side} float32"]
+        cells = [f"{m['import_and_load_seconds']:.1f} s | {m['total_peak_gb']:.1f} GB" for m in (bf16, fp32)]
+        assert f"| {name} | {' | '.join(cells)} |" in PAGES["docs/memory.md"]
+
+
+def test_the_table_of_tests_names_every_test_file():
+    named = set(re.findall(r"`tests/(test_\w+\.py)`", PAGES["docs/tests.md"]))
+    assert named == {path.name for path in (ROOT / "tests").glob("test_*.py")}
 
 
 def test_ci_runs_the_command_of_the_readme():

@@ -1,10 +1,14 @@
 """MMNeedle's official rule by its golden cases, and what is ours beside it."""
 
+import random
+
 import pytest
 
 from errors import UserError
-from needle_eval import mmneedle as scoring
-from needle_eval.mmneedle import answers, lenient, score, strict, table, well_formed
+from needle_eval import mmneedle
+from needle_eval.mmneedle import format_table, score
+from needle_eval.mmneedle_rules import is_well_formed, parse_lenient, prepare_rows, score_strict
+from needle_eval.report import compare_answers
 
 ONE = "1, 2, 1"
 TWO = "1, 2, 1; 1, 1, 2"
@@ -35,7 +39,7 @@ def cases(truth, index, exact, exist, texts):
     + cases(NONE, 1, 0, 0, ["0, 0, 0"]),
 )
 def test_one_needle(truth, response, verdict):
-    told = strict(response, truth, 1)
+    told = score_strict(response, truth, 1)
     assert (told["index"], told["exact"], told["existence"]) == tuple(map(bool, verdict))
 
 
@@ -62,10 +66,71 @@ def test_one_needle(truth, response, verdict):
     ],
 )
 def test_two_needles(truth, response, index, exact, first, each_index, each_exact, exist):
-    told = strict(response, truth, 2)
+    told = score_strict(response, truth, 2)
     assert (told["index"], told["exact"], told["existence"]) == (bool(index), bool(exact), bool(exist))
     assert told["first"] == tuple(map(bool, first))
     assert [pair[0] for pair in told["each"]] == each_index and [pair[1] for pair in told["each"]] == each_exact
+
+
+def official_verdict(response: str, truth: str, needles: int) -> dict:
+    """The released scorer's rule for one row, transcribed apart from the product's code.
+
+    Both strings lose newlines, outer blanks and full stops. For several needles both are split at "; ", the parts
+    stripped, and the answer joined again before it is compared with the ways to say that there is no needle.
+    """
+    answer = response.replace("\n", "").strip().strip(".").strip()
+    if needles == 1:
+        true = "-1" if truth == "0, 0, 0" else truth
+        return {
+            "index": answer.split(", ")[0] == truth.split(", ")[0],
+            "exact": answer == true,
+            "existence": (true == "-1") == (answer == "-1"),
+        }
+    nothing = truth == "; ".join(["0, 0, 0"] * needles)
+    parts, wanted = ([part.strip() for part in text.split("; ")] for text in (answer, truth))
+    said_nothing = "; ".join(parts) in (
+        "-1",
+        "; ".join(["-1"] * needles),
+        ", ".join(["-1"] * needles),
+        "-1" * needles,
+        "; ".join(["-1, -1, -1"] * needles),
+    )
+    same_count = len(parts) == len(wanted)
+    return {
+        "index": same_count and all(p.split(", ")[0] == w.split(", ")[0] for p, w in zip(parts, wanted, strict=True)),
+        "exact": "; ".join(parts) == "-1" if nothing else parts == wanted,
+        "existence": said_nothing == nothing,
+    }
+
+
+def test_two_thousand_answers_are_judged_as_the_official_rule_judges_them():
+    rng = random.Random(0)
+    pieces = ["1", "2", "-1", "0", ", ", ",", "; ", ";", " ; ", ";  ", " ", "\n", ".", "1, 2, 1", "1, 1, 2"]
+    pieces += ["-1, -1, -1", "0, 0, 0", "None", "\t"]
+    for _ in range(2000):
+        needles = rng.choice((1, 2, 2, 2, 5))
+        place = rng.choice(("0, 0, 0", "place"))
+        truth = "; ".join(
+            f"1, {rng.choice('12')}, {rng.choice('12')}" if place == "place" else place for _ in range(needles)
+        )
+        parts = rng.choice((truth.split("; "), ["-1"] * needles, ["-1, -1, -1"] * needles, rng.choices(pieces, k=4)))
+        response = rng.choice(("; ", ";", " ; ", ";  ", ", ", "", "\n")).join(parts)
+        if rng.random() < 0.3:
+            cut = rng.randrange(len(response) + 1)
+            response = response[:cut] + rng.choice(pieces) + response[cut:]
+        found = score_strict(response, truth, needles)
+        assert {key: found[key] for key in ("index", "exact", "existence")} == official_verdict(
+            response, truth, needles
+        ), (
+            response,
+            truth,
+        )
+
+
+@pytest.mark.parametrize("response", ["-1 ; -1", "-1;  -1", "-1, -1, -1 ; -1, -1, -1"])
+def test_blanks_beside_the_separator_do_not_hide_that_there_is_no_needle(response):
+    assert score_strict(response, "0, 0, 0; 0, 0, 0", 2)["existence"]
+    assert not score_strict(response, TWO, 2)["existence"]
 
 
 @pytest.mark.parametrize(
@@ -91,14 +156,14 @@ def test_two_needles(truth, response, index, exact, first, each_index, each_exac
     ],
 )
 def test_the_lenient_reading(response, needles, meant):
-    assert lenient(response, needles) == meant
+    assert parse_lenient(response, needles) == meant
 
 
 def test_format_failures_are_told_apart_from_wrong_answers():
-    assert all(well_formed(text) for text in ("1, 2, 1", "2, 9, 9.", "-1"))
-    assert not any(well_formed(text) for text in ("1,2,1", "", "red apple", "-1, -1, -1", "(1, 2, 1)"))
-    assert well_formed(TWO, 2) and well_formed("1, 2, 1; -1", 2) and well_formed("-1, -1", 2)
-    assert not well_formed("1, 2, 1", 2)
+    assert all(is_well_formed(text) for text in ("1, 2, 1", "2, 9, 9.", "-1"))
+    assert not any(is_well_formed(text) for text in ("1,2,1", "", "red apple", "-1, -1, -1", "(1, 2, 1)"))
+    assert is_well_formed(TWO, 2) and is_well_formed("1, 2, 1; -1", 2) and is_well_formed("-1, -1", 2)
+    assert not is_well_formed("1, 2, 1", 2)
 
 
 # ---- rates
@@ -108,13 +173,14 @@ def test_broken_answers_stay_in_the_denominator_unless_the_official_rule_is_aske
     assert (told["positive"]["exact"]["right"], told["positive"]["exact"]["n"], told["positive"]["broken"]) == (1, 3, 1)
     assert told["positive"]["existence"]["right"] == 2 and told["negative"]["existence"]["right"] == 0
     assert told["positive"]["format failures"]["right"] == 0
-    told = score(rows, skip_none=True)["1x2x2"]
+    told = score([r for r in rows if r["response"] is not None])["1x2x2"]
     assert told["positive"]["exact"]["n"] == 2 and "negative" not in told and "balanced existence" not in told
 
 
 @pytest.mark.parametrize("protocol", ["official", "detect", "quadrant"])
 def test_a_broken_row_without_a_place_is_wrong_and_does_not_stop_the_scores(protocol):
-    good = row("bottom" if protocol == "quadrant" else "1, 2, 1", name="1x2x2/0/rows", protocol=protocol, axis="rows")
+    axis = {"axis": "rows"} if protocol == "quadrant" else {}
+    good = row("bottom" if axis else "1, 2, 1", name="1x2x2/0/rows", protocol=protocol, **axis)
     rows = [good, row(None, "", name="1x2x2/1", protocol=protocol, error="lost")]
     if protocol == "quadrant":
         rows.append(good | {"id": "1x2x2/0/columns", "axis": "columns", "response": "left"})
@@ -130,7 +196,7 @@ def test_one_needle_s_cells_and_rate_agree():
 
 def test_baselines_stand_beside_the_metrics_they_have():
     def guesses(kind, metric):
-        return scoring.guessed(score([row(ONE)])["1x2x2"]["baselines"], kind, metric).split()
+        return mmneedle.format_baselines(score([row(ONE)])["1x2x2"]["baselines"], kind, metric).split()
 
     assert guesses("positive", "exact") == ["25.0", "100.0", "0.0"] and guesses("positive", "index")[2] == "0.0"
     assert guesses("positive", "existence") == ["100.0", "100.0", "0.0"]
@@ -175,7 +241,7 @@ def test_baselines():
 # ---- other protocols, one rule
 def test_the_centre_of_a_box_is_its_cell():
     def told(response, grid=4):
-        return answers([row(response, protocol="detect", shape=(1, grid, 1))])[0]["response"]
+        return prepare_rows([row(response, protocol="detect", shape=(1, grid, 1))])[0]["response"]
 
     assert told("<loc0000><loc0256><loc0255><loc0511> red apple") == "1, 1, 2"
     assert told("<loc0768><loc0512><loc1023><loc0767> red apple ; <loc0000><loc0000><loc0100><loc0100> x") == "1, 4, 3"
@@ -201,7 +267,7 @@ def test_quadrants_need_row_and_column(rows_answer, columns_answer, response):
         row(text, protocol="quadrant", name=f"1x2x2/0/{axis}", axis=axis)
         for axis, text in (("rows", rows_answer), ("columns", columns_answer))
     ]
-    merged = answers(rows)
+    merged = prepare_rows(rows)
     assert len(merged) == 1 and merged[0]["id"] == "1x2x2/0" and merged[0]["response"] == response
     told = score(rows)["1x2x2"]["positive"]
     assert told["exact"]["right"] == (response == ONE) and "existence" not in told
@@ -214,28 +280,28 @@ def test_the_same_rule_for_every_model():
     for protocol in ("finetuned", "official", "rank"):
         named = [[r | {"protocol": protocol, "model": model} for r in rows] for model in ("diff", "original")]
         assert score(named[0]) == score(named[1])
-        assert table({"diff": score(named[0])})[2:] == table({"diff": score(named[1])})[2:]
+        assert format_table({"diff": score(named[0])})[2:] == format_table({"diff": score(named[1])})[2:]
 
 
 # ---- comparison
 def test_compare_counts_pairs():
     a = [row(ONE if i < 6 else "1, 1, 1", name=str(i)) for i in range(10)]
     b = [row(ONE if i >= 4 else "1, 1, 1", name=str(i)) for i in reversed(range(10))]
-    told = scoring.compare(a, b, scoring.judge)["1x2x2 positive"]
+    told = compare_answers(a, b, mmneedle)["1x2x2 positive"]
     assert (told["first"]["right"], told["second"]["right"]) == (6, 6)
     assert (told["only first"], told["only second"]) == (4, 4)
     assert told["difference"]["mean"] == 0 and told["difference"]["low"] < 0 < told["difference"]["high"]
     assert told["p"] == 1.0
     with pytest.raises(UserError, match="2 questions are in one run alone"):
-        scoring.compare(a, b[:8], scoring.judge)
+        compare_answers(a, b[:8], mmneedle)
     for changed in ({"prompt": "where is a dog?"}, {"ground_truth": "1, 2, 2"}):
         with pytest.raises(UserError, match="1 questions differ between the runs .3."):
-            scoring.compare(a, [r | (changed if r["id"] == "3" else {}) for r in b], scoring.judge)
+            compare_answers(a, [r | (changed if r["id"] == "3" else {}) for r in b], mmneedle)
 
 
 def test_the_table_shows_models_side_by_side():
     rows = [row("1, 2, 1", name="0"), row("-1", NONE, name="1"), row(None, name="2")]
-    lines = "\n".join(table({"one": score(rows), "two": score(rows)}))
+    lines = "\n".join(format_table({"one": score(rows), "two": score(rows)}))
     assert (
         lines.count("50.0 [9.5, 90.5]") >= 4 and "broken, counted wrong" in lines and "caption absent, n = 1" in lines
     )

@@ -251,7 +251,7 @@ def test_adapters_travel_to_transformers_and_back(config, tmp_path):
     assert (plain(**batch, logits_to_keep=length).logits[valid] - expected[valid]).abs().max() > 1e-3  # it learned
 
     lora = peft.LoraConfig(
-        r=4, target_modules=r".*language_model\.layers\.\d+\.self_attn\.(q|v)_proj", init_lora_weights=False
+        r=4, target_modules=r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|v_proj)", init_lora_weights=False
     )
     base = transformers.PaliGemmaForConditionalGeneration.from_pretrained(config.model)
     trained_there = peft.get_peft_model(base, lora).eval()

@@ -33,7 +33,7 @@ def test_features_are_computed_once_and_equal_to_the_bit(model, pictures, monkey
         assert torch.equal(cache.features(pictures[wanted]), expected[wanted])
     assert counted == [3, 2] and (cache.misses, cache.hits) == (5, 8)
     assert (
-        len(cache.kept) == 2 and len(list((tmp_path / "kept").iterdir())) == 3
+        len(cache.entries) == 2 and len(list((tmp_path / "kept").iterdir())) == 3
     )  # the bound holds, the rest is on disk
     again = VisionCache(model, memory_gb=0, folder=tmp_path / "kept")
     assert torch.equal(again.features(pictures), expected) and again.hits == 3
@@ -41,8 +41,8 @@ def test_features_are_computed_once_and_equal_to_the_bit(model, pictures, monkey
 
 def test_the_weights_are_asked_once_a_batch(model, pictures, monkeypatch):
     asked = []
-    real = VisionCache.weights
-    monkeypatch.setattr(VisionCache, "weights", lambda self: asked.append(1) or real(self))
+    real = VisionCache.hash_weights
+    monkeypatch.setattr(VisionCache, "hash_weights", lambda self: asked.append(1) or real(self))
     VisionCache(model, 1.0).features(pictures)
     assert asked == [1]
 

@@ -1,0 +1,46 @@
+"""How much attention the answer pays to the needle (arXiv 2507.15875, its second table; here for every layer)."""
+
+import torch
+
+from diagnostics import answer_attention, needle_share
+from errors import UserError
+from needle_eval.questions import Question, open_reference
+from needle_eval.runner import Answerer
+from vision_cache import FeatureStore
+
+
+def measure_needle_attention(answerer: Answerer, questions: list[Question], count: int) -> dict[str, dict]:
+    """By setting: what the answer's tokens pay to the needle's patches, as a share of the images', by layer.
+
+    The mean over the first `count` positives of the true answer's tokens; `even` is what a blind layer would pay.
+    """
+    found = {}
+    for setting in dict.fromkeys(question.setting for question in questions):
+        positives = [q for q in questions if q.setting == setting and q.fields["kind"] == "positive"]
+        shares = [share for q in positives[:count] if (share := needle_attention(answerer, q)) is not None]
+        if shares:
+            images, grid, _ = positives[0].fields["shape"]
+            mean = torch.stack(shares).mean(0).tolist()
+            even = 1 / (images * grid**2)
+            found[setting] = {"n": len(shares), "even": even, "share": [round(x, 4) for x in mean]}
+    return found
+
+
+def needle_attention(answerer: Answerer, question: Question) -> torch.Tensor | None:
+    """The needle's share in every layer, the mean over the true answer's tokens: [layers]. None for a broken question
+    and for several needles."""
+    images, grid, needles = question.fields["shape"]
+    if question.error or needles > 1:
+        return None
+    processor = answerer.processor
+    try:
+        pixels = {image: processor.pixels(open_reference(image)) for image in question.images}
+        row = processor.encode(question.prompt, question.ground_truth, images)
+    except UserError:  # its answer row names it
+        return None
+    features = FeatureStore(answerer.model).encode(list(question.images), pixels, answerer.batch_size)
+    batch = {key: tensor.to(answerer.accelerator.device) for key, tensor in processor.pad([row]).items()}
+    batch |= {"pixel_values": None, "image_features": features}
+    paid = answer_attention(answerer.model, batch)[:, 0].float()  # [layers, T, M N]
+    place = tuple(int(n) - 1 for n in question.ground_truth.split(", "))
+    return needle_share(paid, place, images, grid).mean(1)

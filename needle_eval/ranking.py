@@ -1,0 +1,73 @@
+"""Ranking possible answers by their likelihood, where nothing is generated.
+
+Shapes: B prompts, L their padded length, A candidates, T their padded length with `<eos>`, V vocabulary, N tokens an
+image, C hidden size.
+"""
+
+import torch
+from torch import Tensor
+
+from modeling_vlm import KVCache
+from processing_paligemma import PaliGemmaProcessor
+
+CANDIDATES_AT_ONCE = 64  # rows of one forward pass
+
+
+@torch.no_grad()
+def rank_candidates(
+    model: torch.nn.Module,
+    processor: PaliGemmaProcessor,
+    batch: dict[str, Tensor],
+    features: Tensor,
+    candidates: tuple[str, ...],
+) -> list[str]:
+    """The likeliest of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`.
+
+    `batch` holds prompts [B, L], padded on the left; `features` [images, N, C]. It is the mean, since "-1" is shorter
+    than a cell and a sum would favour it. One pass over the prompts fills the cache, which every candidate continues.
+    """
+    language = model.model.language_model
+    count, length = batch["input_ids"].shape
+    ids, is_token = candidate_tensors(processor, candidates, features.device)
+    mask, positions = model.model.mask(batch["attention_mask"]), model.model.positions(batch["attention_mask"])
+    x = model.model.embed(batch["input_ids"], features)
+    cache = KVCache(language, count, length, x.dtype, x.device)
+    first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
+    best = []
+    for row in range(count):
+        valid = batch["attention_mask"][row]
+        later = torch.cat([continue_prompt(model, cache, valid, row, part) for part in ids.split(CANDIDATES_AT_ONCE)])
+        total = first[row][ids[:, 0]] + (later * is_token[:, 1:]).sum(1)  # [A]
+        best.append(candidates[int((total / is_token.sum(1)).argmax())])
+    return best
+
+
+def continue_prompt(model: torch.nn.Module, cache: KVCache, valid: Tensor, row: int, ids: Tensor) -> Tensor:
+    """Log-probabilities [A, T - 1] of the second and later tokens of ids [A, T], after the cached prompt of `row`.
+
+    `valid` [L] is the attention mask of that prompt.
+    """
+    language, (count, width), length = model.model.language_model, ids.shape, cache.length
+    wide = KVCache(language, count, length + width, cache.keys[0].dtype, ids.device)
+    for ours, prompts in ((wide.keys, cache.keys), (wide.values, cache.values)):
+        for new, old in zip(ours, prompts, strict=True):
+            new[:, :, :length] = old[row]
+    wide.length = length
+    valid = torch.cat((valid.expand(count, -1), torch.ones_like(ids)), dim=1)
+    types = torch.zeros_like(valid)
+    types[:, length:] = 1
+    mask, positions = model.model.mask(valid, types), model.model.positions(valid)[:, length:]
+    hidden = language(language.embed(ids), positions, mask, wide)
+    return model.head(hidden[:, :-1]).float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def candidate_tensors(
+    processor: PaliGemmaProcessor, candidates: tuple[str, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids [A, T] of the answers and their `<eos>`, padded on the right, and 1.0 at their tokens, else 0 [A, T]."""
+    rows = [processor.encode("", text, num_images=0) for text in candidates]
+    rows = [[i for i, is_answer in zip(*row, strict=True) if is_answer] for row in rows]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [processor.pad_token_id] * (width - len(row)) for row in rows], device=device)
+    is_token = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in rows], device=device)
+    return ids, is_token
