@@ -85,6 +85,7 @@ class AdapterFields(msgspec.Struct):
     alpha_pattern: dict[PlainName, float] | None = None
     layers_pattern: PlainName | list[PlainName] | None = None
     layers_to_transform: int | list[int] | None = None
+    init_lora_weights: bool | str | None = True
     fan_in_fan_out: bool = False
     use_dora: bool = False
     use_rslora: bool = False
@@ -173,7 +174,7 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
                 key_mapping=KEYS_TO_MEMORY,
             )
             used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # peft raises any exception for a wrong value
         reason = one_line(error)[:300]
         raise UserError(f"{folder}: this adapter does not fit the model ({reason}): give its own base model") from error
     for keys, fault in ((stored - used, "has no place in"), (used - stored, "is missing for")):

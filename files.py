@@ -45,7 +45,9 @@ def reading(file: PathLike) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise UserError(f"{file}: cannot be read ({reason}): check the path and its permissions") from error
     except SafetensorError as error:
-        raise UserError(f"{file}: truncated or corrupt safetensors ({error}): download or copy it again") from error
+        raise UserError(
+            f"{file}: truncated or corrupt safetensors ({error!s:.200}): download or copy it again"
+        ) from error
 
 
 @contextmanager

@@ -50,6 +50,8 @@ def read_rope(data: dict) -> tuple[float, float]:
     Raises UserError for scaling other than "linear".
     """
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"text_config.rope_parameters is {rope!r:.80} where an object is expected: restore config.json")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"text_config.rope_parameters {rope} is not supported: rope_type must be default or linear")
