@@ -560,7 +560,8 @@ def read_log(file: Path, type_: type[LogLine]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             msgspec.convert(line, type_)
-        except msgspec.ValidationError as error:
+            json.dumps(line, ensure_ascii=False).encode()  # a lone surrogate can be neither printed nor drawn
+        except ValueError as error:
             raise UserError(f"{file}, line {number}: {describe(error)}: correct or delete the line") from error
     return lines
 
