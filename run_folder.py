@@ -250,7 +250,9 @@ def read_folder_state(folder: Path) -> FolderState:
     file = folder / "run.json"
     with reading(file):
         record = read_bytes(file) if file.exists() else None
-    finished = (folder / "final" / "adapter" / ADAPTER_CONFIG).is_file()  # as `checkpoint.resolve_run` looks for it
+    finished = (
+        folder / "final" / "adapter" / ADAPTER_CONFIG
+    ).is_file()  # the same file as for `checkpoint.resolve_run`
     return FolderState(record, [checkpoint.name for checkpoint in find_checkpoints(folder)], finished)
 
 
