@@ -250,7 +250,9 @@ def read_folder_state(folder: Path) -> FolderState:
     file = folder / "run.json"
     with reading(file):
         record = read_bytes(file) if file.exists() else None
-    finished = (folder / "final" / "adapter" / ADAPTER_CONFIG).is_file()  # as `checkpoint.resolve_run` looks for it
+    finished = (
+        folder / "final" / "adapter" / ADAPTER_CONFIG
+    ).is_file()  # the same file as for `checkpoint.resolve_run`
     return FolderState(record, [checkpoint.name for checkpoint in find_checkpoints(folder)], finished)
 
 
@@ -560,7 +562,8 @@ def read_log(file: Path, type_: type[LogLine]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             msgspec.convert(line, type_)
-        except msgspec.ValidationError as error:
+            json.dumps(line, ensure_ascii=False).encode()  # a lone surrogate can be neither printed nor drawn
+        except ValueError as error:
             raise UserError(f"{file}, line {number}: {describe(error)}: correct or delete the line") from error
     return lines
 

@@ -61,6 +61,17 @@ def test_lambda_learns_is_logged_and_is_saved(config, capsys):
     assert len(logits) == 2 and all(t.item() != 0.0 for t in logits.values())
 
 
+def test_lambda_warms_up_over_its_share_of_training(config):
+    """Update k of n runs at progress k / n: lambda is whole at the end of its warm-up."""
+    differential = DifferentialConfig("lambda_fixed", lambda_start=0.4, lambda_warmup=0.5)
+    train(replace(config, differential=differential.resolve()))
+    for _, layers in logged(config, "lambda"):
+        assert len(set(layers.values())) == 1
+    assert [next(iter(layers.values())) for _, layers in logged(config, "lambda")] == pytest.approx(
+        [0.2, 0.4, 0.4, 0.4]
+    )
+
+
 def test_the_saved_run_computes_what_was_trained(config, monkeypatch):
     trained = []
     evaluate = training.evaluate

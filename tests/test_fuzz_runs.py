@@ -106,7 +106,7 @@ def fuzz(config: Config, folder: Path, seeds: range) -> dict[str, int]:
         name = random_state.choice(FILES)
         mutate_file(folder / name, random_state)
         if name.startswith("checkpoints") and "files" not in name and random_state.random() < 0.5:
-            write_manifest(folder / CHECKPOINT)  # somebody else's checkpoint, with a manifest of its own
+            write_manifest(folder / CHECKPOINT)  # as a checkpoint of another origin
         try:
             with time_limit(LIMIT):
                 finetune(replace(config, output_dir=str(folder)), "original")

@@ -188,7 +188,18 @@ def test_attention_that_cannot_be_compared_is_refused(config, run):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
-@pytest.mark.parametrize("line", ["null", "7", "[]", "{", '{"step": "x"}', '{"step": 1, "lambda": 3, "set": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "null",
+        "7",
+        "[]",
+        "{",
+        '{"step": "x"}',
+        '{"step": 1, "lambda": 3, "set": 1}',
+        '{"step": 1, "\\ud800": 1, "set": 1}',
+    ],
+)
 def test_damaged_logs_are_named(run, name, line):
     with open(run / name, "a") as log:
         log.write(line + "\n")

@@ -1,4 +1,4 @@
-"""Several processes give one process's result: rows that do not divide among them, evaluations, faults, two nodes."""
+"""Several processes give the result of one: rows that do not divide among them, evaluations, errors, two nodes."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ COLOURS = ["red", "green", "blue", "yellow", "white", "black", "orange", "purple
 
 
 def write_rows(folder: Path, name: str, count: int) -> str:
-    """A jsonl file of so many rows, each with an image of its own."""
+    """A jsonl file of `count` rows, each with its own image."""
     for colour in COLOURS[:count]:
         Image.new("RGB", (8, 8), colour).save(folder / f"{name}-{colour}.png")
     rows = [
@@ -54,10 +54,12 @@ def config(tiny_model, tmp_path):
 
 
 def launch(config, *arguments: str, scriptname="finetune_original.py"):
+    """Start a script with the flags of a configuration by torchrun."""
     return start("-m", "torch.distributed.run", *arguments, scriptname, *flags_of(config))
 
 
-def ends_well(*processes):
+def check_finished(*processes):
+    """Wait for processes, which must succeed."""
     for process in processes:
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
@@ -80,14 +82,14 @@ def test_two_processes_train_as_one(config, tmp_path):
     assert shares == [2, 2, 0]  # the second process has no row in the last batch
     finetune(config, "original")
     together = replace(config, output_dir=str(tmp_path / "together"))
-    ends_well(launch(together, "--standalone", "--nproc-per-node=2"))
+    check_finished(launch(together, "--standalone", "--nproc-per-node=2"))
     check_same(together, config)
     assert logged(together, "eval")[0][1] == {"test.jsonl": [0, 5]}  # each row once
     record = json.loads((tmp_path / "together" / "run.json").read_text())
     assert record["processes"] == 2
 
 
-def test_a_fault_of_one_process_ends_all_with_one_line(config, tmp_path):
+def test_an_error_of_one_process_ends_all_with_one_line(config, tmp_path):
     config = replace(config, data=write_rows(tmp_path, "more", 12), strict_data=True, max_steps=6)
     second = {index for keys, _ in zip(batch_order(12, 4, 0), range(3), strict=False) for _, index in keys[1::2]}
     broken = max(second - set(range(8)))  # the first eight are read by all processes
@@ -100,13 +102,13 @@ def test_a_fault_of_one_process_ends_all_with_one_line(config, tmp_path):
     assert "in train\n" not in err and "Connection closed" not in err  # torchrun's own report is all that follows
 
 
-def test_shards_of_the_frozen_layers_train_as_the_whole(config, tmp_path):
+def test_sharded_frozen_layers_train_like_whole_ones(config, tmp_path):
     """FSDP2 on two processes, with recomputed layers, in the differential arm; what is saved is whole. Batches of odd
     size are shared out as they come."""
     config = replace(config, batch_size=5)
     finetune(config, "diff", DifferentialConfig().resolve())
     sharded = replace(config, output_dir=str(tmp_path / "sharded"), shard=True, gradient_checkpointing=True)
-    ends_well(launch(sharded, "--standalone", "--nproc-per-node=2", scriptname="finetune_diff.py"))
+    check_finished(launch(sharded, "--standalone", "--nproc-per-node=2", scriptname="finetune_diff.py"))
     check_same(sharded, config)
     added, expected = (load_file(Path(c.output_dir) / "final" / "differential.safetensors") for c in (sharded, config))
     for name, tensor in expected.items():
@@ -119,7 +121,7 @@ def test_shards_of_the_frozen_layers_train_as_the_whole(config, tmp_path):
 def test_four_processes_train_as_one(config, tmp_path):
     finetune(config, "original")
     together = replace(config, output_dir=str(tmp_path / "together"))
-    ends_well(launch(together, "--standalone", "--nproc-per-node=4"))
+    check_finished(launch(together, "--standalone", "--nproc-per-node=4"))
     check_same(together, config)
 
 
@@ -131,24 +133,24 @@ def test_two_nodes_train_as_one(config, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
-    ends_well(*(launch(together, *meet, f"--node-rank={rank}") for rank in range(2)))
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    check_finished(*(launch(together, *rendezvous, f"--node-rank={rank}") for rank in range(2)))
     check_same(together, config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_two_processes_that_are_cut_off_go_on_as_four_or_one(config, tmp_path, number):
-    """Also on another number of processes: the batches are the same."""
+def test_two_interrupted_processes_continue_as_four(config, tmp_path, number):
+    """The batches do not depend on the number of processes."""
     config = replace(config, max_steps=60)
     finetune(config, "original")
     cut = replace(config, output_dir=str(tmp_path / "cut"))
     process = launch(cut, "--standalone", "--nproc-per-node=2")
     wait_for(tmp_path / "cut" / "checkpoints" / "step-000008", process)
     for worker in psutil.Process(process.pid).children(recursive=True) if number == signal.SIGKILL else ():
-        worker.kill()  # as when the machine is lost; a signal that can be heeded is passed on by torchrun
+        worker.kill()  # as when the machine is lost; torchrun passes other signals on to them
     process.send_signal(number)
     process.communicate()
     assert not (tmp_path / "cut" / "final").exists()
-    ends_well(launch(cut, "--standalone", "--nproc-per-node=4"))
+    check_finished(launch(cut, "--standalone", "--nproc-per-node=4"))
     check_same(cut, config)

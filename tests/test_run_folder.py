@@ -203,7 +203,7 @@ def test_a_second_process_is_refused_while_the_first_trains(config):
 
 @pytest.mark.parametrize("state", ["nothing", "a checkpoint"])
 def test_a_run_that_finished_meanwhile_is_not_deleted(config, monkeypatch, state):
-    """B looks at the folder, A trains into it to the end, B continues: it must judge the folder again."""
+    """B reads the state of the folder, A trains into it to the end, B goes on: it must read the state again."""
     if state == "a checkpoint":
         interrupt(config, 4)
     real = run_folder.start_folder
