@@ -85,7 +85,7 @@ class AdapterFields(msgspec.Struct):
     alpha_pattern: dict[PlainName, float] | None = None
     layers_pattern: PlainName | list[PlainName] | None = None
     layers_to_transform: int | list[int] | None = None
-    init_lora_weights: bool | str | None = True
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora", "eva", "loftq", "corda", "orthogonal"] | None = True
     fan_in_fan_out: bool = False
     use_dora: bool = False
     use_rslora: bool = False

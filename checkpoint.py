@@ -288,8 +288,10 @@ def read_tensors(file: Path, keys: list[str], dtype: torch.dtype) -> Iterator[Te
         unread = 0  # bytes until the file is mapped again, so that pages already read do not add to the copies
         for key in keys:
             view = views.get_tensor(key)
-            if view.dtype == dtype or not view.is_floating_point() or view.dim() == 0:
-                yield view.to(dtype) if view.is_floating_point() else view
+            if not view.is_floating_point():
+                raise UserError(f"{file}: {key} has dtype {view.dtype} where floats are expected: {KEY_HINTS[-1][-1]}")
+            if view.dtype == dtype or view.dim() == 0:
+                yield view.to(dtype)
                 continue
             copy = torch.empty(view.shape, dtype=dtype)
             rows = max(1, PIECE * len(view) // max(1, view.nbytes))
@@ -307,6 +309,7 @@ def read_tensors(file: Path, keys: list[str], dtype: torch.dtype) -> Iterator[Te
 
 def check_finite(tensor: Tensor, key: str, file: Path) -> None:
     """Raise UserError if a tensor contains NaN or infinity."""
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no sum
     # the sum is finite only if all values are, and costs a tenth of isfinite; the sum of large values may overflow
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise UserError(f"{file}: {key} contains NaN or infinity: restore the file, or train again with a lower --lr")

@@ -51,7 +51,7 @@ def read_rope(data: dict) -> tuple[float, float]:
     """
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"text_config.rope_parameters is {rope!r:.80} where an object is expected: restore config.json")
+        raise UserError(f"text_config.rope_parameters is {rope!r:.80} where an object is expected: restore the file")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"text_config.rope_parameters {rope} is not supported: rope_type must be default or linear")
@@ -170,7 +170,12 @@ class PaliGemmaConfig:
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "PaliGemmaConfig":
         """Read `config.json` of a folder or hub id. Unknown keys are tolerated, unknown model types refused."""
-        return cls.from_dict(read_json(locate(resolve_run(path_or_hub_id)[0]) / "config.json"))
+        file = locate(resolve_run(path_or_hub_id)[0]) / "config.json"
+        data = read_json(file)
+        try:
+            return cls.from_dict(data)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
 
     @classmethod
     def from_dict(cls, data: dict) -> "PaliGemmaConfig":
@@ -183,7 +188,7 @@ class PaliGemmaConfig:
         text, vision = data.get("text_config", {}), data.get("vision_config", {})
         for name, part in (("text_config", text), ("vision_config", vision)):
             if not isinstance(part, dict):
-                raise UserError(f"{name} is {part!r:.80} where an object is expected: restore config.json")
+                raise UserError(f"{name} is {part!r:.80} where an object is expected: restore the file")
         top = {"text_config": GemmaConfig.from_dict(text)}
         top["vision_config"] = read_config(SiglipVisionConfig, vision, "vision_config")
         top["image_token_id"] = data.get("image_token_index", data.get("image_token_id", 257152))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Attend
 from differential_attention import AttentionShape
 from errors import UserError
+from files import describe
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -77,7 +78,7 @@ def read_config(cls: type[Config], data: dict, name: str) -> Config:
     try:
         return msgspec.convert(known, cls)
     except msgspec.ValidationError as error:
-        raise UserError(f"{name}: {error}: restore config.json") from error
+        raise UserError(f"{name}: {describe(error)}: restore the file") from error
 
 
 class Embedding(nn.Embedding):

@@ -541,6 +541,7 @@ def evaluate_and_log(
     rate = headline_rate(scores, eval_sets, config)
     if step > 0 and (rate > state["best"] or (step == total_steps and rate == state["best"])):
         state["best"] = rate
+        raise_if_not_finite(run, adapted, step)
         save_snapshot(run, adapted, run.folder / "best", {"step": step})
 
 
