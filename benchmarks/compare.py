@@ -40,9 +40,9 @@ sys.path.insert(0, str(ROOT))
 from attention import PrefixMask  # noqa: E402
 from data import loader, make_data  # noqa: E402
 from differential_attention import (  # noqa: E402
-    DifferentialAttention,
     DifferentialConfig,
     add_differential,
+    make_differential,
     unfreeze_differential,
 )
 from finetune_original import Config as Finetune  # noqa: E402
@@ -296,7 +296,8 @@ def layer_variants(config: Config, dtype, length: int) -> dict[str, Callable]:
         layer = GemmaDecoderLayer(text, 0).requires_grad_(False)
         layer.load_state_dict(weights, assign=True)
         if preset:
-            layer.self_attn.differential = DifferentialAttention(DifferentialConfig(preset), layer.self_attn, "text", 0)
+            attention, resolved = layer.self_attn, DifferentialConfig(preset).resolve()
+            attention.differential = make_differential(resolved, attention.shape, "text", 0, attention.q_proj)
         adapted = get_peft_model(layer, LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS))
         draw_lora(adapted)
         unfreeze_differential(adapted)
