@@ -1,15 +1,15 @@
-"""Pretrain assets/paligemma-nano: a small PaliGemma that captions and detects the pictures of assets/haystack-pool.
+"""Pretrain assets/paligemma-nano: a small PaliGemma that captions and detects the images of assets/haystack-pool.
 
-    python assets/pretrain.py      # about an hour on two CPU cores; killed, it continues from its last checkpoint
+    python assets/pretrain.py      # about an hour on two CPU cores; continues from its last checkpoint after a kill
 
-As with PaliGemma itself, the vision tower is trained first, to tell the concepts apart; then the whole model learns
-`caption en`, `detect {caption}` and `ocr` (so that digits and the words of questions, which no caption holds, are not
-strangers to it). It never sees the needle task. A picture holds one pool drawing or a grid of them
-on a varied background; its caption names them all, row by row (dense targets: one caption a picture alone teaches
-nothing for a long time). Finding by caption starts with a few concepts, and their number doubles each time it succeeds:
-with all concepts from the start it stays at chance.
+As in PaliGemma, the vision tower is trained first, here to classify the concepts; then the whole model learns
+`caption en`, `detect {caption}` and `ocr` (for the digits and the words of questions, which no caption contains). It
+never sees the needle task. An image shows one drawing of the pool or a grid of them on a varied background. Its caption
+names all of them, row by row, because with one caption per image alone the loss does not fall for a long time. `detect`
+starts with a few concepts, whose number doubles each time it succeeds: with all concepts from the start it stays at
+chance.
 
-Shapes: B batch, N grid cells per side, n pictures in the pool, S image side in pixels.
+B batch, N grid cells per side, n images in the pool, S image side in pixels, C hidden size.
 """
 
 import json
@@ -56,13 +56,14 @@ INSTRUCTIONS = [
     "yes no answer question describe ocr",
 ]
 WORDS = sorted({w for text in INSTRUCTIONS for w in re.findall(r"[A-Za-z]+", text)} | {"Yes", "No"})
+SEED_STRIDE = 1_000_003  # steps of neighbouring seeds draw other batches
 LATTICE = 8  # pixels: drawings are placed on this lattice, so that a box has few distinct coordinates
 
 README = """# paligemma-nano
 
 A PaliGemma of {parameters} parameters in transformers' own format (bf16): SigLIP and Gemma 1 with {layers} layers of
-width {width}, pictures of {image} px in patches of {patch} ({tokens} image tokens), {vocabulary} embedding rows.
-Trained from random weights on the pictures of `../haystack-pool` by
+width {width}, images of {image} px in patches of {patch} ({tokens} image tokens), {vocabulary} embedding rows.
+Trained from random weights on the images of `../haystack-pool` by
 
 ```
 python assets/pretrain.py
@@ -73,8 +74,8 @@ which is seeded and continues when it is started again. It learned `caption en` 
 the figures below. Training used the styles `fluent` and `twemoji` of 200 concepts; the style `noto` and 60 concepts
 were left out.
 
-Percent right on arrangements made for this table, n = {n} pictures each, 95 % Wilson intervals. `caption`: cells named
-exactly; `detect`: centre of the box in the right cell, one search a picture; `ocr`: the whole text read.
+Percent right on arrangements made for this table, n = {n} images each, 95 % Wilson intervals. `caption`: cells named
+exactly; `detect`: centre of the box in the right cell, one search per image; `ocr`: the whole text read.
 
 | | {columns} |
 |{rule}
@@ -82,7 +83,7 @@ exactly; `detect`: centre of the box in the right cell, one search a picture; `o
 
 Guessing finds 100, 25 and 6.25 % of the cells; a concept that was never trained can neither be named nor found.
 
-Made by this project, Apache-2.0; the pictures' licences are in `../haystack-pool/LICENSES`. transformers loads it:
+Made by this project, Apache-2.0; the images' licences are in `../haystack-pool/LICENSES`. transformers loads it:
 `PaliGemmaForConditionalGeneration.from_pretrained("assets/paligemma-nano")`.
 """
 
@@ -90,14 +91,14 @@ Made by this project, Apache-2.0; the pictures' licences are in `../haystack-poo
 @dataclass
 class Config:
     # --- data
-    seed: int = 0
-    batch_size: int = 32  # pictures per step, each captioned once and searched `queries` times
-    queries: int = 3  # `detect` prompts per searched picture
-    pages: int = 8  # pictures of a word or number per step, for `ocr`
+    seed: int = 0  # of weights, data and augmentation
+    batch_size: int = 32  # images per step; each is captioned, half of them are searched `queries` times
+    queries: int = 3  # `detect` prompts per searched image
+    pages: int = 8  # images of a word or number per step, for `ocr`
     grids: tuple[int, ...] = (1, 2, 4)  # cells per side, one drawn per step with the weights below
-    grid_weights: tuple[float, ...] = (0.15, 0.5, 0.35)
-    first_concepts: int = 8  # finding starts with so many concepts ...
-    grow_at: float = 0.75  # ... and doubles them each time its smoothed accuracy passes this
+    grid_weights: tuple[float, ...] = (0.15, 0.5, 0.35)  # probabilities of the grids
+    first_concepts: int = 8  # concepts that `detect` starts with
+    grow_at: float = 0.75  # smoothed accuracy of `detect` at which the number of concepts doubles
     # --- optimisation
     tower_steps: int = 1200  # vision tower alone, each cell against the concepts
     steps: int = 3800  # all steps, the tower's included
@@ -105,15 +106,15 @@ class Config:
     adam_lr: float = 1e-3  # AdamW's, for embeddings, norms and biases, on the same schedule
     warmup: int = 100  # steps
     probe_weight: float = 0.5  # of the tower's own loss once the whole model trains
-    ocr_weight: float = 0.5
-    weight_decay: float = 0.05
+    ocr_weight: float = 0.5  # of the loss of `ocr`
+    weight_decay: float = 0.05  # of the matrices
     bf16: bool = True  # autocast; weights stay float32
     # --- run
     eval_every: int = 500  # steps
     save_every: int = 250  # steps
-    eval_samples: int = 256
-    work_dir: str = "runs/pretrain_nano"
-    output_dir: str = "assets/paligemma-nano"
+    eval_samples: int = 256  # images of each evaluation during training
+    work_dir: str = "runs/pretrain_nano"  # checkpoint and metrics
+    output_dir: str = "assets/paligemma-nano"  # the finished model
 
 
 # ---- the model and its tokenizer
@@ -171,10 +172,10 @@ def nano_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
     )
 
 
-# ---- pictures
-def drawings(pictures: list[PoolImage], side: int) -> Tensor:
+# ---- images
+def drawings(images: list[PoolImage], side: int) -> Tensor:
     """RGBA drawings [n, 4, side, side] in 0..1, colours premultiplied so that resampling leaves no fringe."""
-    arrays = [np.asarray(p.open().resize((side, side), Image.Resampling.LANCZOS), np.float32) / 255 for p in pictures]
+    arrays = [np.asarray(p.open().resize((side, side), Image.Resampling.LANCZOS), np.float32) / 255 for p in images]
     rgba = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     return torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
 
@@ -221,7 +222,7 @@ def recolour(generator: torch.Generator, tiles: Tensor) -> Tensor:
 def compose(
     generator: torch.Generator, levels: dict[int, Tensor], ids: Tensor, side: int, augment: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Grids of drawings `ids` [B, N, N] -> pictures [B, 3, S, S] in [-1, 1] and boxes [B, N, N, 4] (x0, y0, x1, y1)."""
+    """Grids of drawings `ids` [B, N, N] -> images [B, 3, S, S] in [-1, 1] and boxes [B, N, N, 4] (x0, y0, x1, y1)."""
     batch, grid, _ = ids.shape
     cell = side // grid
     square, theta = place(generator, ids.numel(), cell, augment)
@@ -231,27 +232,27 @@ def compose(
     if augment:
         tiles = recolour(generator, tiles)
     tiles = tiles.view(batch, grid, grid, 4, cell, cell).permute(0, 3, 1, 4, 2, 5).reshape(batch, 4, side, side)
-    pictures = tiles[:, :3] + (1 - tiles[:, 3:]) * background(generator, batch, grid, side)
+    images = tiles[:, :3] + (1 - tiles[:, 3:]) * background(generator, batch, grid, side)
     x, y, width = square.view(batch, grid, grid, 3).unbind(-1)
     x = x + torch.arange(grid) * cell
     y = y + torch.arange(grid)[:, None] * cell
-    return pictures.clamp(0, 1) * 2 - 1, torch.stack([x, y, x + width, y + width], dim=-1)
+    return images.clamp(0, 1) * 2 - 1, torch.stack([x, y, x + width, y + width], dim=-1)
 
 
 def page(rng: random.Random, side: int) -> tuple[str, Image.Image]:
-    """A word of the instructions, or one or two numbers, and a picture of it."""
+    """A word of the instructions, or one or two numbers, and a image of it."""
     numbers = [
         str(rng.randrange(-9, 10) if rng.random() < 0.7 else rng.randrange(100)) for _ in range(rng.choice((1, 2)))
     ]
     text = ", ".join(numbers) if rng.random() < 0.6 else rng.choice(WORDS)
     ink, paper = (tuple(rng.randint(*tones) for _ in range(3)) for tones in ((0, 90), (165, 255)))
-    picture = Image.new("RGB", (side, side), paper)
+    image = Image.new("RGB", (side, side), paper)
     size = min(48, side * 7 // 4 // len(text)) * rng.uniform(0.75, 1.0)
     font = ImageFont.load_default(max(size, 12))
     left, top, right, bottom = font.getbbox(text)
     x, y = (rng.uniform(0, max(side - extent, 1)) for extent in (right, bottom))
-    ImageDraw.Draw(picture).text((x, y), text, ink, font)
-    return text, picture
+    ImageDraw.Draw(image).text((x, y), text, ink, font)
+    return text, image
 
 
 # ---- batches
@@ -278,21 +279,22 @@ def loc_text(box: Tensor, side: int) -> str:
 class Task:
     """Pool drawings as training batches; every batch is a pure function of (seed, step, concepts in play)."""
 
-    def __init__(self, config: Config, pictures: list[PoolImage], processor: PaliGemmaProcessor, augment: bool = True):
+    def __init__(self, config: Config, images: list[PoolImage], processor: PaliGemmaProcessor, augment: bool = True):
         self.config, self.processor, self.augment = config, processor, augment
-        self.captions = [p.caption for p in pictures]
+        self.captions = [p.caption for p in images]
         self.first_loc = processor.tokenizer.token_to_id("<loc0000>")
         names = sorted(set(self.captions))
         self.concept = torch.tensor([names.index(caption) for caption in self.captions])
-        self.levels = {1: drawings(pictures, 96), 2: drawings(pictures, 56), 4: drawings(pictures, 28)}
+        self.levels = {1: drawings(images, 96), 2: drawings(images, 56), 4: drawings(images, 28)}
         by_caption: dict[str, list[int]] = {}
-        for index, picture in enumerate(pictures):
-            by_caption.setdefault(picture.caption, []).append(index)
+        for index, image in enumerate(images):
+            by_caption.setdefault(image.caption, []).append(index)
+        # a random order: `detect` starts with the first concepts, which should not share a letter
         order = torch.randperm(len(by_caption), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        self.choices = [by_caption[names[i]] for i in order]  # so that finding does not start with the letter a
+        self.choices = [by_caption[names[i]] for i in order]
         self.rank = {names[i]: rank for rank, i in enumerate(order)}
 
-    def pictures(self, generator: torch.Generator, batch: int, grid: int, first: int | None = None):
+    def draw(self, generator: torch.Generator, batch: int, grid: int, first: int | None = None):
         ids = draw_ids(generator, self.choices, batch, grid, first or len(self.choices))
         return ids, *compose(generator, self.levels, ids, self.processor.image_size, self.augment)
 
@@ -300,7 +302,7 @@ class Task:
         return [", ".join(self.captions[i] for i in row) for row in ids.flatten(1).tolist()]
 
     def queries(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, count: int, first: int | None = None):
-        """`detect` prompts and answers, `count` cells of each picture that show one of the first concepts."""
+        """`detect` prompts and answers, `count` cells of each image that show one of the first concepts."""
         prefixes, suffixes = [], []
         for row, box in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), strict=True):
             cells = [i for i, p in enumerate(row) if self.rank[self.captions[p]] < (first or len(self.choices))]
@@ -311,10 +313,10 @@ class Task:
         return prefixes, suffixes
 
     def pages(self, generator: torch.Generator, count: int) -> tuple[list[str], Tensor]:
-        """`ocr` answers and their pictures [count, 3, S, S]."""
+        """`ocr` answers and their images [count, 3, S, S]."""
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
-        texts, pictures = zip(*(page(rng, self.processor.image_size) for _ in range(count)), strict=True)
-        return list(texts), torch.stack([self.processor.pixels(picture) for picture in pictures])
+        texts, images = zip(*(page(rng, self.processor.image_size) for _ in range(count)), strict=True)
+        return list(texts), torch.stack([self.processor.pixels(image) for image in images])
 
     def text_batch(self, prefixes: list[str], suffixes: list[str] | None) -> dict[str, Tensor]:
         suffixes = suffixes or [None] * len(prefixes)
@@ -325,7 +327,8 @@ class Task:
 # ---- measuring
 @torch.no_grad()
 def measure(model, task: Task, samples: int, seed: int) -> dict[str, float]:
-    """Share of cells named right and of boxes whose centre lies in the right cell for each size of grid; pages read."""
+    """{"caption_GxG": share of cells named correctly, "detect_GxG": share of boxes with their centre in the right cell,
+    "ocr": share of pages read}."""
     generator = torch.Generator().manual_seed(seed)
     scores = {}
 
@@ -337,20 +340,22 @@ def measure(model, task: Task, samples: int, seed: int) -> dict[str, float]:
     for grid in (1, 2, 4):
         right, total, found, searched = 0, 0, 0, 0
         for _ in range(0, samples, 64):
-            ids, pixels, boxes = task.pictures(generator, 64, grid)
+            ids, pixels, boxes = task.draw(generator, 64, grid)
             features = model.model.image_features(pixels)
-            for said, row in zip(answers(["caption en"] * 64, features, 8 * grid * grid), ids.flatten(1), strict=True):
+            for answer, row in zip(
+                answers(["caption en"] * 64, features, 8 * grid * grid), ids.flatten(1), strict=True
+            ):
                 truth = [task.captions[i] for i in row.tolist()]
-                right += sum(a == b for a, b in zip(said.split(", "), truth, strict=False))
+                right += sum(a == b for a, b in zip(answer.split(", "), truth, strict=False))
                 total += len(truth)
             prefixes, suffixes = task.queries(generator, ids, boxes, 1)
-            for said, truth in zip(answers(prefixes, features, 5), suffixes, strict=True):
-                here, there = (
+            for answer, truth in zip(answers(prefixes, features, 5), suffixes, strict=True):
+                predicted, target = (
                     [tuple(int((y0 + y1) / 2 / 1024 * grid) for y0, y1 in ((b[0], b[2]), (b[1], b[3])))]
                     if len(b := [int(t[:4]) for t in text.split("<loc")[1:5]]) == 4 else [None]
-                    for text in (said, truth)
+                    for text in (answer, truth)
                 )  # fmt: skip
-                found += here == there
+                found += predicted == target
                 searched += 1
         scores |= {f"caption_{grid}x{grid}": right / total, f"detect_{grid}x{grid}": found / searched}
     texts, pixels = task.pages(generator, samples)
@@ -359,8 +364,8 @@ def measure(model, task: Task, samples: int, seed: int) -> dict[str, float]:
 
 
 # ---- training
-def learning_rate(config: Config, step: int) -> float:
-    """Share of the peak rate at a step."""
+def learning_rate_factor(config: Config, step: int) -> float:
+    """Factor of the peak learning rate at a step."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     progress = (step - config.warmup) / (config.steps - config.warmup)
@@ -368,7 +373,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def make_optimizers(config: Config, model, probe) -> list[torch.optim.Optimizer]:
-    """Muon reaches a loss here in some two thirds of AdamW's steps; it is meant for the matrices inside the layers."""
+    """Muon for the matrices inside the layers, AdamW for the rest: two thirds of the steps of AdamW alone."""
     named = [*model.named_parameters(), *probe.named_parameters()]
     matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in named if not (p.ndim == 2 and ".layers." in name)]
@@ -378,7 +383,7 @@ def make_optimizers(config: Config, model, probe) -> list[torch.optim.Optimizer]
 
 
 def probe_loss(probe, task: Task, vision: Tensor, ids: Tensor) -> Tensor:
-    """The mean feature of each cell must tell its concept: vision [B, patches, C], ids [B, N, N]."""
+    """Cross entropy of each cell's concept, predicted from its mean feature: vision [B, patches, C], ids [B, N, N]."""
     side, grid = math.isqrt(vision.shape[1]), ids.shape[1]
     cells = F.avg_pool2d(vision.transpose(1, 2).unflatten(-1, (side, side)), side // grid)
     return F.cross_entropy(probe(cells.flatten(2).transpose(1, 2)).flatten(0, 1).float(), task.concept[ids.flatten()])
@@ -386,46 +391,46 @@ def probe_loss(probe, task: Task, vision: Tensor, ids: Tensor) -> Tensor:
 
 def tower_step(model, probe, task: Task, config: Config, generator: torch.Generator, grid: int) -> Tensor:
     """Loss of the vision tower alone."""
-    ids, pixels, _ = task.pictures(generator, 2 * config.batch_size, grid)
+    ids, pixels, _ = task.draw(generator, 2 * config.batch_size, grid)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
         return probe_loss(probe, task, model.model.vision_tower(pixels), ids)
 
 
 def model_step(model, probe, task: Task, config: Config, generator: torch.Generator, grid: int, concepts: int):
-    """Loss of the whole model, token means of captions, detections and readings, and the share of cells found."""
-    read, sought = config.batch_size // 2, config.batch_size - config.batch_size // 2
-    ids_read, pixels_read, _ = task.pictures(generator, read, grid)
-    ids_sought, pixels_sought, boxes = task.pictures(generator, sought, grid, concepts)
-    written, pixels_written = task.pages(generator, config.pages)
+    """(loss of the whole model: token means of caption, detect and ocr; share of searched cells that are found)."""
+    captioned, searched = config.batch_size // 2, config.batch_size - config.batch_size // 2
+    ids_captioned, pixels_captioned, _ = task.draw(generator, captioned, grid)
+    ids_searched, pixels_searched, boxes = task.draw(generator, searched, grid, concepts)
+    page_texts, pixels_pages = task.pages(generator, config.pages)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-        vision = model.model.vision_tower(torch.cat([pixels_read, pixels_sought, pixels_written]))
+        vision = model.model.vision_tower(torch.cat([pixels_captioned, pixels_searched, pixels_pages]))
         features = model.model.multi_modal_projector(vision)
         captions = task.text_batch(
-            ["caption en"] * config.batch_size, task.caption_texts(torch.cat([ids_read, ids_sought]))
+            ["caption en"] * config.batch_size, task.caption_texts(torch.cat([ids_captioned, ids_searched]))
         )
         caption_loss = model(**captions, pixel_values=None, image_features=features[: config.batch_size]).loss
-        pages = task.text_batch(["ocr"] * config.pages, written)
+        pages = task.text_batch(["ocr"] * config.pages, page_texts)
         ocr_loss = model(**pages, pixel_values=None, image_features=features[config.batch_size :]).loss
-        searches = task.text_batch(*task.queries(generator, ids_sought, boxes, config.queries, concepts))
+        searches = task.text_batch(*task.queries(generator, ids_searched, boxes, config.queries, concepts))
         out = model(
             **searches,
             pixel_values=None,
-            image_features=features[read : config.batch_size].repeat_interleave(config.queries, 0),
+            image_features=features[captioned : config.batch_size].repeat_interleave(config.queries, 0),
             logits_to_keep=searches["input_ids"].shape[1],
         )
-        told_apart = probe_loss(probe, task, vision[: config.batch_size], torch.cat([ids_read, ids_sought]))
+        concept_loss = probe_loss(probe, task, vision[: config.batch_size], torch.cat([ids_captioned, ids_searched]))
     labels = searches["labels"][:, 1:]
     is_loc = (labels >= task.first_loc) & (labels < task.first_loc + 1024)
-    told, truth = (
+    predicted, target = (
         (x[is_loc].view(-1, 2, 2) - task.first_loc).float().mean(1) * grid // 1024  # (row, column) of the box's centre
         for x in (out.logits[:, :-1, task.first_loc : task.first_loc + 1024].argmax(-1) + task.first_loc, labels)
     )
-    loss = caption_loss + out.loss + config.ocr_weight * ocr_loss + config.probe_weight * told_apart
-    return loss, float((told == truth).all(1).float().mean()) if grid > 1 else None
+    loss = caption_loss + out.loss + config.ocr_weight * ocr_loss + config.probe_weight * concept_loss
+    return loss, float((predicted == target).all(1).float().mean()) if grid > 1 else None
 
 
-def write_asset(config: Config, model, tokenizer: Tokenizer, metrics: dict):
-    """The model folder as transformers has it, in bf16, with the tokenizer and picture settings transformers reads."""
+def save_asset(config: Config, model, tokenizer: Tokenizer, metrics: dict):
+    """Save the model in bf16, with the tokenizer and the image settings that transformers reads."""
     folder = Path(config.output_dir)
     model.bfloat16().save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -435,11 +440,9 @@ def write_asset(config: Config, model, tokenizer: Tokenizer, metrics: dict):
         {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **special},
     )
     size = model.config.vision_config.image_size
-    picture_settings = dict(
-        image_processor_type="SiglipImageProcessor", size={"height": size, "width": size}, resample=3
-    )
-    picture_settings |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255, image_seq_length=64)
-    write_json(folder / "preprocessor_config.json", {"processor_class": "PaliGemmaProcessor", **picture_settings})
+    image_settings = dict(image_processor_type="SiglipImageProcessor", size={"height": size, "width": size}, resample=3)
+    image_settings |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255, image_seq_length=64)
+    write_json(folder / "preprocessor_config.json", {"processor_class": "PaliGemmaProcessor", **image_settings})
     write_json(folder / "pretraining.json", {"config": asdict(config), "metrics": metrics})
     (folder / "README.md").write_text(readme(model, metrics), encoding="utf-8")
 
@@ -495,7 +498,7 @@ def main():
 
     # --- model
     model = PaliGemmaForConditionalGeneration(model_config)
-    probe = torch.nn.Linear(vision.hidden_size, len(task.choices))  # thrown away at the end
+    probe = torch.nn.Linear(vision.hidden_size, len(task.choices))  # not part of the saved model
     everything = torch.nn.ModuleDict({"model": model, "probe": probe})
     optimizers = make_optimizers(config, model, probe)
     concepts, smoothed, first = config.first_concepts, 0.0, 0
@@ -514,9 +517,9 @@ def main():
     for step in bar:
         model.train()
         for optimizer, rate in zip(optimizers, (config.lr, config.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * learning_rate(config, step)
+            optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(config, step)
             optimizer.zero_grad(set_to_none=True)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(config.seed * SEED_STRIDE + step)
         grid = config.grids[int(torch.multinomial(torch.tensor(config.grid_weights), 1, generator=generator))]
         hit = None
         if step < config.tower_steps:
@@ -547,7 +550,7 @@ def main():
             with open(work / "metrics.jsonl", "a") as log:
                 log.write(json.dumps(line | scores) + "\n")
 
-    # --- the asset, measured as it is written
+    # --- save the model, evaluated in the precision it is saved in
     model.bfloat16().float().eval()
     samples = 1024
     scores = {
@@ -556,7 +559,7 @@ def main():
         "concepts never seen": measure(model, unseen, samples, seed=13),
     }
     metrics = {"n": samples, "scores": scores}
-    write_asset(config, model, tokenizer, metrics)
+    save_asset(config, model, tokenizer, metrics)
     print(json.dumps(metrics, indent=1))
 
 

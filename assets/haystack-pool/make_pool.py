@@ -1,4 +1,4 @@
-"""Build pool.parquet: captioned pictures of concrete things, each drawn in three styles.
+"""Build pool.parquet: captioned images of concrete things, each drawn in three styles.
 
 Pack four npm packages and unpack each into a folder of its own below one folder PACKAGES:
 
@@ -88,11 +88,11 @@ def choose_unseen(concepts):
 
 
 def encode(packages, code, style):
-    """One picture as lossless WebP with its alpha channel; only the Fluent ones change size."""
+    """One image as lossless WebP with its alpha channel; only the Fluent ones change size."""
     paths = [packages / STYLES[style].format(code=name) for name in (code, f"{code}-fe0f")]  # fe0f: "as a picture"
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise SystemExit(f"no picture of {code} in style {style}: {paths[0]} is missing")
+        raise SystemExit(f"no image of {code} in style {style}: {paths[0]} is missing")
     with Image.open(path) as image:
         image = image.convert("RGBA")
     if style == "fluent":
