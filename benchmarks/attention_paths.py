@@ -1,10 +1,10 @@
-"""Which way should attention go? Every path of attention.py at every length: what `path_of` was decided by.
+"""Times every path of attention.py at every length: the measurements behind `choose_path`.
 
     python benchmarks/attention_paths.py
 
-Forward + backward of the attention core alone on a CPU, one thread, process time, all paths turn by turn; the median
+Forward + backward of the attention core alone on a CPU, one thread, process time, all paths interleaved; the median
 over rounds of the ratio to standard attention through SDPA in the same round. "maps" keeps explicit maps, "chunks"
-forms them anew a few query rows at a time, "sdpa" are torch's kernels, twice over for differential attention.
+computes them again for a few queries at a time, "sdpa" is torch's, on the heads of both maps for differential attention.
 """
 
 import json

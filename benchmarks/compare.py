@@ -1,18 +1,18 @@
 """Ours against transformers + peft, and differential against standard attention: same weights, same work, one process.
 
     python benchmarks/compare.py                 # CPU, one thread
-    python benchmarks/compare.py --compiled=True # also both sides under torch.compile, which takes minutes to warm up
+    python benchmarks/compare.py --compiled=True # also both sides under torch.compile, with minutes of warm-up
     python benchmarks/compare.py --device=cuda   # PaliGemma 3b with random weights, bf16
 
-Every ratio is the median over rounds of the ratio within a round, quartiles beside it; all variants of a row take turns
-in one process, the first round is not counted. On a CPU seconds are process time of one thread. Losses (1e-5 in
+Every ratio is the median over rounds of the ratio within a round, with quartiles; all variants of a row are interleaved
+in one process, and the first round is dropped. On a CPU seconds are process time of one thread. Losses (1e-5 in
 float32) and greedy tokens are compared before anything is timed. The two baselines:
 
     HF-default  what people run: logits of every row, the vision tower at every step, peft's float32 adapters
-    HF-tuned    what an expert runs: logits of label rows, vision features kept, adapters in the model's dtype
+    HF-tuned    what an expert runs: logits of label rows, vision features reused, adapters in the model's dtype
 
-Ours has its vision features kept as well, what `--vision_cache_gb` does, without the time that finding them takes; its
-adapters are float32. All rows of a batch are of one length: no side meets a pad or a ragged prefix.
+Ours reuses vision features as well, as with `--vision_cache_gb`, without the time of the look-up; its adapters are
+float32. All rows of a batch have the same length, so there are no pads and no ragged prefixes.
 """
 
 import ctypes
@@ -176,17 +176,17 @@ def tuned_loss(adapted, batch, features):
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     labelled = (batch["labels"][0] != -100).nonzero().squeeze(1)  # the same columns in every row
-    told = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
     seen = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-    logits = adapted(**told, mm_encoder_outputs=seen, logits_to_keep=labelled - 1).logits
+    logits = adapted(**inputs, mm_encoder_outputs=seen, logits_to_keep=labelled - 1).logits
     return F.cross_entropy(logits.float().flatten(0, 1), batch["labels"][:, labelled].flatten())
 
 
 def our_loss(adapted, batch, features):
-    told = {key: value for key, value in batch.items() if key != "pixel_values"}
+    inputs = {key: value for key, value in batch.items() if key != "pixel_values"}
     dtype = features.dtype  # as training.py runs: float32 masters, autocast where the base is bf16
     with torch.autocast(features.device.type, dtype, enabled=dtype == torch.bfloat16):
-        return adapted(**told, pixel_values=None, image_features=features).loss
+        return adapted(**inputs, pixel_values=None, image_features=features).loss
 
 
 def training_variants(hf, dtype, batch, device="cpu", which=("HF-default", "HF-tuned", "ours", "split")) -> dict:
@@ -236,7 +236,7 @@ def seconds(work: Callable, device="cpu") -> float:
 
 
 def interleaved(variants: dict[str, Callable], rounds: int, device="cpu") -> dict[str, list[float]]:
-    """Seconds of every variant, turn by turn, the first round dropped."""
+    """Seconds of every variant, interleaved round by round; the first round is dropped."""
     times = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, work in variants.items():
@@ -375,8 +375,8 @@ def memory_rows(config: Config, dtype: str):
     flags = [f"--size={config.size}", f"--dtype={dtype}"]
     peaks = {name: json.loads(fresh_process([__file__, f"--child={name}", *flags])) for name in names}
     for name, other in (("ours", "HF-default"), ("ours", "HF-tuned"), ("split", "ours")):
-        told = {"ratio": round(peaks[name] / peaks[other], 3), "MB": [round(peaks[name]), round(peaks[other])]}
-        yield f"step memory, vocabulary 257,216, {dtype}: {name} / {'standard' if other == 'ours' else other}", told
+        row = {"ratio": round(peaks[name] / peaks[other], 3), "MB": [round(peaks[name]), round(peaks[other])]}
+        yield f"step memory, vocabulary 257,216, {dtype}: {name} / {'standard' if other == 'ours' else other}", row
 
 
 def fresh_process(arguments: list[str]) -> str:
@@ -394,7 +394,7 @@ def step_memory(config: Config) -> float:
     ((_, work),) = training_variants(hf, dtype, batch, which=(config.child,)).items()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what building left free would hide growth
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the resident memory
     before = resident("VmHWM")
     step(*work)
     return resident("VmHWM") - before
@@ -402,7 +402,7 @@ def step_memory(config: Config) -> float:
 
 def resident(key: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024 / 1e6  # told in KiB
+    return int(line.split()[1]) * 1024 / 1e6  # in KiB
 
 
 def load_rows(config: Config):
@@ -413,9 +413,9 @@ def load_rows(config: Config):
         hf = mid_size(config) if config.size == "tiny" else hf_config(257216, 1024, 12, 8192, 8, 128, vision)
         hf_model(hf, torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
         sides = dict(ours="modeling_gemma", HF="transformers")
-        told = {n: [json.loads(fresh_process(["-c", LOAD, m, folder])) for _ in range(4)] for n, m in sides.items()}
+        measured = {n: [json.loads(fresh_process(["-c", LOAD, m, folder])) for _ in range(4)] for n, m in sides.items()}
     for i, name in enumerate(("load 1.3 GB, warm", "import + load")):
-        seconds = [round(min(spent[i] for spent in told[side][1:]), 3) for side in ("ours", "HF")]
+        seconds = [round(min(spent[i] for spent in measured[side][1:]), 3) for side in ("ours", "HF")]
         yield f"{name}: ours / HF", {"ratio": round(seconds[0] / seconds[1], 3), "seconds": seconds}
 
 
@@ -433,7 +433,7 @@ print(json.dumps([done - imported, done - began]))
 
 # ---- rows of the table on a GPU
 def cuda_rows(config: Config):
-    """PaliGemma 3b, random weights, bf16: batch 8 of pictures, 64 prompt and 64 label tokens; decoding at batch 1."""
+    """PaliGemma 3b, random weights, bf16: 8 rows of an image, 64 prompt and 64 label tokens; decoding at batch 1."""
     device, dtype = config.device, torch.bfloat16
     for size in (224, 448):
         hf = paligemma_3b(config, size)
@@ -450,9 +450,9 @@ def cuda_rows(config: Config):
         tokens, flops = batch["input_ids"].numel(), step_flops(hf, batch)
         for who, spent in times.items():
             seconds = statistics.median(spent)
-            told = {"ms": round(1e3 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
-            told |= {"mfu": round(flops / seconds / config.peak_tflops / 1e12, 3)}
-            yield f"{name}: {who}", told | {"peak_gb": peak_gb(work[who], device)}
+            row = {"ms": round(1e3 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
+            row |= {"mfu": round(flops / seconds / config.peak_tflops / 1e12, 3)}
+            yield f"{name}: {who}", row | {"peak_gb": peak_gb(work[who], device)}
         del variants, work
     yield from cuda_decode_rows(config, paligemma_3b(config))
 
@@ -511,23 +511,23 @@ def cpu_rows(config: Config):
 
 
 # ---- the table
-def line(name: str, told: dict) -> str:
-    if "ratio" not in told:
-        return f"| {name} | {', '.join(f'{key} {value}' for key, value in told.items())} | |"
-    more = {key: value for key, value in told.items() if key not in ("ratio", "quartiles")}
-    spread = "{} - {}".format(*told["quartiles"]) if "quartiles" in told else ""
-    return f"| {name} | {told['ratio']} | {spread or ', '.join(f'{key} {value}' for key, value in more.items())} |"
+def line(name: str, row: dict) -> str:
+    if "ratio" not in row:
+        return f"| {name} | {', '.join(f'{key} {value}' for key, value in row.items())} | |"
+    more = {key: value for key, value in row.items() if key not in ("ratio", "quartiles")}
+    spread = "{} - {}".format(*row["quartiles"]) if "quartiles" in row else ""
+    return f"| {name} | {row['ratio']} | {spread or ', '.join(f'{key} {value}' for key, value in more.items())} |"
 
 
 def summary(rows: dict[str, dict]) -> list[str]:
     """The ratios as the README shows them: both dtypes of a piece of work in one line, quartiles in brackets."""
     cells: dict[str, dict[str, str]] = {}
-    for name, told in rows.items():
+    for name, row in rows.items():
         dtype = next((d for d in DTYPES if f", {d}" in name), "float32")
-        spread = " [{:.2f}, {:.2f}]".format(*told["quartiles"]) if "quartiles" in told else ""
-        cells.setdefault(name.replace(f", {dtype}", ""), {})[dtype] = f"{told['ratio']:.2f}{spread}"
+        spread = " [{:.2f}, {:.2f}]".format(*row["quartiles"]) if "quartiles" in row else ""
+        cells.setdefault(name.replace(f", {dtype}", ""), {})[dtype] = f"{row['ratio']:.2f}{spread}"
     head = ["| work | " + " | ".join(DTYPES) + " |", "|---" * (1 + len(DTYPES)) + "|"]
-    return head + [f"| {name} | " + " | ".join(told.get(d, "") for d in DTYPES) + " |" for name, told in cells.items()]
+    return head + [f"| {name} | " + " | ".join(row.get(d, "") for d in DTYPES) + " |" for name, row in cells.items()]
 
 
 def machine(device: str) -> str:
@@ -547,9 +547,9 @@ def main():
     result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(config.device), "rounds": config.rounds}
     result |= {name: version(name) for name in ("torch", "transformers", "peft")} | {"rows": {}}
     print("| work | ratio | quartiles |\n|---|---|---|")
-    for name, told in (cuda_rows if config.device == "cuda" else cpu_rows)(config):
-        result["rows"][name] = told
-        print(line(name, told), flush=True)
+    for name, row in (cuda_rows if config.device == "cuda" else cpu_rows)(config):
+        result["rows"][name] = row
+        print(line(name, row), flush=True)
     if config.device == "cpu":
         print("\n", *summary(result["rows"]), sep="\n")
     output = Path(config.output or ROOT / "benchmarks" / "results" / f"compare_{config.device}.json")

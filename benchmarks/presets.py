@@ -3,7 +3,7 @@
     python benchmarks/presets.py
 
 Time: forward + backward of the embedded model with LoRA on a batch of needle questions; all presets in one process,
-turn by turn, one thread, process time; median over rounds of the ratio to the standard arm of the same round.
+interleaved, one thread, process time; median over rounds of the ratio to the standard arm of the same round.
 """
 
 import json
@@ -86,13 +86,13 @@ def main():
     result |= {"rounds": config.rounds, "standard_seconds": round(statistics.median(times["standard"][1:]), 4)}
     for preset, row in PRESETS.items():
         ratios = [a / b for a, b in zip(times.get(preset, []), times["standard"], strict=False)][1:]
-        told = {"parameters": parameters_at_3b(preset), "exact": row.exact}
+        entry = {"parameters": parameters_at_3b(preset), "exact": row.exact}
         if ratios:
             low, _, high = statistics.quantiles(ratios, n=4)
-            told |= {"time": round(statistics.median(ratios), 3), "quartiles": [round(low, 3), round(high, 3)]}
-        result["presets"][preset] = told
-        exact, cost = "yes" if row.exact else "no", f"{told['time']:.2f}" if ratios else "-"
-        print(f"| `{preset}` | {row.formula} | {exact} | {told['parameters']:,} | {cost} |")
+            entry |= {"time": round(statistics.median(ratios), 3), "quartiles": [round(low, 3), round(high, 3)]}
+        result["presets"][preset] = entry
+        exact, cost = "yes" if row.exact else "no", f"{entry['time']:.2f}" if ratios else "-"
+        print(f"| `{preset}` | {row.formula} | {exact} | {entry['parameters']:,} | {cost} |")
     Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
