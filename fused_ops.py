@@ -102,7 +102,7 @@ class ChunkedAttention(torch.autograd.Function):
     of each chunk again, so no [L, S] tensor is kept.
 
     Equals `attention.blended_reference` and `attention.attention_reference`: tests/test_attention.py,
-    test_chunks_equal_the_formula.
+    test_chunks_equal_the_formula_in_float64.
     """
 
     @staticmethod
@@ -238,7 +238,7 @@ def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | 
 
 class TiledHeadLoss(torch.autograd.Function):
     """F.cross_entropy(soft-capped hidden @ weight.T, labels) without its logits: tests/test_speed_paths.py,
-    test_the_tiled_loss_is_the_formula.
+    test_the_tiled_loss_is_the_formula_in_float64.
 
     The gradient is computed in the forward pass: sum_v p_v W_v - W_label per row. The sum is attention with the rows of
     the head as keys and values, so it is computed as flash attention is: tile by tile, rescaled where a later tile
@@ -348,7 +348,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 class LowRankLinears(torch.autograd.Function):
     """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; only x and the rank-r products are saved.
 
-    Equals peft's layers: tests/test_speed_paths.py, test_lora_equals_pefts.
+    Equals peft's layers: tests/test_speed_paths.py, test_lora_equals_peft_in_float64.
     """
 
     @staticmethod

@@ -4,7 +4,7 @@
 
 Forward + backward of the attention core alone on a CPU, one thread, process time, all paths interleaved; the median
 over rounds of the ratio to standard attention through SDPA in the same round. "maps" keeps explicit maps, "chunks"
-computes them again for a few queries at a time, "sdpa" is torch's, on the heads of both maps for differential attention.
+computes them again for a few queries at a time, "sdpa" is torch's, on the heads of both maps at once.
 """
 
 import json

@@ -27,12 +27,12 @@ def processor():
     return PaliGemmaProcessor.from_pretrained(NANO)
 
 
-def test_it_is_as_small_as_promised(model):
+def test_the_embedded_model_is_small(model):
     assert 5e6 <= sum(p.numel() for p in model.parameters()) <= 7e6
     assert sum(f.stat().st_size for f in NANO.iterdir()) <= 16e6
 
 
-def test_it_is_found_from_any_directory(tmp_path, monkeypatch):
+def test_the_embedded_model_is_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(resolve_run("assets/paligemma-nano")[0]) == NANO.resolve()
 
@@ -74,7 +74,7 @@ def test_it_captions_and_finds_trained_drawings_in_new_arrangements(model, proce
     assert scores["caption_1x1"] >= 0.7 and scores["detect_2x2"] >= 0.7
 
 
-def test_its_readme_tells_what_was_measured():
+def test_the_readme_of_the_embedded_model_shows_its_metrics():
     metrics = json.loads((NANO / "pretraining.json").read_text())["metrics"]
     readme = (NANO / "README.md").read_text()
     for scores in metrics["scores"].values():

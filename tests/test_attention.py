@@ -115,7 +115,7 @@ def test_a_fast_path_in_float64_is_the_formula():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 7, 300, LONG])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (4, 2), (3, 3)])
-def test_equal_maps_give_the_bits_of_standard_attention(heads, kv_heads, length, dtype):
+def test_equal_queries_are_bit_equal_to_standard_attention(heads, kv_heads, length, dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, length, 16).to(dtype) for h in (heads, kv_heads, kv_heads))
     types = torch.zeros(2, length)
@@ -136,7 +136,7 @@ def test_equal_keys_of_their_own_give_standard_attention_up_to_rounding():
     torch.testing.assert_close(found, standard, atol=1e-6, rtol=1e-5)
 
 
-def test_the_values_are_met_once_below_the_length_and_the_path_ignores_the_arm(monkeypatch):
+def test_values_are_multiplied_once_and_the_path_does_not_depend_on_the_arm(monkeypatch):
     products = []
     monkeypatch.setattr("fused_ops.apply_maps", lambda maps, v: products.append(1) or maps.flatten(1, 2) @ v)
     q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 1, 6, 8)
@@ -181,7 +181,7 @@ def shifted_mask(length: int) -> PrefixMask:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("shapes", ["one map", *SHAPES])
-def test_the_chunked_kernel_and_its_gradients_in_float64(shapes, window, softcap, monkeypatch):
+def test_chunks_equal_the_formula_in_float64(shapes, window, softcap, monkeypatch):
     monkeypatch.setattr("fused_ops.CHUNK", 3)
     monkeypatch.setattr("attention.choose_path", lambda *args: "chunks")
     q1, q2, k, v, weight = (t.detach().double() for t in tensors(7, **SHAPES.get(shapes, {})))
@@ -231,7 +231,7 @@ def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
             assert torch.equal(built, full.bool())
 
 
-def test_a_prefix_that_is_alike_in_every_row_needs_no_mask(monkeypatch):
+def test_sdpa_uses_no_mask_where_every_row_has_the_same_prefix(monkeypatch):
     """SDPA by rows: prefix without a mask, suffix causal from the lower right; ragged rows keep the dense mask."""
     calls = []
     real = torch.nn.functional.scaled_dot_product_attention
@@ -259,7 +259,7 @@ def test_a_prefix_that_is_alike_in_every_row_needs_no_mask(monkeypatch):
             assert len(calls) == 1 or (calls[0] is None and calls[1].shape[2:] == (4, 9))
 
 
-def test_a_dense_mask_meets_keys_of_every_head_off_the_cpu(monkeypatch):
+def test_dense_masks_get_expanded_keys_off_the_cpu(monkeypatch):
     """Where key heads stay shared, CUDA has no fused kernel for a mask. Of one key head no copy is made."""
     q, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
     valid = torch.ones(2, 9)
@@ -290,7 +290,7 @@ def test_paths():
     assert choose_path(*keys(300, 4), None) == "maps" and choose_path(*keys(LONG, 4), None) == "chunks"
 
 
-def test_nothing_as_large_as_the_maps_is_kept():
+def test_chunks_save_no_maps_for_the_backward_pass():
     saved = []
     q, v = torch.randn(1, 4, LONG, 8, requires_grad=True), torch.randn(1, 1, LONG, 16, requires_grad=True)
     k = torch.randn(1, 2, LONG, 8, requires_grad=True)

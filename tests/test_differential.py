@@ -581,7 +581,7 @@ def test_defect_g_rotary_pairs_stay_whole(preset, cut, relative, adds_up):
 
 
 @pytest.mark.parametrize("preset", ["v1_width", "src_gemma_split"])
-def test_defect_h_each_branch_meets_the_keys_of_its_own_half(preset):
+def test_defect_h_each_branch_attends_to_its_own_half_of_the_keys(preset):
     attend, x, _, _ = layer(preset, heads=4, kv_heads=1, width=8, halves_cut="front_back")
     q, k, v = projected(attend, x, None)
     q1, q2, keys, _ = attend.differential.two_queries(x, q, k, v, None)

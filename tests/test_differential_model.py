@@ -85,12 +85,12 @@ def test_a_configuration_that_cannot_work_is_refused_in_one_line(told):
     assert "\n" not in str(caught.value)
 
 
-def test_heads_that_cannot_be_cut_are_refused():
+def test_heads_that_cannot_be_split_are_refused():
     with pytest.raises(UserError, match="dim 6"):
         layer("v1_width", width=6)
 
 
-def test_a_configuration_survives_json_and_tells_methods_apart():
+def test_configurations_round_trip_through_json_and_distinguish_methods():
     config = DifferentialConfig("v2", towers=("text", "vision"), layers=(0, 2))
     assert DifferentialConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(UserError, match="'novelty'"):
@@ -104,7 +104,7 @@ def test_a_configuration_survives_json_and_tells_methods_apart():
     assert not fixed.same_method(DifferentialConfig("lambda_fixed", lambda_start=0.2))
 
 
-def test_names_are_lambdas_own_and_nobody_elses():
+def test_only_lambda_parameters_have_lambda_in_their_name():
     for preset in PRESETS:
         model = build(preset)
         for name, parameter in da.differential_parameters(model).items():
@@ -200,7 +200,7 @@ def test_cached_logits_and_greedy_tokens_equal_uncached(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_cache_is_no_larger_than_the_keys_ask(preset):
+def test_the_kv_cache_has_only_the_key_heads_that_are_needed(preset):
     standard, ours = (
         KVCache(build(name, family_of(preset)).model.language_model, 2, 9, torch.float32, "cpu")
         for name in (None, preset)
@@ -214,7 +214,7 @@ def test_the_cache_is_no_larger_than_the_keys_ask(preset):
 
 
 @pytest.mark.parametrize("preset", ["split", "difflora", "v1"])
-def test_a_left_padded_batch_answers_as_its_rows_alone(preset):
+def test_a_left_padded_batch_equals_its_rows(preset):
     model = stir(build(preset))
     batch = tiny.prompts(prefixes=(6, 1, 3))
     together = model.generate(**batch, max_new_tokens=6)[:, -6:]
@@ -295,7 +295,7 @@ def test_exactly_the_declared_parameters_train_beside_lora(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_to_train_learns_and_is_saved_lambda_from_step_2_on(preset, tmp_path):
+def test_trainable_parameters_learn_and_are_saved(preset, tmp_path):
     adapted = adapt(build(preset))
     trained = da.unfreeze_differential(adapted)
     assert {name.rpartition(".")[2] for name in trained} == da.trainable_names(DifferentialConfig(preset).resolve())
@@ -320,7 +320,7 @@ def test_lambda_zero_moves_nothing_but_lora():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_rest_of_the_random_stream_is_untouched(preset):
+def test_adding_differential_attention_leaves_the_random_state_alone(preset):
     """At one seed LoRA's first weights and the dropout masks are bit-equal in both arms."""
     standard, model = (build(family=family_of(preset)) for _ in range(2))
     before = torch.get_rng_state()
@@ -393,7 +393,7 @@ def test_a_run_folder_and_its_base_are_enough(preset, base, tmp_path):
     assert all(p.dtype == torch.float32 for p in da.differential_parameters(again).values())
 
 
-def test_defect_e_a_resumed_run_goes_on_as_it_would_have(base, tmp_path):
+def test_defect_e_a_resumed_run_equals_the_uninterrupted_one(base, tmp_path):
     """Loading overwrites what was built, whatever seed that had; the next losses are equal."""
     adapted = adapt(PaliGemmaForConditionalGeneration.from_pretrained(base, differential="v1_width"))
     steps(adapted, 3)
@@ -417,7 +417,7 @@ def test_a_standard_model_saved_over_a_differential_one_replaces_it(tmp_path):
     assert da.differential_config(PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)) is None
 
 
-def test_progress_is_kept_for_models_saved_in_the_middle(tmp_path):
+def test_progress_is_saved(tmp_path):
     model = build("dex", lambda_start=0.4)
     set_progress(model, 0.25)
     model.save_pretrained(tmp_path)
@@ -495,12 +495,12 @@ def test_another_configuration_or_a_broken_file_is_refused(base, tmp_path):
         PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "split")
 
 
-def test_a_run_of_v1_on_one_kv_head_names_the_mend(base):
+def test_a_run_of_v1_on_one_kv_head_names_the_fix(base):
     with pytest.raises(UserError, match="v1_width"):
         PaliGemmaForConditionalGeneration.from_pretrained(base, differential="v1")
 
 
-def test_a_saved_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+def test_saving_is_atomic(tmp_path, monkeypatch):
     save_differential(build("split"), tmp_path / "new")  # makes the folder
     before = (tmp_path / "new" / DIFFERENTIAL).read_bytes()
 

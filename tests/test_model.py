@@ -151,7 +151,7 @@ def test_cached_generation_equals_uncached(family, seed):
     assert found.tolist() == ids.tolist()
 
 
-def test_a_batch_answers_as_its_rows_alone():
+def test_generation_of_a_batch_equals_that_of_its_rows():
     model = tiny.ours_like(tiny.hf_model("gemma", seed=3))
     batch = tiny.prompts(prefixes=(6, 1, 3))
     together = model.generate(**batch, max_new_tokens=6)[:, -6:]
@@ -276,7 +276,7 @@ def test_config_fields_that_are_not_supported_are_refused_by_name(field, text, v
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_save_and_load_travel_both_ways(family, tmp_path):
+def test_saved_models_load_in_transformers_and_back(family, tmp_path):
     import transformers
 
     hf, ours = tiny.pair(family)

@@ -56,7 +56,7 @@ def test_schema_matches_the_builder(make_pool):
     assert pq.read_schema(POOL).equals(make_pool.SCHEMA)
 
 
-def test_file_is_small_and_the_one_the_readme_names():
+def test_the_pool_is_small_and_the_file_that_its_readme_names():
     assert POOL.stat().st_size < 8_000_000
     assert hashlib.sha256(POOL.read_bytes()).hexdigest() in (FOLDER / "README.md").read_text(encoding="utf-8")
 
@@ -98,16 +98,16 @@ def test_the_style_test_asks_for_the_trained_concepts(rows):
     assert concepts_of(rows, "test_style") == concepts_of(rows, "train")
 
 
-def test_no_picture_of_the_test_style_is_trained(rows):
+def test_no_image_of_the_test_style_is_trained_on(rows):
     assert {row["style"] for row in rows if row["split"] == "train"} == {"fluent", "twemoji"}
     assert {row["style"] for row in rows if row["split"] == "test_style"} == {"noto"}
 
 
-def test_no_picture_stands_twice(rows):
+def test_no_image_is_in_the_pool_twice(rows):
     assert len({hashlib.sha256(row["image"]).digest() for row in rows}) == len(rows)
 
 
-def test_pictures_open_with_their_size_and_are_not_empty(rows):
+def test_images_open_with_their_size_and_are_not_empty(rows):
     for row in rows:
         with Image.open(io.BytesIO(row["image"])) as image:
             assert (image.format, image.mode, image.size) == ("WEBP", "RGBA", SIZES[row["style"]]), row["caption"]
@@ -116,7 +116,7 @@ def test_pictures_open_with_their_size_and_are_not_empty(rows):
 
 
 @pytest.mark.parametrize("style", sorted(SIZES))
-def test_pictures_of_one_style_differ_at_24_pixels(rows, style):
+def test_images_of_one_style_differ_at_24_pixels(rows, style):
     """Root-mean-square difference of every pair, over a white and a grey background; the ram and the ewe had 0.06."""
     drawn = [row for row in rows if row["style"] == style]
     points = np.stack([np.concatenate([on_background(row["image"], grey) for grey in (255, 110)]) for row in drawn])
@@ -154,6 +154,6 @@ def test_unseen_concepts_spread_over_the_categories(make_pool):
         ("CLDR-Unicode-3.0.txt", "UNICODE LICENSE V3"),
     ],
 )
-def test_licences_travel_with_the_pool(name, words):
+def test_the_pool_has_its_licences(name, words):
     assert words in (FOLDER / "LICENSES" / name).read_text(encoding="utf-8")
     assert f"LICENSES/{name}" in (FOLDER / "README.md").read_text(encoding="utf-8")

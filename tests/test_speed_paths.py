@@ -1,5 +1,6 @@
 """The arithmetic that is not the obvious one: LoRA for several layers at once, the tiled head, last rows only."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def adapted(dtype=torch.float64, **changes):
     return wrapped, modules
 
 
-def test_linears_are_peft_s_in_float64():
+def test_lora_equals_peft_in_float64():
     wrapped, modules = adapted()
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
@@ -161,7 +162,7 @@ def test_a_model_takes_the_tiled_loss_where_its_head_is_frozen(dtype, monkeypatc
         assert gap <= (1e-4 if dtype == torch.float32 else 0.1) * grad.float().norm() + 1e-5, name
 
 
-def test_no_label_at_all_is_nan_in_both():
+def test_no_labels_give_nan_like_cross_entropy():
     head = nn.Linear(4, 9, bias=False).requires_grad_(False)
     empty = torch.zeros(0, dtype=torch.long)
     assert head_loss(torch.zeros(0, 4), head, empty, None).isnan()
@@ -170,7 +171,7 @@ def test_no_label_at_all_is_nan_in_both():
 # ---- the last layer
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_last_layer_answers_for_the_last_rows_alone(family, side, monkeypatch):
+def test_the_last_layer_computes_only_the_needed_rows(family, side, monkeypatch):
     model = tiny.ours_like(tiny.hf_model(family))
     batch = tiny.batch(side=side)
     seen = []
@@ -212,7 +213,7 @@ def test_hooks_are_called_on_every_fast_path(hook, monkeypatch):
         assert calls[4:] == ["row"]
 
 
-def test_one_bfloat16_row_is_a_vector():
+def test_one_bfloat16_row_uses_a_matrix_vector_product():
     torch.manual_seed(0)
     modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
     x = torch.randn(1, 1, 48).bfloat16()
@@ -230,3 +231,10 @@ def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):
     code += "; print([name for name in ('transformers', 'peft', 'torch._dynamo') if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+def test_the_tests_that_fused_ops_names_exist():
+    named = re.findall(r"tests/(test_\w+)\.py,\s+(test_\w+)", (ROOT / "fused_ops.py").read_text())
+    assert len(named) == 4
+    for module, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / f"{module}.py").read_text()

@@ -39,7 +39,7 @@ def test_features_are_computed_once_and_bit_equal(model, images, monkeypatch, tm
     assert torch.equal(again.features(images), expected) and again.hits == 3
 
 
-def test_the_weights_are_asked_once_a_batch(model, images, monkeypatch):
+def test_weights_are_hashed_once_per_batch(model, images, monkeypatch):
     asked = []
     real = VisionCache.hash_weights
     monkeypatch.setattr(VisionCache, "hash_weights", lambda self: asked.append(1) or real(self))
@@ -47,7 +47,7 @@ def test_the_weights_are_asked_once_a_batch(model, images, monkeypatch):
     assert asked == [1]
 
 
-def test_nothing_stale_is_ever_served(model, images, monkeypatch, tmp_path):
+def test_stale_features_are_never_returned(model, images, monkeypatch, tmp_path):
     cache = VisionCache(model, memory_gb=0, folder=tmp_path)
     cache.features(images)
     counted = watched(model, monkeypatch)
@@ -71,7 +71,7 @@ def test_nothing_stale_is_ever_served(model, images, monkeypatch, tmp_path):
     assert counted == []
 
 
-def test_a_damaged_file_is_computed_again(model, images, tmp_path):
+def test_a_damaged_cache_file_is_recomputed(model, images, tmp_path):
     cache = VisionCache(model, memory_gb=0, folder=tmp_path)
     expected = cache.features(images)
     for file in tmp_path.iterdir():
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_computed_again(model, images, tmp_path):
     assert torch.equal(cache.features(images), expected) and cache.misses == 10  # written again
 
 
-def test_a_tower_that_learns_is_refused(tiny_model, model):
+def test_a_tower_that_trains_is_refused(tiny_model, model):
     model.model.multi_modal_projector.linear.weight.requires_grad_(True)
     differential = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, differential="split")
     with pytest.raises(UserError, match="vision_cache_gb"):
