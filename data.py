@@ -140,8 +140,8 @@ class Rows:
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows, not of the images: a broken image may be repaired during a run."""
-        told = [[list(row.images) if row.is_list else row.images[0], row.prefix, row.suffix] for row in self.rows]
-        return sha256_of(told)
+        rows = [[list(row.images) if row.is_list else row.images[0], row.prefix, row.suffix] for row in self.rows]
+        return sha256_of(rows)
 
     def id(self, index: int) -> str:
         return self.rows[index].id

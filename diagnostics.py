@@ -164,7 +164,7 @@ def needle_share(attention: Tensor, needle: tuple[int, int, int], images: int, g
 
 
 def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-    """The map [B, H, L, S] with which a decoder layer's attention weighs its values; arguments as in its forward."""
+    """The map [B, H, L, S] that a decoder layer's attention applies to its values; arguments as in its forward."""
     q, k, v, rotate, attend = layer_attention.attention_inputs(x, rotary, mask, None, None)
     module = layer_attention.differential
     if module is None:

@@ -200,7 +200,7 @@ class ImagePool:
     def stitch(self, key: str, cells: tuple[tuple[int, ...], ...], cell: int) -> Image.Image:
         """One grid as an RGB image, `cell` pixels a cell, row-major.
 
-        A transparent image stands on a plain colour of its cell's own, any other fills its cell without regard to its
+        A transparent image is drawn on a random plain colour, any other fills its cell without regard to its
         aspect ratio, as MMNeedle's do.
         """
         rng = random.Random(key)
@@ -217,7 +217,7 @@ class ImagePool:
         return stitched
 
     def resized(self, index: int, cell: int) -> Image.Image:
-        """The image of an index as it stands in a cell: RGB of the cell's size, or RGBA that leaves a margin."""
+        """The image of an index as it is drawn in a cell: RGB of the cell's size, or RGBA that leaves a margin."""
         if (index, cell) not in self._resized:
             if len(self._resized) >= DRAWN_IMAGES:
                 self._resized.pop(next(iter(self._resized)))

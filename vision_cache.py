@@ -65,7 +65,7 @@ class FeatureStore:
 
 
 class VisionCache(FeatureStore):
-    """Features by content: `features` stands in for `model.model.image_features` of a frozen tower, results equal."""
+    """Features by content: `features` gives the results of `model.model.image_features` of a frozen tower."""
 
     def __init__(self, model: torch.nn.Module, memory_gb: float, folder: str | Path = ""):
         """`folder`: where features beyond `memory_gb` of main memory are written, "" for nowhere.

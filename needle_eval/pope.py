@@ -95,7 +95,7 @@ ANSWER_ROW = PopeAnswer
 
 def parse_pope(response: str | None) -> str:
     """The official reading (evaluate.py of AoiDragon/POPE): "no" if No, not or no is a word, split at blanks, of what
-    stands before the first full stop, commas dropped; else "yes". No response at all is "none", and never right.
+    is before the first full stop, commas dropped; else "yes". No response at all is "none", and never right.
     """
     if response is None:
         return "none"

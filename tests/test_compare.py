@@ -39,7 +39,7 @@ def test_the_table_of_the_cpu(compare, tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     rows = json.loads(output.read_text())["rows"]
     assert len(rows) == 4 * 3 + 2 * 3 + 4 * 2 + 1 + 2 * 2 + 2
-    assert all(math.isfinite(told["ratio"]) for told in rows.values())
+    assert all(math.isfinite(row["ratio"]) for row in rows.values())
     assert all(name in capsys.readouterr().out for name in list(rows)[-1:])
 
 
@@ -47,7 +47,7 @@ def test_the_table_of_the_gpu(compare):
     """Its code, on a CPU."""
     rows = dict(compare.cuda_rows(compare.Config(size="tiny", rounds=1)))
     assert len(rows) == (2 + 1 + 4) + (1 + 2) + 2
-    assert all(compare.line(name, told).startswith(f"| {name} |") for name, told in rows.items())
+    assert all(compare.line(name, row).startswith(f"| {name} |") for name, row in rows.items())
 
 
 def test_unequal_losses_are_refused(compare):

@@ -28,11 +28,11 @@ def test_visited_maps_and_outputs_are_those_of_the_forward_pass(preset):
         out = module.head_norm(out)
         out = module.restore_heads(out) if preset == "v1" else out
         torch.testing.assert_close(out, outputs.pop(), atol=1e-5, rtol=1e-5)
-        told.append(name)
+        visited.append(name)
 
-    told = []
+    visited = []
     visit_differential_layers(model, batch, see)
-    assert told == [f"model.language_model.layers.{i}.self_attn.differential" for i in range(3)]
+    assert visited == [f"model.language_model.layers.{i}.self_attn.differential" for i in range(3)]
 
 
 def test_diagnostics():

@@ -40,7 +40,7 @@ def adapt(model, seed=0, dropout=0.0):
 
 
 def steps(model, count, lr=1e-2, batches=None):
-    """AdamW on one batch, as a run does it: no weight decay, progress told before each step. Returns the losses."""
+    """AdamW on one batch, as a run does it: no weight decay, progress set before each step. Returns the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     losses = []
     for step in range(count):
@@ -78,10 +78,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("told", REFUSED)
-def test_a_configuration_that_cannot_work_is_refused_in_one_line(told):
-    with pytest.raises(UserError, match=told) as caught:
-        build(**{"preset": "split"} | REFUSED[told], family="gemma")
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_configuration_that_cannot_work_is_refused_in_one_line(message):
+    with pytest.raises(UserError, match=message) as caught:
+        build(**{"preset": "split"} | REFUSED[message], family="gemma")
     assert "\n" not in str(caught.value)
 
 
@@ -450,17 +450,17 @@ def test_an_older_adapter_gains_differential_attention(base, tmp_path):
 def rewrite(folder, change, metadata=None):
     file = folder / DIFFERENTIAL
     with safe_open(file, "pt") as handle:
-        told = handle.metadata()
+        stored = handle.metadata()
     tensors = load_file(file)
     change(tensors)
-    save_file(tensors, file, metadata=told if metadata is None else metadata)
+    save_file(tensors, file, metadata=stored if metadata is None else metadata)
 
 
 NAME = "model.language_model.layers.1.self_attn.differential.lambda_logit"
 
 
 @pytest.mark.parametrize(
-    ("told", "change", "metadata"),
+    ("message", "change", "metadata"),
     [
         ("is missing for", lambda t: t.pop(NAME), None),
         ("has no place in", lambda t: t.update({NAME + "x": torch.ones(1)}), None),
@@ -470,10 +470,10 @@ NAME = "model.language_model.layers.1.self_attn.differential.lambda_logit"
         ("is unknown", lambda t: None, {"config": json.dumps({"preset": "v9"}), "progress": "0"}),
     ],
 )
-def test_defect_k_a_file_that_does_not_fit_is_refused_in_one_line(told, change, metadata, tmp_path):
+def test_defect_k_a_file_that_does_not_fit_is_refused_in_one_line(message, change, metadata, tmp_path):
     stir(build("split")).save_pretrained(tmp_path)
     rewrite(tmp_path, change, metadata)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
     assert str(tmp_path / DIFFERENTIAL) in str(caught.value) and "\n" not in str(caught.value)
 

@@ -289,12 +289,12 @@ def test_push_to_hub(runs, tmp_path, monkeypatch, capsys):
 def test_what_a_user_gets_wrong(runs, tiny_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    for model, output, told in (
+    for model, output, message in (
         (tiny_model, tmp_path / "out", "not a run"),
         (runs / "diff", tmp_path / "mine", "exists already"),
         (tmp_path / "gone", tmp_path / "out", "gone"),
     ):
         assert run(monkeypatch, f"--model={model}", f"--output={output}") == 2
         err = capsys.readouterr().err
-        assert err.startswith("error: ") and told in err and len(err.splitlines()) == 1
+        assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists() and (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"

@@ -50,7 +50,7 @@ KINDS = {
     "adapter_config": ("run", f"adapter/{ADAPTER_CONFIG}"),
     "adapter_weights": ("run", f"adapter/{ADAPTER_WEIGHTS}"),
     "differential": ("run", DIFFERENTIAL),
-    "manifest": ("sealed", files.MANIFEST),
+    "manifest": ("complete", files.MANIFEST),
     "image": ("images", "a.png"),
 }
 
@@ -272,8 +272,8 @@ def originals(tiny_model, tmp_path_factory) -> Path:
     lora = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, lora_alpha=4))
     lora.save_pretrained(str(root / "run/adapter"), save_embedding_layers=False)
 
-    shutil.copytree(root / "run", root / "sealed")
-    files.write_manifest(root / "sealed")
+    shutil.copytree(root / "run", root / "complete")
+    files.write_manifest(root / "complete")
 
     noise = np.random.default_rng(0).integers(0, 255, (23, 37, 3), dtype=np.uint8)
     for folder in ("", "images"):

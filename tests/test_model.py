@@ -159,8 +159,8 @@ def test_generation_of_a_batch_equals_that_of_its_rows():
         start = int((batch["attention_mask"][row] == 0).sum())
         alone = {key: batch[key][row : row + 1, start:] for key in ("input_ids", "attention_mask")}
         out = model.generate(**alone, pixel_values=batch["pixel_values"][row : row + 1], max_new_tokens=6)
-        told = out[0, alone["input_ids"].shape[1] :].tolist()  # alone, a row that has met its eos stops
-        assert told + [tiny.PAD] * (6 - len(told)) == together[row].tolist()
+        answer = out[0, alone["input_ids"].shape[1] :].tolist()  # alone, a row that has met its eos stops
+        assert answer + [tiny.PAD] * (6 - len(answer)) == together[row].tolist()
 
 
 def test_every_row_stops_at_its_own_eos(monkeypatch):

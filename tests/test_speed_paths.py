@@ -229,8 +229,8 @@ def test_one_bfloat16_row_uses_a_matrix_vector_product():
 def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):
     code = f"import sys, modeling_gemma as m; m.PaliGemmaForConditionalGeneration.from_pretrained({str(tiny_model)!r})"
     code += "; print([name for name in ('transformers', 'peft', 'torch._dynamo') if name in sys.modules])"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_the_tests_that_fused_ops_names_exist():

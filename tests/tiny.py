@@ -6,7 +6,7 @@ import transformers
 from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 IMAGE, PAD, EOS, BOS, NEWLINE = 90, 0, 1, 2, 3
-PATCHES = 4  # image tokens per picture
+PATCHES = 4  # image tokens per image
 
 
 def hf_config(family: str, vision: dict | None = None, **text) -> transformers.PaliGemmaConfig:

@@ -57,7 +57,7 @@ def read_concepts(path):
         elif line and not line.startswith("#"):
             code, name = line.split(" ", 1)
             if code in concepts:
-                raise SystemExit(f"{path.name}: {code} stands twice")
+                raise SystemExit(f"{path.name}: {code} is listed twice")
             concepts[code] = (category, name)
     return concepts
 
