@@ -27,6 +27,7 @@ from errors import UserError
 
 MANIFEST = "files.json"  # in a checkpoint: the SHA-256 of each of its files
 LOCK = ".lock"
+WEIGHT_SUFFIXES = (".safetensors", ".pt")
 INT64 = range(-(1 << 63), 1 << 63)
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or raise the limit")
 FIXES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check the permissions")
@@ -284,11 +285,17 @@ def write_manifest(folder: PathLike) -> None:
 
 
 def verify_manifest(folder: PathLike, suffix: str = "") -> None:
-    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content.
+    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content, or the
+    first weight file that the manifest leaves out.
 
     `suffix`: only the files whose names end in it.
     """
-    for name, digest in read_typed(Path(folder, MANIFEST), dict[str, str], f"delete {folder}").items():
+    manifest = read_typed(Path(folder, MANIFEST), dict[str, str], f"delete {folder}")
+    for file in sorted(Path(folder).rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if name.endswith(WEIGHT_SUFFIXES) and name not in manifest:
+            raise UserError(f"{file}: is not in {MANIFEST}, so it was added or the manifest changed: delete {folder}")
+    for name, digest in manifest.items():
         resolve_inside(folder, name)
         if not name.endswith(suffix):
             continue

@@ -241,7 +241,7 @@ class VisionLanguageModel(nn.Module):
 
         Greedy at temperature 0, otherwise sampled from the smallest set of tokens whose probability reaches `top_p`.
         Stops when every row has its eos. `token_type_ids` is accepted for `model.generate(**batch)`: a prompt is all
-        prefix. Raises UserError for a row that ends in a pad, for a suffix, and for more positions than the model has.
+        prefix. Raises UserError for a row that ends in a pad, a suffix, too many positions, and NaN logits.
         """
         if not bool(attention_mask[:, -1].all()):
             raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
@@ -263,8 +263,10 @@ class VisionLanguageModel(nn.Module):
 
         new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         for step in range(max_new_tokens):
-            hidden = decoder(x, positions, mask, cache, rows=1)
-            token = sample(self.head(hidden[:, -1]), temperature, top_p, generator)
+            logits = self.head(decoder(x, positions, mask, cache, rows=1)[:, -1])
+            if step == 0 and bool(logits.isnan().any()):  # memory-mapped weights are not read when they are loaded
+                raise UserError(f"{getattr(self, 'name_or_path', 'the model')}: gives NaN: its weights are damaged")
+            token = sample(logits, temperature, top_p, generator)
             token = token.masked_fill(finished, self.config.pad_token_id)
             new_ids.append(token)
             for stop_id in self.config.stop_ids:

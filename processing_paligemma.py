@@ -81,7 +81,7 @@ class ImageFields(msgspec.Struct):
     size: dict[str, int] | None = None
     image_mean: Annotated[list[float], Three] | None = None
     image_std: Annotated[list[Positive], Three] | None = None
-    rescale_factor: Positive | None = None
+    rescale_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     resample: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
 
 

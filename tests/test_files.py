@@ -316,6 +316,20 @@ def test_what_is_no_regular_file_is_refused_without_a_hang(tmp_path, kind):
 # ---- manifests
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter/adapter_model.safetensors", "trainer.pt"])
+def test_weights_that_a_manifest_leaves_out_are_refused(tmp_path, name):
+    """A deleted entry would hide a flipped bit."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"weights")
+    files.write_manifest(tmp_path)
+    manifest = files.read_json(tmp_path / files.MANIFEST)
+    del manifest[name]
+    files.write_json(tmp_path / files.MANIFEST, manifest)
+    with pytest.raises(UserError, match="is not in files.json"):
+        files.verify_manifest(tmp_path, suffix=".safetensors")
+
+
 def test_a_manifest_is_verified(tmp_path):
     (tmp_path / "a").write_text("a")
     (tmp_path / "sub").mkdir()

@@ -195,6 +195,14 @@ def test_sampling_follows_its_generator_and_top_p():
     assert sample(logits, 0.0, 1.0, None).unique().tolist() == [0]
 
 
+def test_generate_refuses_weights_that_give_nan():
+    model = tiny.ours_like(tiny.hf_model("gemma"))
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    with pytest.raises(UserError, match="gives NaN"):
+        model.generate(**tiny.prompts())
+
+
 def test_generate_refuses_what_it_would_get_wrong():
     model = tiny.ours_like(tiny.hf_model("gemma"))
     batch = tiny.batch(side="right")
