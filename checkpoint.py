@@ -288,10 +288,8 @@ def read_tensors(file: Path, keys: list[str], dtype: torch.dtype) -> Iterator[Te
         unread = 0  # bytes until the file is mapped again, so that pages already read do not add to the copies
         for key in keys:
             view = views.get_tensor(key)
-            if not view.is_floating_point():
-                raise UserError(f"{file}: {key} has dtype {view.dtype} where floats are expected: {KEY_HINTS[-1][-1]}")
-            if view.dtype == dtype or view.dim() == 0:
-                yield view.to(dtype)
+            if view.dtype == dtype or not view.is_floating_point() or view.dim() == 0:
+                yield view.to(dtype) if view.is_floating_point() else view
                 continue
             copy = torch.empty(view.shape, dtype=dtype)
             rows = max(1, PIECE * len(view) // max(1, view.nbytes))
@@ -341,6 +339,8 @@ def load_weights(
     for file in dict.fromkeys(entry.file for entry in entries.values()):
         keys = {name: entry.key for name, entry in entries.items() if entry.file == file}
         for name, tensor in zip(keys, read_tensors(file, list(keys.values()), dtype), strict=True):
+            if tensor.is_floating_point() != expected[name].is_floating_point():
+                raise UserError(f"{file}: {keys[name]} has dtype {tensor.dtype}: {KEY_HINTS[-1][-1]}")
             state[name] = tensor.to(device)
     model.load_state_dict(state, strict=False, assign=True)  # strict except for a tied head, see check_entries
 
