@@ -500,3 +500,13 @@ def test_mistakes_of_a_user_are_named_with_exit_code_2(arguments, named, tmp_pat
     assert process.returncode == 2 and named in err and "Traceback" not in err
     if not arguments[0].startswith("--max"):  # those two are reported by the flag parser, in a box
         assert len(err.strip().splitlines()) == 1 and err.startswith("error: ")
+
+
+def test_dropout_seeds_of_seeds_steps_and_processes_differ():
+    seeds = {
+        training.dropout_seed(Config(seed=seed), step, process)
+        for seed in range(5)
+        for step in range(2_000)
+        for process in range(8)
+    }
+    assert len(seeds) == 5 * 2_000 * 8
