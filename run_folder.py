@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from data import Source
     from finetune_original import Config
 
+Natural = Annotated[int, msgspec.Meta(ge=0)]
 ROOT = Path(__file__).resolve().parent
 TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed while it started may leave without run.json
 # a run may continue with other values of these fields: they change what is logged and saved, not what is computed
@@ -440,7 +441,7 @@ def check_same_data(run: Run, sources: dict[str, "Source"]):
 class TrainerState(msgspec.Struct):
     """trainer.pt: the state of the loop."""
 
-    step: Annotated[int, msgspec.Meta(ge=0)]
+    step: Natural
     best: float
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
@@ -521,18 +522,21 @@ def check_moments(parameter: torch.Tensor, moments: dict[str, torch.Tensor]):
 class LogLine(msgspec.Struct):
     """What every line of metrics.jsonl and samples.jsonl has."""
 
-    step: Annotated[int, msgspec.Meta(ge=0)]
+    step: Natural
 
 
 class MetricsLine(LogLine, rename={"lambda_": "lambda"}):
     """A line of metrics.jsonl: of an update, or of an evaluation. Other fields are not read back."""
 
     loss: float | None = None
-    eval: dict[str, tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=1)]]] | None = (
-        None  # right, n
-    )
+    eval: dict[str, tuple[Natural, Natural]] | None = None  # by set: right answers, of n
     lambda_: dict[str, float] | None = None
     inside: dict[str, dict[str, float]] | None = None
+
+    def __post_init__(self):
+        for name, (right, n) in (self.eval or {}).items():
+            if not 0 < n >= right:
+                raise ValueError(f"{name}: {right} right answers of {n}")
 
 
 class SampleLine(LogLine):

@@ -198,6 +198,8 @@ def test_attention_that_cannot_be_compared_is_refused(config, run):
         '{"step": "x"}',
         '{"step": 1, "lambda": 3, "set": 1}',
         '{"step": 1, "\\ud800": 1, "set": 1}',
+        '{"step": 1, "set": 1, "eval": {"2x2": [3, 1]}}',
+        '{"step": 1, "set": 1, "eval": {"2x2": [0, 0]}}',
     ],
 )
 def test_damaged_logs_are_named(run, name, line):
