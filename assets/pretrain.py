@@ -240,7 +240,7 @@ def compose(
 
 
 def page(rng: random.Random, side: int) -> tuple[str, Image.Image]:
-    """A word of the instructions, or one or two numbers, and a image of it."""
+    """A word of the instructions, or one or two numbers, and an image of it."""
     numbers = [
         str(rng.randrange(-9, 10) if rng.random() < 0.7 else rng.randrange(100)) for _ in range(rng.choice((1, 2)))
     ]
