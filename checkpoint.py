@@ -145,8 +145,9 @@ def resolve_run(path_or_hub_id: PathLike) -> tuple[str, Path | None]:
                 return base_of_adapter(adapter.absolute()), adapter
         is_run = any((folder / name).exists() for name in ("run.json", "final", "adapter"))
         if not is_run or (folder / "config.json").is_file():
-            return str(path_or_hub_id), None
-        newest = max(folder.glob("checkpoints/step-*"), default="none yet")
+            return str(folder if folder.exists() else path_or_hub_id), None
+        checkpoints = sorted(folder.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name))
+        newest = checkpoints[-1] if checkpoints else "none yet"
     fix = f"run the same command again to continue it, or give one of its checkpoints/ (newest: {newest})"
     raise UserError(f"{folder}: an unfinished run, without final/adapter/{ADAPTER_CONFIG}: {fix}")
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
-from files import decode_typed, one_line, open_image, read_typed
+from files import decode_typed, one_line, open_image, read_bytes, read_typed
 from haystack import Haystack, ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
 from processing_paligemma import PaliGemmaProcessor
 
@@ -196,10 +196,7 @@ def read_jsonl(path: str | Path, strict: bool = True) -> Rows:
     Raises UserError for a file that cannot be read or is mostly bad rows, and with `strict` for the first bad row.
     """
     path = Path(path)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}): give a jsonl file of image, prefix and suffix") from error
+    lines = read_bytes(path).splitlines()
     files = FileIndex(path.parent)
     numbered = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
     rows, skipped = filter_rows(lambda item: check_json_row(*item, files), numbered, strict)
@@ -395,6 +392,8 @@ def read_hub(name: str, split: str) -> HubRows:
     missing = {"image", "question", "multiple_choice_answer"} - set(rows.column_names)
     if missing:
         raise UserError(f"dataset {name!r} has no column {sorted(missing)}: it has {sorted(rows.column_names)}")
+    if not len(rows):
+        raise UserError(f"dataset {name!r}, split {split!r}: has no rows: give another")
     if isinstance(rows.features["image"], datasets.Image):
         rows = rows.cast_column("image", datasets.Image(decode=False))  # decoding would open paths and URLs
     return HubRows(name, rows)

@@ -24,6 +24,7 @@ LAMBDA_MAX = 0.9  # bound of a normalised lambda: gamma is at most 9
 SEED_STRIDE = 1_000_003  # seeds of neighbouring runs do not share the generators of their layers
 VISION_SEED_OFFSET = 500_000
 VECTOR_STD = 0.1  # of V1's lambda vectors (arXiv 2410.05258)
+LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 NORM_EPS = 1e-5  # of the head norm (arXiv 2410.05258)
 
 
@@ -47,50 +48,8 @@ class DifferentialAttention(nn.Module):
     make the second map in other ways. All parameters are float32 masters, also after `model.to(bfloat16)`.
     """
 
-    trainable: tuple[str, ...] = ("second_down", "second_up")  # beside lambda and the gain of the head norm
+    trainable: tuple[str, ...] = ("second_down", "second_up")  # in addition to lambda and the gain of the head norm
 
-    def forward(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor], attend: Callable
-    ) -> Tensor:
-        """Outputs of the heads [B, H, L, D], before the output projection.
-
-        x [B, >= L, C]: input of the layer; q [B, H, L, D] and k, v [B, K, S, D]: what the host would hand to its
-        attention, rotated, keys and values from the cache. `rotate(t)` is the host's rotary embedding of
-        t [B, heads, L, D]; `attend(q, k, v)` its attention by one map and `attend.blend(q1, q2, k, v, weight,
-        normalised)` by two (see `attention.Attend`).
-        """
-        x = x[:, -q.shape[2] :]  # the last decoder layer computes the last queries only
-        q1, q2, k, v = self.two_queries(x, q, k, v, rotate)
-        lambda_ = self.current_lambda(x)
-        if self.config.combine == "normalised":
-            gamma = lambda_ / (1 - lambda_)
-            out = attend.blend(q1, q2, k, v, gamma, normalised=True)  # o1 + gamma (o1 - o2)
-        elif self.config.combine == "subtract":
-            out = attend.blend(q1, q2, k, v, lambda_, normalised=False)  # o1 - lambda o2
-        else:  # "replace", a control
-            out = attend(q2, k, v)
-        return self.head_norm(out)
-
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(q1, q2, k, v) for `attend.blend`; q2 is None where the method has one map. Arguments as in `forward`."""
-        return q, q + rotate(self.low_rank(x, self.second_down, self.second_up)), k, v
-
-    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """x A^T B^T as heads [B, heads, L, D]."""
-        return self.to_heads(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)))
-
-    def to_heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
-
-    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
-        """Register the parameters of the second map; `query` is the pretrained query projection."""
-        rank, width = self.config.rank, self.shape.num_heads * self.shape.head_dim
-        self.second_down = uniform_parameter(generator, rank, self.shape.hidden_size)
-        self.second_up = nn.Parameter(torch.zeros(width, rank))
-
-    # ---- construction
     def __init__(self, config: "DifferentialConfig", shape: AttentionShape, tower: str, layer: int, query: nn.Linear):
         """`config`: resolved; `tower`: "text" or "vision"; `query`: the layer's pretrained query projection.
 
@@ -113,6 +72,48 @@ class DifferentialAttention(nn.Module):
         names = trainable_names(config)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in names)
+
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor], attend: Callable
+    ) -> Tensor:
+        """Outputs of the heads before the output projection: [B, H, L, D], or [B, H / 2, L, 2 D] for adjacent pairs.
+
+        x [B, >= L, C]: input of the layer; q [B, H, L, D] and k, v [B, K, S, D]: what the host would hand to its
+        attention, rotated, keys and values from the cache, keys as `extend_keys` returns them. `rotate(t)` is the
+        host's rotary embedding of t [B, heads, L, D]; `attend(q, k, v)` its attention by one map and
+        `attend.blend(q1, q2, k, v, weight, normalised)` by two (see `attention.Attend`).
+        """
+        x = x[:, -q.shape[2] :]  # the last decoder layer computes the last queries only
+        attend = self.rescale(attend)
+        q1, q2, k, v = self.two_queries(x, q, k, v, rotate)
+        lambda_ = self.current_lambda(x)
+        if self.config.combine == "normalised":
+            gamma = lambda_ / (1 - lambda_)
+            out = attend.blend(q1, q2, k, v, gamma, normalised=True)  # o1 + gamma (o1 - o2)
+        elif self.config.combine == "subtract":
+            out = attend.blend(q1, q2, k, v, lambda_, normalised=False)  # o1 - lambda o2
+        else:  # "replace", a control
+            out = attend(q2, k, v)
+        return self.head_norm(out)
+
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(q1, q2, k, v) for `attend.blend`; q2 is None (read by diagnostics.py) where the method has one map."""
+        return q, q + rotate(self.low_rank(x, self.second_down, self.second_up)), k, v
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """x A^T B^T as heads [B, heads, L, D]."""
+        return self.to_heads(F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)))
+
+    def to_heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        """Register the parameters of the second map; `query` is the pretrained query projection."""
+        rank, width = self.config.rank, self.shape.num_heads * self.shape.head_dim
+        self.second_down = uniform_parameter(generator, rank, self.shape.hidden_size)
+        self.second_up = nn.Parameter(torch.zeros(width, rank))
 
     @property
     def num_out_heads(self) -> int:
@@ -163,7 +164,7 @@ class DifferentialAttention(nn.Module):
             self.lambda_learn = nn.Parameter(torch.full((1,), float(start)))
 
     def current_lambda(self, x: Tensor) -> Tensor:
-        """lambda as it acts now, signed: [1], or [B, H, L, 1] where it depends on the token x [B, L, C]."""
+        """lambda as it acts now, signed: [1], or [B, num_out_heads, L, 1] where it depends on the token x [B, L, C]."""
         config = self.config
         if config.lambda_kind == "vectors":
             pairs = (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
@@ -224,11 +225,12 @@ class SharedNoiseQuery(ProjectedQuery):
     """A few queries of their own, each shared by `noise_ratio` heads of a key/value group (arXiv 2510.06949)."""
 
     def check_shape(self):
-        groups = self.shape.num_heads // self.shape.num_kv_heads
-        if groups == 1 or groups % min(groups, self.config.noise_ratio):
+        group_size = self.shape.num_heads // self.shape.num_kv_heads
+        if group_size == 1 or group_size % min(group_size, self.config.noise_ratio):
             raise UserError(
                 f"differential preset {self.config.preset}: {self.config.noise_ratio} heads share a noise query, but "
-                f"the key/value groups of the {self.tower} tower have {groups}: set another noise_ratio, or towers=text"
+                f"the key/value groups of the {self.tower} tower have {group_size}: set another noise_ratio, or "
+                "towers=text"
             )
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
@@ -331,9 +333,6 @@ class HalvedHeads(DifferentialAttention):
     def two_queries(self, x, q, k, v, rotate):
         return *self.split(q), torch.cat(self.split(k), dim=1), v
 
-    def forward(self, x, q, k, v, rotate, attend):
-        return super().forward(x, q, k, v, rotate, self.rescale(attend))
-
     def rescale(self, attend):
         return attend.rescale(math.sqrt(2)) if self.config.halves_scale == "map" else attend
 
@@ -400,7 +399,6 @@ SECOND_MAPS = {
     "value": ValueMap,
     "none": NoSecondMap,
 }
-LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
 # ---- configuration
@@ -438,7 +436,7 @@ class DifferentialConfig:
     seed: int = 0  # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
     adapter_scale: float | None = None  # factor of the low-rank product of adapter
     noise_ratio: Annotated[int, Meta(ge=1)] | None = None  # heads of a key/value group that share one noise query
-    anneal: bool | None = None  # lambda goes from 0 over lambda_init to the learned value during training
+    anneal: bool | None = None  # at progress p lambda is (1 - p) p lambda_init + p times the learned value
     flip_sign: bool | None = None  # lambda becomes -lambda
     pairing: Pairing | None = None  # pairs: heads of two key/value groups, which keeps pretrained maps, or adjacent
     halves_cut: Cut | None = None  # how heads are split: by whole rotary pairs, or front and back half
@@ -448,7 +446,7 @@ class DifferentialConfig:
     fresh_layer_norms: bool | None = None  # SigLIP's LayerNorms become RMSNorms with gain 1
 
     def resolve(self) -> "DifferentialConfig":
-        """A copy with every None filled in, `layers` and `lambda_init` apart. Raises UserError for a bad value."""
+        """A copy with every None filled in, except `layers` and `lambda_init`. Raises UserError for a bad value."""
         if self.preset not in PRESETS:
             raise UserError(f"differential preset {self.preset!r} is unknown: choose one of {', '.join(PRESETS)}")
         chosen = DEFAULTS | PRESETS[self.preset].choices
@@ -467,6 +465,8 @@ class DifferentialConfig:
             raise UserError(f"differential.towers {self.towers!r}: must be text, vision or both")
         if self.rank < 1 or self.noise_ratio < 1:
             raise UserError(f"differential.rank {self.rank} and noise_ratio {self.noise_ratio} must be at least 1")
+        if self.lambda_lr == 0 and self.lambda_kind != "fixed":
+            raise UserError("differential.lambda_lr 0: lambda would never learn: set lambda_kind=fixed instead")
         if not 0 <= self.lambda_warmup <= 1:
             raise UserError(f"differential.lambda_warmup {self.lambda_warmup}: must be a share of training, 0 to 1")
         has_no_lambda = self.combine == "replace" or self.second == "none"
@@ -517,7 +517,7 @@ class Preset(NamedTuple):
     choices: dict
     formula: str
     exact: bool  # before the first update the model computes the pretrained function, bit-equal in float32
-    gradient: tuple[str, ...]  # parameters with a non-zero gradient at the first update
+    gradient: tuple[str, ...]  # parameters with a non-zero gradient at the start (progress 0)
     cost: str  # per layer, over standard attention
     source: str
 
@@ -533,7 +533,7 @@ DEFAULTS = dict(
     halves_cut="even_odd", halves_scale="map", rotate_halves=False, depth_offset=0, fresh_layer_norms=False,
 )  # fmt: skip
 _V1 = dict(lambda_kind="vectors", combine="subtract", norm="head")
-_SOURCE = _V1 | dict(depth_offset=-1)  # its lambda_init schedule starts one layer early, at -0.0099
+_PAPER_CODE = _V1 | dict(depth_offset=-1)  # its lambda_init schedule starts one layer early, at -0.0099
 _DELTA_COST = "one more map, r (C + H D) parameters and 1 lambda, same KV cache"
 
 # fmt: off
@@ -582,20 +582,20 @@ PRESETS = {
         "grouped differential attention (arXiv 2510.06949; without its norm)",
     ),
     "src_siglip_split": Preset(
-        _SOURCE | dict(second="halves", towers=("vision",), halves_cut="front_back", halves_scale="head",
+        _PAPER_CODE | dict(second="halves", towers=("vision",), halves_cut="front_back", halves_scale="head",
                        fresh_layer_norms=True),
         "v1_width on plain halves, scaled by the whole head's width; the LayerNorms become RMSNorms",
         False, (*LAMBDA_VECTORS, "norm_gain"), "one more map, 3 D parameters", "the code behind arXiv 2507.15875",
     ),
     "src_gemma_split": Preset(
-        _SOURCE | dict(second="halves", halves_cut="front_back", halves_scale="head", rotate_halves=True),
+        _PAPER_CODE | dict(second="halves", halves_cut="front_back", halves_scale="head", rotate_halves=True),
         "v1_width on plain halves, each rotated as a head, scaled by the whole head's width; "
         "each half attends to its own half of the keys, which the source's repeat_kv mixes up",
         False, (*LAMBDA_VECTORS, "norm_gain"), "one more map, 3 D parameters, same KV cache",
         "the code behind arXiv 2507.15875",
     ),
     "src_gemma_samemap": Preset(
-        _SOURCE | dict(second="same"),
+        _PAPER_CODE | dict(second="same"),
         "(1 - lambda_init) RMSNorm((A - lambda A) V): lambda acts through the norm's eps alone",
         False, (*LAMBDA_VECTORS, "norm_gain"), "5 D parameters, same KV cache", "the code behind arXiv 2507.15875",
     ),
@@ -700,7 +700,7 @@ def trainable_names(config: DifferentialConfig) -> frozenset[str]:
     `config` is resolved.
     """
     names = SECOND_MAPS[config.second].trainable
-    if config.lambda_kind == "fixed" and config.lambda_start == 0 and config.combine != "replace":
+    if config.lambda_kind == "fixed" and config.lambda_start == 0 and not config.anneal and config.combine != "replace":
         names = ()  # the second map never gets a gradient
     scalar = "lambda_logit" if config.combine == "normalised" else "lambda_learn"
     names += {"vectors": LAMBDA_VECTORS, "token": ("lambda_token",), "scalar": (scalar,), "fixed": ()}[

@@ -60,7 +60,7 @@ class Config:
     )
     seed: int = 0  # of built haystacks
     # --- what comes out
-    attention: Whole = 0  # measure attention on the needle with this many positives a setting
+    attention: Whole = 0  # measure attention on the needle with this many positives per setting
     skip_none: bool = False  # leave broken questions out of the denominators, as MMNeedle's own scorer does
     output_dir: str = ""  # empty: eval/ of the run folder, else runs/eval/MODEL
     overwrite: bool = False  # answer again what was answered already
@@ -78,7 +78,7 @@ def check_flags(config: Config, benchmark: ModuleType):
     others = {flag for other in BENCHMARKS.values() for flag in other.FLAGS} - set(benchmark.FLAGS)
     for field in fields(config):
         if field.name in others and getattr(config, field.name) != field.default:
-            raise UserError(f"--{field.name}: means nothing to --benchmark={config.benchmark}: leave it out")
+            raise UserError(f"--{field.name}: does not apply to --benchmark={config.benchmark}: leave it out")
 
 
 def evaluate(config: Config, accelerator: Accelerator, name: str, questions: list[Question]) -> Path:
@@ -99,8 +99,9 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
 
     # --- load it; nothing is made or deleted for a model that does not load
     model = model_class.from_pretrained(name, dtype, accelerator.device)
+    lock = None  # held until the answers are complete
     if accelerator.is_main_process:
-        open_folder(folder, record, config.overwrite)
+        lock = open_folder(folder, record, config.overwrite)
         print(*describe(config, benchmark, record, marked), sep="\n", flush=True)
     accelerator.wait_for_everyone()
 
@@ -110,6 +111,8 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     if accelerator.is_main_process and config.attention:
         write_json(folder / "attention.json", measure_needle_attention(answerer, marked, config.attention))
     accelerator.wait_for_everyone()
+    if lock is not None:
+        lock.release()
     return folder
 
 
@@ -132,12 +135,15 @@ def main():
     if config.compare is not None:
         if len(config.compare) != 2:
             raise UserError(f"--compare takes two runs or two quoted patterns, not {len(config.compare)}")
+        if config.skip_none or config.output_dir:
+            raise UserError("--skip_none and --output_dir do not apply to --compare: leave them out")
         print(*compare(*config.compare), sep="\n")
         return
     if config.score is not None:
         if not config.score:
             raise UserError("--score: names no folder of answers")
-        print(*report([Path(folder) for folder in config.score], config.skip_none, comparisons), sep="\n")
+        folders = [Path(folder) for folder in dict.fromkeys(config.score)]
+        print(*report(folders, config.skip_none, comparisons), sep="\n")
         return
     benchmark = BENCHMARKS[config.benchmark]
     check_flags(config, benchmark)
@@ -147,7 +153,7 @@ def main():
         questions = benchmark.load_questions(config)
     if not questions:
         raise UserError(f"{config.data}: holds no question for these settings")
-    folders = [evaluate(config, accelerator, name, questions) for name in config.model]
+    folders = [evaluate(config, accelerator, name, questions) for name in dict.fromkeys(config.model)]
     if accelerator.is_main_process:
         print(
             *report(folders, config.skip_none, comparisons),

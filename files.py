@@ -326,7 +326,7 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         lock.acquire()
     except filelock.Timeout as error:
         raise UserError(
-            f"{folder}: another process is training into it: let it end, or give another --output_dir"
+            f"{folder}: another process writes into it: wait for it to finish, or give another --output_dir"
         ) from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EACCES, errno.EISDIR, errno.EROFS):

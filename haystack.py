@@ -23,7 +23,7 @@ POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
 TEST_SHARE = 5  # a fifth of the captions of one's own images is for testing
 TEST_BYTES = 256 // TEST_SHARE  # of the first bytes that a caption's hash can have
 LIGHT = 178  # the darkest level of a light background colour
-DRAWN_IMAGES = 4096  # resized images that a pool remembers
+RESIZED_BYTES = 256 << 20  # of resized images that a pool remembers
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ def read_caption_texts(source: Path) -> dict[str, str]:
     for number, line in enumerate(read_bytes(source).splitlines(), 1):
         if line.strip():
             row = decode_typed(line, CaptionRow, f"{source}:{number}", "give a JSON object of image and caption a line")
+            if row.image in captions:
+                raise UserError(f"{source}:{number}: {row.image} has a caption already: delete one of the lines")
             captions[row.image] = row.caption
     return captions
 
@@ -150,7 +152,7 @@ def clean_caption(caption: str) -> str:
 
 
 class ImagePool:
-    """Captioned images, from which haystacks are made. Resized images are remembered, the newest `DRAWN_IMAGES`."""
+    """Captioned images, from which haystacks are made. The newest resized images are remembered."""
 
     def __init__(self, images: list[PoolImage]):
         self.images = images
@@ -219,7 +221,7 @@ class ImagePool:
     def resized(self, index: int, cell: int) -> Image.Image:
         """The image of an index as it is drawn in a cell: RGB of the cell's size, or RGBA that leaves a margin."""
         if (index, cell) not in self._resized:
-            if len(self._resized) >= DRAWN_IMAGES:
+            if len(self._resized) >= RESIZED_BYTES // (4 * cell * cell):
                 self._resized.pop(next(iter(self._resized)))
             image = self.images[index].open()
             side = cell * 7 // 8 if image.mode == "RGBA" else cell

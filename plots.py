@@ -288,6 +288,8 @@ class Config:
 def main():
     config = tyro.cli(Config, description=__doc__)
     check_ranges(config)
+    if not config.runs:
+        raise UserError("names no run: give run folders, as in python plots.py runs/original_seed0")
     runs = [Path(run) for run in config.runs]
     for run in runs:
         draw_run(run)

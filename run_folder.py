@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,15 +326,18 @@ def empty_folder(folder: Path):
     if not is_run and any(entry.name not in TEMPORARY_FILES for entry in entries):
         raise UserError(f"{folder}: has files but is not a run: give another --output_dir")
     for entry in sorted(entries, key=lambda entry: entry.name == "run.json"):
-        remove(entry)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)  # not `remove`, which ignores errors: an old checkpoint must not survive
+        else:
+            entry.unlink()
 
 
 def log_skipped(run: Run, faults: list[str]):
     """Print how many rows were left out and the first of them; skipped.log names all, also those of before a kill."""
     faults, file = list(dict.fromkeys(" ".join(fault.split()) for fault in faults)), run.folder / "skipped.log"
     if faults:
-        run.print(f"{len(faults)} rows cannot be used and are left out, all named in {file}:", *faults[:3])
-    earlier = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+        run.print(f"{len(faults)} rows cannot be used and are left out, all listed in {file}:", *faults[:3])
+    earlier = read_bytes(file).decode("utf-8", errors="replace").splitlines() if file.exists() else []
     run.skipped |= {*faults, *earlier}
     if run.skipped:
         with writing(file):
@@ -577,7 +581,7 @@ def trim_logs(folder: Path, first_step: int):
     for name in ("metrics.jsonl", "samples.jsonl"):
         file, temporary = folder / name, folder / f".{name}.tmp"
         if file.exists():
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            lines = read_bytes(file).decode("utf-8", errors="replace").splitlines(keepends=True)
             kept = "".join(line for line in lines if is_kept(line, first_step))
             with writing(file):
                 temporary.write_text(kept, encoding="utf-8")

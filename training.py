@@ -1,4 +1,4 @@
-"""The training loop of both arms, on Accelerate: the arms differ only in the model that they pass in.
+"""The training loop, on Accelerate. The baseline and the differential arm differ only in the model that they pass in.
 
 The state of a run is the adapter, the differential parameters, the optimizer, the step and the best score so far.
 Learning rate, lambda's warm-up, data order and dropout follow from the step and the seed, so an interrupted run
@@ -80,13 +80,14 @@ def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
     """Freeze `model`, add LoRA to its language model, and unfreeze what differential attention added.
 
     A resumed run takes the weights of its checkpoint. A new run starts from those of `config.model` where that is a run
-    folder. Returns peft's wrapper; `model` itself changes in place.
+    folder. Returns peft's wrapper; `model` itself changes in place. Also records the LoRA settings in `run.record` and
+    the initial differential parameters in `run.initial_differential`.
     """
     model.requires_grad_(False)
-    base, learned = resolve_run(config.model)
+    _, learned = resolve_run(config.model)
     folder = run.resume / "adapter" if run.resume else learned
     adapted = new_lora(config, model) if folder is None else attach_adapter(model, folder, trainable=True)
-    if learned and (stored := find_differential(locate(base), learned)):
+    if learned and (stored := stored_differential_folder(config)):  # of a model folder, from_pretrained has loaded them
         load_differential(model, stored)
     run.initial_differential = {name: p.detach().clone() for name, p in differential_parameters(model).items()}
     if run.resume and run.initial_differential:
@@ -95,6 +96,12 @@ def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
     lora = adapted.peft_config["default"]  # the one in effect: a run folder brings its own
     run.record["lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout}
     return adapted
+
+
+def stored_differential_folder(config: "Config") -> Path | None:
+    """Where `config.model` has differential parameters, None for a standard model or run."""
+    base, learned = resolve_run(config.model)
+    return find_differential(locate(base), learned)
 
 
 def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
@@ -106,7 +113,7 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
         if parameter.requires_grad:
             is_differential = ".differential." in name
             is_lambda = is_differential and "lambda" in name.rpartition(".")[2]
-            scale = differential.lambda_lr if is_lambda else 1.0
+            scale = differential.lambda_lr if is_lambda else 1.0  # of the learning rate
             decay = 0.0 if is_differential else config.weight_decay
             group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
             group["params"].append(parameter)
@@ -159,7 +166,7 @@ def train(
     Raises UserError for what the user can fix, before anything is written wherever possible.
     """
     # ------------------------------------------------------------------
-    # setup: everything that could be refused is checked before the first file is written
+    # setup: what can be refused without running the model is checked before the first file is written
     # ------------------------------------------------------------------
     accelerator, world_size = run.accelerator, run.accelerator.num_processes
     total_steps = count_steps(config, source)
@@ -176,7 +183,7 @@ def train(
     start_tracker(run, config)
     limit = prompt_limit(config, model)
     probe = first_rows(run, limit, processor, next(iter(eval_sets.values())), PROBE_ROWS, with_suffix=False)
-    if state["step"] == 0 and not resolve_run(config.model)[1]:  # a run folder brings the heads that it selected
+    if state["step"] == 0 and stored_differential_folder(config) is None:  # stored parameters include the selection
         select_heads(model, first_rows(run, limit, processor, source, PROBE_ROWS, with_suffix=False))
 
     first_step = last_saved = state["step"]  # 0, or the step of the checkpoint
@@ -188,7 +195,7 @@ def train(
             # a broken evaluation fails now, not after hours
             evaluate(run, config, model, processor, questions, SHORT_EVALUATION * config.eval_batch_size)
 
-            for step in range(first_step, total_steps + 1):  # `step` updates have been made
+            for step in range(first_step, total_steps + 1):  # step = number of updates so far
                 last_step = step == total_steps  # no update follows: only checkpoint and evaluation
                 state |= {"step": step, "seconds": time.perf_counter() - started}
                 run.raise_if_stopped()
@@ -226,7 +233,7 @@ def train(
                 # forward and backward: the loss is the mean over the label tokens of all micro-batches and processes
                 # ------------------------------------------------------------------
                 optimizer.zero_grad(set_to_none=True)
-                # a batch without examples only keeps the processes in step: its labels count as none
+                # a batch without examples is a dummy of a process that has no data left: weight 0
                 label_counts = [
                     (batch["labels"] != IGNORED).sum() * bool(examples) for examples, batch in micro_batches
                 ]
@@ -253,6 +260,7 @@ def train(
                 # ------------------------------------------------------------------
                 # log
                 # ------------------------------------------------------------------
+                # an estimate: as if every process had as many tokens as this one
                 tokens += sum(int(batch["attention_mask"].sum()) for _, batch in micro_batches) * world_size
                 update_seconds += time.perf_counter() - update_started
                 bar.update()
@@ -327,7 +335,7 @@ def make_vision_cache(config: "Config", model: nn.Module, source: Source) -> Vis
     if not (config.vision_cache_gb or config.vision_cache_dir):
         return None
     if isinstance(source, Haystacks):
-        raise UserError("--vision_cache_gb: every haystack has new images, so nothing can be reused: leave it at 0")
+        raise UserError("--vision_cache_gb, --vision_cache_dir: every haystack has new images: train without the cache")
     return VisionCache(model, config.vision_cache_gb, config.vision_cache_dir)
 
 
@@ -370,10 +378,10 @@ def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
         run.print(f"differential parameters changed by training: {len(trained) - len(unchanged)} of {len(trained)}")
     run.print(*(f"not changed: {name}" for name in unchanged))
     lambdas = [name for name in unchanged if "lambda" in name]
-    if lambdas and total_steps > 1:  # the first update of an exact start has no gradient for lambda
+    if lambdas and total_steps > 1:  # with equal maps at the start, lambda has no gradient in the first update
         raise UserError(
-            f"{run.folder}: {lambdas[0]} did not learn ({len(lambdas)} of them): raise --lr, or fix lambda explicitly "
-            "with --differential.lambda_kind=fixed"
+            f"{run.folder}: {lambdas[0]} did not learn ({len(lambdas)} of them): "
+            "raise --lr or --differential.lambda_lr, or fix lambda explicitly with --differential.lambda_kind=fixed"
         )
 
 
@@ -394,7 +402,7 @@ def save_checkpoint(run: Run, config: "Config", adapted: nn.Module, optimizer: t
             save_trainer_state(state | {"optimizer": optimizer.state_dict()}, folder / "trainer.pt")
             write_manifest(folder)
         folders = find_checkpoints(run.folder)
-        for old in folders[: folders.index(newest) + 1][: -config.keep_checkpoints]:  # later ones are damaged
+        for old in folders[: folders.index(newest) + 1][: -config.keep_checkpoints]:  # newer ones are damaged
             shutil.rmtree(old)
     run.accelerator.wait_for_everyone()
 
@@ -487,7 +495,8 @@ def evaluate(
 ) -> dict[str, Score]:
     """The score of each evaluation set, on its first `count` questions or on all.
 
-    Answers are greedy and scored by MMNeedle's strict rule. A row that cannot be used is reported and not counted.
+    Answers are greedy and scored by MMNeedle's strict rule. A row that cannot be used is reported and not counted
+    (eval_mmnih.py counts it as wrong).
     Raises Stopped, and UserError for a set without a usable row.
     """
     answerer = Answerer(model, processor, run.accelerator, run.dtype, config.eval_batch_size, worker_count(config, run))
@@ -498,7 +507,8 @@ def evaluate(
         answered = [row for row in rows if "error" not in row]
         for row in rows:
             if "error" in row and (run.is_main or run.strict):
-                run.skip(UserError(row["error"] if row["id"] in row["error"] else f"{row['id']}: {row['error']}"))
+                is_named = row["id"] in row["error"]
+                run.skip(UserError(row["error"] if is_named else f"{row['id']}: {row['error']}"))
         if not answered:
             raise UserError(f"{name}: none of its {len(rows)} rows can be used: check its images")
         right = sum(is_exact(row["response"], row["ground_truth"]) for row in answered)
@@ -538,7 +548,8 @@ def evaluate_and_log(
             run.log(sample | haystack_grid(eval_sets[name]), "samples.jsonl")
     run.print(f"step {step}: " + ", ".join(f"{name} {score.right}/{score.n}" for name, score in scores.items()))
 
-    rate = headline_rate(scores, eval_sets, config)
+    rate = headline_rate(scores, eval_sets, questions, config)
+    # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts
     if step > 0 and (rate > state["best"] or (step == total_steps and rate == state["best"])):
         state["best"] = rate
         raise_if_not_finite(run, adapted, step)
@@ -567,7 +578,9 @@ def haystack_grid(source: Source) -> dict[str, int]:
     return {"grid": source.grids[0]} if isinstance(source, Haystacks) else {}
 
 
-def headline_rate(scores: dict[str, Score], eval_sets: dict[str, Source], config: "Config") -> float:
+def headline_rate(
+    scores: dict[str, Score], eval_sets: dict[str, Source], questions: dict[str, list[Question]], config: "Config"
+) -> float:
     """What `best/` is chosen by: exact answers on the first batches of the sets that count for it.
 
     The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
@@ -575,10 +588,11 @@ def headline_rate(scores: dict[str, Score], eval_sets: dict[str, Source], config
     right = total = 0
     for name, score in scores.items():
         if eval_sets[name].counts_for_best:
-            rows = score.rows[: SHORT_EVALUATION * config.eval_batch_size]
+            first = {question.id for question in questions[name][: SHORT_EVALUATION * config.eval_batch_size]}
+            rows = [row for row in score.rows if row["id"] in first]
             right += sum(is_exact(row["response"], row["ground_truth"]) for row in rows)
             total += len(rows)
-    return right / total
+    return right / max(1, total)
 
 
 # ---- what is printed
@@ -600,7 +614,7 @@ def print_setup(
         f"{update} examples per update = batch of {config.batch_size} over {world} process(es) x {config.accumulation} "
         f"accumulated; {total_steps} updates; {len(source)} examples per epoch"
     )
-    rows = [[(0, 0), (0, 1 % len(source))]]
+    rows = [[(0, 0), (0, 1 % len(source))]]  # (epoch, row)
     ((examples, batch),) = loader(source, processor, rows, True, skip=run.skip, max_length=max_length(model))
     for i, example in enumerate(examples):
         text = processor.decode(batch["input_ids"][i])
@@ -617,7 +631,7 @@ def print_scores(run: Run, scores: dict[str, Score]):
 def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
     """Exact accuracy before and after, percent with 95 % Wilson intervals; beside it the baseline's, if it has run."""
     evals = [line["eval"] for line in run.metrics if "eval" in line]
-    columns = {"untuned": evals[0], "fine-tuned": evals[-1]} | baseline_column(run)
+    columns = {"before": evals[0], "after": evals[-1]} | baseline_column(run)
     head = "".join(f"{column:>22}" for column in columns)
     lines = [f"\n{'held-out exact accuracy':28}{head}{'n':>7}{'chance':>9}"]
     for name, source in eval_sets.items():
@@ -645,7 +659,7 @@ def baseline_column(run: Run) -> dict[str, dict]:
     if different or not evals:
         run.print(f"{folder}: not shown beside this run, which differs in {', '.join(different) or 'its evaluations'}")
         return {}
-    return {"original, fine-tuned": evals[-1]}
+    return {"original, after": evals[-1]}
 
 
 def percent_with_interval(right: int, n: int) -> str:

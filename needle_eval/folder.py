@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import torch
 from accelerate import Accelerator
+from filelock import BaseFileLock
 
-from checkpoint import locate, resolve_run
+from checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFERENTIAL, locate, resolve_run
 from errors import UserError
-from files import decode_typed, read_bytes, read_json, write_json
+from files import decode_typed, lock_folder, read_bytes, read_json, write_json, writing
 from needle_eval.questions import Question, check_row
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import device_name, git_commit, portable_path, versions
@@ -61,7 +62,7 @@ def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:
 def evaluation_name(config: "Config", benchmark: ModuleType) -> str:
     """The benchmark, the values of its NAME_FLAGS, and every other flag that decides questions, unless at its default.
 
-    As in "mmneedle-official-MMNEEDLE-images_1_10": evaluations in other settings do not meet in one folder.
+    As in "mmneedle-official-MMNEEDLE-images_1_10": evaluations in other settings have folders of their own.
     """
     flags = [flag for flag in asked_flags(benchmark) if flag not in (*UNNAMED, *benchmark.NAME_FLAGS)]
     defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in flags}
@@ -121,8 +122,7 @@ def hash_weights(model: str) -> str:
     base, adapter = resolve_run(model)
     digest = hashlib.sha256()
     if adapter is not None:
-        files = ("adapter_config.json", "adapter_model.safetensors")
-        for file in (*(adapter / name for name in files), adapter.parent / "differential.safetensors"):
+        for file in (adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS, adapter.parent / DIFFERENTIAL):
             digest.update(file.read_bytes() if file.is_file() else b"")
     for file in sorted(locate(base).glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
@@ -153,7 +153,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = read_json(file)
     fields = msgspec.to_builtins(decode_typed(read_bytes(file), Record, file, "give a folder that eval_mmnih.py wrote"))
     config = {RENAMED.get(key, key): value for key, value in record.get("config", {}).items()}
-    return fields | record | {"config": fields["config"] | config}
+    return fields | record | {"config": config}
 
 
 def changed_fields(old: dict, new: dict, names: tuple[str, ...] = COMPARED) -> list[str]:
@@ -166,31 +166,33 @@ def changed_fields(old: dict, new: dict, names: tuple[str, ...] = COMPARED) -> l
 
 
 # ---- the folder
-def open_folder(folder: Path, record: dict, overwrite: bool):
-    """Make the folder and its eval.json, or check that an interrupted evaluation is the same one.
+def open_folder(folder: Path, record: dict, overwrite: bool) -> BaseFileLock:
+    """Make the folder and its eval.json, or check that an interrupted evaluation is the same one; returns its lock.
 
-    Raises UserError where the folder holds another evaluation and `overwrite` is False.
+    Raises UserError where the folder has another evaluation and `overwrite` is False, and where another process
+    evaluates into it.
     """
     file = folder / "eval.json"
-    if overwrite:
-        if file.exists():  # figures and response files may be of settings that are not asked again
-            for name in ("response", "plots"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("answers.jsonl", "eval.json", "scores.json", "attention.json", "comparison.json"):
-            (folder / name).unlink(missing_ok=True)
-    elif file.exists():
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+        if overwrite:
+            if file.exists():  # figures and response files may be of settings that are not asked again
+                for name in ("response", "plots"):
+                    shutil.rmtree(folder / name, ignore_errors=True)
+            names = ("answers.jsonl", "eval.json", "scores.json", "attention.json")
+            for path in (*(folder / name for name in names), *folder.glob("comparison*.json")):
+                path.unlink(missing_ok=True)
+    if file.exists():
         changed = changed_fields(read_record(folder), record)
         if changed:
             raise UserError(
-                f"{folder} holds another evaluation (other {', '.join(changed)}): give another --output_dir, or "
+                f"{folder} has another evaluation (other {', '.join(changed)}): give another --output_dir, or "
                 "start again with --overwrite=True"
             )
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}): give another --output_dir") from error
-    write_json(file, record)
+    else:
+        write_json(file, record)
+    return lock
 
 
 def read_rows(folder: Path, row_type: type) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ def is_correct(row: dict) -> bool:
 
     One of the two answers of `quadrant` is right or wrong by itself.
     """
-    if "axis" in row:
+    if row.get("axis") is not None:
         place = row["ground_truth"].split(", ")[1 if row["axis"] == "rows" else 2]
         words = {"rows": ("top", "bottom"), "columns": ("left", "right")}[row["axis"]]
         return (row["response"] or "").strip().lower() == words[int(place) - 1]
@@ -233,19 +233,21 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
     for setting in (name for name in first if name not in NOT_SETTINGS):
         lines.append(f"\n{setting:32}{head}")
         for kind, metrics in METRICS.items():
-            columns = [scores[setting].get(kind) for scores in scores_by_model.values()]
+            columns = [scores.get(setting, {}).get(kind) for scores in scores_by_model.values()]
             if columns[0] is None:
                 continue
             lines.append(f"{TITLES[kind]}, n = {columns[0]['n']:,}")
             for metric in (*metrics, "format failures"):
                 if metric in columns[0]:
                     title = "ranked " * (ranked and "exact" in metric) + metric
-                    cells = "".join(f"{percent(column[metric]):>26}" for column in columns)
+                    cells = "".join(f"{percent(column[metric]) if column else '-':>26}" for column in columns)
                     lines.append(f"  {title:30}{cells}{format_baselines(first[setting]['baselines'], kind, metric)}")
-            if any(column["broken"] for column in columns):
-                lines.append(f"  {'broken, counted wrong':30}" + "".join(f"{c['broken']:>26}" for c in columns))
+            broken = [column["broken"] if column else "-" for column in columns]
+            if any(count not in (0, "-") for count in broken):
+                lines.append(f"  {'broken, counted wrong':30}" + "".join(f"{count:>26}" for count in broken))
         if "balanced existence" in first[setting]:
-            cells = [percent(scores[setting]["balanced existence"]) for scores in scores_by_model.values()]
+            rates = [scores.get(setting, {}).get("balanced existence") for scores in scores_by_model.values()]
+            cells = [percent(rate) if rate else "-" for rate in rates]
             lines.append(f"{'balanced existence':32}" + "".join(f"{cell:>26}" for cell in cells) + f"{'50.0':>28}")
     for name, scores in scores_by_model.items():
         for setting, found in scores.get("attention", {}).items():
@@ -258,7 +260,7 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
 
 
 def format_baselines(baselines: dict, kind: str, metric: str) -> str:
-    """The three answerers without eyes, where they have a rate of this metric."""
+    """The three blind baselines, where they have a rate of this metric."""
     metric = metric.removesuffix(", lenient")
     if metric == "existence":  # a guess and a constant name a cell
         rates, always = ([1.0, 1.0], 0.0) if kind == "positive" else ([0.0, 0.0], 1.0)
@@ -282,7 +284,7 @@ def describe(config: "Config", image_size: int, num_image_tokens: int) -> list[s
     cells = ", ".join(f"{n}x{n}: {image_size // n} px, {patches / n:g} patches" for n in config.grids)
     lines = [f"protocol {config.protocol}; a cell's side: {cells}"]
     if max(config.images) > 1:
-        lines.append("several images a prompt: the base models saw one, so this is outside their pre-training")
+        lines.append("several images per prompt: the base models saw one, so this is outside their pre-training")
     return lines
 
 
@@ -315,7 +317,7 @@ def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path
                 "response": row["response"],
                 "ground_truth": row["ground_truth"],
                 "target_path": file_names(row.get("target")),
-                "caption": row.get("caption", [None])[0] if needles == 1 else row.get("caption"),
+                "caption": (row.get("caption") or [None])[0] if needles == 1 else row.get("caption"),
             }
             for row in group
         ]

@@ -85,8 +85,7 @@ def prepare_rows(rows: list[dict]) -> list[dict]:
 
 
 def cell_of_box(row: dict) -> str | None:
-    """`detect`: the cell that holds the centre of the first box; no answer at all is "-1"; other text stays."""
-
+    """`detect`: the cell with the centre of the first box; no answer at all is "-1"; other text stays."""
     response, grid = row["response"], row["shape"][1]
     if response is None:
         return None
@@ -108,7 +107,7 @@ def merge_quadrants(rows: list[dict]) -> list[dict]:
     merged, pairs = [], {}
     for row in rows:
         name = row["id"].rpartition("/")[0]
-        if "axis" not in row:
+        if row.get("axis") is None:
             merged.append(row)
         elif name in pairs:
             pairs[name][row["axis"]] = row["response"]

@@ -82,18 +82,18 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
     scored = [score_folder(folder, skip_none) for folder in folders]
     record = scored[0][0]
     if any(changed_fields(record, other, ("benchmark", "config")) for other, _ in scored):
-        raise UserError(f"{', '.join(map(str, folders))}: answer different questions and cannot stand side by side")
+        raise UserError(f"{', '.join(map(str, folders))}: answer different questions and cannot be compared")
     names = [slug(other["model"]) for other, _ in scored]
     if len(set(names)) < len(names):  # one model answered twice
         names = [str(folder) for folder in folders]
     scores_by_model = {name: scores for name, (_, scores) in zip(names, scored, strict=True)}
     benchmark, config = BENCHMARKS[record["benchmark"]], record["config"]
-    line = f"benchmark {record['benchmark']}, data {config['data']}, prefix {config['prefix']!r}"
+    line = f"benchmark {record['benchmark']}, data {config.get('data', '')}, prefix {config.get('prefix', '')!r}"
     line += f", protocol {config['protocol']}" if "protocol" in config else ""
     line += ", broken questions skipped" if skip_none else ""
     lines = [line, *benchmark.format_table(scores_by_model)]
     if hasattr(benchmark, "HAS_CELLS"):
-        title = f"MMNeedle's questions, protocol {config['protocol']}, data {config['data']}"
+        title = f"MMNeedle's questions, protocol {config.get('protocol')}, data {config.get('data', '')}"
         for folder, (name, scores) in zip(folders, scores_by_model.items(), strict=True):
             plots.draw_side_by_side({name: scores}, folder / "plots" / "accuracy.png", title)
         if len(folders) > 1:
@@ -105,11 +105,14 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
 
 # ---- one arm against the other
 def compare(first: str, second: str) -> list[str]:
-    """Two runs, or two patterns of runs over the same seeds, on the same questions; also into comparison.json."""
+    """Two runs, or two patterns of runs over the same seeds, on the same questions; also into comparison-*.json."""
     pairs = pair_folders(first, second)
     compared = []
     for folders in pairs:
-        _, benchmark = open_record(folders[0])
+        (record, benchmark), (other, _) = map(open_record, folders)
+        changed = changed_fields(record, other, ("benchmark", "config", "decoding"))
+        if changed:
+            raise UserError(f"{folders[0]} and {folders[1]}: differ in {', '.join(changed)} and cannot be compared")
         rows = [prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark) for folder in folders]
         compared.append(compare_answers(*rows, benchmark))
     lines = []
@@ -125,7 +128,7 @@ def compare(first: str, second: str) -> list[str]:
         few = f"mean; interval and test need {MIN_SEEDS} seeds"
         lines.append(f"\nover {len(pairs)} seeds: {tested if len(pairs) >= MIN_SEEDS else few}")
         lines += [format_seeds(name, over) for name, over in written["over seeds"].items()]
-    file = pairs[-1][1] / "comparison.json"
+    file = pairs[-1][1] / f"comparison-{slug(first)}.json"
     write_json(file, written)
     return [*lines, f"\nwritten: {file}"]
 
@@ -138,7 +141,7 @@ def compare_answers(first: list[dict], second: list[dict], benchmark: ModuleType
     first, second = ({row["id"]: row for row in rows} for rows in (first, second))
     if set(first) != set(second):
         raise UserError(
-            f"{len(set(first) ^ set(second))} questions are in one run alone ({min(set(first) ^ set(second))}): "
+            f"{len(set(first) ^ set(second))} questions are in only one of the runs ({min(set(first) ^ set(second))}): "
             "compare answers to the same questions"
         )
     asked = ("prompt", "ground_truth")
@@ -184,7 +187,8 @@ def compare_over_seeds(compared: list[dict]) -> dict[str, dict]:
 # ---- which folders
 def pair_folders(first: str, second: str) -> list[tuple[Path, Path]]:
     """Answer folders of both arms, paired by seed where there are several. Raises UserError for unequal seeds."""
-    arms = [[answer_folder(Path(path)) for path in sorted(glob.glob(pattern))] for pattern in (first, second)]
+    found = [[pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) for pattern in (first, second)]
+    arms = [[answer_folder(Path(path)) for path in paths] for paths in found]
     for pattern, folders in zip((first, second), arms, strict=True):
         if not folders:
             raise UserError(f"{pattern}: there is no such folder: give a run, a folder of answers, or a quoted pattern")
@@ -192,8 +196,8 @@ def pair_folders(first: str, second: str) -> list[tuple[Path, Path]]:
         return [(arms[0][0], arms[1][0])]
     seeds = [{seed_of(folder): folder for folder in arm} for arm in arms]
     if set(seeds[0]) != set(seeds[1]) or any(len(s) < len(arm) for s, arm in zip(seeds, arms, strict=True)):
-        found = " and ".join(str(sorted(s)) for s in seeds)
-        raise UserError(f"{first} and {second}: seeds {found} cannot be paired: evaluate the same seeds of both arms")
+        both = " and ".join(str(sorted(s)) for s in seeds)
+        raise UserError(f"{first} and {second}: seeds {both} cannot be paired: evaluate the same seeds of both arms")
     return [(seeds[0][seed], seeds[1][seed]) for seed in sorted(seeds[0])]
 
 
@@ -223,7 +227,7 @@ def seed_of(folder: Path) -> int:
     for run in folder.parents:
         if (run / "run.json").exists():
             return read_typed(run / "run.json", SeededRun).config.seed
-    raise UserError(f"{folder}: is inside no run folder, its seed is unknown: compare it alone")
+    raise UserError(f"{folder}: is not inside a run folder, so its seed is unknown: compare two folders only")
 
 
 # ---- lines

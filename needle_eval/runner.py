@@ -1,11 +1,13 @@
 """Questions to answers: batches, images encoded once, one row an answer, and a run that continues where it was stopped.
 
-No benchmark is known here: a `Question` has images, a prompt and the longest answer; its row is scored elsewhere. The
-evaluation script calls it with a file, training in memory. All batches are planned before the first answer and every
-process answers its share of them, so an interrupted run and several processes give the answers of one run.
+This module is benchmark-agnostic: a `Question` has images, a prompt and the length of its longest answer; its answer is
+scored elsewhere. The evaluation script calls it with a file, training in memory. All batches are planned before the
+first answer and every process answers its share of them, so an interrupted run and several processes give the answers
+of one run.
 """
 
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -54,7 +56,8 @@ def answer_questions(
 ) -> list[dict]:
     """One answer row for each question, in the order of the questions, the same list on every process.
 
-    With `file`, a row is written as soon as it is known, and rows that the file holds already are not answered again.
+    With `file`, a row is written as soon as it is known, and rows that are in the file already stay: of a
+    batch with a missing row, the whole batch is computed again, so that its padding and rounding are the same.
     `is_correct` and `progress`, a title, are for the progress bar; without a title there is none. `raise_if_stopped` is
     called before every batch, equally often on every process, and may raise to end the run. A broken image or prompt
     gives a row with "error" and the response None, which is answered again when the run is. Raises UserError when
@@ -68,13 +71,14 @@ def answer_questions(
             rows = read_answers(file, questions, cut_last_line=accelerator.is_main_process)
         accelerator.wait_for_everyone()  # all processes plan from the same file, before one of them writes to it
     batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
+    # neighbouring batches, which take equally long, go to different processes
     answers = answer_batches(answerer, batches[accelerator.process_index :: accelerator.num_processes])
-    rounds = -(-len(batches) // accelerator.num_processes)  # neighbouring batches cost alike
+    rounds = math.ceil(len(batches) / accelerator.num_processes)
     bf16 = answerer.dtype == torch.bfloat16
     main_file = file if accelerator.is_main_process else None
     hidden = progress is None or not accelerator.is_main_process
     with tqdm(total=len(questions), initial=len(rows), desc=progress, unit="answer", disable=hidden) as bar:
-        log = AnswerLog(rows, main_file, bar, is_correct)
+        log = AnswerLog(rows, main_file, bar, is_correct)  # adds to `rows`
         log.add([make_row(q, None, 0.0) for q in questions if q.error and q.id not in rows])
         with torch.inference_mode(), torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
             for _ in range(rounds):
@@ -94,17 +98,17 @@ def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
     """
 
     def group_of(question: Question) -> tuple:
-        return question.setting, len(question.images), question.max_new_tokens
+        return question.setting, len(question.images), question.max_new_tokens, question.candidates
 
-    whole = sorted((q for q in questions if not q.error), key=lambda q: (*group_of(q), len(q.prompt)))
-    groups = [list(group) for _, group in groupby(whole, key=group_of)]
+    usable = sorted((q for q in questions if not q.error), key=lambda q: (*group_of(q), len(q.prompt)))
+    groups = [list(group) for _, group in groupby(usable, key=group_of)]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def plan_images(
     batches: list[list[Question]], capacity: int
 ) -> list[tuple[list[ImageReference], list[ImageReference]]]:
-    """For every batch the images to open before it and those to forget after it: the `capacity` last used ones stay."""
+    """For every batch the images to open before it and those to forget after it: an LRU cache of `capacity`."""
     held: OrderedDict[ImageReference, None] = OrderedDict()
     plan = []
     for batch in batches:

@@ -19,7 +19,7 @@ import eval_mmnih
 from diagnostics import needle_share
 from errors import UserError
 from eval_mmnih import Config
-from files import read_json, write_json
+from files import lock_folder, read_json, write_json
 from haystack import read_pool
 from needle_eval import mm_niah, mmneedle, pope
 from needle_eval.folder import complete, evaluation_name, hash_weights, output_folder, slug
@@ -145,7 +145,7 @@ def test_several_images_and_needles(tiny_model, folder, capsys):
     out = evaluate(f"--model={tiny_model}", *flags, "--attention=2", "--output_dir=out", capsys=capsys)
     result = read_json(folder / "out" / "attention.json")
     assert set(result) == {"1x2x2", "3x2x2"} and result["3x2x2"]["even"] == 1 / 12 and result["3x2x2"]["n"] == 2
-    assert "several images a prompt: the base models saw one" in out and "individual exact" in out
+    assert "several images per prompt: the base models saw one" in out and "individual exact" in out
     scores = read_json(folder / "out" / "scores.json")["scores"]
     assert list(scores) == ["1x2x2", "1x2x2 K=2", "3x2x2", "3x2x2 K=2"]
     assert (
@@ -174,15 +174,16 @@ def test_models_side_by_side_and_compared(tiny_model, folder, capsys):
     own = [(place / "plots" / "accuracy.png").read_bytes() for place in places]
     assert own[0] != own[1] != figure.read_bytes() and Image.open(figure).size[0] > 300
     result = evaluate("--compare", *places, capsys=capsys)
-    assert f"written: {places[1] / 'comparison.json'}" in result
-    found = read_json(places[1] / "comparison.json")["by pair"][0]["1x2x2 positive"]
+    written = places[1] / f"comparison-{slug(str(places[0]))}.json"
+    assert f"written: {written}" in result
+    found = read_json(written)["by pair"][0]["1x2x2 positive"]
     assert found["second"]["right"] >= 8 > found["first"]["right"], "the embedded model finds, a random one does not"
     assert found["only second"] - found["only first"] == found["second"]["right"] - found["first"]["right"]
     assert found["p"] < 0.05 and found["difference"]["low"] > 0 and "McNemar p = " in result
 
 
 def seeded_run(root: Path, arm: str, seed: int, right: int):
-    """A run folder as `--compare` meets it: run.json and one evaluation."""
+    """A run folder for `--compare`: run.json and one evaluation."""
     run = root / f"{arm}_seed{seed}"
     place = run / "eval" / "mmneedle-finetuned-haystack"
     place.mkdir(parents=True)
@@ -205,7 +206,7 @@ def test_arms_are_compared_over_seeds(folder, capsys):
         seeded_run(folder, "original", seed, a)
         seeded_run(folder, "diff", seed, b)
     out = evaluate("--compare", "original_seed*", "diff_seed*", capsys=capsys)
-    result = read_json(folder / "diff_seed2/eval/mmneedle-finetuned-haystack/comparison.json")
+    result = read_json(folder / "diff_seed2/eval/mmneedle-finetuned-haystack/comparison-original_seed-.json")
     over = result["over seeds"]["1x2x2 positive"]
     assert [Path(a).parts[0] for a, _ in result["pairs"]] == ["original_seed0", "original_seed1", "original_seed2"]
     assert over["first"]["mean"] == pytest.approx(0.5) and over["difference"]["mean"] == pytest.approx(7 / 60)
@@ -245,7 +246,8 @@ def test_folders_are_scored_whole_and_each_for_itself(tiny_model, folder, capsys
     assert "b: 5 answers to 8 questions: run the evaluation again" in refused(capsys, "--score", "b")
 
 
-def test_pope(tiny_model, folder, capsys):
+def write_pope(folder: Path):
+    """POPE's three files with eight questions each, one of them about a missing image."""
     (folder / "images").mkdir()
     for image in read_pool(splits=("test_style",))[:3]:
         image.open().convert("RGB").save(folder / "images" / f"{image.concept}.jpg")
@@ -262,6 +264,10 @@ def test_pope(tiny_model, folder, capsys):
         ]
         rows[7]["image"] = "lost.jpg"
         (folder / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def test_pope(tiny_model, folder, capsys):
+    write_pope(folder)
     out = evaluate(f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=images", capsys=capsys)
     place = folder / "runs" / "eval" / slug(str(tiny_model)) / "pope"
     result = read_json(place / "scores.json")
@@ -329,7 +335,7 @@ def test_flags_that_would_be_ignored_are_refused(folder, capsys):
     assert "names no model" in refused(capsys, "--model")
     for flag in ("--protocol=detect", "--grids=2", "--cell=64", "--skip_none=True", "--attention=3", "--split=test"):
         message = refused(capsys, "--benchmark=pope", "--data=x", "--image_folder=x", flag)
-        assert f"{flag.partition('=')[0]}: means nothing to --benchmark=pope" in message
+        assert f"{flag.partition('=')[0]}: does not apply to --benchmark=pope" in message
 
 
 # ---- continuing, processes
@@ -345,6 +351,43 @@ def test_evaluations_that_start_together_share_what_is_built(folder):
 
 
 NANO = [sys.executable, str(ROOT / "eval_mmnih.py"), "--samples=24", "--grids=2", "--batch_size=4"]
+
+
+def test_an_interrupted_evaluation_of_pope_continues(tiny_model, folder, capsys):
+    write_pope(folder)
+    flags = [f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--image_folder=images"]
+    evaluate(*flags, capsys=capsys)
+    file = folder / "runs" / "eval" / slug(str(tiny_model)) / "pope" / "answers.jsonl"
+    whole = rows_of(file.parent)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    evaluate(*flags, capsys=capsys)
+    assert timeless(rows_of(file.parent)) == timeless(whole)
+
+
+def test_evaluations_that_asked_differently_are_not_compared(folder, capsys):
+    for arm in ("original", "diff"):
+        seeded_run(folder, arm, 0, 10)
+    for record in ({"decoding": "ranked"}, {"config": {"cell": 128}}, {"benchmark": "pope"}):
+        write_json(folder / "diff_seed0/eval/mmneedle-finetuned-haystack/eval.json", {"benchmark": "mmneedle"} | record)
+        assert f"differ in {next(iter(record))}" in refused(capsys, "--compare", "original_seed0", "diff_seed0")
+
+
+def test_a_folder_that_is_named_twice_is_scored_once(folder, capsys):
+    seeded_run(folder, "original", 0, 10)
+    place = "original_seed0/eval/mmneedle-finetuned-haystack"
+    assert evaluate("--score", place, place, capsys=capsys) == evaluate("--score", place, capsys=capsys)
+
+
+def test_two_evaluations_of_one_folder_at_once_are_refused(tiny_model, folder, capsys):
+    (folder / "out").mkdir()
+    lock = lock_folder(folder / "out")
+    code = (
+        "import sys, eval_mmnih; "
+        f"sys.argv = ['x', '--model={tiny_model}', '--samples=4', '--grids=2', '--output_dir=out']; eval_mmnih.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and "another process writes into it" in done.stderr
+    lock.release()
 
 
 def test_killed_and_continued_or_on_two_processes_the_answers_are_the_same(folder):
@@ -421,7 +464,7 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
     assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant", "--grids=4")
     assert "takes two runs" in refused(capsys, "--compare", "a", "b", "c")
     assert "takes two runs" in refused(capsys, "--compare") and "--score: names no" in refused(capsys, "--score")
-    assert "--skip_none: means nothing to --benchmark=pope" in refused(
+    assert "--skip_none: does not apply to --benchmark=pope" in refused(
         capsys, model, "--skip_none=True", "--benchmark=pope"
     )
     assert "--attention: needs a protocol" in refused(capsys, model, "--attention=3", "--protocol=detect")

@@ -364,7 +364,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     try:
         assert holder.stdout.readline() == b"locked\n"
         start = time.monotonic()
-        with refused(tmp_path, "another process is training into it"):
+        with refused(tmp_path, "another process writes into it"):
             files.lock_folder(tmp_path)
         assert time.monotonic() - start < 2
         holder.send_signal(signal.SIGKILL)

@@ -61,7 +61,7 @@ def test_a_run_writes_the_files_that_the_docs_name(config, capsys):
     for name in ("final", "best"):
         verify_manifest(folder / name)
     printed = capsys.readouterr().out
-    for part in ("untuned", "fine-tuned", "chance", "peak memory", "4 examples per update", "labels '1, "):
+    for part in ("before", "after", "chance", "peak memory", "4 examples per update", "labels '1, "):
         assert part in printed
 
 
@@ -172,8 +172,9 @@ def test_run_json_is_deleted_last(config, monkeypatch):
     """So that a folder whose deletion was interrupted is still known to be a run."""
     finetune(replace(config, max_steps=2), "original")
     deleted = []
-    real = run_folder.remove
-    monkeypatch.setattr(run_folder, "remove", lambda path: (deleted.append(path.name), real(path)))
+    unlink, rmtree = Path.unlink, shutil.rmtree
+    monkeypatch.setattr(Path, "unlink", lambda path: (deleted.append(path.name), unlink(path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (deleted.append(path.name), rmtree(path)))
     run_folder.empty_folder(folder_of(config))
     assert deleted[-1] == "run.json" and len(deleted) > 5
 
@@ -197,7 +198,7 @@ def test_a_second_process_is_refused_while_the_first_trains(config):
     process = start("finetune_original.py", *flags_of(config))
     _, err = process.communicate(timeout=300)
     lock.release()
-    assert process.returncode == 2 and "another process is training into it" in err
+    assert process.returncode == 2 and "another process writes into it" in err
     assert [path.name for path in folder_of(config).iterdir()] == [".lock"]
 
 

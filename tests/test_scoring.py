@@ -296,7 +296,7 @@ def test_compare_counts_pairs():
     assert (result["only first"], result["only second"]) == (4, 4)
     assert result["difference"]["mean"] == 0 and result["difference"]["low"] < 0 < result["difference"]["high"]
     assert result["p"] == 1.0
-    with pytest.raises(UserError, match="2 questions are in one run alone"):
+    with pytest.raises(UserError, match="2 questions are in only one of the runs"):
         compare_answers(a, b[:8], mmneedle)
     for changed in ({"prompt": "where is a dog?"}, {"ground_truth": "1, 2, 2"}):
         with pytest.raises(UserError, match="1 questions differ between the runs .3."):

@@ -290,10 +290,11 @@ def test_an_evaluation_row_that_is_too_long_is_named_and_not_counted(config, tmp
 
 
 def test_best_is_chosen_by_the_sets_that_count_for_it():
-    rows = {right: [{"response": "1", "ground_truth": "1" if right else "2"}] for right in (True, False)}
+    rows = {right: [{"id": "0", "response": "1", "ground_truth": "1" if right else "2"}] for right in (True, False)}
     scores = {name: training.Score(0, 1, rows[name == "a"]) for name in "abc"}
     sets = {name: types.SimpleNamespace(counts_for_best=name != "c") for name in scores}
-    assert training.headline_rate(scores, sets, Config()) == 0.5
+    questions = {name: [types.SimpleNamespace(id="0")] for name in scores}
+    assert training.headline_rate(scores, sets, questions, Config()) == 0.5
 
 
 # ---- data
@@ -368,7 +369,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
     """Generated questions have one length, new images cannot be cached, features of a trained tower change."""
     cases = [
         (dict(group_by_length=True), None, "--group_by_length"),
-        (dict(vision_cache_gb=1.0), None, "--vision_cache_gb: every haystack has new images"),
+        (dict(vision_cache_gb=1.0), None, "--vision_cache_gb, --vision_cache_dir: every haystack has new images"),
         (dict(vision_cache_gb=1.0), DifferentialConfig(towers=("vision",)).resolve(), "vision_cache_gb"),
         (dict(shard=True, vision_cache_gb=1.0), None, "--shard=True --vision_cache_gb"),
         (dict(shard=True, vision_cache_dir="features"), None, "--shard=True --vision_cache_gb"),
