@@ -6,6 +6,7 @@ Tensors, keys and files only: no model class is known here. Nothing that could r
     L3 saves of transformers 5:            language_model.model.*   vision_tower.*                      language_model.
     L2 raw state_dict of 4.52 to 4.57:     model.language_model.*   model.vision_tower.vision_model.*   lm_head
     in memory, here and transformers 5:    model.language_model.*   model.vision_tower.*                lm_head
+    Phi-3 (phi3, phi3_v) on the hub:       model.*                  model.vision_embed_tokens.*         lm_head
 """
 
 import os
@@ -37,17 +38,34 @@ MODEL_FILE = re.compile(r"(differential_)?model(-\d+-of-\d+)?\.safetensors(\.ind
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # all that is fetched from the hub
 PIECE = 8 << 20  # bytes converted at a time: bounds the memory of a change of dtype beyond its result
 
+PROJECTOR = "model.multi_modal_projector."
 KEYS_TO_MEMORY = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(model\.)?language_model\.(model\.)?": "model.language_model.",
     r"^(model\.)?vision_tower\.(vision_model\.)?": "model.vision_tower.",
     r"^(model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
+    # Phi-3 on the hub, in the memory of its own code (without a second vision_model), and in transformers to come
+    r"^model\.(?=(layers|embed_tokens|norm)\.)": "model.language_model.",
+    r"^model\.vision_embed_tokens\.wte\.": "model.language_model.embed_tokens.",
+    r"^model\.(vision_embed_tokens\.img_processor|vision_model)\.(vision_model\.)?": "model.vision_tower.",
+    r"^model\.(vision_embed_tokens\.img_projection\.0|image_projection\.fc1)\.": f"{PROJECTOR}linear_1.",
+    r"^model\.(vision_embed_tokens\.img_projection\.2|image_projection\.fc2)\.": f"{PROJECTOR}linear_2.",
+    r"^model\.(vision_embed_tokens\.glb_GN|glb_newline)$": f"{PROJECTOR}glb_GN",
+    r"^model\.(vision_embed_tokens\.sub_GN|sub_newline)$": f"{PROJECTOR}sub_GN",
 }
+IGNORED_KEY = re.compile(r".*\.position_ids$")  # a constant in older files
 KEYS_TO_HUB = {
     r"^lm_head\.": "language_model.lm_head.",
     r"^model\.language_model\.": "language_model.model.",
     r"^model\.vision_tower\.": "vision_tower.vision_model.",
     r"^model\.multi_modal_projector\.": "multi_modal_projector.",
+}
+PHI_KEYS_TO_HUB = {
+    r"^model\.language_model\.": "model.",
+    r"^model\.vision_tower\.": "model.vision_embed_tokens.img_processor.vision_model.",
+    r"^model\.multi_modal_projector\.linear_1\.": "model.vision_embed_tokens.img_projection.0.",
+    r"^model\.multi_modal_projector\.linear_2\.": "model.vision_embed_tokens.img_projection.2.",
+    r"^model\.multi_modal_projector\.": "model.vision_embed_tokens.",
 }
 KEY_HINTS = (  # (kind of keys, part of one of them, what it means)
     ("unexpected", "pre_feedforward", "this is a Gemma 2 (PaliGemma 2) checkpoint but config.json says gemma"),
@@ -69,9 +87,11 @@ def rename_key(key: str) -> str:
     return apply_rule(key, KEYS_TO_MEMORY)
 
 
-def hub_key(key: str) -> str:
-    """A weight's name in any layout -> its name in layout L1, which every version of transformers reads."""
-    return apply_rule(rename_key(key), KEYS_TO_HUB)
+def hub_key(key: str, model_type: str = "paligemma") -> str:
+    """A weight's name in any layout -> its name on the hub: in layout L1, which every version of transformers reads, or
+    in that of Phi-3."""
+    is_phi = model_type.removeprefix(DIFFERENTIAL_PREFIX) in ("phi3", "phi3_v")
+    return apply_rule(rename_key(key), PHI_KEYS_TO_HUB if is_phi else KEYS_TO_HUB)
 
 
 def apply_rule(key: str, rules: dict[str, str]) -> str:
@@ -259,11 +279,18 @@ def read_entries(folder: Path) -> dict[str, Entry]:
                     f"{file}: has no {missing[0]} ({len(missing)} keys), which the index lists: download it again"
                 )
             for key in indexed or stored:
+                if IGNORED_KEY.match(key):
+                    continue
                 entry = Entry(file, key, tuple(handle.get_slice(key).get_shape()))
                 first = entries.setdefault(rename_key(key), entry)
-                if first is not entry:
+                if first is not entry and not is_second_embedding(key, first.key):
                     raise UserError(f"{file}: {key} and {first.key} are two names of one weight: delete one")
     return entries
+
+
+def is_second_embedding(*keys: str) -> bool:
+    """Whether one of two names of a weight is that by which the image module of Phi-3 refers to the embedding."""
+    return any(key.endswith("vision_embed_tokens.wte.weight") for key in keys)
 
 
 def check_entries(entries: dict[str, Entry], expected: dict[str, Tensor], folder: Path) -> None:
@@ -348,18 +375,22 @@ def load_weights(
 
 # ---- saving weights
 def save_weights(
-    state_dict: dict[str, Tensor], folder: PathLike, max_shard_size: int | str = "5GB", prefix: str = ""
+    state_dict: dict[str, Tensor],
+    folder: PathLike,
+    max_shard_size: int | str = "5GB",
+    prefix: str = "",
+    model_type: str = "paligemma",
 ) -> None:
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
 
-    `prefix` starts the names of the files.
+    `prefix` starts the names of the files; `model_type`: of the family whose names are written.
 
     Raises UserError when the disk is full or a permission is missing. Inside `atomic_folder` it is all or nothing.
     """
-    tensors = {hub_key(key): tensor for key, tensor in state_dict.items()}
-    head, embedding = tensors.get(hub_key(HEAD)), tensors.get(hub_key(EMBEDDING))
+    tensors = {hub_key(key, model_type): tensor for key, tensor in state_dict.items()}
+    head, embedding = (tensors.get(hub_key(key, model_type)) for key in (HEAD, EMBEDDING))
     if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
-        del tensors[hub_key(HEAD)]
+        del tensors[hub_key(HEAD, model_type)]
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         huggingface_hub.save_torch_state_dict(
@@ -384,7 +415,7 @@ def save_model_folder(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / ".saving") as staged:
-        save_weights(weights, staged, prefix=prefix)
+        save_weights(weights, staged, prefix=prefix, model_type=config["model_type"])
         if write_more is not None:
             write_more(staged)
         write_json(staged / "config.json", config)

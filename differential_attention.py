@@ -35,6 +35,8 @@ class AttentionShape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_dim: int | None = None  # the first dims of a head, which are rotated; None: all
+    has_rope_factors: bool = False  # longrope: every frequency has a factor of its own
 
 
 class DifferentialAttention(nn.Module):
@@ -249,7 +251,7 @@ class LowRankMap(DifferentialAttention):
         return 2 * self.shape.num_kv_heads
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
-        hidden_size, num_heads, num_kv_heads, head_dim = self.shape
+        hidden_size, num_heads, num_kv_heads, head_dim = self.shape[:4]
         self.second_down = uniform_parameter(generator, self.config.rank, hidden_size)
         self.second_up = uniform_parameter(generator, num_heads * head_dim, self.config.rank)
         self.key_down = uniform_parameter(generator, self.config.rank, hidden_size)
@@ -325,6 +327,17 @@ class HalvedHeads(DifferentialAttention):
         if self.shape.head_dim % (2 if self.tower == "vision" else 4):
             raise UserError(
                 f"differential preset {self.config.preset} cannot split heads of dim {self.shape.head_dim} in two"
+            )
+        is_partial = self.shape.rotary_dim not in (None, self.shape.head_dim)
+        if self.config.rotate_halves and (is_partial or self.shape.has_rope_factors):
+            raise UserError(
+                f"differential preset {self.config.preset} rotates each half as a head, which a model with longrope or "
+                "partly rotated heads does not allow: use v1_width"
+            )
+        if is_partial and (self.config.halves_cut != "even_odd" or self.shape.rotary_dim % 4):
+            raise UserError(
+                f"differential preset {self.config.preset} would cut rotary pairs, since {self.shape.rotary_dim} of "
+                f"{self.shape.head_dim} dims are rotated: use split"
             )
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
@@ -661,8 +674,13 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
     state does not change. Raises UserError where configuration and model do not fit.
     """
     config = as_config(differential).resolve()
-    towers = {"text": model.model.language_model.layers, "vision": model.model.vision_tower.encoder.layers}
+    towers = {"text": model.model.language_model.layers}
+    if model.model.vision_tower is not None:
+        encoder = model.model.vision_tower.encoder
+        towers["vision"] = encoder.layers[: encoder.num_run]
     for tower in config.towers:
+        if tower not in towers:
+            raise UserError("differential.towers vision: the model is a decoder alone: give towers=text")
         count = len(towers[tower])
         chosen = range(count) if config.layers is None else sorted(set(config.layers))
         if not chosen or chosen[0] < 0 or chosen[-1] >= count:
@@ -670,10 +688,22 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
         for index in chosen:
             layer = towers[tower][index]
             attention = layer.self_attn
-            attention.differential = make_differential(config, attention.shape, tower, index, attention.q_proj)
+            attention.differential = make_differential(
+                config, attention.shape, tower, index, query_projection(attention)
+            )
             if config.fresh_layer_norms and tower == "vision":
                 layer.layer_norm1 = UngainedRMSNorm.replacing(layer.layer_norm1)
                 layer.layer_norm2 = UngainedRMSNorm.replacing(layer.layer_norm2)
+
+
+def query_projection(attention: nn.Module) -> nn.Linear:
+    """The query projection of an attention layer; of a fused `qkv_proj` its first H D rows, as a view."""
+    if hasattr(attention, "q_proj"):
+        return attention.q_proj
+    fused, width = attention.qkv_proj, attention.shape.num_heads * attention.shape.head_dim
+    query = nn.Linear(fused.in_features, width, bias=False, device="meta")
+    query.weight = nn.Parameter(fused.weight.detach()[:width], requires_grad=False)
+    return query
 
 
 def differential_modules(model: nn.Module) -> dict[str, DifferentialAttention]:

@@ -19,6 +19,7 @@ from errors import UserError
 from fused_ops import apply_linears, apply_softcap, head_loss
 
 IGNORED_LABEL = -100
+ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
 
 
 class KVCache:
@@ -61,13 +62,14 @@ class VisionLanguageBackbone(nn.Module):
         """Positions [B, L] of the tokens."""
         raise NotImplementedError
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower."""
+    def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> ImageFeatures:
+        """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower.
+        `image_sizes` is for families whose images have crops."""
         dtype = self.vision_tower.post_layernorm.weight.dtype
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
-        """Embeddings [B, L, C] of the tokens, with the image features [n, N, C] at the `<image>` tokens, in order.
+    def embed(self, input_ids: Tensor, image_features: ImageFeatures | None) -> Tensor:
+        """Embeddings [B, L, C] of the tokens, with the image features at the `<image>` tokens, in order.
 
         Raises UserError where the numbers of `<image>` tokens and of features differ.
         """
@@ -77,27 +79,30 @@ class VisionLanguageBackbone(nn.Module):
             if bool(is_image.any()):
                 raise UserError("input_ids contain <image> tokens but there are no images: pass pixel_values")
             return x
-        tokens, features = int(is_image.sum()), image_features.shape[0] * image_features.shape[1]
-        if tokens != features:
+        flat = torch.cat(tuple(image_features))  # [features of all images, C]
+        tokens = int(is_image.sum())
+        if tokens != len(flat):
             raise UserError(
-                f"input_ids contain {tokens} <image> tokens but the images have {features} features "
-                f"({image_features.shape[0]} x {image_features.shape[1]}): pass every image of every prompt once"
+                f"input_ids contain {tokens} <image> tokens but the images have {len(flat)} features "
+                f"({len(image_features)} x {len(image_features[0])}): pass every image of every prompt once"
             )
-        return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))
+        return x.masked_scatter(is_image[..., None], flat.to(x.dtype))
 
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        image_features: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
         rows: int | None = None,
+        image_sizes: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, L, C], or of the last `rows` positions; other arguments as in `VisionLanguageModel`."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = self.mask(attention_mask, token_type_ids)
         if image_features is None and pixel_values is not None:
-            image_features = self.image_features(pixel_values)
+            image_features = self.image_features(pixel_values, image_sizes)
         x = self.embed(input_ids, image_features)
         return self.language_model(x, self.positions(attention_mask), mask, rows=rows)
 
@@ -113,6 +118,8 @@ class VisionLanguageModel(nn.Module):
 
     config_class: type  # of the family; has from_pretrained and to_dict
     backbone_class: type[VisionLanguageBackbone]
+    lora_targets: tuple[str, ...]  # linear layers of the decoder that get LoRA by default
+    learning_rate: float  # peak, by default
 
     def __init__(self, config, differential: DifferentialConfig | str | None = None):
         super().__init__()
@@ -183,29 +190,31 @@ class VisionLanguageModel(nn.Module):
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""
         self.model.language_model.gradient_checkpointing = enabled
-        self.model.vision_tower.encoder.gradient_checkpointing = enabled
+        if self.model.vision_tower is not None:
+            self.model.vision_tower.encoder.gradient_checkpointing = enabled
 
     # ---- forward pass and loss
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | None = None,
-        image_features: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
+        image_sizes: Tensor | None = None,
     ) -> VisionLanguageOutput:
         """`logits` or `loss` of a batch.
 
-        input_ids, attention_mask (1 token, 0 pad), token_type_ids (1 suffix; None: all prefix), labels (-100: no loss):
-        [B, L]; pixel_values [n, 3, S, S]: the images of all prompts in order, or instead their image_features
-        [n, N, C]. Without labels: logits [B, L, V], or of the last `logits_to_keep` positions. With labels: the loss,
-        the float32 mean over all label tokens of the batch, for which the head runs on their positions only; logits
-        only if `logits_to_keep` is given.
+        input_ids, attention_mask (1 token, 0 pad; None: no pads), token_type_ids (1 suffix; None: all prefix), labels
+        (-100: no loss): [B, L]; pixel_values and image_sizes: the images of all prompts in order, as the processor
+        returns them, or instead their image_features. Without labels: logits [B, L, V], or of the last `logits_to_keep`
+        positions. With labels: the loss, the float32 mean over all label tokens of the batch, for which the head runs
+        on their positions only; logits only if `logits_to_keep` is given.
         """
         rows = count_needed_rows(labels, logits_to_keep)
-        hidden = self.model(input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows)
+        hidden = self.model(input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows, image_sizes)
         loss = logits = None
         if labels is not None:
             loss = self.label_loss(hidden, labels[:, -hidden.shape[1] :])
@@ -228,14 +237,15 @@ class VisionLanguageModel(nn.Module):
     def generate(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         max_new_tokens: int = 20,
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
-        image_features: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
         token_type_ids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
     ) -> Tensor:
         """Continue prompts [B, L], padded on the left -> ids [B, L + new], with pad tokens after the eos of a row.
 
@@ -243,6 +253,7 @@ class VisionLanguageModel(nn.Module):
         Stops when every row has its eos. `token_type_ids` is accepted for `model.generate(**batch)`: a prompt is all
         prefix. Raises UserError for a row that ends in a pad, a suffix, too many positions, and NaN logits.
         """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not bool(attention_mask[:, -1].all()):
             raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
         if token_type_ids is not None and bool(token_type_ids.any()):
@@ -255,11 +266,12 @@ class VisionLanguageModel(nn.Module):
                 "smaller images"
             )
         if image_features is None and pixel_values is not None:
-            image_features = self.model.image_features(pixel_values)
+            image_features = self.model.image_features(pixel_values, image_sizes)
         decoder = self.model.language_model
         x = self.model.embed(input_ids, image_features)
         mask, positions = self.model.mask(attention_mask), self.model.positions(attention_mask)
         cache = KVCache(decoder, batch, length + max_new_tokens, x.dtype, x.device)
+        border, sequence = getattr(self.config.text_config, "rope_border", None), (x, positions)
 
         new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         for step in range(max_new_tokens):
@@ -274,6 +286,10 @@ class VisionLanguageModel(nn.Module):
             if step + 1 == max_new_tokens or bool(finished.all()):
                 break
             x, positions, mask = decoder.embed(token[:, None]), positions[:, -1:] + 1, mask.extend(1)
+            if border is not None:  # a row that crosses it is rotated by other factors from its first token on
+                sequence = tuple(torch.cat(pair, dim=1) for pair in zip(sequence, (x, positions), strict=True))
+                if bool((positions == border).any()):
+                    (x, positions), cache.length = sequence, 0
         return torch.cat([input_ids, *(token[:, None] for token in new_ids)], dim=1)
 
 
