@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from errors import UserError
 from files import decode_typed, one_line, open_image, read_bytes, read_typed
 from haystack import Haystack, ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
-from processing_paligemma import PaliGemmaProcessor
+from processing_paligemma import PaliGemmaProcessor, stack_inputs
 
 if TYPE_CHECKING:
     from finetune_original import Config
@@ -606,10 +606,18 @@ def longest_token(processor: PaliGemmaProcessor) -> int:
 
 
 def encode_row(
-    processor: PaliGemmaProcessor, name: str, prefix: str, suffix: str | None, images: int, max_length: int | None
+    processor: PaliGemmaProcessor,
+    name: str,
+    prefix: str,
+    suffix: str | None,
+    images: int | list[int],
+    max_length: int | None,
 ) -> tuple[list[int], list[int]]:
-    """Ids and token types of a row with this number of images. Raises UserError, starting with its name, for text that
-    the processor refuses and for more than `max_length` tokens."""
+    """Ids and token types of a row with this number of images, or with this number of tokens for each image.
+
+    Raises UserError, starting with the row's name, for text that the processor refuses and for more than `max_length`
+    tokens.
+    """
     characters = len(prefix) + len(suffix or "")
     too_long = f"{name}: more tokens than the {max_length} that fit the model: shorten the row"
     if max_length is not None and characters > max_length * longest_token(processor):
@@ -634,10 +642,9 @@ class Fetch(Dataset):
             example = self.source.get(*key)
             example.index = key[1]
             suffix = example.suffix if self.with_suffix else None
-            encoded = encode_row(
-                self.processor, example.id, example.prefix, suffix, len(example.images), self.max_length
-            )
-            pixels = [self.processor.pixels(image) for image in example.images]
+            tokens = [self.processor.count_image_tokens(image.size) for image in example.images]
+            encoded = encode_row(self.processor, example.id, example.prefix, suffix, tokens, self.max_length)
+            pixels = [self.processor.image_inputs(image) for image in example.images]
         except UserError as error:  # raised in a worker, it would arrive wrapped in a traceback
             return UserError(without_address(error))
         example.images = []  # not needed any more, and large to send between processes
@@ -653,7 +660,7 @@ class Fetch(Dataset):
             return (), None, errors
         examples, encoded, pixels = zip(*used, strict=True)
         tensors = self.processor.pad(list(encoded))
-        tensors["pixel_values"] = torch.stack([image for row in pixels for image in row])
+        tensors |= stack_inputs([image for row in pixels for image in row])
         return examples if good else (), tensors, errors
 
     def find_usable(self) -> list:

@@ -89,6 +89,10 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     dtype, _ = choose_dtype(config.dtype, accelerator.device)
     model_class, processor_class = classes_of(name)
     processor = processor_class.from_pretrained(name)
+    if config.protocol == "detect" and not processor.answers_boxes:
+        raise UserError(f"--protocol=detect: {name} has no location tokens: take another protocol")
+    if config.attention and not processor.has_patch_grid:
+        raise UserError(f"--attention: the image tokens of {name} are no plain grid of patches: leave it out")
     limit = model_class.config_class.from_pretrained(name).text_config.max_position_embeddings
     marked = mark_too_long(questions, processor, limit)
     too_long = [new for new, old in zip(marked, questions, strict=True) if new is not old]

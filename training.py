@@ -310,8 +310,9 @@ def training_batches(
     for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
         features = {}
         if cache is not None:
+            images = {name: batch.pop(name) for name in ("pixel_values", "image_sizes") if name in batch}
             with run.autocast():  # as the forward pass would compute them
-                features = {"pixel_values": None, "image_features": cache.features(batch.pop("pixel_values"))}
+                features = {"pixel_values": None, "image_features": cache.features(**images)}
         yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | features
 
 
@@ -430,6 +431,8 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
 def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
     """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors."""
     tensors = {}
+    if not processor.has_patch_grid:
+        return
     with gathered(model):
         for name, source in eval_sets.items():
             if run.is_main and source.chance and source.counts_for_best:
@@ -558,7 +561,7 @@ def evaluate_and_log(
 
 def save_sample_image(run: Run, question: Question, file: Path):
     """Write the images of a question, scaled down and side by side, for plots.py."""
-    if not run.is_main:
+    if not run.is_main or not question.images:
         return
     images = [image.open().convert("RGB") for image in question.images]
     for image in images:

@@ -34,7 +34,7 @@ def needle_attention(answerer: Answerer, question: Question) -> torch.Tensor | N
         return None
     processor = answerer.processor
     try:
-        pixels = {image: processor.pixels(open_reference(image)) for image in question.images}
+        pixels = {image: processor.image_inputs(open_reference(image)) for image in question.images}
         row = processor.encode(question.prompt, question.ground_truth, images)
     except UserError:  # its answer row names it
         return None
