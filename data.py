@@ -59,12 +59,12 @@ class Example:
 class Haystacks:
     """Generated needle questions; every epoch has its own.
 
-    `size`: examples of an epoch; `negatives`: share of questions whose caption is in no cell; `cell`: side of a cell in
-    pixels.
+    `shapes`: (images, cells along a side), one drawn for each question; `size`: examples of an epoch; `negatives`:
+    share of questions whose caption is in no cell; `cell`: side of a cell in pixels; `recolour`: random colours.
     """
 
     pool: ImagePool
-    grids: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
     negatives: float
     size: int
     seed: int
@@ -72,37 +72,49 @@ class Haystacks:
     cell: int = POOL_CELL
     counts_for_best: bool = True
     skipped: tuple[str, ...] = ()
+    recolour: bool = False
 
     def __len__(self) -> int:
         return self.size
 
     @property
     def chance(self) -> float | None:
-        """Exact accuracy of a guess among the cells, where every question has a needle in grids of one size."""
-        return 1 / self.grids[0] ** 2 if len(self.grids) == 1 and not self.negatives else None
+        """Exact accuracy of a guess among the cells, where every question has a needle in haystacks of one shape."""
+        images, grid = self.shapes[0]
+        return 1 / (images * grid**2) if len(self.shapes) == 1 and not self.negatives else None
 
     def fingerprint(self) -> str:
         """SHA-256 of what the examples are made of."""
         images = [image.fingerprint().hex() for image in self.pool.images]
-        return sha256_of([images, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
+        one_image = all(count == 1 for count, _ in self.shapes)  # older runs had the grids alone
+        shapes = [grid for _, grid in self.shapes] if one_image else self.shapes
+        colours = ["recolour"] if self.recolour else []
+        return sha256_of([images, shapes, self.negatives, self.size, self.seed, self.name, self.cell, *colours])
 
     def id(self, index: int, epoch: int = 0) -> str:
         return f"{self.name}/{self.seed}/{epoch}/{index}"
 
     def get(self, epoch: int, index: int) -> Example:
         key = self.id(index, epoch)
-        haystack = self.make_haystack(key)
-        images = [self.pool.stitch(f"{key}/{m}", cells, self.cell) for m, cells in enumerate(haystack.cells)]
+        haystack = self.make_haystack(epoch, index)
+        images = [
+            self.pool.stitch(f"{key}/{m}", cells, self.cell, self.recolour) for m, cells in enumerate(haystack.cells)
+        ]
         return Example(key, images, needle_prompt(*haystack.captions), haystack.answer)
 
     def text(self, index: int) -> tuple[str, str, int]:
         """Prompt, answer and number of images, in epoch 0."""
-        haystack = self.make_haystack(self.id(index))
+        haystack = self.make_haystack(0, index)
         return needle_prompt(*haystack.captions), haystack.answer, len(haystack.cells)
 
-    def make_haystack(self, key: str) -> Haystack:
-        rng = random.Random(f"{key}/kind")
-        return self.pool.make(key, 1, rng.choice(self.grids), positive=rng.random() >= self.negatives)
+    def make_haystack(self, epoch: int, index: int) -> Haystack:
+        (images, grid), positive = self.kind(index)
+        return self.pool.make(self.id(index, epoch), images, grid, positive)
+
+    def kind(self, index: int) -> tuple[tuple[int, int], bool]:
+        """The shape of a question, and whether its needle is present: the same in every epoch."""
+        rng = random.Random(f"{self.id(index)}/kind")
+        return rng.choice(self.shapes), rng.random() >= self.negatives
 
 
 # ---- rows of a file
@@ -474,10 +486,11 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
     The embedded pool is evaluated in a drawing style that is never trained on, then on concepts that are never trained
     on; images of `own`, a folder or a jsonl file, on the fifth of the captions that is never trained on.
     """
+    shapes = config.shapes or tuple((1, grid) for grid in config.grids)
     if own:
         images, cell = read_captioned_images(own), OWN_CELL
         train, test = ([image for image in images if image.split == split] for split in ("train", "test"))
-        check_captions(own, train, test, max(config.grids))
+        check_captions(own, train, test, max(grid for _, grid in shapes))
         kinds = [("", test, 0.0, True), (" absent", test, 1.0, False)]
     else:
         train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), POOL_CELL
@@ -486,13 +499,21 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
     size, sets = config.eval_samples, {}
     for kind, images, negatives, counts_for_best in kinds:
         pool = ImagePool(images)
-        for grid in config.grids:
-            name = f"{grid}x{grid}{kind}"
+        for shape in shapes:
+            name = f"{shape[0]} of " * (shape[0] > 1) + f"{shape[1]}x{shape[1]}{kind}"
             sets[name] = Haystacks(  # seed 0: one test set for every seed
-                pool, (grid,), negatives, size, 0, f"test/{name}", cell, counts_for_best
+                pool, (shape,), negatives, size, 0, f"test/{name}", cell, counts_for_best
             )
-    pool = ImagePool(train)
-    return Haystacks(pool, config.grids, config.negatives, HAYSTACKS_PER_EPOCH, config.seed, cell=cell), sets
+    source = Haystacks(
+        ImagePool(train),
+        shapes,
+        config.negatives,
+        HAYSTACKS_PER_EPOCH,
+        config.seed,
+        cell=cell,
+        recolour=config.recolour,
+    )
+    return source, sets
 
 
 def check_captions(own: str, train: list[PoolImage], test: list[PoolImage], grid: int) -> None:
@@ -583,12 +604,10 @@ def batch_by_length(order: list[int], batch: int, lengths: list[int], generator:
 
 
 def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
-    """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read.
-
-    Raises UserError for generated data.
-    """
+    """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read. Of haystacks
+    the tokens of the images alone, which differ much more than the questions do."""
     if isinstance(source, Haystacks):
-        raise UserError("--group_by_length needs rows of a file: haystack questions have one length, leave it off")
+        return [source.kind(index)[0][0] * processor.num_image_tokens for index in range(len(source))]
 
     def length(prefix: str, suffix: str, images: int) -> int:
         try:

@@ -53,6 +53,9 @@ class Config:
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
     eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out
     grids: Annotated[tuple[Side, ...], Meta(min_length=1)] = (2, 4)  # haystacks have N x N cells
+    # (images, N) of haystacks of several images, as in --shapes 1 2 1 4 4 2; empty: one image of each of `grids`
+    shapes: tuple[tuple[Side, Side], ...] = ()
+    recolour: bool = False  # random colours of every image in haystacks to train on
     negatives: Share = 0.2  # share of haystack questions whose caption is in no cell; the answer is -1
     strict_data: bool = False  # stop at the first bad row instead of leaving it out, named and counted
     workers: Annotated[int, Meta(ge=-1, le=1024)] = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
@@ -73,6 +76,7 @@ class Config:
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0  # of adapters
     beta2: BelowOne = 0.99  # decay of AdamW's second moment
     clip: Positive = 1.0  # largest gradient norm
+    average_last: BelowOne = 0.0  # share of the updates, at the end, whose weights are averaged into final/
     # --- evaluation and logging
     eval_samples: Count = 500  # rows of each evaluation set, before and after training
     eval_batch_size: Count = 64  # prompts answered at once

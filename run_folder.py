@@ -69,8 +69,10 @@ RESUMABLE_FIELDS = {
     "vision_cache_dir",
 }
 # why other fields cannot change; those in neither set changed the steps made so far
-DATA_ORDER = {"seed", "data", "eval_data", "grids", "negatives", "batch_size", "accumulation", "group_by_length"}
+DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
+DATA_ORDER |= {"group_by_length"}
 SAVED_SHAPES = {"model", "base_model", "base_revision", "arm", "lora_rank", "lora_targets", "differential"}
+ADDED_FIELDS = {"shapes": [], "recolour": False, "average_last": 0.0}  # the values of runs of before they existed
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
     "ACCELERATE_USE_FSDP": "false",
@@ -417,10 +419,13 @@ def check_same_config(run: Run):
 
 def comparable(record: dict) -> dict:
     """The configuration in a run.json, nested fields under dotted names, and the fields beside it that matter."""
-    flat = {}
+    flat = dict(ADDED_FIELDS)
     for key, value in record.get("config", {}).items():
         nested = value.items() if isinstance(value, dict) else ()
         flat |= {f"{key}.{k}": v for k, v in nested} or {key: value}
+    if "differential.second" in flat:  # before there was a choice, pairs were adjacent
+        pairing = "adjacent" if flat["differential.second"] == "pairs" else "groups"
+        flat.setdefault("differential.pairing", pairing)
     return flat | {k: record.get(k) for k in ("arm", "base_model", "base_revision", "processes", "dtype")}
 
 
@@ -449,6 +454,8 @@ class TrainerState(msgspec.Struct):
     best: float
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
+    average: dict[str, Any] = {}  # see training.update_average
+    averaged: Natural = 0
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -483,7 +490,10 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """{"step", "best", "seconds", "optimizer"} of a checkpoint. Raises UserError for a damaged file."""
+    """{"step", "best", "seconds", "optimizer"} of a checkpoint, and where weights are averaged {"average", "averaged"}.
+
+    Raises UserError for a damaged file.
+    """
     file = checkpoint / "trainer.pt"
     try:
         state = torch.load(file, weights_only=True, map_location="cpu")

@@ -208,6 +208,7 @@ def train(
                     save_checkpoint(run, config, adapted, optimizer, state)
                     last_saved = step
                 if last_step:
+                    load_average(adapted, state)
                     check_lambda_moved(run, model, total_steps)
                 if step % config.eval_every == 0 or last_step:
                     evaluate_and_log(
@@ -256,6 +257,8 @@ def train(
                     fault = f"loss {loss}, gradient norm {grad_norm}"
                     raise UserError(f"step {step + 1}: {fault}: lower --lr, or check these rows: {ids}")
                 optimizer.step()
+                if step + 1 > (1 - config.average_last) * total_steps:
+                    update_average(adapted, state)
 
                 # ------------------------------------------------------------------
                 # log
@@ -360,6 +363,25 @@ def describe_differential(config: "Config", model: nn.Module, grad_norm: float) 
     line = {"lambda": lambda_values(model)}
     line["differential_grad_norm"] = {layer: unclip * math.sqrt(square) for layer, square in squares.items()}
     return {key: values for key, values in line.items() if values}
+
+
+def update_average(adapted: nn.Module, state: dict):
+    """Add the trained weights to their mean over the last updates: state["average"], of state["averaged"] updates."""
+    average = state.setdefault("average", {})
+    state["averaged"] = state.get("averaged", 0) + 1
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            weights = parameter.detach()
+            mean = average.get(name, torch.zeros_like(weights)).to(weights.device)
+            average[name] = mean + (weights - mean) / state["averaged"]
+
+
+def load_average(adapted: nn.Module, state: dict):
+    """Replace the trained weights by their mean over the last updates, where one is taken."""
+    parameters = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for name, mean in state.get("average", {}).items():
+            parameters[name].copy_(mean)
 
 
 def raise_if_not_finite(run: Run, adapted: nn.Module, step: int):
@@ -577,8 +599,9 @@ def save_sample_image(run: Run, question: Question, file: Path):
 
 
 def haystack_grid(source: Source) -> dict[str, int]:
-    """{"grid": cells along a side} of haystacks, for plots.py; {} for other data."""
-    return {"grid": source.grids[0]} if isinstance(source, Haystacks) else {}
+    """{"grid": cells along a side} of haystacks of one image, for plots.py; {} for other data."""
+    is_one_image = isinstance(source, Haystacks) and source.shapes[0][0] == 1
+    return {"grid": source.shapes[0][1]} if is_one_image else {}
 
 
 def headline_rate(

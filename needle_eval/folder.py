@@ -48,7 +48,7 @@ def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:
     """eval/ of the run folder that `model` is, or is inside of; runs/eval/MODEL for any other model."""
     if config.output_dir:
         return Path(config.output_dir) / (slug(model) if len(config.model) > 1 else "")
-    name = evaluation_name(config, benchmark)
+    name = ("knockout-" if config.knockout else "") + evaluation_name(config, benchmark)
     _, adapter = resolve_run(model)
     if adapter is None:
         return Path("runs/eval") / slug(model) / name
@@ -103,7 +103,7 @@ def make_record(
     return {
         "benchmark": config.benchmark,
         "model": portable_path(model),
-        "weights": hash_weights(model),
+        "weights": hash_weights(model) + (", lambda 0" if config.knockout else ""),
         "questions": len(questions),
         "config": json.loads(json.dumps({flag: getattr(config, flag) for flag in asked_flags(benchmark)})),
         "decoding": "ranked" if questions[0].candidates else "greedy",

@@ -443,3 +443,18 @@ def read_header(file: Path) -> dict[str, str]:
 
     with safe_open(file, "pt") as handle:
         return handle.metadata()
+
+
+def test_runs_of_before_a_flag_existed_continue(config):
+    """run.json then lacks the flag; what the flag is set to now must do what was done then."""
+    differential = DifferentialConfig("split").resolve()
+    finetune(config, "diff", differential)
+    file = Path(config.output_dir) / "run.json"
+    record = json.loads(file.read_text())
+    fields = record["config"] | {"differential": differential.to_dict()}
+    old = {key: value for key, value in fields.items() if key not in run_folder.ADDED_FIELDS}
+    old["differential"] = {key: value for key, value in old["differential"].items() if key != "pairing"}
+    assert len(old) == len(fields) - 3
+    assert run_folder.comparable(record | {"config": old}) == run_folder.comparable(record | {"config": fields})
+    old["differential"]["second"] = "pairs"
+    assert run_folder.comparable({"config": old})["differential.pairing"] == "adjacent"
