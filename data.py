@@ -119,9 +119,10 @@ class Haystacks:
 
 # ---- rows of a file
 class JsonRow(msgspec.Struct):
-    """A line of a jsonl file: `image` is a path, or a list of paths for several images in one prompt."""
+    """A line of a jsonl file: `image` is a path, a list of paths for several images in one prompt, or null for text
+    alone, which a decoder without a tower learns."""
 
-    image: str | list[str]
+    image: str | list[str] | None
     prefix: str
     suffix: str
 
@@ -152,7 +153,10 @@ class Rows:
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows, not of the images: a broken image may be repaired during a run."""
-        rows = [[list(row.images) if row.is_list else row.images[0], row.prefix, row.suffix] for row in self.rows]
+        rows = [
+            [list(row.images) if row.is_list or not row.images else row.images[0], row.prefix, row.suffix]
+            for row in self.rows
+        ]
         return sha256_of(rows)
 
     def id(self, index: int) -> str:
@@ -239,8 +243,8 @@ def filter_rows(check: Callable[[T], Row], items: Iterable[T], strict: bool) -> 
 def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
     """The row of a line. Raises UserError, starting with `name`, for anything but a row whose images exist."""
     row = decode_typed(line, JsonRow, name, "a row is {image, prefix, suffix}")
-    images = row.image if isinstance(row.image, list) else [row.image]
-    if not images or not all(images):
+    images = row.image if isinstance(row.image, list) else [] if row.image is None else [row.image]
+    if row.image == [] or not all(images):
         raise UserError(f"{name}: image must be a path or a list of paths")
     if not row.suffix.strip():
         raise UserError(f"{name}: suffix is empty, but it is what the model learns to answer")

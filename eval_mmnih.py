@@ -93,8 +93,6 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     processor = processor_class.from_pretrained(name)
     if config.protocol == "detect" and not processor.answers_boxes:
         raise UserError(f"--protocol=detect: {name} has no location tokens: take another protocol")
-    if config.attention and not processor.has_patch_grid:
-        raise UserError(f"--attention: the image tokens of {name} are no plain grid of patches: leave it out")
     limit = model_class.config_class.from_pretrained(name).text_config.max_position_embeddings
     marked = mark_too_long(questions, processor, limit)
     too_long = [new for new, old in zip(marked, questions, strict=True) if new is not old]

@@ -457,14 +457,29 @@ class Phi3Model(VisionLanguageBackbone):
         """
         if self.vision_tower is None:
             raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
-        side = self.config.vision_config.image_size
-        sizes = [] if image_sizes is None else image_sizes.tolist()
-        grids = [(height // side, width // side) for height, width in sizes]
+        grids = self.crop_grids(image_sizes)
         if len(grids) != len(pixel_values) or any(not 1 <= h * w < pixel_values.shape[1] for h, w in grids):
             raise UserError("image_sizes do not fit pixel_values: pass both as the processor returns them")
         dtype = self.vision_tower.pre_layrnorm.weight.dtype
         crops = torch.cat([image[: 1 + h * w] for image, (h, w) in zip(pixel_values, grids, strict=True)])
         return self.multi_modal_projector(self.vision_tower(crops.to(dtype)), grids)
+
+    def crop_grids(self, image_sizes: Tensor | None) -> list[tuple[int, int]]:
+        """Rows and columns of the crops of each image."""
+        side, sizes = self.config.vision_config.image_size, [] if image_sizes is None else image_sizes.tolist()
+        return [(height // side, width // side) for height, width in sizes]
+
+    def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Bool [B, L]: the tokens of the crops, row by row over the whole grid, without line ends, separator and global
+        view."""
+        is_image, flags = input_ids == self.config.image_token_id, []
+        vision = self.config.vision_config
+        side = 0 if vision is None else vision.image_size // (MERGE * vision.patch_size)
+        for rows, columns in self.crop_grids(image_sizes):
+            grid = torch.ones(rows * side, columns * side + 1, dtype=torch.bool)
+            grid[:, -1] = False
+            flags += [grid.flatten(), torch.zeros(1 + side * (side + 1), dtype=torch.bool)]
+        return is_image.masked_scatter(is_image, torch.cat(flags).to(is_image.device)) if flags else is_image
 
 
 class Phi3ForCausalLM(VisionLanguageModel):

@@ -68,6 +68,10 @@ class VisionLanguageBackbone(nn.Module):
         dtype = self.vision_tower.post_layernorm.weight.dtype
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
 
+    def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Bool [B, L]: the image tokens that are patches, row by row."""
+        return input_ids == self.config.image_token_id
+
     def embed(self, input_ids: Tensor, image_features: ImageFeatures | None) -> Tensor:
         """Embeddings [B, L, C] of the tokens, with the image features at the `<image>` tokens, in order.
 

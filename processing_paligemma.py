@@ -148,7 +148,6 @@ class PaliGemmaProcessor:
     """
 
     answers_boxes: ClassVar[bool] = True
-    has_patch_grid: ClassVar[bool] = True  # the tokens of an image are a square grid of patches
 
     tokenizer: Tokenizer = field(repr=False)  # its repr is the whole vocabulary
     image_token_id: int
@@ -237,6 +236,8 @@ class PaliGemmaProcessor:
         # One string, as in transformers. big_vision tokenizes "\n" separately: other ids after a prefix in newline.
         prompt = [self.bos_token_id, *self._tokenize("prompt", prefix + "\n")]
         answer = [] if suffix is None else [*self._tokenize("suffix", suffix), self.eos_token_id]
+        if not isinstance(num_images, int) and len(num_images) == 0:
+            raise UserError(f"prompt {quote(prefix)} has no image, which PaliGemma needs: give it at least one")
         tokens = num_images * self.num_image_tokens if isinstance(num_images, int) else sum(num_images)
         prefix_ids = [self.image_token_id] * tokens + prompt
         return prefix_ids + answer, [0] * len(prefix_ids) + [1] * len(answer)

@@ -103,7 +103,6 @@ class Phi3Processor:
     """
 
     answers_boxes: ClassVar[bool] = False  # it has no location tokens
-    has_patch_grid: ClassVar[bool] = False  # its image tokens are no plain grid of patches
     image_size = num_image_tokens = image_token_id = 0  # no images
 
     tokenizer: Tokenizer = field(repr=False)  # its repr is the whole vocabulary

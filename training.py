@@ -453,8 +453,6 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
 def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
     """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors."""
     tensors = {}
-    if not processor.has_patch_grid:
-        return
     with gathered(model):
         for name, source in eval_sets.items():
             if run.is_main and source.chance and source.counts_for_best:
@@ -566,7 +564,7 @@ def evaluate_and_log(
     for number, (name, score) in enumerate(scores.items()):
         asked = {question.id: question for question in questions[name]}
         for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
-            image = f"samples/{number}-{place}.png"
+            image = f"samples/{number}-{place}.png" if asked[row["id"]].images else ""
             save_sample_image(run, asked[row["id"]], run.folder / image)
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
             sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}

@@ -1,5 +1,6 @@
 """The Phi family through the scripts: both arms, resume, evaluation, answers, export, adapters in transformers."""
 
+import json
 import sys
 from dataclasses import dataclass, replace
 
@@ -18,9 +19,11 @@ from tiny import quick
 import eval_mmnih
 import export
 import generate
+import plots
 import training
 from adapters import attach_adapter, new_lora, quantize, save_lora
 from data import loader, make_data
+from diagnostics import answer_attention, needle_share
 from differential_attention import DifferentialConfig
 from files import read_json
 from finetune_diff import Config
@@ -54,6 +57,16 @@ def trained(model, tmp_path_factory):
     finetune(replace(config, output_dir=str(folder / "original")), "original")
     finetune(replace(config, output_dir=str(folder / "diff")), "diff", config.differential)
     return config, folder
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """An image of this size that is made when it is opened."""
+
+    size: tuple[int, int]
+
+    def open(self) -> Image.Image:
+        return Image.linear_gradient("L").resize(self.size).convert("RGB")
 
 
 def script(monkeypatch, main, *flags) -> int:
@@ -115,19 +128,30 @@ def test_evaluation_asks_in_the_turn_of_the_user(trained, model, tmp_path, monke
     assert "32 px in 31 tokens" in printed and "2x2" in printed
     rank = ("--protocol=rank", f"--output_dir={tmp_path / 'rank'}")
     assert script(monkeypatch, eval_mmnih.main, f"--model={folder / 'diff'}", *flags, *rank) == 0
-    for more, part in (("--protocol=detect", "location tokens"), ("--attention=2", "no plain grid")):
-        assert script(monkeypatch, eval_mmnih.main, f"--model={model}", *flags, more) == 2
-        assert part in capsys.readouterr().err
+    assert script(monkeypatch, eval_mmnih.main, f"--model={model}", *flags, "--protocol=detect") == 2
+    assert "location tokens" in capsys.readouterr().err
+    attention = ("--attention=2", f"--output_dir={tmp_path / 'attention'}")
+    assert script(monkeypatch, eval_mmnih.main, f"--model={folder / 'diff'}", *flags, *attention) == 0
+    measured = read_json(tmp_path / "attention" / "attention.json")["1x2x2"]
+    assert measured["n"] == 2 and measured["even"] == 0.25 and all(0 < share < 1 for share in measured["share"])
+    assert script(monkeypatch, plots.main, folder / "original", folder / "diff") == 0
+    assert (folder / "diff" / "plots" / "attention.png").exists()
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """An image of this size that is made when it is opened."""
-
-    size: tuple[int, int]
-
-    def open(self) -> Image.Image:
-        return Image.linear_gradient("L").resize(self.size).convert("RGB")
+def test_attention_is_measured_on_the_patches_of_the_crops(model):
+    """Not on line ends, the separator and the global view: a needle's share of an even map is that of its cell."""
+    model_class, processor_class = classes_of(model)
+    built, processor = model_class.from_pretrained(model), processor_class.from_pretrained(model)
+    batch = processor([Gradient((9, 9)).open(), Gradient((40, 20)).open()], ["where is this?"] * 2, ["No", "yes"])
+    is_patch = built.model.patch_tokens(batch["input_ids"], batch["image_sizes"])
+    assert is_patch.sum(1).tolist() == [4 * 4, 2 * 4]  # 2 x 2 tokens in each of 2 x 2 and of 1 x 2 crops
+    first = torch.nonzero(batch["input_ids"][0] == processor.image_token_id)[0].item()
+    lines = is_patch[0, first : first + 20].unflatten(0, (4, 5))
+    assert lines[:, :4].all() and not lines[:, 4].any() and not is_patch[0, first + 20 :].any()
+    one = {key: value[:1] for key, value in batch.items()}
+    maps = answer_attention(built, one)
+    assert maps.shape == (2, 1, 2, 16)
+    assert needle_share(torch.ones(16), (0, 1, 0), 1, 2) == 0.25
 
 
 def test_answers_do_not_depend_on_the_other_images_of_a_batch(model):
@@ -196,23 +220,19 @@ def test_the_vision_cache_changes_no_loss(model):
     assert cache.misses == 4  # another grid of the same crops is another image
 
 
-def test_text_alone_trains(decoder):
-    """Rows without images: the loss of a decoder falls."""
-    model_class, processor_class = classes_of(decoder)
-    built, processor = model_class.from_pretrained(decoder), processor_class.from_pretrained(decoder)
-    assert processor_class is Phi3Processor
-    batch = processor(None, ["where is this?", "is an image shown?"], ["yes", "No"])
-    assert "pixel_values" not in batch
-    adapted = new_lora(Config(), built)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(20):
-        loss = adapted(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.3  # the head is frozen and small
+def test_text_alone_trains(decoder, tiny_model, tmp_path, capsys):
+    """Rows whose image is null, through the script: the loss of a decoder falls; PaliGemma leaves such rows out."""
+    assert classes_of(decoder)[1] is Phi3Processor
+    rows = [{"image": None, "prefix": f"where is {n}?", "suffix": "yes" if n % 2 else "No"} for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = dict(data=str(tmp_path / "rows.jsonl"), max_steps=20, lr=4e-2, warmup_steps=1, tracker="none")
+    config = quick(Config, decoder, tmp_path, **fields)
+    finetune(config, "original")
+    losses = [loss for _, loss in logged(config)]
+    assert losses[-1] < losses[0] - 0.1  # the head is frozen and small
+    with refused("none of its", "rows can be used"):
+        finetune(replace(config, model=str(tiny_model), output_dir=str(tmp_path / "paligemma")), "original")
+    assert "has no image" in capsys.readouterr().out
 
 
 def test_an_adapter_goes_to_transformers_and_back(decoder, tmp_path):
