@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 import tyro
@@ -214,7 +215,7 @@ def choose_learning_rate(runs: Sequence[dict]) -> float:
 def summarise_pilot(runs: Sequence[dict]) -> dict:
     """{"8": {"max_steps", "learning_rates": {arm: rate}}, ...} by the number of pairs.
 
-    `max_steps`, where a run of the study is censored, is 10 times the median steps of all arms, each at its chosen rate.
+    `max_steps`, where a run of the study is censored: 10 times the median steps of all arms, each at its chosen rate.
     """
     summary = {}
     for pairs in sorted({run["pairs"] for run in runs}):
@@ -246,6 +247,31 @@ def format_pilot(runs: Sequence[dict]) -> list[str]:
     return lines
 
 
+class PilotRun(msgspec.Struct, forbid_unknown_fields=True):
+    """What `run` returns."""
+
+    arm: str
+    seed: int
+    pairs: int
+    learning_rate: float
+    max_steps: int
+    steps: int
+    censored: bool
+    accuracy: float
+    trained_parameters: int
+    losses: list[float]
+    seconds: float
+
+
+class Pilot(msgspec.Struct, forbid_unknown_fields=True):
+    """The file that `main` writes."""
+
+    torch: str
+    threads: int
+    chosen: dict[str, Any]
+    runs: list[PilotRun]
+
+
 @dataclass
 class Config:
     """The pilot of study B1. A run that is in the output already is not repeated."""
@@ -266,7 +292,7 @@ def main(config: Config):
             raise UserError(f"--pairs={pairs}: the pilot has a grid for {', '.join(map(str, LEARNING_RATES))} pairs")
     torch.set_num_threads(1)
     path = Path(config.output)
-    runs = read_typed(path, dict[str, Any])["runs"] if path.exists() else []
+    runs = msgspec.to_builtins(read_typed(path, Pilot, "delete it").runs) if path.exists() else []
     names = ("pairs", "arm", "seed", "learning_rate")
     done = {tuple(run[name] for name in names) for run in runs}
     for pairs, arm, seed in itertools.product(config.pairs, config.arms, config.seeds):
