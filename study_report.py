@@ -54,6 +54,7 @@ CONTRASTS = (
     ("double_width_norm", "standard"),
     ("v2", "standard"),
 )
+SYMBOLIC_THRESHOLD = 0.75  # accuracy at which a run of B1 ends
 NO_VALUE = "-"
 
 Count = Annotated[int, Meta(ge=0)]
@@ -84,16 +85,16 @@ class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What every finished run of a study leaves: which run it is, and where it ran."""
 
-    plan: Hex  # `hash_section` of the study's section of the plan
+    plan: Hex  # `hash_plan` of the study's section
     arm: str
     seed: Count
-    commit: Hex
+    commit: str
     device: str
     dtype: str
     threads: Positive
     fingerprint: Hex  # of the first losses of a pilot seed: what processor and versions make of the same run
     versions: dict[str, str]
-    status: str
+    status: str  # "finished", or why training failed; a failed run counts with its accuracy
     seconds: float
     trained_parameters: Count
 
@@ -102,7 +103,8 @@ class ConversionRecord(Record, kw_only=True):
     """A run of study A. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
 
     Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
-    i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off.
+    i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
+    the attention, by layer.
     """
 
     study: Literal["A"]
@@ -110,12 +112,12 @@ class ConversionRecord(Record, kw_only=True):
     final_loss: float | None  # None: not finite
     lambdas: list[float]  # of the layers, in order
     answers: dict[str, Answers]
-    needle_share: float | None  # of the attention in the layer that the pilot names
+    needle_shares: list[float]
     knockout: dict[str, Answers]
 
 
 class SymbolicRecord(Record, kw_only=True):
-    """A run of study B1, see `study_symbolic.run`."""
+    """A run of study B1, see `study_symbolic.train`."""
 
     study: Literal["B1"]
     pairs: Positive
@@ -124,35 +126,33 @@ class SymbolicRecord(Record, kw_only=True):
     steps: Positive
     censored: bool
     accuracy: float
-    losses: list[float]
 
 
-def hash_section(section: dict[str, Any]) -> str:
+def hash_plan(section: dict[str, Any]) -> str:
     """SHA-256 of one study's section of the plan, whatever the order of its keys and its white space."""
-    return hashlib.sha256(json.dumps(section, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
 
-def read_records(folder: Path) -> list[Record]:
-    """The records below results/study: A/<arm>/seedNN.json and B1/<arm>/<pairs>pairs-seedNN.json, in order of path.
+def read_records(folder: Path, study: Literal["A", "B1"]) -> list[Record]:
+    """The records of one study, <arm>/seedNN.json or <arm>/<pairs>pairs-seedNN.json in `folder`, in order of path.
 
     Raises UserError for a file that is no record, or that lies where another run's belongs.
     """
     records = []
-    for study, type_ in (("A", ConversionRecord), ("B1", SymbolicRecord)):
-        for path in sorted(Path(folder, study).glob("*/*.json")):
-            record = read_typed(path, type_)
-            if path.relative_to(folder) != record_path(record):
-                raise UserError(f"{path}: holds the record of {record_path(record)}: move it there")
-            records.append(record)
+    for path in sorted(Path(folder).glob("*/*.json")):
+        record = read_typed(path, {"A": ConversionRecord, "B1": SymbolicRecord}[study], "delete it and run it again")
+        if path.relative_to(folder) != record_path(record):
+            raise UserError(f"{path}: holds the record of {record_path(record)}: move it there")
+        records.append(record)
     return records
 
 
 def record_path(record: Record) -> Path:
-    """Where a record lies, below results/study."""
+    """Where a record lies in the folder of its study."""
     name = f"seed{record.seed:02d}.json"
     if isinstance(record, SymbolicRecord):
         name = f"{record.pairs}pairs-{name}"
-    return Path(record.study, record.arm, name)
+    return Path(record.arm, name)
 
 
 class Environment(NamedTuple):
@@ -196,11 +196,11 @@ def group_records(section: dict[str, Any], study: str, records: Sequence[Record]
 
     Raises UserError for a record of another plan, of a run that is not planned, or the same run twice.
     """
-    digest, found = hash_section(section), {}
+    digest, found = hash_plan(section), {}
     for record in records:
         if record.study != study:
             continue
-        where = record_path(record)
+        where = f"{study}/{record_path(record)}"
         if record.plan != digest:
             raise UserError(f"{where}: of plan {record.plan[:12]}, not {digest[:12]}: restore that plan or delete it")
         if record.seed not in section["arms"].get(record.arm, {}).get("seeds", ()):
@@ -230,7 +230,7 @@ def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
     """Unweighted mean accuracy of these conditions. Raises UserError if one was not asked."""
     missing = [condition for condition in conditions if condition not in record.answers]
     if missing:
-        raise UserError(f"{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again")
+        raise UserError(f"A/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again")
     return 100 * statistics.fmean(record.answers[condition].rate() for condition in conditions)
 
 
@@ -395,21 +395,24 @@ def core_arms(section: dict[str, Any]) -> list[str]:
     return [arm for arm, planned in section["arms"].items() if planned["family"] == "core"]
 
 
+FINE_ENDPOINTS = ("d'", "points per doubling of cells", "log2 of cells at 50 %")  # reported with two decimals
+
+
 def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | None]]:
     """Name -> measure of every secondary endpoint that the records have."""
     conditions = sorted({c for record in group.records for c in record.answers}, key=condition_order)
     measures = {c: partial(points, conditions=[c]) for c in conditions if not c.endswith(" absent")}
     measures["false alarms"] = false_alarms
     measures["d'"] = sensitivity
-    measures["per doubling of cells"] = slope
+    measures["points per doubling of cells"] = slope
     measures["log2 of cells at 50 %"] = cells_at_half
-    measures["attention on the needle"] = needle_percent
+    measures["attention on the needle"] = partial(needle_share, layer=group.section.get("attention_layer"))
     return measures
 
 
-def needle_percent(record: ConversionRecord) -> float | None:
-    """The needle's share of the attention, in points."""
-    return None if record.needle_share is None else 100 * record.needle_share
+def needle_share(record: ConversionRecord, layer: int | None) -> float | None:
+    """The needle's share of the attention, in points, in the plan's `attention_layer`; None without one."""
+    return None if layer is None or layer >= len(record.needle_shares) else 100 * record.needle_shares[layer]
 
 
 def condition_order(condition: str) -> tuple[int, str]:
@@ -444,14 +447,14 @@ def steps_verdict(found: Contrast) -> str:
 
 
 # ---- text
-def signed(value: float) -> str:
-    """Points with sign, one decimal; never -0.0."""
-    return f"{round(value, 1) + 0.0:+.1f}"
+def signed(value: float, digits: int = 1) -> str:
+    """A number with its sign; never -0.0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
-def interval(t: dict) -> str:
-    """ "+0.4 [-1.2, +2.0]" of a t test."""
-    return f"{signed(t['mean'])} [{signed(t['low'])}, {signed(t['high'])}]"
+def interval(t: dict, digits: int = 1) -> str:
+    """Mean and interval of a t test, as in +0.4 [-1.2, +2.0]."""
+    return f"{signed(t['mean'], digits)} [{signed(t['low'], digits)}, {signed(t['high'], digits)}]"
 
 
 def p_text(p: float) -> str:
@@ -465,7 +468,7 @@ def percent(log_ratio: float) -> str:
 
 
 def percent_interval(t: dict) -> str:
-    """ "-6 % [-10 %, -2 %]" of a t test on logarithms."""
+    """Mean and interval of a t test on logarithms, as in -6 % [-10 %, -2 %]."""
     return f"{percent(t['mean'])} [{percent(t['low'])}, {percent(t['high'])}]"
 
 
@@ -480,13 +483,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
 
 
+QUICK_NOTE = "A quick look with few seeds, steps and questions: not the study, and too few seeds for a difference."
 WOULD_CHANGE = {
     "hurts": "a replication whose interval includes zero",
     "helps (and it is the subtraction)": "a replication whose interval reaches below {margin} points",
     "helps": "a replication whose interval reaches below {margin} points; not all controls are beaten by as much",
     "helps, less than what matters": "a harder endpoint or a larger model on which the gain exceeds {margin} points",
     "helps, size unclear": "more seeds, which would show whether the gain exceeds {margin} points",
-    "no practical difference": "an interval outside +-{margin} points on another endpoint or a larger model",
+    "no practical difference": "an interval outside ±{margin} points on another endpoint or a larger model",
     "undecided": "more seeds, since the interval allows both no difference and one that matters",
 }
 
@@ -554,7 +558,7 @@ def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) ->
             where, hours = group.environment, sum(r.seconds for r in group.records) / 3600
             lines += [f"## {title}" if number == 0 else f"## {title}, replication on {where.device}", ""]
             lines.append(
-                f"Plan `{hash_section(plan[study])[:12]}`; {len(group.records)} runs on {where.device}, {where.dtype}, "
+                f"Plan `{hash_plan(plan[study])[:12]}`; {len(group.records)} runs on {where.device}, {where.dtype}, "
                 f"threads a run {where.threads}, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours together."
             )
             lines += ["", *write(group), ""]
@@ -563,6 +567,8 @@ def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) ->
 
 def format_conversion(group: Group) -> list[str]:
     """Study A: the answer, the three hypotheses, a row for every arm, the secondary endpoints."""
+    if group.section.get("quick"):
+        return [QUICK_NOTE, "", *format_arms(group, [], [])]
     lines = [answer(group), ""]
     if group.missing(core_arms(group.section)):
         return lines + format_spread(group)
@@ -600,7 +606,7 @@ def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]
             p_text(equivalence(found.differences, NARROW_MARGIN)), verdict(found),
         ])  # fmt: skip
     header = ["hypothesis", "seeds", "difference [95 %]", "90 %", "bootstrap over seeds and concepts", "SD", "r", "p"]
-    header += ["Holm p", f"TOST p, +-{MARGIN:g}", f"TOST p, +-{NARROW_MARGIN:g}", "verdict"]
+    header += ["Holm p", f"TOST p, ±{MARGIN:g}", f"TOST p, ±{NARROW_MARGIN:g}", "verdict"]
     return table(header, rows)
 
 
@@ -615,7 +621,7 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
     """A row for every arm."""
     conditions = endpoint_conditions(group.section)
     measure = partial(points, conditions=conditions)
-    found = {c.a: c for c in (hypotheses[0], *secondary)}
+    found = {c.a: c for c in (*hypotheses[:1], *secondary)}
     rows = []
     for arm in group.arms():
         records = list(group.of_arm(arm).values())
@@ -623,15 +629,17 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         against = contrast(group, arm, "additive", measure) if arm not in ("standard", "additive") else None
         row = [arm, planned["family"], f"{records[0].trained_parameters:,}", mean_text(r.seconds / 60 for r in records)]
         row += [f"{len(records)} of {len(planned['seeds'])}", mean_text(measure(r) for r in records)]
-        row += [interval(found[arm].t) if arm in found else NO_VALUE, interval(against.t) if against else NO_VALUE]
-        row += [p_text(found[arm].holm_p), p_text(equivalence(found[arm].differences, MARGIN))] if arm in found else [
-            NO_VALUE, NO_VALUE
-        ]  # fmt: skip
+        versus = found.get(arm)
+        row += [interval(versus.t) if versus else NO_VALUE, interval(against.t) if against else NO_VALUE]
+        tests = [versus.holm_p, equivalence(versus.differences, MARGIN)] if versus else []
+        row += [p_text(p) for p in tests] or [NO_VALUE, NO_VALUE]
         row += [mean_text(map(false_alarms, records)), mean_text(knocked_out(r, conditions) for r in records)]
-        shown = core_verdict(hypotheses) if arm == "split" else verdict(found[arm]) if arm in found else NO_VALUE
+        shown = NO_VALUE
+        if versus:
+            shown = core_verdict(hypotheses) if arm == "split" else verdict(versus)
         rows.append([*row, shown])
     header = ["arm", "family", "trained parameters", "minutes", "seeds", "N", "- standard [95 %]", "- additive [95 %]"]
-    header += ["Holm p", f"TOST p, +-{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
+    header += ["Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
     return table(header, rows)
 
 
@@ -647,7 +655,8 @@ def format_secondary(group: Group) -> list[str]:
     for name in measures:
         found = [column.get(name) for column in columns]
         if any(found):
-            rows.append([name, *(interval(c.t) + " *" * c.significant if c else NO_VALUE for c in found)])
+            digits = 2 if name in FINE_ENDPOINTS else 1
+            rows.append([name, *(interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)])
     return table(["endpoint", *(f"{a} - {b}" for a, b in HYPOTHESES)], rows)
 
 
@@ -700,8 +709,8 @@ LOOKS = {
 }
 OTHER_LOOK = ("#009E73", "D")
 LABELS = {
-    "double_width": "half the heads, double width",
-    "double_width_norm": "half the heads, double width, norm",
+    "double_width": "double width",
+    "double_width_norm": "double width, norm",
     "v1": "V1",
     "v2": "V2",
 }
@@ -723,9 +732,9 @@ def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path
             "A": [
                 ("a  Needles found: difference from standard attention", draw_forest),
                 ("b  Accuracy against the number of cells", draw_cells),
-                ("d  Attention on the needle, and the second map switched off", draw_share),
+                ("d  Attention on the needle and accuracy", draw_share),
             ],
-            "B1": [("c  From scratch: runs that do not retrieve yet", draw_survival)],
+            "B1": [("c  From scratch: runs that do not yet retrieve", draw_survival)],
         }
         for study, panels_of_study in panels.items():
             for title, draw in panels_of_study:
@@ -777,7 +786,10 @@ def draw_forest(panel: Axes, group: Group) -> str | None:
         if families[row] != families[row - 1]:
             panel.axhline(row - 0.5, color="0.8", linewidth=0.8)
     panel.set_yticks(range(len(arms)), arms)
-    panel.set(ylim=(len(arms) - 0.5, -0.6), xlabel="points of endpoint N")
+    panel.set(ylim=(len(arms) - 0.4, -0.6))
+    panel.set_xlabel(
+        f"points of endpoint N, 95 % intervals; dots: seeds\nopen diamonds: against additive; band: ±{MARGIN:g}"
+    )
     panel.grid(axis="y", visible=False)
     return None
 
@@ -794,7 +806,8 @@ def draw_cells(panel: Axes, group: Group) -> str | None:
         panel.fill_between(cells, [o["low"] for o in over], [o["high"] for o in over], color=look(arm)["color"],
                            alpha=0.15, linewidth=0)  # fmt: skip
         panel.plot(cells, [o["mean"] for o in over], **look(arm), markersize=4.5, linewidth=1.6, label=arm)
-    panel.plot(cells, [1 / count for count in cells], color="0.6", linewidth=1, linestyle="dotted", label="chance")
+    panel.plot(cells, [1 / count for count in cells], color="0.6", linewidth=1, linestyle="dotted")
+    panel.text(cells[0], 1 / cells[0], " chance", fontsize=8, color="0.4", va="bottom", ha="left")
     shapes = group.section.get("train", {}).get("shapes", [])
     if shapes:
         trained = max(images * side**2 for images, side in shapes)
@@ -804,7 +817,7 @@ def draw_cells(panel: Axes, group: Group) -> str | None:
     panel.set_xticks(cells, map(str, cells))
     panel.set(xlabel="cells among which the needle is", ylabel="exact answers", ylim=(0, 1.02))
     panel.yaxis.set_major_formatter(PERCENT)
-    panel.legend(loc="lower left")
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 0.3))
     return None
 
 
@@ -815,15 +828,23 @@ def draw_survival(panel: Axes, group: Group) -> str | None:
         return symbolic_answer(group)
     numbers = sorted({record.pairs for record in group.records})
     for pairs, style in zip(numbers, ("solid", "dashed", "dotted"), strict=False):
+        first = math.inf
         for arm in SURVIVAL_ARMS:
             records = list(group.with_pairs(pairs).of_arm(arm).values())
             steps = stats.CensoredData.right_censored([r.steps for r in records], [r.censored for r in records])
             curve = stats.ecdf(steps).sf
+            first = min(first, *curve.quantiles)
             label = LABELS.get(arm, arm) if pairs == numbers[0] else None
-            panel.step([min(curve.quantiles) / 1.5, *curve.quantiles], [1, *curve.probabilities], where="post",
-                       color=look(arm)["color"], linestyle=style, linewidth=1.6, label=label)  # fmt: skip
+            panel.step([1, *curve.quantiles], [1, *curve.probabilities], where="post", color=look(arm)["color"],
+                       linestyle=style, linewidth=1.6, label=label)  # fmt: skip
+        panel.text(first, 0.97, f"{pairs} pairs ", fontsize=8, color="0.4", va="top", ha="right")
+    steps = [record.steps for record in group.records if record.arm in SURVIVAL_ARMS]
     panel.set_xscale("log")
-    panel.set(xlabel="steps", ylabel="runs below 75 %", ylim=(-0.02, 1.02))
+    panel.set(xlabel="steps", xlim=(min(steps) / 3, max(steps) * 1.1))
+    panel.set(ylabel=f"runs below {SYMBOLIC_THRESHOLD:.0%} accuracy", ylim=(-0.02, 1.04))
+    panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     panel.yaxis.set_major_formatter(PERCENT)
     panel.legend(loc="lower left")
     return None
@@ -833,20 +854,26 @@ def draw_share(panel: Axes, group: Group) -> str | None:
     """A point for each seed of the core arms; an arrow leads to the accuracy without the second map."""
     if note := unfinished(group):
         return note
-    conditions, shown = endpoint_conditions(group.section), 0
-    for arm in core_arms(group.section):
-        records = [record for record in group.of_arm(arm).values() if record.needle_share is not None]
-        shown += len(records)
-        for number, record in enumerate(records):
-            x, y = record.needle_share, points(record, conditions) / 100
-            panel.plot(x, y, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=None if number else arm)
-            if (without := knocked_out(record, conditions)) is not None:
-                arrow = dict(arrowstyle="->", color=look(arm)["color"], alpha=0.5, linewidth=1, shrinkA=3, shrinkB=0)
-                panel.annotate("", (x, without / 100), (x, y), arrowprops=arrow)
-    if not shown:
+    conditions, layer = endpoint_conditions(group.section), group.section.get("attention_layer")
+    runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
+    runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]
+    if not runs:
         return "attention on the needle was not measured"
-    panel.set(xlabel="share of the attention on the needle", ylabel="endpoint N")
-    panel.xaxis.set_major_formatter(PERCENT)
-    panel.yaxis.set_major_formatter(PERCENT)
+    for arm in dict.fromkeys(arm for arm, _ in runs):
+        found = [record for of, record in runs if of == arm]
+        shares = [needle_share(record, layer) / 100 for record in found]
+        rates = [points(record, conditions) / 100 for record in found]
+        panel.plot(shares, rates, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)
+        for x, y, record in zip(shares, rates, found, strict=True):
+            if (without := knocked_out(record, conditions)) is not None:
+                arrow = dict(arrowstyle="->", color=look(arm)["color"], alpha=0.4, linewidth=0.8, shrinkA=3, shrinkB=0)
+                panel.annotate("", (x, without / 100), (x, y), arrowprops=arrow)
+    panel.set_xlabel(
+        "share of the attention on the needle; a point for each seed\narrows: the same run, second map switched off"
+    )
+    panel.set_ylabel("endpoint N")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(PERCENT)
     panel.legend()
     return None

@@ -12,7 +12,9 @@ reaches. The arms differ in their attention alone.
 B batch, n pairs of a sample, L sequence = 3 n, C hidden size, V vocabulary.
 """
 
+import hashlib
 import itertools
+import json
 import math
 import statistics
 import time
@@ -21,7 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import torch
@@ -35,6 +37,9 @@ from differential_attention import DifferentialConfig, make_differential
 from errors import UserError, one_line_errors
 from files import check_ranges, read_typed, write_json
 from modeling_gemma import GemmaConfig, GemmaModel
+
+if TYPE_CHECKING:
+    from study import Job
 
 NUM_KEYS, NUM_VALUES = 64, 64  # tokens 0 .. 63 are keys, 64 .. 127 values
 HIDDEN_SIZE, LAYERS = 64, 2
@@ -151,10 +156,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 # ---- a run
-def run(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
+def train(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
     """Train one decoder until its smoothed accuracy reaches 75 %, at most `max_steps` updates.
 
-    Returns {"arm", "seed", "pairs", "learning_rate", "max_steps", "steps", "censored", "accuracy",
+    Returns {"arm", "seed", "pairs", "learning_rate", "max_steps", "steps", "censored", "accuracy", "status",
     "trained_parameters", "losses", "seconds"}: the accuracy was reached after `steps` updates, or `censored` says that
     it was not. It is measured on each batch before the update that the batch causes; batches are drawn fresh, so none
     was trained on. `losses` are the first ten. A loss that is not finite ends the run, censored. float32 on the CPU:
@@ -170,6 +175,7 @@ def run(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
     generator = torch.Generator().manual_seed(seed)  # the same batches in every arm
     window, losses, accuracy, steps, reached = deque(maxlen=SMOOTHING_STEPS), [], 0.0, 0, False
+    status = "finished"
     while steps < max_steps:
         tokens, answers = draw_batch(pairs, generator)
         logits = model(tokens, answers=pairs)
@@ -178,7 +184,10 @@ def run(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
         window.append((logits.argmax(-1) == answers).float().mean().item())
         accuracy = sum(window) / len(window)
         reached = len(window) == SMOOTHING_STEPS and accuracy >= THRESHOLD
-        if reached or not math.isfinite(loss.item()):
+        if reached:
+            break
+        if not math.isfinite(loss.item()):
+            status = f"the loss was not finite at step {steps}"
             break
         optimizer.zero_grad()
         loss.backward()
@@ -188,10 +197,26 @@ def run(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
         steps += 1
     return {
         "arm": arm, "seed": seed, "pairs": pairs, "learning_rate": lr, "max_steps": max_steps,
-        "steps": steps if reached else max_steps, "censored": not reached, "accuracy": accuracy,
+        "steps": steps if reached else max_steps, "censored": not reached, "accuracy": accuracy, "status": status,
         "trained_parameters": count_parameters(model),
         "losses": losses, "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
+
+
+def run(section: dict[str, Any], job: "Job", folder: Path) -> dict[str, Any]:
+    """A run that study.py has planned: the fields of its record that follow from it. `folder` stays empty."""
+    rate = section["arms"][job.arm]["learning_rates"][str(job.pairs)]
+    found = train(job.arm, job.seed, job.pairs, rate, section["max_steps"][str(job.pairs)])
+    return {name: value for name, value in found.items() if name != "losses"}
+
+
+def measure_fingerprint(section: dict[str, Any], folder: Path) -> str:
+    """A hash of the first ten losses of the standard arm at the first pilot seed: equal where library, processor and
+    number of threads round alike."""
+    pairs = section["pairs"][0]
+    rate = section["arms"]["standard"]["learning_rates"][str(pairs)]
+    losses = train("standard", PILOT_SEEDS[0], pairs, rate, RECORDED_LOSSES)["losses"]
+    return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
 
 
 def check_arm(arm: str):
@@ -248,7 +273,7 @@ def format_pilot(runs: Sequence[dict]) -> list[str]:
 
 
 class PilotRun(msgspec.Struct, forbid_unknown_fields=True):
-    """What `run` returns."""
+    """What `train` returns."""
 
     arm: str
     seed: int
@@ -258,6 +283,7 @@ class PilotRun(msgspec.Struct, forbid_unknown_fields=True):
     steps: int
     censored: bool
     accuracy: float
+    status: str
     trained_parameters: int
     losses: list[float]
     seconds: float
@@ -299,7 +325,7 @@ def main(config: Config):
         for rate in LEARNING_RATES[pairs]:
             if (pairs, arm, seed, rate) in done:
                 continue
-            runs.append(run(arm, seed, pairs, rate, PILOT_MAX_STEPS[pairs]))
+            runs.append(train(arm, seed, pairs, rate, PILOT_MAX_STEPS[pairs]))
             runs.sort(key=lambda run: (run["pairs"], list(ARMS).index(run["arm"]), run["seed"], run["learning_rate"]))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"torch": torch.__version__, "threads": 1, "chosen": summarise_pilot(runs), "runs": runs})

@@ -173,7 +173,8 @@ def log_rank(
     a_steps: Sequence[float], a_censored: Sequence[bool], b_steps: Sequence[float], b_censored: Sequence[bool]
 ) -> float:
     """Two-sided p value of the log-rank test of two groups; a censored value is the last one without the event."""
-    a, b = stats.CensoredData.right_censored(a_steps, a_censored), stats.CensoredData.right_censored(b_steps, b_censored)
+    a = stats.CensoredData.right_censored(a_steps, a_censored)
+    b = stats.CensoredData.right_censored(b_steps, b_censored)
     if a.num_censored() + b.num_censored() == len(a) + len(b):  # no event at all
         return 1.0
     return float(stats.logrank(a, b).pvalue)

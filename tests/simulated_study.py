@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from study_report import Answers, ConversionRecord, Record, SymbolicRecord, hash_section
+from study_report import Answers, ConversionRecord, Record, SymbolicRecord, hash_plan
 
 CONCEPTS = 20
 PAIRED_SD = 3.06  # points: of the difference of two arms in endpoint N, measured in a pilot
@@ -18,10 +18,12 @@ def make_plan(others: dict[str, str] | None = None, seeds: int = 12, symbolic_se
     arms = {arm: {"seeds": list(range(seeds)), "family": "core"} for arm in CORE}
     arms |= {arm: {"seeds": list(range(seeds // 2)), "family": family} for arm, family in (others or {}).items()}
     train = {"shapes": [[1, 2], [1, 4], [2, 2], [4, 2]]}
-    symbolic = {arm: {"seeds": list(range(symbolic_seeds))}
-                for arm in ("standard", "v1", "double_width", "double_width_norm", "v2")}  # fmt: skip
-    pairs = {pairs: {"max_steps": 5000, "learning_rates": dict.fromkeys(symbolic, 0.002)} for pairs in ("8", "16")}
-    return {"A": {"arms": arms, "endpoint": ENDPOINT, "train": train}, "B1": {"arms": symbolic, "pairs": pairs}}
+    symbolic = {"seeds": list(range(symbolic_seeds)), "family": "core", "learning_rates": {"8": 0.002, "16": 0.002}}
+    symbolic = dict.fromkeys(("standard", "v1", "double_width", "double_width_norm", "v2"), symbolic)
+    return {
+        "A": {"arms": arms, "endpoint": ENDPOINT, "train": train, "attention_layer": 1},
+        "B1": {"arms": symbolic, "pairs": [8, 16], "max_steps": {"8": 2000, "16": 4000}},
+    }
 
 
 def pack(right: np.ndarray) -> Answers:
@@ -53,8 +55,8 @@ def simulate_conversion(plan: dict, effects: dict[str, float], rng: np.random.Ge
                 names = [f"{cells} {kind}" for cells in ENDPOINT["cells"] for kind in ENDPOINT["kinds"]]
                 knockout = {name: pack(rng.random(n) < answers[name].rate() - 0.06) for name in names}
             records.append(ConversionRecord(
-                study="A", plan=hash_section(section), arm=arm, seed=seed, trained_parameters=43_008, num_concepts=CONCEPTS,
-                final_loss=0.02, lambdas=[], answers=answers, needle_share=0.2 + shift + rng.normal(0, 0.02),
+                study="A", plan=hash_plan(section), arm=arm, seed=seed, trained_parameters=43_008,
+                num_concepts=CONCEPTS, final_loss=0.02, lambdas=[], answers=answers, needle_shares=[0.01, 0.2 + shift + rng.normal(0, 0.02)],
                 knockout=knockout, **ENVIRONMENT,
             ))  # fmt: skip
     return records
@@ -63,13 +65,13 @@ def simulate_conversion(plan: dict, effects: dict[str, float], rng: np.random.Ge
 def simulate_symbolic(plan: dict, log_ratios: dict[str, float], rng: np.random.Generator) -> list[Record]:
     """Every planned run of study B1; `log_ratios`: mean of ln(steps) against standard, by arm."""
     section, records = plan["B1"], []
-    for pairs, setting in section["pairs"].items():
+    for pairs in section["pairs"]:
         for arm, planned in section["arms"].items():
             for seed in planned["seeds"]:
-                steps = round(200 * (int(pairs) / 8) * np.exp(log_ratios.get(arm, 0) + rng.normal(0, 0.04)))
+                steps = round(200 * (pairs / 8) * np.exp(log_ratios.get(arm, 0) + rng.normal(0, 0.04)))
                 records.append(SymbolicRecord(
-                    study="B1", plan=hash_section(section), arm=arm, seed=seed, pairs=int(pairs), learning_rate=0.002,
-                    max_steps=setting["max_steps"], steps=steps, censored=False, accuracy=0.76,
-                    trained_parameters=98_624, losses=[4.9], **ENVIRONMENT,
+                    study="B1", plan=hash_plan(section), arm=arm, seed=seed, pairs=pairs, learning_rate=0.002,
+                    max_steps=section["max_steps"][str(pairs)], steps=steps, censored=False, accuracy=0.76,
+                    trained_parameters=98_624, **ENVIRONMENT,
                 ))  # fmt: skip
     return records
