@@ -93,11 +93,6 @@ def draw_batch(pairs: int, generator: torch.Generator, batch_size: int = BATCH_S
     return torch.cat((listed, keys.gather(1, order)), dim=1), values.gather(1, order)
 
 
-def chance(pairs: int) -> float:
-    """Accuracy of a guess among the values of the sample."""
-    return 1 / pairs
-
-
 # ---- the decoder
 class RecallDecoder(nn.Module):
     """A Gemma decoder of two layers with the attention of one arm; causal, no pretrained weights."""

@@ -30,7 +30,9 @@ def pack(right: np.ndarray) -> Answers:
     return Answers(n=len(right), right=np.packbits(right).tobytes().hex())
 
 
-def simulate_conversion(plan: dict, effects: dict[str, float], rng: np.random.Generator, n: int = 400) -> list[Record]:
+def simulate_conversion(
+    plan: dict, effects: dict[str, float], rng: np.random.Generator, n: int = 400, endpoint_only: bool = False
+) -> list[Record]:
     """Every planned run of study A; `effects`: points of endpoint N that an arm is better than standard.
 
     A seed makes all arms better or worse alike, and each arm by itself; questions are answered independently. Together
@@ -46,6 +48,8 @@ def simulate_conversion(plan: dict, effects: dict[str, float], rng: np.random.Ge
             shift = shared[seed] + rng.normal(0, own) + effects.get(arm, 0) / 100
             answers = {}
             for cells, base in BASE.items():
+                if endpoint_only and cells not in ENDPOINT["cells"]:
+                    continue
                 for kind in ENDPOINT["kinds"]:
                     answers[f"{cells} {kind}"] = pack(rng.random(n) < base + (shift if cells > 4 else shift / 4))
             answers |= {f"{cells} absent": pack(rng.random(n) < 0.9) for cells in (16, 64)}
@@ -54,9 +58,10 @@ def simulate_conversion(plan: dict, effects: dict[str, float], rng: np.random.Ge
             if arm in ("split", "flipped"):
                 names = [f"{cells} {kind}" for cells in ENDPOINT["cells"] for kind in ENDPOINT["kinds"]]
                 knockout = {name: pack(rng.random(n) < answers[name].rate() - 0.06) for name in names}
+            share = 0.2 + shift + rng.normal(0, 0.02)
             records.append(ConversionRecord(
                 study="A", plan=hash_plan(section), arm=arm, seed=seed, trained_parameters=43_008,
-                num_concepts=CONCEPTS, final_loss=0.02, lambdas=[], answers=answers, needle_shares=[0.01, 0.2 + shift + rng.normal(0, 0.02)],
+                num_concepts=CONCEPTS, final_loss=0.02, lambdas=[], answers=answers, needle_shares=[0.01, share],
                 knockout=knockout, **ENVIRONMENT,
             ))  # fmt: skip
     return records
