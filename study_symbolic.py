@@ -55,7 +55,7 @@ SEED_STRIDE = 1_000_003  # seeds of neighbouring runs do not share the generator
 
 # ---- the pilot, which sets the learning rates of the study
 PILOT_SEEDS = (100, 101)  # used for nothing else
-LEARNING_RATES = {8: (1e-3, 2e-3, 4e-3, 8e-3), 16: (5e-4, 1e-3, 2e-3, 4e-3)}  # by the number of pairs, for every arm
+LEARNING_RATES = {8: (2e-3, 4e-3, 8e-3, 16e-3), 16: (1e-3, 2e-3, 4e-3, 8e-3)}  # by the number of pairs, for every arm
 PILOT_MAX_STEPS = {8: 1500, 16: 2000}
 CENSORING_FACTOR = 10  # runs of the study end after so many medians of the pilot
 
