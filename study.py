@@ -11,7 +11,6 @@ repeated; a study that was stopped continues with the same command. Records of a
 threads are refused.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -27,14 +26,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from msgspec import Meta
 
+import study_report
 from errors import UserError, one_line_errors
-from files import check_ranges, read_json, write_json
+from files import check_ranges, read_json, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "study.json"
 RECORDS = ROOT / "results" / "study"
-Name = Literal["A", "A-pilot", "B1", "B1-pilot"]
-RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_symbolic", "B1-pilot": "study_symbolic"}
+Name = Literal["A", "A-pilot", "B1"]
+REPORT, FIGURE = RECORDS / "report.md", RECORDS / "figure.png"
+RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_symbolic"}
 POLL_SECONDS = 1.0
 QUICK_ARMS, QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = ("standard", "split"), (0, 1), 60, 40
 
@@ -75,11 +76,6 @@ def read_section(study: str) -> dict[str, Any]:
     if study not in plan:
         raise UserError(f"{PLAN.name}: has no section {study}: choose one of {', '.join(plan)}")
     return plan[study]
-
-
-def hash_plan(section: dict) -> str:
-    """SHA-256 of a section, whatever the order of its keys and its white space."""
-    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
 
 def check_committed(study: str, section: dict):
@@ -126,7 +122,7 @@ def read_records(records: Path, section: dict) -> dict[Job, dict[str, Any]]:
     for job in list_jobs(section):
         if job.record(records).exists():
             found[job] = read_json(job.record(records))
-            if found[job]["plan"] != hash_plan(section):
+            if found[job]["plan"] != study_report.hash_plan(section):
                 raise UserError(f"{job.record(records)}: of another plan: restore study.json or remove the record")
     return found
 
@@ -212,7 +208,7 @@ def run_job(study: str, section: dict, records: Path, config: Config):
     result = runner.run(section, job, folder / job.arm / job.name)
     record = {
         "study": study,
-        "plan": hash_plan(section),
+        "plan": study_report.hash_plan(section),
         "arm": job.arm,
         "seed": job.seed,
         "commit": git_commit() or "",
@@ -224,6 +220,17 @@ def run_job(study: str, section: dict, records: Path, config: Config):
     }
     job.record(records).parent.mkdir(parents=True, exist_ok=True)
     write_json(job.record(records), record | result)
+
+
+def write_report():
+    """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone."""
+    plan = {study: read_section(study) for study in ("A", "B1") if study in read_json(PLAN)}
+    records = [record for study in plan for record in study_report.read_records(RECORDS / study, study)]
+    lines = study_report.format_report(plan, records)
+    print(*lines, sep="\n")
+    with writing(REPORT):
+        REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    study_report.draw_figure(plan, records, FIGURE)
 
 
 @one_line_errors
@@ -242,10 +249,12 @@ def main():
         import study_conversion
 
         study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"])
-    elif config.report:
-        import study_report
+    elif config.report and config.study == "A-pilot":
+        import study_conversion
 
-        print(*study_report.report(config.study, section, records), sep="\n")
+        print(*study_conversion.format_pilot(section, read_records(records, section)), sep="\n")
+    elif config.report:
+        write_report()
     else:
         found = read_records(records, section)
         print(*format_status(section, found, config.jobs), sep="\n", flush=True)
@@ -257,10 +266,8 @@ def main():
         run_jobs(config.study, section, records, jobs, config)
         print(*format_status(section, read_records(records, section), config.jobs), sep="\n")
         if config.quick:
-            import study_report
-
-            print("a first look with 2 seeds and few steps, not the study:")
-            print(*study_report.report("A", section, records), sep="\n")
+            print("\na first look with 2 seeds and few steps, not the study:")
+            print(*study_report.format_report({"A": section}, study_report.read_records(records, "A")), sep="\n")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,35 @@ def has_lambda(config: DifferentialConfig) -> bool:
     return config.combine != "replace" and config.second != "none"
 
 
-# ---- difficulty
+# ---- the pilot
+def format_pilot(section: dict, records: dict["Job", dict]) -> list[str]:
+    """The grid as a markdown table: endpoint N of every seed and its mean, the last loss, and where lambda ended."""
+    seeds = sorted({job.seed for job in records})
+    lines = ["| arm | " + " | ".join(f"N, seed {seed}" for seed in seeds) + " | mean N | last loss | lambda |"]
+    lines.append("|---|" + "---|" * (len(seeds) + 3))
+    for arm in section["arms"]:
+        found = {job.seed: record for job, record in records.items() if job.arm == arm}
+        if found:
+            scores = {seed: 100 * mean_accuracy(section, record) for seed, record in found.items()}
+            cells = [f"{scores[seed]:.1f}" if seed in scores else "-" for seed in seeds]
+            loss = np.mean([record["final_loss"] for record in found.values()])
+            lambdas = [value for record in found.values() for value in record["lambdas"]]
+            ends = f"{min(lambdas):.3f} to {max(lambdas):.3f}" if lambdas else "-"
+            mean = np.mean(list(scores.values()))
+            lines.append(f"| {arm} | {' | '.join(cells)} | {mean:.1f} | {loss:.4f} | {ends} |")
+    return lines
+
+
+def mean_accuracy(section: dict, record: dict) -> float:
+    """Endpoint N of a record, a fraction."""
+    rates = []
+    for condition in endpoint_conditions(section):
+        answers = record["answers"][condition]
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(answers["right"]), np.uint8), count=answers["n"])
+        rates.append(bits.mean())
+    return float(np.mean(rates))
+
+
 def calibrate(section: dict, name: str, seed: int, ranks: list[int], noises: list[float]) -> dict[str, float]:
     """Accuracy of a trained model by number of cells, rank of the look-alikes and noise: what sets the difficulty."""
     accelerator = make_accelerator()

@@ -13,6 +13,7 @@ import pytest
 
 import study
 import study_conversion
+import study_report
 from errors import UserError
 from haystack import ImagePool, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -131,6 +132,15 @@ def test_the_fingerprint_is_that_of_the_first_ten_losses(tiny_model, tmp_path):
     assert study_conversion.fingerprint_of([*losses[:9], losses[9] + 1e-7]) != first
 
 
+def test_the_pilot_s_grid_is_the_mean_of_the_four_conditions(tiny_model):
+    plan = section(tiny_model)
+    answers = {"16 look-alike": "f0", "16 noise": "80", "64 look-alike": "00", "64 noise": "c0"}
+    answers = {name: {"n": 4, "right": right} for name, right in answers.items()}
+    record = {"answers": answers, "final_loss": 0.25, "lambdas": [0.4, 0.6]}
+    lines = study_conversion.format_pilot(plan, {study.Job("split", 7): record})
+    assert lines[2:] == ["| split | 43.8 | 43.8 | 0.2500 | 0.400 to 0.600 |"]
+
+
 # ---- the plan
 def test_jobs_are_ordered_so_that_arms_stay_level(tiny_model):
     jobs = study.list_jobs(section(tiny_model))
@@ -146,7 +156,7 @@ def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
     plan = section(tiny_model)
     job = study.Job("split", 1)
     job.record(tmp_path).parent.mkdir()
-    job.record(tmp_path).write_text(json.dumps({"plan": study.hash_plan(plan), "seconds": 60.0}))
+    job.record(tmp_path).write_text(json.dumps({"plan": study_report.hash_plan(plan), "seconds": 60.0}))
     assert list(study.read_records(tmp_path, plan)) == [job]
     lines = study.format_status(plan, study.read_records(tmp_path, plan), jobs=2)
     assert lines[2].split() == ["split", "core", "1", "1"] and lines[-1] == "4 runs of about 1.0 min: 0.0 h on 2"
