@@ -36,6 +36,7 @@ RECORDS = ROOT / "results" / "study"
 Name = Literal["A", "A-pilot", "B1"]
 REPORT, FIGURE = RECORDS / "report.md", RECORDS / "figure.png"
 RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_symbolic"}
+RANKS, NOISES = (0, 20, 40), (0.1, 0.15, 0.2, 0.25, 0.3)  # of the calibration
 POLL_SECONDS = 1.0
 QUICK_ARMS, QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = ("standard", "split"), (0, 1), 60, 40
 
@@ -129,11 +130,11 @@ def read_records(records: Path, section: dict) -> dict[Job, dict[str, Any]]:
 
 def format_status(section: dict, records: dict[Job, dict], jobs: int) -> list[str]:
     """For every arm its finished and missing seeds, and the time that is left."""
-    lines = [f"{'arm':16}{'family':10}{'finished':>10}{'missing':>10}"]
+    lines = [f"{'arm':24}{'family':16}{'finished':>10}{'missing':>10}"]
     for arm, choices in section["arms"].items():
         total = [job for job in list_jobs(section) if job.arm == arm]
         finished = sum(job in records for job in total)
-        lines.append(f"{arm:16}{choices['family']:10}{finished:>10}{len(total) - finished:>10}")
+        lines.append(f"{arm:24}{choices['family']:16}{finished:>10}{len(total) - finished:>10}")
     missing = len(list_jobs(section)) - len(records)
     if records and missing:
         seconds = statistics.median(record["seconds"] for record in records.values())
@@ -248,7 +249,7 @@ def main():
     elif config.calibrate:
         import study_conversion
 
-        study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"])
+        study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"], RANKS, NOISES)
     elif config.report and config.study == "A-pilot":
         import study_conversion
 

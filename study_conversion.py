@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,24 +250,21 @@ def mean_accuracy(section: dict, record: dict) -> float:
     return float(np.mean(rates))
 
 
-def calibrate(section: dict, name: str, seed: int, ranks: list[int], noises: list[float]) -> dict[str, float]:
-    """Accuracy of a trained model by number of cells, rank of the look-alikes and noise: what sets the difficulty."""
+def calibrate(section: dict, name: str, seed: int, ranks: Sequence[int], noises: Sequence[float]):
+    """Print the accuracy of a trained model by cells, rank of the look-alikes and noise: what sets the difficulty."""
     accelerator = make_accelerator()
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
     processor = PaliGemmaProcessor.from_pretrained(name)
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
     look_alikes = read_look_alikes(Path(__file__).parent / section["look_alikes"])
-    shapes, n = {4: (1, 2), 16: (1, 4), 32: (2, 4), 64: (4, 4)}, len(look_alikes)
-    found = {}
+    shapes, n = {16: (1, 4), 32: (2, 4), 64: (4, 4)}, len(look_alikes)
     for cells, (images, grid) in shapes.items():
-        cases = {f"{cells} look-alike {rank}": (Condition(images, grid, n, "look-alike"), rank) for rank in ranks}
+        cases = {f"{cells} look-alike, rank {rank}": (Condition(images, grid, n, "look-alike"), rank) for rank in ranks}
         cases |= {f"{cells} noise {noise}": (Condition(images, grid, n, noise=noise), 0) for noise in noises}
         for case, (condition, rank) in cases.items():
-            questions = make_questions({case: condition}, look_alikes, rank, seed)
-            rows = answer_questions(answerer, questions)
-            found[case] = sum(is_exact(row["response"], row["ground_truth"]) for row in rows) / n
-            print(f"{case:24}{100 * found[case]:6.1f}", flush=True)
-    return found
+            rows = answer_questions(answerer, make_questions({case: condition}, look_alikes, rank, seed))
+            right = sum(is_exact(row["response"], row["ground_truth"]) for row in rows)
+            print(f"{case:24}{100 * right / n:6.1f}", flush=True)
 
 
 def fingerprint_of(losses: list[float]) -> str:
