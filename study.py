@@ -38,7 +38,8 @@ REPORT, FIGURE = RECORDS / "report.md", RECORDS / "figure.png"
 RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_symbolic"}
 RANKS, NOISES = (0, 20, 40), (0.1, 0.15, 0.2, 0.25, 0.3)  # of the calibration
 POLL_SECONDS = 1.0
-QUICK_ARMS, QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = ("standard", "split"), (0, 1), 60, 40
+QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
+QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 60, 40
 
 
 @dataclass
@@ -90,9 +91,10 @@ def check_committed(study: str, section: dict):
 
 
 def make_quick(section: dict) -> dict[str, Any]:
-    """A small version of study A's section."""
+    """A small version of study A, from the section of its pilot."""
     conditions = {name: condition | {"n": QUICK_QUESTIONS} for name, condition in section["conditions"].items()}
-    arms = {arm: section["arms"][arm] | {"seeds": list(QUICK_SEEDS)} for arm in QUICK_ARMS}
+    choices = {"family": "core", "seeds": QUICK_SEEDS}
+    arms = {name: section["arms"][arm] | choices for name, arm in QUICK_ARMS.items()}
     train = section["train"] | {"max_steps": QUICK_STEPS, "save_every": QUICK_STEPS}
     return section | {"arms": arms, "conditions": conditions, "train": train, "quick": True}
 
@@ -223,6 +225,13 @@ def run_job(study: str, section: dict, records: Path, config: Config):
     write_json(job.record(records), record | result)
 
 
+def print_grid(section: dict, records: Path):
+    """Print endpoint N of every arm and seed, for the pilot and the quick version."""
+    import study_conversion
+
+    print(*study_conversion.format_pilot(section, read_records(records, section)), sep="\n")
+
+
 def write_report():
     """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone."""
     plan = {study: read_section(study) for study in ("A", "B1") if study in read_json(PLAN)}
@@ -238,37 +247,39 @@ def write_report():
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     check_ranges(config)
-    section = read_section(config.study)
     records = RECORDS / config.study
     if config.quick:
         if config.study != "A":
             raise UserError("--quick: is a small version of study A: leave --study out")
-        section, records = make_quick(section), ROOT / "runs" / "study" / "quick" / "records"
+        section, records = make_quick(read_section("A-pilot")), ROOT / "runs" / "study" / "quick" / "records"
+    else:
+        section = read_section(config.study)
     if config.run:
         run_job(config.study, section, records, config)
     elif config.calibrate:
         import study_conversion
 
         study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"], RANKS, NOISES)
-    elif config.report and config.study == "A-pilot":
-        import study_conversion
-
-        print(*study_conversion.format_pilot(section, read_records(records, section)), sep="\n")
+    elif config.report and (config.quick or config.study == "A-pilot"):
+        print_grid(section, records)
     elif config.report:
         write_report()
     else:
         found = read_records(records, section)
         print(*format_status(section, found, config.jobs), sep="\n", flush=True)
         jobs = [job for job in list_jobs(section, config.arms, config.seeds) if job not in found]
-        if config.status or not jobs:
+        if config.status:
             return
         if not config.quick:
             check_committed(config.study, section)
-        run_jobs(config.study, section, records, jobs, config)
-        print(*format_status(section, read_records(records, section), config.jobs), sep="\n")
+        if jobs:
+            run_jobs(config.study, section, records, jobs, config)
+            print(*format_status(section, read_records(records, section), config.jobs), sep="\n")
         if config.quick:
-            print("\na first look with 2 seeds and few steps, not the study:")
-            print(*study_report.format_report({"A": section}, study_report.read_records(records, "A")), sep="\n")
+            print(
+                "\nA first look with 2 seeds, few steps and few questions. It is not the study and shows no difference:"
+            )
+            print_grid(section, records)
 
 
 if __name__ == "__main__":
