@@ -36,7 +36,7 @@ RECORDS = ROOT / "results" / "study"
 Name = Literal["A", "A-pilot", "B1"]
 REPORT, FIGURE = RECORDS / "report.md", RECORDS / "figure.png"
 RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_symbolic"}
-RANKS, NOISES = (0, 20, 40), (0.1, 0.15, 0.2, 0.25, 0.3)  # of the calibration
+NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # of the calibration
 POLL_SECONDS = 1.0
 QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
 QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 60, 40
@@ -51,7 +51,7 @@ class Config:
     status: bool = False  # print what is finished and missing, and stop
     quick: bool = False  # a small version for a first look, in runs/study/quick; its numbers are not the study's
     report: bool = False  # print table and verdicts and draw the figure, from the records
-    calibrate: str = ""  # print the accuracy of this run folder by cells, look-alikes and noise
+    calibrate: str = ""  # print the accuracy of this run folder by cells, distractors and noise
     run: str = ""  # internal: the one job of this process, as ARM/JOB, or "fingerprint"
     fingerprint: str = ""  # internal: of this machine, for the record of the job
 
@@ -259,7 +259,7 @@ def main():
     elif config.calibrate:
         import study_conversion
 
-        study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"], RANKS, NOISES)
+        study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"], NOISES)
     elif config.report and (config.quick or config.study == "A-pilot"):
         print_grid(section, records)
     elif config.report:

@@ -63,6 +63,7 @@ class StitchedImage:
     pool: ImagePool
     key: str
     cells: tuple[tuple[int, ...], ...]
+    side: int  # pixels of the model's images: noise is added there, where scaling does not average it away
     noise: float
 
     def __hash__(self) -> int:
@@ -73,6 +74,7 @@ class StitchedImage:
 
     def open(self) -> Image.Image:
         image = self.pool.stitch(self.key, self.cells, CELL)
+        image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)  # as the processor does
         return add_noise(image, f"{self.key}/noise", self.noise) if self.noise else image
 
     def __str__(self) -> str:
@@ -103,9 +105,9 @@ def rank_look_alikes(model: PaliGemmaForConditionalGeneration, processor: PaliGe
 
 
 def make_questions(
-    conditions: dict[str, Condition], look_alikes: dict[str, list[str]], rank: int, seed: int
+    conditions: dict[str, Condition], look_alikes: dict[str, list[str]], side: int, seed: int
 ) -> list[Question]:
-    """The questions of one seed. `rank`: how many of the nearest captions are left out of the look-alikes."""
+    """The questions of one seed, for a model whose images have `side` pixels."""
     pools = {
         style: ImagePool(read_pool(splits=(style,))) for style in {condition.style for condition in conditions.values()}
     }
@@ -116,13 +118,14 @@ def make_questions(
             key = f"study/{seed}/{name}/{i}"
             caption = pool.captions[i % len(pool.captions)]
             if condition.distractors == "look-alike":
-                others = look_alikes[caption][rank:]
+                others = look_alikes[caption]
             else:
                 others = [other for other in pool.captions if other != caption]
                 random.Random(f"{key}/distractors").shuffle(others)
             haystack = pool.surround(key, caption, others, condition.images, condition.grid, condition.present)
             images = tuple(
-                StitchedImage(pool, f"{key}/{m}", cells, condition.noise) for m, cells in enumerate(haystack.cells)
+                StitchedImage(pool, f"{key}/{m}", cells, side, condition.noise)
+                for m, cells in enumerate(haystack.cells)
             )
             fields = {"shape": (condition.images, condition.grid, 1), "kind": "positive" if condition.present else "-"}
             prompt = needle_prompt(caption)
@@ -178,13 +181,13 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     began, arm, seed = time.perf_counter(), job.arm, job.seed
     conditions = {name: msgspec.convert(c, Condition) for name, c in section["conditions"].items()}
     look_alikes = read_look_alikes(Path(__file__).parent / section["look_alikes"])
-    questions = make_questions(conditions, look_alikes, section["look_alike_rank"], seed)
+    processor = PaliGemmaProcessor.from_pretrained(section["model"])
+    questions = make_questions(conditions, look_alikes, processor.image_size, seed)
     config = make_config(section, arm, seed, folder)
     name, status = train(config, arm)
 
     accelerator = make_accelerator()
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
-    processor = PaliGemmaProcessor.from_pretrained(name)
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
     rows = answer_questions(answerer, questions, progress=f"{arm} seed {seed}")
     attention = measure_needle_attention(answerer, questions, section["attention_questions"])
@@ -250,21 +253,23 @@ def mean_accuracy(section: dict, record: dict) -> float:
     return float(np.mean(rates))
 
 
-def calibrate(section: dict, name: str, seed: int, ranks: Sequence[int], noises: Sequence[float]):
-    """Print the accuracy of a trained model by cells, rank of the look-alikes and noise: what sets the difficulty."""
+def calibrate(section: dict, name: str, seed: int, noises: Sequence[float]):
+    """Print the accuracy of a trained model by cells, distractors and noise: what the difficulty is set by."""
     accelerator = make_accelerator()
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
     processor = PaliGemmaProcessor.from_pretrained(name)
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
     look_alikes = read_look_alikes(Path(__file__).parent / section["look_alikes"])
     shapes, n = {16: (1, 4), 32: (2, 4), 64: (4, 4)}, len(look_alikes)
+    print(f"{'':20}" + "".join(f"{noise:>8}" for noise in noises))
     for cells, (images, grid) in shapes.items():
-        cases = {f"{cells} look-alike, rank {rank}": (Condition(images, grid, n, "look-alike"), rank) for rank in ranks}
-        cases |= {f"{cells} noise {noise}": (Condition(images, grid, n, noise=noise), 0) for noise in noises}
-        for case, (condition, rank) in cases.items():
-            rows = answer_questions(answerer, make_questions({case: condition}, look_alikes, rank, seed))
-            right = sum(is_exact(row["response"], row["ground_truth"]) for row in rows)
-            print(f"{case:24}{100 * right / n:6.1f}", flush=True)
+        for distractors in ("look-alike", "random"):
+            rates = []
+            for noise in noises:
+                conditions = {f"{cells}": Condition(images, grid, n, distractors, noise)}
+                rows = answer_questions(answerer, make_questions(conditions, look_alikes, processor.image_size, seed))
+                rates.append(sum(is_exact(row["response"], row["ground_truth"]) for row in rows) / n)
+            print(f"{f'{cells} {distractors}':20}" + "".join(f"{100 * rate:8.1f}" for rate in rates), flush=True)
 
 
 def fingerprint_of(losses: list[float]) -> str:

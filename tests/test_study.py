@@ -42,7 +42,7 @@ def section(model: Path, **changes) -> dict:
         "gate": dict(family="rival", seeds=[0], differential=dict(preset="gate")),
     }
     endpoint = dict(cells=[16, 64], kinds=["look-alike", "noise"])
-    plan = dict(model=str(model), look_alikes="results/study/look_alikes.json", look_alike_rank=0, threads=1)
+    plan = dict(model=str(model), look_alikes="results/study/look_alikes.json", threads=1)
     plan |= dict(train=train, arms=arms, endpoint=endpoint, conditions=conditions)
     return plan | dict(attention_questions=1, fingerprint_seed=100) | changes
 
@@ -50,11 +50,11 @@ def section(model: Path, **changes) -> dict:
 # ---- questions
 def test_questions_are_the_seed_s_and_look_for_every_concept_in_turn():
     conditions = {"16 noise": Condition(1, 4, 250, noise=0.2), "64 look-alike": Condition(4, 4, 5, "look-alike")}
-    asked = study_conversion.make_questions(conditions, LOOK_ALIKES, 0, seed=3)
+    asked = study_conversion.make_questions(conditions, LOOK_ALIKES, 128, seed=3)
     noise = [q for q in asked if q.setting == "16 noise"]
     assert [q.prompt for q in noise] == [f"answer en where is {POOL.captions[i % 200]}?" for i in range(250)]
-    again = study_conversion.make_questions(conditions, LOOK_ALIKES, 0, seed=3)
-    other = study_conversion.make_questions(conditions, LOOK_ALIKES, 0, seed=4)
+    again = study_conversion.make_questions(conditions, LOOK_ALIKES, 128, seed=3)
+    other = study_conversion.make_questions(conditions, LOOK_ALIKES, 128, seed=4)
     assert [q.ground_truth for q in again] == [q.ground_truth for q in asked] != [q.ground_truth for q in other]
     image = noise[0].images[0]
     assert image.open().tobytes() == again[0].images[0].open().tobytes() != other[0].images[0].open().tobytes()
@@ -63,13 +63,24 @@ def test_questions_are_the_seed_s_and_look_for_every_concept_in_turn():
     assert len(places) == 16
 
 
-def test_look_alikes_are_the_nearest_captions_after_the_rank():
-    condition = {"x": Condition(1, 4, 3, "look-alike")}
-    for rank in (0, 20):
-        questions = study_conversion.make_questions(condition, LOOK_ALIKES, rank, 0)
-        for question, caption in zip(questions, POOL.captions[:3], strict=True):
-            shown = {POOL.images[i].caption for row in question.images[0].cells for i in row}
-            assert shown == {caption, *LOOK_ALIKES[caption][rank : rank + 15]}
+def test_look_alikes_are_the_nearest_captions():
+    questions = study_conversion.make_questions({"x": Condition(1, 4, 3, "look-alike")}, LOOK_ALIKES, 128, 0)
+    for question, caption in zip(questions, POOL.captions[:3], strict=True):
+        shown = {POOL.images[i].caption for row in question.images[0].cells for i in row}
+        assert shown == {caption, *LOOK_ALIKES[caption][:15]}
+
+
+def test_noise_is_as_strong_whatever_the_number_of_cells():
+    """It is added to images of the model's size: scaling a larger stitched image down would average it away."""
+    for grid in (2, 4):
+        noisy, plain = (
+            study_conversion.make_questions({"x": Condition(1, grid, 1, noise=noise)}, LOOK_ALIKES, 128, 0)[0]
+            for noise in (0.05, 0.0)
+        )
+        images = [np.asarray(q.images[0].open(), np.float64) / 255 for q in (noisy, plain)]
+        assert images[0].shape == (128, 128, 3)
+        inside = (images[1] > 0.2) & (images[1] < 0.8)  # not clipped
+        assert abs((images[0] - images[1])[inside].std() - 0.05) < 0.003
 
 
 def test_look_alikes_of_the_embedded_model_look_alike():
@@ -163,7 +174,7 @@ def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
     reordered = dict(reversed(plan.items()))
     assert study.read_records(tmp_path, reordered)
     with pytest.raises(UserError, match="seed01.json: of another plan"):
-        study.read_records(tmp_path, plan | {"look_alike_rank": 5})
+        study.read_records(tmp_path, plan | {"attention_questions": 5})
 
 
 def test_a_plan_must_be_committed_before_it_is_run():
