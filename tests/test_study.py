@@ -89,7 +89,7 @@ def test_look_alikes_of_the_embedded_model_look_alike():
     found = study_conversion.rank_look_alikes(model, processor)
     assert set(found) == set(POOL.captions)
     assert all(caption not in others and len(set(others)) == 199 for caption, others in found.items())
-    assert "police car" in found["automobile"][:5]
+    assert found["ant"][0] == "spider" and found["taxi"][0] == "police car"
 
 
 def test_answers_are_packed_one_bit_each():
