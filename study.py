@@ -247,6 +247,9 @@ def write_report():
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     check_ranges(config)
+    if config.report and not config.quick and config.study != "A-pilot":
+        write_report()
+        return
     records = RECORDS / config.study
     if config.quick:
         if config.study != "A":
@@ -260,10 +263,8 @@ def main():
         import study_conversion
 
         study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"], NOISES)
-    elif config.report and (config.quick or config.study == "A-pilot"):
-        print_grid(section, records)
     elif config.report:
-        write_report()
+        print_grid(section, records)
     else:
         found = read_records(records, section)
         print(*format_status(section, found, config.jobs), sep="\n", flush=True)

@@ -195,6 +195,17 @@ def test_the_committed_plans_name_real_arms_and_conditions(tmp_path):
             assert (seed in (100, 101)) == name.endswith("-pilot")  # pilot seeds are never used again
 
 
+def test_the_committed_report_and_figure_are_what_the_records_give(tmp_path, monkeypatch, capsys):
+    """Byte for byte; the figure where matplotlib and freetype are those it was drawn with."""
+    report, figure = study.REPORT.read_bytes(), study.FIGURE.read_bytes()
+    monkeypatch.setattr(study, "REPORT", tmp_path / "report.md")
+    monkeypatch.setattr(study, "FIGURE", tmp_path / "figure.png")
+    study.write_report()
+    assert (tmp_path / "report.md").read_bytes() == report
+    assert capsys.readouterr().out.encode() == report
+    assert (tmp_path / "figure.png").read_bytes() == figure
+
+
 @pytest.mark.slow
 def test_a_study_that_is_stopped_loses_only_the_runs_in_flight(tiny_model, tmp_path):
     """`python study.py` in a repository of its own, stopped twice, then finished: the records of an undisturbed one."""
