@@ -22,7 +22,7 @@ from PIL import Image
 
 import finetune_diff
 import finetune_original
-from checkpoint import locate
+from checkpoint import weights_fingerprint
 from diagnostics import lambda_values
 from differential_attention import DifferentialConfig, differential_parameters, knock_out
 from errors import UserError
@@ -184,6 +184,7 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     processor = PaliGemmaProcessor.from_pretrained(section["model"])
     questions = make_questions(conditions, look_alikes, processor.image_size, seed)
     config = make_config(section, arm, seed, folder)
+    check_weights(section)
     name, status = train(config, arm)
 
     accelerator = make_accelerator()
@@ -211,6 +212,13 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
         asked = [question for question in questions if question.setting in names]
         record["knockout"] = pack_answers(answer_questions(answerer, asked), names)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def check_weights(section: dict):
+    """Raise UserError unless the base model has the weights that the plan was made for."""
+    found = weights_fingerprint(section["model"])
+    if found != section["weights"]:
+        raise UserError(f"{section['model']}: has weights {found}, the plan is for {section['weights']}: restore them")
 
 
 def endpoint_conditions(section: dict) -> list[str]:
@@ -284,11 +292,3 @@ def measure_fingerprint(section: dict, folder: Path) -> str:
     train(config, "fingerprint")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return fingerprint_of([line["loss"] for line in lines if "loss" in line])
-
-
-def hash_model(name: str) -> str:
-    """SHA-256 of the weights of a model folder."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(locate(name)).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

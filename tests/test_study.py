@@ -14,6 +14,7 @@ import pytest
 import study
 import study_conversion
 import study_report
+from checkpoint import weights_fingerprint
 from errors import UserError
 from haystack import ImagePool, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -42,7 +43,9 @@ def section(model: Path, **changes) -> dict:
         "gate": dict(family="rival", seeds=[0], differential=dict(preset="gate")),
     }
     endpoint = dict(cells=[16, 64], kinds=["look-alike", "noise"])
-    plan = dict(model=str(model), look_alikes="results/study/look_alikes.json", threads=1)
+    plan = dict(
+        model=str(model), weights=weights_fingerprint(model), look_alikes="results/study/look_alikes.json", threads=1
+    )
     plan |= dict(train=train, arms=arms, endpoint=endpoint, conditions=conditions)
     return plan | dict(attention_questions=1, fingerprint_seed=100) | changes
 
@@ -118,6 +121,13 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny_model, tmp_path, ar
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / arm).rglob("*.safetensors")}
 
 
+def test_other_weights_than_the_plan_s_are_refused(tiny_model, tmp_path):
+    plan = section(tiny_model, weights="0123")
+    with pytest.raises(UserError, match="the plan is for 0123: restore them"):
+        study_conversion.run(plan, study.Job("standard", 0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_arms_differ_in_the_plan_s_flags_alone(tiny_model, tmp_path):
     plan = section(tiny_model)
     standard, split = (study_conversion.make_config(plan, arm, 1, tmp_path) for arm in ("standard", "split"))
@@ -191,6 +201,7 @@ def test_the_committed_plans_name_real_arms_and_conditions(tmp_path):
             study_conversion.finetune_original.check_config(config)
         conditions = {c: study_conversion.msgspec.convert(v, Condition) for c, v in plan["conditions"].items()}
         assert set(study_conversion.endpoint_conditions(plan)) <= set(conditions)
+        assert plan["weights"] == weights_fingerprint(ROOT / plan["model"])
         for seed in {seed for choices in plan["arms"].values() for seed in choices["seeds"]}:
             assert (seed in (100, 101)) == name.endswith("-pilot")  # pilot seeds are never used again
 
