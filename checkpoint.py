@@ -9,6 +9,7 @@ Tensors, keys and files only: no model class is known here. Nothing that could r
     Phi-3 (phi3, phi3_v) on the hub:       model.*                  model.vision_embed_tokens.*         lm_head
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FINGERPRINT_BYTES = 1 << 20  # at each end of a file
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
 # Starts the model_type and the names of the weight files of a whole model with differential attention, which therefore
 # does not load as a standard model in transformers.
@@ -177,6 +179,7 @@ class RunBase(msgspec.Struct):
 
     base_model: str | None = None
     base_revision: str | None = None
+    base_weights: str | None = None  # `weights_fingerprint` of a local folder; older runs have none
 
 
 class AdapterBase(msgspec.Struct):
@@ -192,19 +195,37 @@ def base_of_adapter(adapter: Path) -> str:
     if run:
         source, key = run, "base_model"
         record = read_typed(run, RunBase)
-        base, revision = record.base_model, record.base_revision
+        base, revision, weights = record.base_model, record.base_revision, record.base_weights
     else:
         source, key = adapter / ADAPTER_CONFIG, "base_model_name_or_path"
         config = read_typed(source, AdapterBase)
-        base, revision = config.base_model_name_or_path, config.revision
+        base, revision, weights = config.base_model_name_or_path, config.revision, None
     if not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
     for candidate in (Path(base), ROOT / base):
         if candidate.is_dir():
+            if weights not in (None, weights_fingerprint(candidate)):
+                raise UserError(
+                    f"{source}: the adapter was trained on other weights than {candidate} has now: restore them, or "
+                    "train again"
+                )
             return str(candidate)
     if not is_hub_id(base):
         raise UserError(f"{source}: {key!r} names the folder {base}, which does not exist: restore it or correct it")
     return f"{base}@{revision}" if revision and "@" not in base else base
+
+
+def weights_fingerprint(folder: PathLike) -> str:
+    """Changes with the weights of a model folder: a hash of the size and both ends of every safetensors file, which
+    takes milliseconds for files of any size."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        with reading(path), open(path, "rb") as file:
+            digest.update(f"{path.name} {size} ".encode() + file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def find_run_record(adapter: Path) -> Path | None:

@@ -485,10 +485,11 @@ def read_source(spec: str, split: str, strict: bool) -> Rows | HubRows:
 
 
 def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Haystacks]]:
-    """Haystacks to train on, and to evaluate: needles that are present, then absent ones, in each size of grid.
+    """Haystacks to train on, and to evaluate: needles that are present, and absent ones, in each size of grid.
 
-    The embedded pool is evaluated in a drawing style that is never trained on, then on concepts that are never trained
-    on; images of `own`, a folder or a jsonl file, on the fifth of the captions that is never trained on.
+    The embedded pool is evaluated in the drawing styles of training, in a style that is never trained on, and on
+    concepts that are never trained on; images of `own`, a folder or a jsonl file, on the fifth of the captions that is
+    never trained on.
     """
     shapes = config.shapes or tuple((1, grid) for grid in config.grids)
     if own:
@@ -499,7 +500,8 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
     else:
         train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), POOL_CELL
         unseen = [image for image in read_pool(splits=("test_concept",)) if image.style == "noto"]
-        kinds = [("", test, 0.0, True), (" absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
+        kinds = [(" trained styles", train, 0.0, True), (" unseen style", test, 0.0, True)]
+        kinds += [(" unseen style, absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
     size, sets = config.eval_samples, {}
     for kind, images, negatives, counts_for_best in kinds:
         pool = ImagePool(images)

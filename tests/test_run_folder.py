@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 from refusals import refused
-from runs import ROOT, crash, flags_of, interrupt, logged, saved_lora, start, wait_for, without_speed
 from safetensors.torch import load_file, save_file
 
 import plots
@@ -20,6 +19,8 @@ from errors import UserError
 from files import MANIFEST, lock_folder, verify_manifest, write_manifest
 from finetune_diff import Config as DiffConfig
 from finetune_original import Config, finetune
+from modeling_gemma import PaliGemmaForConditionalGeneration
+from runs import ROOT, crash, flags_of, interrupt, logged, saved_lora, start, wait_for, without_speed
 
 
 @pytest.fixture
@@ -458,3 +459,26 @@ def test_runs_of_before_a_flag_existed_continue(config):
     assert run_folder.comparable(record | {"config": old}) == run_folder.comparable(record | {"config": fields})
     old["differential"]["second"] = "pairs"
     assert run_folder.comparable({"config": old})["differential.pairing"] == "adjacent"
+
+
+def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(config, tmp_path, capsys):
+    """For loading, for training on, and for continuing; a run of before the weights were recorded loads."""
+    shutil.copytree(config.model, tmp_path / "base")
+    config = replace(config, model=str(tmp_path / "base"))
+    interrupt(config, 5)
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    shutil.copytree(config.output_dir, cut.output_dir)
+    finetune(config, "original")
+    file = next((tmp_path / "base").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    message = "trained on other weights than .*base has now: restore them, or train again"
+    with pytest.raises(UserError, match=message):
+        PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
+    with pytest.raises(UserError, match=message):
+        finetune(replace(config, model=config.output_dir, output_dir=str(tmp_path / "more")), "original")
+    with pytest.raises(UserError, match="base_weights"):
+        finetune(cut, "original")
+    for record in Path(config.output_dir).rglob("run.json"):
+        fields = json.loads(record.read_text())
+        record.write_text(json.dumps({key: value for key, value in fields.items() if key != "base_weights"}))
+    PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
