@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from refusals import refused
+from runs import ROOT, crash, flags_of, interrupt, logged, saved_lora, start, wait_for, without_speed
 from safetensors.torch import load_file, save_file
 
 import plots
@@ -20,7 +21,6 @@ from files import MANIFEST, lock_folder, verify_manifest, write_manifest
 from finetune_diff import Config as DiffConfig
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
-from runs import ROOT, crash, flags_of, interrupt, logged, saved_lora, start, wait_for, without_speed
 
 
 @pytest.fixture
