@@ -130,6 +130,18 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny_model, tmp_path, ar
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / arm).rglob("*.safetensors")}
 
 
+def test_the_knocked_out_answers_are_those_without_lambda(tiny_model, tmp_path, monkeypatch):
+    real, lambdas = study_conversion.answer_questions, []
+
+    def answer(answerer, questions, **more):
+        lambdas.append(max(map(abs, study_conversion.lambda_values(answerer.model).values())))
+        return real(answerer, questions, **more)
+
+    monkeypatch.setattr(study_conversion, "answer_questions", answer)
+    study_conversion.run(section(tiny_model), study.Job("split", 0), tmp_path / "split")
+    assert len(lambdas) == 2 and lambdas[0] > 0.4 and lambdas[1] == 0
+
+
 def test_other_weights_than_the_plan_s_are_refused(tiny_model, tmp_path):
     plan = section(tiny_model, weights="0123")
     with pytest.raises(UserError, match="the plan is for 0123: restore them"):
