@@ -167,6 +167,8 @@ class PaliGemmaConfig:
     tie_word_embeddings: bool = True
     model_type: str = "paligemma"
 
+    learning_rate = 2e-3  # of fine-tuning, by default: that of the embedded model; 1e-4 suits PaliGemma 3b
+
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "PaliGemmaConfig":
         """Read `config.json` of a folder or hub id. Unknown keys are tolerated, unknown model types refused."""
@@ -393,4 +395,3 @@ class PaliGemmaForConditionalGeneration(VisionLanguageModel):
     config_class = PaliGemmaConfig
     backbone_class = PaliGemmaModel
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    learning_rate = 2e-3  # of the embedded model; 1e-4 suits PaliGemma 3b

@@ -253,7 +253,33 @@ def phi_nano_config(tokenizer: Tokenizer) -> Phi3Config:
         pad_token_id=tokenizer.token_to_id("<|endoftext|>"),
         bos_token_id=tokenizer.token_to_id("<s>"),
         stop_ids=(tokenizer.token_to_id("<|end|>"), tokenizer.token_to_id("<|endoftext|>")),
+        learning_rate=2e-3,
     )
+
+
+def make_model(family: str, pool: list[PoolImage]):
+    """(model of random weights, its processor, its class of `Task`)."""
+    captions = sorted({p.caption for p in pool})
+    texts = [text for c in captions for text in (c, f"detect {c}", f"a, {c}")]
+    texts += ["caption en\n", *INSTRUCTIONS]
+    if family == "paligemma":
+        tokenizer = build_tokenizer(texts)
+        config = nano_config(tokenizer)
+        vision = config.vision_config
+        processor = PaliGemmaProcessor(tokenizer, config.image_token_id, vision.image_size, vision.patch_size)
+        return PaliGemmaForConditionalGeneration(config), processor, Task
+    tokenizer = build_phi_tokenizer(texts)
+    config = phi_nano_config(tokenizer)
+    processor = Phi3VProcessor(
+        tokenizer,
+        config.stop_ids,
+        config.pad_token_id,
+        image_token_id=config.image_token_id,
+        crop_size=config.vision_config.image_size,
+        patch_size=config.vision_config.patch_size,
+        num_crops=NUM_CROPS,
+    )
+    return Phi3VForCausalLM(config), processor, PhiTask
 
 
 # ---- images
@@ -606,11 +632,11 @@ def model_step(model, probe, task: Task, config: Config, generator: torch.Genera
     return loss, float(hits.float().mean()) if grid > 1 else None
 
 
-def save_asset(config: Config, model, tokenizer: Tokenizer, tokens: int, metrics: dict):
-    """Save the model in bf16, with its tokenizer and image settings; `tokens`: of a square image."""
+def save_asset(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor, metrics: dict):
+    """Save the model in bf16, with its tokenizer and image settings."""
     folder = Path(config.output_dir)
     model.bfloat16().save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    processor.tokenizer.save(str(folder / "tokenizer.json"))
     if config.family == "paligemma":
         special = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
         size = model.config.vision_config.image_size
@@ -626,11 +652,11 @@ def save_asset(config: Config, model, tokenizer: Tokenizer, tokens: int, metrics
     )
     write_json(folder / "preprocessor_config.json", image_settings)
     write_json(folder / "pretraining.json", {"config": asdict(config), "metrics": metrics})
-    (folder / "README.md").write_text(readme(config, model, tokens, metrics), encoding="utf-8")
+    (folder / "README.md").write_text(readme(config, model, processor, metrics), encoding="utf-8")
 
 
-def readme(config: Config, model, tokens: int, metrics: dict) -> str:
-    """What the folder is and what it can do, with 95 % Wilson intervals; `tokens`: of a square image."""
+def readme(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor, metrics: dict) -> str:
+    """What the folder is and what it can do, with 95 % Wilson intervals."""
     text, vision = model.config.text_config, model.config.vision_config
     is_phi = config.family == "phi"
     names = list(next(iter(metrics["scores"].values())))
@@ -642,21 +668,21 @@ def readme(config: Config, model, tokens: int, metrics: dict) -> str:
             low, high = wilson(round(scores[name] * n), n)
             cells.append(f"{100 * scores[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         rows.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    what = (PHI if is_phi else PALIGEMMA).format(
+    facts = dict(
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         image=vision.image_size,
         patch=vision.patch_size,
-        tokens=tokens,
+        tokens=processor.count_image_tokens((1, 1)),
         width=text.hidden_size,
         layers=f"{vision.num_hidden_layers} + {text.num_hidden_layers}",
         vocabulary=text.vocab_size,
-        heads=text.num_attention_heads,
-        crops=NUM_CROPS,
-        original=f"{text.max_position_embeddings if not is_phi else text.original_max_position_embeddings:,}",
     )
+    if is_phi:
+        original = f"{text.original_max_position_embeddings:,}"
+        facts |= dict(heads=text.num_attention_heads, crops=NUM_CROPS, original=original)
     return README.format(
         name=f"{config.family}-nano",
-        what=what,
+        what=(PHI if is_phi else PALIGEMMA).format(**facts),
         command="python assets/pretrain.py" + " --family=phi" * is_phi,
         end=PHI_END if is_phi else PALIGEMMA_END,
         n=metrics["n"],
@@ -675,41 +701,17 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
 
-    # --- data
+    # --- model and data
     pool = read_pool()
-    captions = sorted({p.caption for p in pool})
-    prompts = [text for c in captions for text in (c, f"detect {c}", f"a, {c}")]
-    texts = [*prompts, "caption en\n", *INSTRUCTIONS]
-    if config.family == "paligemma":
-        tokenizer = build_tokenizer(texts)
-        model_config = nano_config(tokenizer)
-        vision = model_config.vision_config
-        processor = PaliGemmaProcessor(tokenizer, model_config.image_token_id, vision.image_size, vision.patch_size)
-        task_class, model_class = Task, PaliGemmaForConditionalGeneration
-    else:
-        tokenizer = build_phi_tokenizer(texts)
-        model_config = phi_nano_config(tokenizer)
-        vision = model_config.vision_config
-        processor = Phi3VProcessor(
-            tokenizer,
-            model_config.stop_ids,
-            model_config.pad_token_id,
-            image_token_id=model_config.image_token_id,
-            crop_size=vision.image_size,
-            patch_size=vision.patch_size,
-            num_crops=NUM_CROPS,
-        )
-        task_class, model_class = PhiTask, Phi3VForCausalLM
-    task = task_class(config, [p for p in pool if p.split == "train"], processor)
-    unaugmented = task_class(config, [p for p in pool if p.split == "train"], processor, augment=False)
+    model, processor, task_class = make_model(config.family, pool)
+    train = [p for p in pool if p.split == "train"]
+    task = task_class(config, train, processor)
+    unaugmented = task_class(config, train, processor, augment=False)
     other_style = task_class(config, [p for p in pool if p.split == "test_style"], processor, augment=False)
     unseen = task_class(
         config, [p for p in pool if p.split == "test_concept" and p.style == "noto"], processor, augment=False
     )
-
-    # --- model
-    model = model_class(model_config)
-    probe = torch.nn.Linear(vision.hidden_size, len(task.choices))  # not part of the saved model
+    probe = torch.nn.Linear(model.config.vision_config.hidden_size, len(task.choices))  # not part of the saved model
     everything = torch.nn.ModuleDict({"model": model, "probe": probe})
     optimizers = make_optimizers(config, model, probe)
     concepts, smoothed, first = config.first_concepts, 0.0, 0
@@ -721,7 +723,8 @@ def main():
             optimizer.load_state_dict(stored)
         concepts, smoothed, first = state["concepts"], state["smoothed"], state["step"]
     count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters, {tokenizer.get_vocab_size()} tokens, {len(task.choices)} concepts, from step {first}")
+    tokens = processor.tokenizer.get_vocab_size()
+    print(f"{count:,} parameters, {tokens} tokens, {len(task.choices)} concepts, from step {first}")
 
     # --- loop
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps)
@@ -770,7 +773,7 @@ def main():
         "concepts never seen": measure(model, unseen, samples, seed=13),
     }
     metrics = {"n": samples, "scores": scores}
-    save_asset(config, model, tokenizer, processor.count_image_tokens((task.side, task.side)), metrics)
+    save_asset(config, model, processor, metrics)
     print(json.dumps(metrics, indent=1))
 
 
