@@ -9,7 +9,8 @@ As in PaliGemma, the vision tower is trained first, here to classify the concept
 never sees the needle task. An image shows one drawing of the pool or a grid of them on a varied background. Its caption
 names all of them, row by row, because with one caption per image alone the loss does not fall for a long time. `detect`
 starts with a few concepts, whose number doubles each time it succeeds: with all concepts from the start it stays at
-chance.
+chance. Phi also learns `locate en`, the caption with boxes: its image tokens come before the prompt and cannot see it,
+so `detect` alone stays at chance.
 
 B batch, N grid cells per side, n images in the pool, S image side in pixels, P patches, C hidden size, V vocabulary.
 """
@@ -75,6 +76,7 @@ WORDS = sorted({w for text in INSTRUCTIONS for w in re.findall(r"[A-Za-z]+", tex
 SEED_STRIDE = 1_000_003  # steps of neighbouring seeds draw other batches
 LATTICE = 16  # steps per image side: drawings are placed on this lattice, so that a box has few distinct coordinates
 NUM_CROPS = 4  # of phi-nano
+BOX = re.compile(r"\d+, \d+, \d+, \d+")  # in an answer of phi-nano
 
 README = """# {name}
 
@@ -398,6 +400,7 @@ class Task:
     """
 
     box_tokens = 5  # of an answer to `detect`, as far as it is needed
+    learns_to_locate = False  # whether `locate en` is a task: names and boxes of all drawings
 
     def __init__(
         self,
@@ -495,21 +498,38 @@ class PhiTask(Task):
     """Boxes are plain numbers, images a global view and 2 x 2 crops."""
 
     box_tokens = 20
+    learns_to_locate = True
 
     def answer(self, box: Tensor, caption: str) -> str:
         return percent_text(box, self.side)
 
+    def locations(self, ids: Tensor, boxes: Tensor) -> list[str]:
+        """Answers to `locate en` on grids `ids` [B, N, N]: as the caption, with its box behind each name."""
+        return [
+            ", ".join(
+                f"{self.captions[i]} {percent_text(box, self.side)}"
+                for i, box in zip(row.tolist(), row_boxes, strict=True)
+            )
+            for row, row_boxes in zip(ids.flatten(1), boxes.flatten(1, 2), strict=True)
+        ]
+
     def cell(self, answer: str, grid: int) -> tuple[int, int] | None:
-        numbers = re.fullmatch(r"(\d+), (\d+), (\d+), (\d+)", answer)
-        if numbers is None:
+        if not BOX.fullmatch(answer):
             return None
-        x0, y0, x1, y1 = map(int, numbers.groups())
-        return tuple((v0 + v1) * grid // 200 for v0, v1 in ((y0, y1), (x0, x1)))
+        x0, y0, x1, y1 = map(int, answer.split(", "))
+        return (y0 + y1) * grid // 200, (x0 + x1) * grid // 200
 
     def hits(self, logits: Tensor, labels: Tensor, grid: int) -> Tensor:
+        """The same, of a box with the true width and height: after the true left edge, the right one is no search."""
         predicted = logits.argmax(-1).where(labels != IGNORED_LABEL, labels)
-        texts = (self.processor.batch_decode(ids) for ids in (predicted, labels))
-        return torch.tensor([self.cell(a, grid) == self.cell(b, grid) for a, b in zip(*texts, strict=True)])
+        found = []
+        for answer, truth in zip(*map(self.processor.batch_decode, (predicted, labels)), strict=True):
+            x0, y0, x1, y1 = map(int, truth.split(", "))
+            if is_box := BOX.fullmatch(answer) is not None:
+                left, top = map(int, answer.split(", ")[:2])
+                answer = f"{left}, {top}, {left + x1 - x0}, {top + y1 - y0}"
+            found.append(is_box and self.cell(answer, grid) == self.cell(truth, grid))
+        return torch.tensor(found)
 
     def pixels(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
@@ -605,7 +625,7 @@ def tower_step(model, probe, task: Task, config: Config, generator: torch.Genera
 
 
 def model_step(model, probe, task: Task, config: Config, generator: torch.Generator, grid: int, concepts: int):
-    """(loss of the whole model: token means of caption, detect and ocr; share of searched cells that are found)."""
+    """(loss of the whole model: token means of its tasks; share of searched cells that are found)."""
     captioned, searched = config.batch_size // 2, config.batch_size - config.batch_size // 2
     ids_captioned, pixels_captioned, _ = task.draw(generator, captioned, grid)
     ids_searched, pixels_searched, boxes = task.draw(generator, searched, grid, concepts)
@@ -627,8 +647,15 @@ def model_step(model, probe, task: Task, config: Config, generator: torch.Genera
             logits_to_keep=searches["input_ids"].shape[1],
         )
         concept_loss = probe_loss(probe, task, vision[: config.batch_size], torch.cat([ids_captioned, ids_searched]))
+        if task.learns_to_locate:
+            count = max(captioned // grid, 1)  # images: the longer the answers, the fewer
+            answers = task.locations(ids_searched[:count], boxes[:count])
+            located = features[captioned : captioned + count]
+            batch = task.text_batch(["locate en"] * count, answers)
+            locate_loss = model(**batch, pixel_values=None, image_features=located).loss
     hits = task.hits(out.logits[:, :-1], searches["labels"][:, 1:], grid)
-    loss = caption_loss + out.loss + config.ocr_weight * ocr_loss + config.probe_weight * concept_loss
+    search_loss = out.loss + locate_loss if task.learns_to_locate else out.loss
+    loss = caption_loss + search_loss + config.ocr_weight * ocr_loss + config.probe_weight * concept_loss
     return loss, float(hits.float().mean()) if grid > 1 else None
 
 
