@@ -9,8 +9,8 @@ As in PaliGemma, the vision tower is trained first, here to classify the concept
 never sees the needle task. An image shows one drawing of the pool or a grid of them on a varied background. Its caption
 names all of them, row by row, because with one caption per image alone the loss does not fall for a long time. `detect`
 starts with a few concepts, whose number doubles each time it succeeds: with all concepts from the start it stays at
-chance. Phi also learns `locate en`, the caption with boxes: its image tokens come before the prompt and cannot see it,
-so `detect` alone stays at chance.
+chance. Phi also learns `locate en`, names and boxes of all drawings in random order: its image tokens come before the
+prompt and cannot see it, so that `detect` alone takes much longer.
 
 B batch, N grid cells per side, n images in the pool, S image side in pixels, P patches, C hidden size, V vocabulary.
 """
@@ -76,7 +76,8 @@ WORDS = sorted({w for text in INSTRUCTIONS for w in re.findall(r"[A-Za-z]+", tex
 SEED_STRIDE = 1_000_003  # steps of neighbouring seeds draw other batches
 LATTICE = 16  # steps per image side: drawings are placed on this lattice, so that a box has few distinct coordinates
 NUM_CROPS = 4  # of phi-nano
-BOX = re.compile(r"\d+, \d+, \d+, \d+")  # in an answer of phi-nano
+BOX = re.compile(r"(\d+), (\d+), (\d+), (\d+)$")  # at the end of an answer of phi-nano
+STEPS = {"paligemma": 3800, "phi": 5000}
 
 README = """# {name}
 
@@ -112,8 +113,8 @@ PHI = """\
 A Phi-3-vision of {parameters} parameters in the hub's format (bf16): CLIP and Phi-3 with {layers} layers of width
 {width} ({heads} query heads and as many key heads; CLIP's last layer is stored but never run), crops of {image} px in
 patches of {patch}, at most {crops} crops and a global view ({tokens} image tokens for a square image), {vocabulary}
-embedding rows, longrope beyond {original} positions (never trained). Boxes are plain numbers: left, top, right and
-bottom edge in percent of the image."""
+embedding rows, longrope beyond {original} positions (never trained). A box is plain numbers behind a name: left,
+top, right and bottom edge in percent of the image."""
 PHI_END = "transformers has\nno class for it."
 
 
@@ -131,7 +132,7 @@ class Config:
     grow_at: float = 0.75  # smoothed accuracy of `detect` at which the number of concepts doubles
     # --- optimisation
     tower_steps: int = 1200  # vision tower alone, each cell against the concepts
-    steps: int = 3800  # all steps, the tower's included
+    steps: int = 0  # all steps, the tower's included; 0: those of STEPS
     lr: float = 3e-3  # Muon's, for the layers' matrices; linear warm-up, cosine to a tenth
     adam_lr: float = 1e-3  # AdamW's, for embeddings, norms and biases, on the same schedule
     warmup: int = 100  # steps
@@ -401,6 +402,7 @@ class Task:
 
     box_tokens = 5  # of an answer to `detect`, as far as it is needed
     learns_to_locate = False  # whether `locate en` is a task: names and boxes of all drawings
+    graded_grids = (2, 4)  # on which success in `detect` counts for the number of concepts
 
     def __init__(
         self,
@@ -497,26 +499,26 @@ class Task:
 class PhiTask(Task):
     """Boxes are plain numbers, images a global view and 2 x 2 crops."""
 
-    box_tokens = 20
+    box_tokens = 28
     learns_to_locate = True
+    graded_grids = (2,)
 
     def answer(self, box: Tensor, caption: str) -> str:
-        return percent_text(box, self.side)
+        return f"{caption} {percent_text(box, self.side)}"
 
-    def locations(self, ids: Tensor, boxes: Tensor) -> list[str]:
-        """Answers to `locate en` on grids `ids` [B, N, N]: as the caption, with its box behind each name."""
-        return [
-            ", ".join(
-                f"{self.captions[i]} {percent_text(box, self.side)}"
-                for i, box in zip(row.tolist(), row_boxes, strict=True)
-            )
-            for row, row_boxes in zip(ids.flatten(1), boxes.flatten(1, 2), strict=True)
-        ]
+    def locations(self, generator: torch.Generator, ids: Tensor, boxes: Tensor) -> list[str]:
+        """Answers to `locate en` on grids `ids` [B, N, N]: all drawings in random order, each as `detect` answers."""
+        answers = []
+        for row, row_boxes in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), strict=True):
+            order = torch.randperm(len(row), generator=generator).tolist()
+            answers.append(", ".join(self.answer(row_boxes[i], self.captions[row[i]]) for i in order))
+        return answers
 
     def cell(self, answer: str, grid: int) -> tuple[int, int] | None:
-        if not BOX.fullmatch(answer):
+        box = BOX.search(answer)
+        if box is None:
             return None
-        x0, y0, x1, y1 = map(int, answer.split(", "))
+        x0, y0, x1, y1 = map(int, box.groups())
         return (y0 + y1) * grid // 200, (x0 + x1) * grid // 200
 
     def hits(self, logits: Tensor, labels: Tensor, grid: int) -> Tensor:
@@ -524,11 +526,11 @@ class PhiTask(Task):
         predicted = logits.argmax(-1).where(labels != IGNORED_LABEL, labels)
         found = []
         for answer, truth in zip(*map(self.processor.batch_decode, (predicted, labels)), strict=True):
-            x0, y0, x1, y1 = map(int, truth.split(", "))
-            if is_box := BOX.fullmatch(answer) is not None:
-                left, top = map(int, answer.split(", ")[:2])
+            x0, y0, x1, y1 = map(int, BOX.search(truth).groups())
+            if box := BOX.search(answer):
+                left, top = int(box[1]), int(box[2])
                 answer = f"{left}, {top}, {left + x1 - x0}, {top + y1 - y0}"
-            found.append(is_box and self.cell(answer, grid) == self.cell(truth, grid))
+            found.append(box is not None and self.cell(answer, grid) == self.cell(truth, grid))
         return torch.tensor(found)
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -648,15 +650,15 @@ def model_step(model, probe, task: Task, config: Config, generator: torch.Genera
         )
         concept_loss = probe_loss(probe, task, vision[: config.batch_size], torch.cat([ids_captioned, ids_searched]))
         if task.learns_to_locate:
-            count = max(captioned // grid, 1)  # images: the longer the answers, the fewer
-            answers = task.locations(ids_searched[:count], boxes[:count])
+            count = min(searched, 24 // grid)  # images: the longer the answers, the fewer
+            answers = task.locations(generator, ids_searched[:count], boxes[:count])
             located = features[captioned : captioned + count]
             batch = task.text_batch(["locate en"] * count, answers)
             locate_loss = model(**batch, pixel_values=None, image_features=located).loss
     hits = task.hits(out.logits[:, :-1], searches["labels"][:, 1:], grid)
     search_loss = out.loss + locate_loss if task.learns_to_locate else out.loss
     loss = caption_loss + search_loss + config.ocr_weight * ocr_loss + config.probe_weight * concept_loss
-    return loss, float(hits.float().mean()) if grid > 1 else None
+    return loss, float(hits.float().mean()) if grid in task.graded_grids else None
 
 
 def save_asset(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor, metrics: dict):
@@ -722,6 +724,7 @@ def readme(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor
 @one_line_errors
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,))
+    config.steps = config.steps or STEPS[config.family]
     config.work_dir = config.work_dir or f"runs/pretrain_{config.family}"
     config.output_dir = config.output_dir or f"assets/{config.family}-nano"
     work = Path(config.work_dir)

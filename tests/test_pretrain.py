@@ -64,7 +64,10 @@ def test_a_box_that_is_written_and_read_lies_in_its_cell(made, grid):
 def test_boxes_of_phi_are_percent_of_the_image_as_plain_numbers(made, family):
     _, task = made
     answer = task.answer(torch.tensor([0, 16, 64, 128]), "red apple")
-    assert answer == {"phi": "0, 12, 50, 100", "paligemma": "<loc0128><loc0000><loc1023><loc0512> red apple"}[family]
+    assert (
+        answer
+        == {"phi": "red apple 0, 12, 50, 100", "paligemma": "<loc0128><loc0000><loc1023><loc0512> red apple"}[family]
+    )
     row = task.text_batch(["detect red apple"], [answer])
     assert task.processor.decode(row["labels"][0]) == answer
     assert int((row["labels"] != -100).sum()) <= {"phi": task.box_tokens, "paligemma": 8}[family]
