@@ -77,7 +77,7 @@ SEED_STRIDE = 1_000_003  # steps of neighbouring seeds draw other batches
 LATTICE = 16  # steps per image side: drawings are placed on this lattice, so that a box has few distinct coordinates
 NUM_CROPS = 4  # of phi-nano
 BOX = re.compile(r"(\d+), (\d+), (\d+), (\d+)$")  # at the end of an answer of phi-nano
-STEPS = {"paligemma": 3800, "phi": 5000}
+STEPS = {"paligemma": 3800, "phi": 6500}
 
 README = """# {name}
 
@@ -486,8 +486,8 @@ class Task:
         """Features [B, P, C] of the patches of images [B, 3, S, S] in [-1, 1]."""
         return model.model.vision_tower(images)
 
-    def image_features(self, model, vision: Tensor) -> Tensor:
-        """Image tokens [B, tokens, C] of the features that `vision` returns."""
+    def image_features(self, model, vision: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Image tokens [B, tokens, C] of the features that `vision` returns. `generator`: of dropout, in training."""
         return model.model.multi_modal_projector(vision)
 
     def patch_maps(self, vision: Tensor) -> list[Tensor]:
@@ -545,7 +545,13 @@ class PhiTask(Task):
         pixels = torch.cat([view, crops], dim=1)
         return model.model.vision_tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
 
-    def image_features(self, model, vision: Tensor) -> Tensor:
+    def image_features(self, model, vision: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The global view of half the images is zero in training. Otherwise the decoder finds a drawing there, which is
+        enough for a quarter of the image, and does not learn where the crops lie."""
+        if generator is not None:
+            keep = torch.ones(len(vision), vision.shape[1], 1, 1)
+            keep[:, 0] = (torch.rand(len(vision), 1, 1, generator=generator) < 0.5).float()
+            vision = vision * keep
         grid = self.processor.grid((self.side, self.side))
         return torch.stack(model.model.multi_modal_projector(vision.flatten(0, 1), [grid] * len(vision)))
 
@@ -634,7 +640,7 @@ def model_step(model, probe, task: Task, config: Config, generator: torch.Genera
     page_texts, pixels_pages = task.pages(generator, config.pages)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
         vision = task.vision(model, torch.cat([pixels_captioned, pixels_searched, pixels_pages]))
-        features = task.image_features(model, vision)
+        features = task.image_features(model, vision, generator)
         captions = task.text_batch(
             ["caption en"] * config.batch_size, task.caption_texts(torch.cat([ids_captioned, ids_searched]))
         )

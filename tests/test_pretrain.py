@@ -125,6 +125,21 @@ def test_patch_maps_lie_as_the_image_does(made):
     torch.testing.assert_close(maps[0], expected, atol=1e-5, rtol=0)
 
 
+def test_dropout_takes_the_global_view_of_some_images(made, family):
+    """And nothing else: tokens of the grid of crops stay, and PaliGemma has no dropout."""
+    model, task = made
+    vision = task.vision(model, task.draw(torch.Generator().manual_seed(0), 8, 2)[1])
+    whole = task.image_features(model, vision)
+    dropped = task.image_features(model, vision, torch.Generator().manual_seed(0))
+    if family == "paligemma":
+        assert torch.equal(whole, dropped)
+        return
+    crops = whole.shape[1] - 4 - 2  # behind them, two lines of two tokens and a line end
+    torch.testing.assert_close(whole[:, :crops], dropped[:, :crops], atol=1e-6, rtol=0)
+    changed = (whole - dropped).abs().amax((1, 2)) > 0
+    assert 0 < int(changed.sum()) < 8
+
+
 def test_batches_follow_from_the_step_alone(made):
     _, task = made
     drawn = [task.draw(torch.Generator().manual_seed(5), 3, 2) for _ in range(2)]
