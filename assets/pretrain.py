@@ -21,6 +21,7 @@ import os
 import random
 import re
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ Trained from random weights on the images of `../haystack-pool` by
 ```
 
 which is seeded and continues when it is started again. It learned `caption en` (every drawing of a grid, row by row),
-`detect {{caption}}` and `ocr`, and **not** the needle task. `pretraining.json` holds the hyperparameters and
+{tasks} and `ocr`, and **not** the needle task. `pretraining.json` holds the hyperparameters and
 the figures below. Training used the styles `fluent` and `twemoji` of 200 concepts; the style `noto` and 60 concepts
 were left out.
 
@@ -115,7 +116,7 @@ A Phi-3-vision of {parameters} parameters in the hub's format (bf16): CLIP and P
 patches of {patch}, at most {crops} crops and a global view ({tokens} image tokens for a square image), {vocabulary}
 embedding rows, longrope beyond {original} positions (never trained). A box is plain numbers behind a name: left,
 top, right and bottom edge in percent of the image."""
-PHI_END = "transformers has\nno class for it."
+PHI_END = "transformers has\nno class for the whole, but for its tower and its decoder."
 
 
 @dataclass
@@ -717,7 +718,8 @@ def readme(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor
         facts |= dict(heads=text.num_attention_heads, crops=NUM_CROPS, original=original)
     return README.format(
         name=f"{config.family}-nano",
-        what=(PHI if is_phi else PALIGEMMA).format(**facts),
+        what=textwrap.fill((PHI if is_phi else PALIGEMMA).format(**facts), 120),
+        tasks="`detect {caption}`" + ", `locate en` (names and boxes in random order)" * is_phi,
         command="python assets/pretrain.py" + " --family=phi" * is_phi,
         end=PHI_END if is_phi else PALIGEMMA_END,
         n=metrics["n"],
