@@ -78,7 +78,8 @@ SEED_STRIDE = 1_000_003  # steps of neighbouring seeds draw other batches
 LATTICE = 16  # steps per image side: drawings are placed on this lattice, so that a box has few distinct coordinates
 NUM_CROPS = 4  # of phi-nano
 BOX = re.compile(r"(\d+), (\d+), (\d+), (\d+)$")  # at the end of an answer of phi-nano
-STEPS = {"paligemma": 3800, "phi": 6500}
+STEPS = {"paligemma": 3800, "phi": 7000}
+GRID_WEIGHTS = {"paligemma": (0.15, 0.5, 0.35), "phi": (0.1, 0.35, 0.55)}
 
 README = """# {name}
 
@@ -128,7 +129,7 @@ class Config:
     queries: int = 3  # `detect` prompts per searched image
     pages: int = 8  # images of a word or number per step, for `ocr`
     grids: tuple[int, ...] = (1, 2, 4)  # cells per side, one drawn per step with the weights below
-    grid_weights: tuple[float, ...] = (0.15, 0.5, 0.35)  # probabilities of the grids
+    grid_weights: tuple[float, ...] = ()  # probabilities of the grids; empty: those of GRID_WEIGHTS
     first_concepts: int = 8  # concepts that `detect` starts with
     grow_at: float = 0.75  # smoothed accuracy of `detect` at which the number of concepts doubles
     # --- optimisation
@@ -403,7 +404,7 @@ class Task:
 
     box_tokens = 5  # of an answer to `detect`, as far as it is needed
     learns_to_locate = False  # whether `locate en` is a task: names and boxes of all drawings
-    graded_grids = (2, 4)  # on which success in `detect` counts for the number of concepts
+    curriculum = {1: 0, 2: 0, 4: 0}  # of each grid: those with the same index share their number of concepts
 
     def __init__(
         self,
@@ -502,17 +503,19 @@ class PhiTask(Task):
 
     box_tokens = 28
     learns_to_locate = True
-    graded_grids = (2,)
+    curriculum = {1: 0, 2: 0, 4: 1}  # it finds drawings among four long before it finds them among sixteen
 
     def answer(self, box: Tensor, caption: str) -> str:
         return f"{caption} {percent_text(box, self.side)}"
 
-    def locations(self, generator: torch.Generator, ids: Tensor, boxes: Tensor) -> list[str]:
-        """Answers to `locate en` on grids `ids` [B, N, N]: all drawings in random order, each as `detect` answers."""
+    def locations(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, first: int) -> list[str]:
+        """Answers to `locate en` on grids `ids` [B, N, N]: all drawings of the first concepts in random order, each as
+        `detect` answers."""
         answers = []
         for row, row_boxes in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), strict=True):
             order = torch.randperm(len(row), generator=generator).tolist()
-            answers.append(", ".join(self.answer(row_boxes[i], self.captions[row[i]]) for i in order))
+            known = [i for i in order if self.rank[self.captions[row[i]]] < first]
+            answers.append(", ".join(self.answer(row_boxes[i], self.captions[row[i]]) for i in known))
         return answers
 
     def cell(self, answer: str, grid: int) -> tuple[int, int] | None:
@@ -658,14 +661,14 @@ def model_step(model, probe, task: Task, config: Config, generator: torch.Genera
         concept_loss = probe_loss(probe, task, vision[: config.batch_size], torch.cat([ids_captioned, ids_searched]))
         if task.learns_to_locate:
             count = min(searched, 24 // grid)  # images: the longer the answers, the fewer
-            answers = task.locations(generator, ids_searched[:count], boxes[:count])
+            answers = task.locations(generator, ids_searched[:count], boxes[:count], concepts)
             located = features[captioned : captioned + count]
             batch = task.text_batch(["locate en"] * count, answers)
             locate_loss = model(**batch, pixel_values=None, image_features=located).loss
     hits = task.hits(out.logits[:, :-1], searches["labels"][:, 1:], grid)
     search_loss = out.loss + locate_loss if task.learns_to_locate else out.loss
     loss = caption_loss + search_loss + config.ocr_weight * ocr_loss + config.probe_weight * concept_loss
-    return loss, float(hits.float().mean()) if grid in task.graded_grids else None
+    return loss, float(hits.float().mean()) if grid > 1 else None
 
 
 def save_asset(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor, metrics: dict):
@@ -733,6 +736,7 @@ def readme(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,))
     config.steps = config.steps or STEPS[config.family]
+    config.grid_weights = config.grid_weights or GRID_WEIGHTS[config.family]
     config.work_dir = config.work_dir or f"runs/pretrain_{config.family}"
     config.output_dir = config.output_dir or f"assets/{config.family}-nano"
     work = Path(config.work_dir)
@@ -752,7 +756,8 @@ def main():
     probe = torch.nn.Linear(model.config.vision_config.hidden_size, len(task.choices))  # not part of the saved model
     everything = torch.nn.ModuleDict({"model": model, "probe": probe})
     optimizers = make_optimizers(config, model, probe)
-    concepts, smoothed, first = config.first_concepts, 0.0, 0
+    curricula = max(task.curriculum.values()) + 1
+    concepts, smoothed, first = [config.first_concepts] * curricula, [0.0] * curricula, 0
     state_file = work / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -773,19 +778,19 @@ def main():
             optimizer.zero_grad(set_to_none=True)
         generator = torch.Generator().manual_seed(config.seed * SEED_STRIDE + step)
         grid = config.grids[int(torch.multinomial(torch.tensor(config.grid_weights), 1, generator=generator))]
-        hit = None
+        part, hit = task.curriculum[grid], None
         if step < config.tower_steps:
             loss = tower_step(model, probe, task, config, generator, grid)
         else:
-            loss, hit = model_step(model, probe, task, config, generator, grid, concepts)
+            loss, hit = model_step(model, probe, task, config, generator, grid, concepts[part])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        smoothed = smoothed if hit is None else 0.95 * smoothed + 0.05 * hit
-        if smoothed > config.grow_at and concepts < len(task.choices):
-            concepts, smoothed = min(2 * concepts, len(task.choices)), 0.0
-        bar.set_postfix(loss=f"{loss.item():.3f}", found=f"{smoothed:.2f}", concepts=concepts)
+        smoothed[part] = smoothed[part] if hit is None else 0.95 * smoothed[part] + 0.05 * hit
+        if smoothed[part] > config.grow_at and concepts[part] < len(task.choices):
+            concepts[part], smoothed[part] = min(2 * concepts[part], len(task.choices)), 0.0
+        bar.set_postfix(loss=f"{loss.item():.3f}", found=[f"{s:.2f}" for s in smoothed], concepts=concepts)
         done = step + 1
         if done % config.save_every == 0 or done == config.steps:
             state = {"model": everything.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
