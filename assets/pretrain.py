@@ -9,8 +9,9 @@ As in PaliGemma, the vision tower is trained first, here to classify the concept
 never sees the needle task. An image shows one drawing of the pool or a grid of them on a varied background. Its caption
 names all of them, row by row, because with one caption per image alone the loss does not fall for a long time. `detect`
 starts with a few concepts, whose number doubles each time it succeeds: with all concepts from the start it stays at
-chance. Phi also learns `locate en`, names and boxes of all drawings in random order: its image tokens come before the
-prompt and cannot see it, so that `detect` alone takes much longer.
+chance. Phi's image tokens come before the prompt and cannot see it, which makes `detect` harder: Phi also learns
+`locate en`, names and boxes of the drawings in random order, and its searches among sixteen cells have a number of
+concepts of their own.
 
 B batch, N grid cells per side, n images in the pool, S image side in pixels, P patches, C hidden size, V vocabulary.
 """

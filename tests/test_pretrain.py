@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -123,6 +124,26 @@ def test_patch_maps_lie_as_the_image_does(made):
         assert maps[1].shape == (2, 3, 4, 4)
         torch.testing.assert_close(maps[1].mean((2, 3)), expected.mean((2, 3)), atol=0.2, rtol=0)
     torch.testing.assert_close(maps[0], expected, atol=1e-5, rtol=0)
+
+
+def test_an_answer_to_locate_has_every_drawing_in_play_once_with_its_box(made, family):
+    _, task = made
+    if not task.learns_to_locate:
+        assert family == "paligemma"
+        return
+    generator = torch.Generator().manual_seed(0)
+    ids, _, boxes = task.draw(generator, 6, 2, 8)
+    for first in (2, 8, 16):
+        answers = task.locations(generator, ids, boxes, first)
+        for row, row_boxes, answer in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), answers, strict=True):
+            names = [task.captions[i] for i in row]
+            expected = [task.answer(b, n) for b, n in zip(row_boxes, names, strict=True) if task.rank[n] < first]
+            assert sorted(re.findall(r"[a-z].*?\d+, \d+, \d+, \d+", answer)) == sorted(expected)
+    orders = {
+        tuple(re.findall(r"[a-z][a-z ]*", a))
+        for a in task.locations(generator, ids[:1].repeat(9, 1, 1), boxes[:1].repeat(9, 1, 1, 1), 16)
+    }
+    assert len(orders) > 1
 
 
 def test_dropout_takes_the_global_view_of_some_images(made, family):
