@@ -4,11 +4,13 @@ and generation. A family brings its decoder and tower, its mask and its position
 B batch, L sequence, K key/value heads, D head dim, C hidden size, n images, N image tokens per image, V vocabulary.
 """
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
@@ -49,6 +51,29 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """What the host needs to know of a batch, made of tensors on the CPU, so that nothing is read back from a device."""
+
+    mask: PrefixMask
+    tokens: int  # of all rows, without pads
+    image_tokens: int
+    label_rows: int = 0  # of the last positions, how many are needed to predict the labels
+    predictors: Tensor | None = None  # [n] of the positions [B, label_rows], flattened, those that predict a label
+    labels: Tensor | None = None  # [n]
+
+    @property
+    def label_count(self) -> int:
+        return 0 if self.labels is None else len(self.labels)
+
+    def to(self, device: torch.device | str) -> "BatchPlan":
+        """The plan with its tensors on `device`; the host is not made to wait."""
+        mask, predictors, labels = self.mask.to(device), self.predictors, self.labels
+        if labels is not None:
+            predictors, labels = torch.stack((predictors, labels)).to(device, non_blocking=True)
+        return replace(self, mask=mask, predictors=predictors, labels=labels)
+
+
 class VisionLanguageBackbone(nn.Module):
     """Tower, projector and decoder under transformers' names. A family sets `config`, `vision_tower`,
     `multi_modal_projector` and `language_model`, and implements `mask` and `positions`."""
@@ -61,23 +86,53 @@ class VisionLanguageBackbone(nn.Module):
         """Positions [B, L] of the tokens."""
         raise NotImplementedError
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower."""
-        dtype = self.vision_tower.post_layernorm.weight.dtype
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
+    def plan(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_,
+    ) -> BatchPlan:
+        """The plan of a batch, arguments as in `VisionLanguageModel.forward`; of tensors on a CPU it makes no device
+        wait."""
+        mask, tokens = self.mask(attention_mask, token_type_ids), int(attention_mask.sum())
+        image_tokens = int((input_ids == self.config.image_token_id).sum())
+        if labels is None:
+            return BatchPlan(mask, tokens, image_tokens)
+        has_label = labels != IGNORED_LABEL
+        columns = has_label.any(0)
+        first = int(columns.int().argmax()) if bool(columns.any()) else labels.shape[1] - 1
+        rows = labels.shape[1] - max(first - 1, 0)  # a label is predicted one position before it
+        next_labels = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, -rows:].flatten()
+        predictors = (next_labels != IGNORED_LABEL).nonzero().squeeze(1)
+        return BatchPlan(mask, tokens, image_tokens, rows, predictors, next_labels[predictors])
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
-        """Embeddings [B, L, C] of the tokens, with the image features [n, N, C] at the `<image>` tokens, in order.
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower.
+
+        A frozen tower runs without autocast, whose casts to float32 would only cost time: its features are those of
+        generation.
+        """
+        dtype, tower = self.vision_tower.post_layernorm.weight.dtype, (self.vision_tower, self.multi_modal_projector)
+        trains = any(p.requires_grad for part in tower for p in part.parameters())
+        with contextlib.nullcontext() if trains else torch.autocast(pixel_values.device.type, enabled=False):
+            return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None, tokens: int | None = None) -> Tensor:
+        """Embeddings [B, L, C] of the tokens, with the image features [n, N, C] at the `<image>` tokens, in order, of
+        which there are `tokens`; None: they are counted.
 
         Raises UserError where the numbers of `<image>` tokens and of features differ.
         """
         is_image = input_ids == self.config.image_token_id
         x = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # the id of <image> may be outside the table
+        tokens = int(is_image.sum()) if tokens is None else tokens
         if image_features is None:
-            if bool(is_image.any()):
+            if tokens:
                 raise UserError("input_ids contain <image> tokens but there are no images: pass pixel_values")
             return x
-        tokens, features = int(is_image.sum()), image_features.shape[0] * image_features.shape[1]
+        features = image_features.shape[0] * image_features.shape[1]
         if tokens != features:
             raise UserError(
                 f"input_ids contain {tokens} <image> tokens but the images have {features} features "
@@ -93,13 +148,14 @@ class VisionLanguageBackbone(nn.Module):
         token_type_ids: Tensor | None = None,
         image_features: Tensor | None = None,
         rows: int | None = None,
+        plan: BatchPlan | None = None,
     ) -> Tensor:
         """Hidden states [B, L, C], or of the last `rows` positions; other arguments as in `VisionLanguageModel`."""
-        mask = self.mask(attention_mask, token_type_ids)
+        plan = plan or self.plan(input_ids, attention_mask, token_type_ids)
         if image_features is None and pixel_values is not None:
             image_features = self.image_features(pixel_values)
-        x = self.embed(input_ids, image_features)
-        return self.language_model(x, self.positions(attention_mask), mask, rows=rows)
+        x = self.embed(input_ids, image_features, plan.image_tokens)
+        return self.language_model(x, self.positions(attention_mask), plan.mask, rows=rows)
 
 
 @dataclass
@@ -195,6 +251,7 @@ class VisionLanguageModel(nn.Module):
         labels: Tensor | None = None,
         logits_to_keep: int | None = None,
         image_features: Tensor | None = None,
+        plan: BatchPlan | None = None,
     ) -> VisionLanguageOutput:
         """`logits` or `loss` of a batch.
 
@@ -202,13 +259,15 @@ class VisionLanguageModel(nn.Module):
         [B, L]; pixel_values [n, 3, S, S]: the images of all prompts in order, or instead their image_features
         [n, N, C]. Without labels: logits [B, L, V], or of the last `logits_to_keep` positions. With labels: the loss,
         the float32 mean over all label tokens of the batch, for which the head runs on their positions only; logits
-        only if `logits_to_keep` is given.
+        only if `logits_to_keep` is given. `plan`: what `model.plan` returns for the batch; without it the host makes it
+        now, and waits for a device that holds the tensors.
         """
-        rows = count_needed_rows(labels, logits_to_keep)
-        hidden = self.model(input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows)
+        plan = plan or self.model.plan(input_ids, attention_mask, token_type_ids, labels)
+        rows = logits_to_keep if labels is None else max(plan.label_rows, logits_to_keep or 0)
+        hidden = self.model(input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows, plan)
         loss = logits = None
         if labels is not None:
-            loss = self.label_loss(hidden, labels[:, -hidden.shape[1] :])
+            loss = self.label_loss(hidden, plan)
         if labels is None or logits_to_keep is not None:
             logits = self.head(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
         return VisionLanguageOutput(loss, logits)
@@ -217,11 +276,12 @@ class VisionLanguageModel(nn.Module):
         """Logits [..., V] of hidden states [..., C]."""
         return apply_softcap(apply_linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
 
-    def label_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy, float32, of hidden [B, L, C] at each position whose next token has a label [B, L]."""
-        has_label = labels[:, 1:] != IGNORED_LABEL
+    def label_loss(self, hidden: Tensor, plan: BatchPlan) -> Tensor:
+        """Mean cross entropy, float32, of hidden states [B, at least label_rows, C] at each position whose next token
+        has a label."""
         softcap = self.config.text_config.final_logit_softcapping
-        return head_loss(hidden[:, :-1][has_label], self.lm_head, labels[:, 1:][has_label], softcap)
+        rows = hidden[:, -plan.label_rows :].flatten(0, 1).index_select(0, plan.predictors)
+        return head_loss(rows, self.lm_head, plan.labels, softcap)
 
     # ---- generation
     @torch.no_grad()
@@ -257,8 +317,8 @@ class VisionLanguageModel(nn.Module):
         if image_features is None and pixel_values is not None:
             image_features = self.model.image_features(pixel_values)
         decoder = self.model.language_model
-        x = self.model.embed(input_ids, image_features)
-        mask, positions = self.model.mask(attention_mask), self.model.positions(attention_mask)
+        plan, positions = self.model.plan(input_ids, attention_mask), self.model.positions(attention_mask)
+        x, mask = self.model.embed(input_ids, image_features, plan.image_tokens), plan.mask
         cache = KVCache(decoder, batch, length + max_new_tokens, x.dtype, x.device)
 
         new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
@@ -275,15 +335,6 @@ class VisionLanguageModel(nn.Module):
                 break
             x, positions, mask = decoder.embed(token[:, None]), positions[:, -1:] + 1, mask.extend(1)
         return torch.cat([input_ids, *(token[:, None] for token in new_ids)], dim=1)
-
-
-def count_needed_rows(labels: Tensor | None, logits_to_keep: int | None) -> int | None:
-    """How many of the last positions the head needs; None: all. A label is predicted one position before it."""
-    if labels is None:
-        return logits_to_keep
-    has_label = (labels != IGNORED_LABEL).any(0)
-    first = int(has_label.int().argmax()) if bool(has_label.any()) else labels.shape[1] - 1
-    return max(labels.shape[1] - max(first - 1, 0), logits_to_keep or 0)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

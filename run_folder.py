@@ -155,8 +155,9 @@ class Run:
 
     def raise_if_stopped(self):
         """Raise Stopped on every process if any of them got a signal, so that none waits for one that has left."""
-        numbers = self.accelerator.gather(torch.tensor([self.signal], device=self.device))
-        number = int(numbers.max())
+        number = self.signal
+        if self.accelerator.num_processes > 1:
+            number = int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
         if number:
             raise Stopped(number)
 

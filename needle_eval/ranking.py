@@ -29,8 +29,8 @@ def rank_candidates(
     language = model.model.language_model
     count, length = batch["input_ids"].shape
     ids, is_token = candidate_tensors(processor, candidates, features.device)
-    mask, positions = model.model.mask(batch["attention_mask"]), model.model.positions(batch["attention_mask"])
-    x = model.model.embed(batch["input_ids"], features)
+    plan, positions = model.model.plan(**batch), model.model.positions(batch["attention_mask"])
+    x, mask = model.model.embed(batch["input_ids"], features, plan.image_tokens), plan.mask
     cache = KVCache(language, count, length, x.dtype, x.device)
     first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
     best = []

@@ -52,7 +52,9 @@ def test_low_rank_gradients():
     x, *weights = (torch.randn(s, dtype=torch.float64) for s in [(2, 3, 6), *shapes])
     for tensor in (x, *weights[2:]):
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *t: LowRankLinears.apply(t[0], [0.5, 2.0], *t[1:]), (x, *weights))
+    assert torch.autograd.gradcheck(
+        lambda *t: LowRankLinears.apply(t[0], [0.5, 2.0], [None, None], *t[1:]), (x, *weights)
+    )
 
 
 @pytest.mark.parametrize(
