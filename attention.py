@@ -7,34 +7,30 @@ fewer, each shared by H / R heads).
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from inspect import signature
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
-from fused_ops import BlendedAttention, ChunkedAttention, apply_maps, attention_scores, blend, softmax_maps
+from fused_ops import (
+    BlendedAttention,
+    ChunkedAttention,
+    PrefixFlashAttention,
+    Segments,
+    apply_maps,
+    attention_scores,
+    blend,
+    softmax_maps,
+)
 
 # On a CPU the forward + backward of differential attention is faster with explicit maps than with SDPA up to this many
 # keys (in bfloat16 with shared keys: below it); above it their memory costs more. Standard attention would be faster
 # with SDPA, by up to a third; it takes the same path so that both arms start bit-equal (benchmarks/attention_paths.py).
 EXPLICIT_MAX_KEYS = 512
-FLASH_MAX_DIM = 256  # widest head that flash attention takes
+FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: multiples of the step
 SMALL_SHARED_MEMORY = 160 << 10  # bytes a block may use on cards that need smaller tiles (sm86, sm89, sm12x: 99 KB)
-
-
-class Segments(NamedTuple):
-    """How two calls of variable-length attention serve a batch, see `PrefixMask.segments`; all offsets int32."""
-
-    head_queries: Tensor  # [3 B + 1] ends of the pads, the prefix and the suffix of every row among the head's queries
-    head_keys: Tensor  # [3 B + 1] the same among all keys
-    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail's queries
-    tail_keys: Tensor  # [2 B + 1] ends of the pads and of the rest of every row
-    head: int  # first queries of every row that the first call computes
-    tail: int  # last queries of every row that the second call computes
-    in_suffix: Tensor | None  # [B, head + tail - L, 1, 1] of the queries that both compute; None where there are none
 
 
 @dataclass(frozen=True)
@@ -171,7 +167,27 @@ class PrefixMask:
         return low if low == high and self.spans[0] == (0, 0) and ends == (keys, keys) else None
 
 
-def dense_mask(mask: PrefixMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
+class StepMask:
+    """The mask of one new token of every row, padded on the left, at a place that is a tensor: code that was recorded
+    once runs for every place."""
+
+    sees_all = False
+
+    def __init__(self, start: Tensor, place: Tensor):
+        self.start, self.place = start, place  # [B], the first token of each row; [1], the place of the new token
+        self._dense: dict = {}
+
+    def dense(self, queries: int, keys: int, window: int | None = None) -> Tensor:
+        """Bool mask [B, 1, 1, keys]; nothing is seen beyond the new token."""
+        if (keys, window) not in self._dense:
+            k = torch.arange(keys, device=self.start.device)
+            seen = (k >= self.start[:, None]) & (k <= self.place)
+            seen = seen if window is None else seen & (k > self.place - window)
+            self._dense[keys, window] = seen[:, None, None]
+        return self._dense[keys, window]
+
+
+def dense_mask(mask: PrefixMask | StepMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
     """`mask.dense(...)`, or None where every query sees every key."""
     if mask is None or (mask.sees_all and window is None):
         return None
@@ -261,8 +277,9 @@ def choose_path(
     if q.shape[2] == 1 or (is_short and not has_kernel):
         return "maps"
     if has_kernel and (mask is None or window is None):
-        fits_flash = is_half and k.shape[-1] <= FLASH_MAX_DIM and mask is not None and not mask.sees_all
-        return "varlen" if fits_flash and mask.is_padded_left_only(k.shape[2]) else "sdpa"
+        fits_flash = is_half and k.shape[-1] <= FLASH_MAX_DIM and k.shape[-1] % FLASH_DIM_STEP == 0
+        needs_mask = mask is not None and not mask.sees_all
+        return "varlen" if fits_flash and needs_mask and mask.is_padded_left_only(k.shape[2]) else "sdpa"
     return "flex" if is_half else "sdpa" if has_kernel else "chunks"
 
 
@@ -412,53 +429,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask, scale: float) -> T
 
     Two calls without a mask, as `PrefixMask.segments` explains: a dense mask would rule out flash attention.
     """
-    batch, _, queries, _ = q.shape
-    split = mask.segments(queries, k.shape[2])
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, L or S, heads, D]
-    keys, k, v = k.shape[1], k.flatten(0, 1), v.flatten(0, 1)
-    from_head, from_tail = queries - split.tail, queries - split.head  # queries that one call alone computes
-    both = split.tail - from_tail
-    parts = []
-    if split.head:
-        packed = q[:, : split.head].flatten(0, 1)
-        out = call_varlen(packed, k, v, split.head_queries, split.head_keys, split.head, keys, scale, causal=False)
-        head = out.unflatten(0, (batch, split.head)).split([from_head, both], dim=1)
-        parts += [head[0]]
-    if split.tail:
-        packed = q[:, from_head:].flatten(0, 1)
-        out = call_varlen(packed, k, v, split.tail_queries, split.tail_keys, split.tail, keys, scale, causal=True)
-        tail = out.unflatten(0, (batch, split.tail)).split([both, from_tail], dim=1)
-        parts += [torch.where(split.in_suffix, tail[0], head[1])] if both else []
-        parts += [tail[1]]
-    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).transpose(1, 2)
-
-
-def call_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ends_q: Tensor,
-    ends_k: Tensor,
-    longest_q: int,
-    longest_k: int,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    """One call of torch's variable-length flash attention on packed q [B L, H, D] and k, v [B S, K, D] -> [B L, H, D].
-
-    Segment i of the queries, which ends at ends_q[i + 1], attends to segment i of the keys: to all of it, or causally
-    from the lower right corner. No segment is longer than `longest_q` and `longest_k`.
-    """
-    from torch.nn.attention.varlen import varlen_attn  # takes a second, and a CPU has no kernel for it
-
-    options = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.12
-            options = {"enable_gqa": True}
-        else:
-            k, v = repeat_heads(q.shape[1], k, v)
-    window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, scale=scale, window_size=window, **options)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return PrefixFlashAttention.apply(q, k, v, mask.segments(q.shape[1], k.shape[1]), scale).transpose(1, 2)
 
 
 def flex(

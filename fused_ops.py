@@ -9,6 +9,7 @@ queries (H, or fewer, each shared by H / R heads), n rows, C hidden size, V voca
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +228,95 @@ def softmax_gradients(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor,
     scaled = (q * factor).to(q.dtype).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     d_q = (d_scores @ k).view(q.shape) * factor
     return d_q.to(q.dtype), d_scores.mT @ scaled
+
+
+# ---- flash attention of ragged rows
+class Segments(NamedTuple):
+    """How two calls of variable-length attention serve a batch, see `attention.PrefixMask.segments`; ends are int32."""
+
+    head_queries: Tensor  # [3 B + 1] ends of the pads, the prefix and the suffix of every row among the head's queries
+    head_keys: Tensor  # [3 B + 1] the same among all keys
+    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail's queries
+    tail_keys: Tensor  # [2 B + 1] ends of the pads and of the rest of every row
+    head: int  # first queries of every row that the first call computes
+    tail: int  # last queries of every row that the second call computes
+    in_suffix: Tensor | None  # [B, head + tail - L, 1, 1] of the queries that both compute; None where there are none
+
+
+class PrefixFlashAttention(torch.autograd.Function):
+    """Attention of q [B, L, H, D] to k, v [B, S, K, D] under a prefix-LM mask -> [B, L, H, D], by two calls of flash
+    attention, on the first and on the last queries of every row; of queries in both calls one result is taken.
+
+    Equals `attention.attention_reference`: tests/test_cuda_path.py,
+    test_two_calls_of_flash_attention_are_the_prefix_mask.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments: Segments, scale: float) -> Tensor:
+        """`segments` of the mask for these numbers of queries and keys."""
+        outs, ctx.segments, ctx.scale = [], segments, scale
+        saved = [q, k, v]
+        for part, ends_q, ends_k, is_tail in flash_calls(segments, q.shape[1]):
+            inputs = pack(q[:, part]), pack(k), pack(v)
+            longest = part.stop - part.start, k.shape[1]
+            out, lse, rng, *_ = torch.ops.aten._flash_attention_forward(
+                *inputs, ends_q, ends_k, *longest, 0.0, is_tail, False, scale=scale
+            )
+            saved += [out, lse, rng]
+            outs.append(out.unflatten(0, (len(q), -1)))
+        ctx.save_for_backward(*saved)
+        if len(outs) == 1:
+            return outs[0]
+        (head, tail), from_head, both = outs, q.shape[1] - segments.tail, both_calls(segments, q.shape[1])
+        parts = [head[:, :from_head], tail[:, both:]]
+        if both:
+            parts.insert(1, torch.where(segments.in_suffix, tail[:, :both], head[:, from_head:]))
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        q, k, v, *saved = ctx.saved_tensors
+        both, found = both_calls(ctx.segments, q.shape[1]), []
+        for i, (part, ends_q, ends_k, is_tail) in enumerate(flash_calls(ctx.segments, q.shape[1])):
+            out, lse, rng = saved[3 * i : 3 * i + 3]
+            inputs = pack(q[:, part]), pack(k), pack(v)
+            g = gradient[:, part]
+            if both:  # nothing flows into the result that was not taken
+                taken = g[:, :both] if is_tail else g[:, -both:]
+                taken = taken.masked_fill(~ctx.segments.in_suffix if is_tail else ctx.segments.in_suffix, 0)
+                g = torch.cat((taken, g[:, both:]) if is_tail else (g[:, :-both], taken), dim=1)
+            longest = part.stop - part.start, k.shape[1]
+            d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
+                pack(g), *inputs, out, lse, ends_q, ends_k, *longest, 0.0, is_tail, rng, rng, scale=ctx.scale
+            )
+            found.append((d_q.unflatten(0, (len(q), -1)), d_k, d_v))
+        (d_q, d_k, d_v), *others = found
+        if others:
+            ((tail_q, tail_k, tail_v),) = others
+            d_k, d_v = d_k.add_(tail_k), d_v.add_(tail_v)
+            if both:
+                d_q[:, -both:] += tail_q[:, :both]
+            d_q = torch.cat((d_q, tail_q[:, both:]), dim=1)
+        return d_q, d_k.view_as(k), d_v.view_as(v), None, None
+
+
+def flash_calls(segments: Segments, queries: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
+    """(queries of every row, ends of the segments of the queries and of the keys, whether causal) of each call."""
+    if segments.head:
+        yield slice(0, segments.head), segments.head_queries, segments.head_keys, False
+    if segments.tail:
+        yield slice(queries - segments.tail, queries), segments.tail_queries, segments.tail_keys, True
+
+
+def both_calls(segments: Segments, queries: int) -> int:
+    """How many queries of every row are in both calls."""
+    return segments.head + segments.tail - queries if segments.head and segments.tail else 0
+
+
+def pack(t: Tensor) -> Tensor:
+    """[B, L, heads, D] as rows [B L, heads, D]."""
+    return t.reshape(-1, *t.shape[2:])
 
 
 # ---- the loss of a frozen head

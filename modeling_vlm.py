@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
-from attention import PrefixMask
+from attention import PrefixMask, StepMask
 from checkpoint import DIFFERENTIAL_PREFIX, load_weights, locate, resolve_run, save_model_folder
 from differential_attention import DifferentialConfig, add_differential, as_config, differential_config
 from errors import UserError
-from fused_ops import apply_linears, apply_softcap, head_loss
+from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
 
 IGNORED_LABEL = -100
 
@@ -42,18 +42,93 @@ class KVCache:
             for counts in (key_heads, [shape.num_kv_heads for shape in shapes])
         )
         self.length = 0  # tokens in the cache of every layer; the decoder advances it after its last layer
+        self.place: Tensor | None = None  # [1], see `fix`
+
+    def fix(self, place: Tensor):
+        """From now on write one token at a time, at `place` [1], and return the whole cache: tensors of one shape and
+        address, which a CUDA graph needs. What has not been written is zero."""
+        self.place = place
+        for t in (*self.keys, *self.values):
+            t[:, :, self.length :] = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v [B, K, L, D] to a layer's cache; returns all its keys and values up to here."""
+        if self.place is not None:
+            keys, values = self.keys[layer], self.values[layer]
+            return keys.index_copy_(2, self.place, k), values.index_copy_(2, self.place, v)
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
+class StepDecoder:
+    """The logits [B, V] of one token after another, on a cache that grows."""
+
+    def __init__(self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor):
+        """`mask` and `positions` [B, L] are those of the prompts, which are in the cache."""
+        self.model, self.cache, self.mask, self.positions = model, cache, mask, positions[:, -1:]
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Logits after one more token [B] of every row."""
+        self.positions, self.mask = self.positions + 1, self.mask.extend(1)
+        return self.run(token)
+
+    def run(self, token: Tensor) -> Tensor:
+        decoder = self.model.model.language_model
+        hidden = decoder(decoder.embed(token[:, None]), self.positions, self.mask, self.cache, rows=1)
+        return self.model.head(hidden[:, -1])
+
+
+class FixedStepDecoder(StepDecoder):
+    """The same on tensors of fixed shape and address, so that on CUDA one graph, captured at the first token, is
+    replayed for all others. Nothing in it waits for the device."""
+
+    def __init__(self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor):
+        super().__init__(model, cache, mask, positions)
+        self.start, self.positions = mask.start, self.positions.clone()
+        self.place = torch.full((1,), cache.length - 1, device=positions.device)
+        cache.fix(self.place)
+        self.token = torch.zeros(len(positions), dtype=torch.long, device=positions.device)
+        self.graph, self.logits = None, None
+
+    def __call__(self, token: Tensor) -> Tensor:
+        self.token.copy_(token)
+        self.positions.add_(1)
+        self.place.add_(1)
+        if self.graph is not None:
+            self.graph.replay()
+        elif token.device.type == "cuda":
+            self.capture()
+        else:
+            self.logits = self.run(self.token)
+        return self.logits
+
+    def capture(self):
+        """Record the graph, whose first run also gives the logits of this token: a run at one place can be repeated."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # allocates what cannot be allocated while a graph is recorded
+            self.run(self.token)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.run(self.token)
+        self.graph.replay()
+
+    def run(self, token: Tensor) -> Tensor:
+        self.mask = StepMask(self.start, self.place)
+        return super().run(token)
+
+
+def choose_step_decoder(device: str) -> type[StepDecoder]:
+    """How tokens are decoded on a type of device: on a GPU launches take longer than the work of a step."""
+    return StepDecoder if device == "cpu" else FixedStepDecoder
+
+
 @dataclass(frozen=True)
 class BatchPlan:
-    """What the host needs to know of a batch, made of tensors on the CPU, so that nothing is read back from a device."""
+    """What the host needs to know of a batch, made of tensors on the CPU: nothing is read back from the device."""
 
     mask: PrefixMask
     tokens: int  # of all rows, without pads
@@ -236,6 +311,11 @@ class VisionLanguageModel(nn.Module):
             config |= {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": None}
         save_model_folder(self.state_dict(), config, folder, partial(save_differential, self))
 
+    def compile_layers(self):
+        """Compile every layer of decoder and tower with torch.compile, in place; layers of one kind share the code."""
+        for layer in (*self.model.language_model.layers, *self.model.vision_tower.encoder.layers):
+            layer.compile()
+
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""
         self.model.language_model.gradient_checkpointing = enabled
@@ -296,12 +376,14 @@ class VisionLanguageModel(nn.Module):
         generator: torch.Generator | None = None,
         image_features: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        plan: BatchPlan | None = None,
     ) -> Tensor:
         """Continue prompts [B, L], padded on the left -> ids [B, L + new], with pad tokens after the eos of a row.
 
         Greedy at temperature 0, otherwise sampled from the smallest set of tokens whose probability reaches `top_p`.
         Stops when every row has its eos. `token_type_ids` is accepted for `model.generate(**batch)`: a prompt is all
-        prefix. Raises UserError for a row that ends in a pad, a suffix, too many positions, and NaN logits.
+        prefix. `plan` as in `forward`. Raises UserError for a row that ends in a pad, a suffix, too many positions, and
+        NaN logits.
         """
         if not bool(attention_mask[:, -1].all()):
             raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
@@ -317,23 +399,25 @@ class VisionLanguageModel(nn.Module):
         if image_features is None and pixel_values is not None:
             image_features = self.model.image_features(pixel_values)
         decoder = self.model.language_model
-        plan, positions = self.model.plan(input_ids, attention_mask), self.model.positions(attention_mask)
-        x, mask = self.model.embed(input_ids, image_features, plan.image_tokens), plan.mask
+        plan, positions = plan or self.model.plan(input_ids, attention_mask), self.model.positions(attention_mask)
+        x = self.model.embed(input_ids, image_features, plan.image_tokens)
         cache = KVCache(decoder, batch, length + max_new_tokens, x.dtype, x.device)
 
         new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-        for step in range(max_new_tokens):
-            logits = self.head(decoder(x, positions, mask, cache, rows=1)[:, -1])
-            if step == 0 and bool(logits.isnan().any()):  # memory-mapped weights are not read when they are loaded
+        with cast_lora(self):
+            logits = self.head(decoder(x, positions, plan.mask, cache, rows=1)[:, -1])
+            if bool(logits.isnan().any()):  # memory-mapped weights are not read when they are loaded
                 raise UserError(f"{getattr(self, 'name_or_path', 'the model')}: gives NaN: its weights are damaged")
-            token = sample(logits, temperature, top_p, generator)
-            token = token.masked_fill(finished, self.config.pad_token_id)
-            new_ids.append(token)
-            for stop_id in self.config.stop_ids:
-                finished = finished | (token == stop_id)
-            if step + 1 == max_new_tokens or bool(finished.all()):
-                break
-            x, positions, mask = decoder.embed(token[:, None]), positions[:, -1:] + 1, mask.extend(1)
+            next_logits = choose_step_decoder(x.device.type)(self, cache, plan.mask, positions)
+            for step in range(max_new_tokens):
+                token = sample(logits, temperature, top_p, generator)
+                token = token.masked_fill(finished, self.config.pad_token_id)
+                new_ids.append(token)
+                for stop_id in self.config.stop_ids:
+                    finished = finished | (token == stop_id)
+                if step + 1 == max_new_tokens or bool(finished.all()):
+                    break
+                logits = next_logits(token)
         return torch.cat([input_ids, *(token[:, None] for token in new_ids)], dim=1)
 
 

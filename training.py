@@ -52,8 +52,10 @@ from run_folder import (
     Run,
     Stopped,
     check_same_data,
+    choose_workers,
     find_checkpoints,
     load_optimizer,
+    out_of_memory_as,
     peak_memory,
     read_metrics,
     read_run_record,
@@ -71,7 +73,10 @@ SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first
 ATTENTION_ROWS = 3  # questions of each grid whose attention is saved
 SHOWN_ANSWERS = 2  # answers of each set in samples.jsonl, with their images
 SAMPLE_SIDE = 512  # pixels, at most, of an image in samples/
-GPU_WORKERS = 4  # data loading processes of each training process on a GPU
+SMALLER_BATCH = (
+    "lower --batch_size and raise --accumulation by the same factor, which keeps the result, or set "
+    "--gradient_checkpointing=True"
+)
 SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # of the dropout seed: seeds, steps and processes do not share masks
 
 
@@ -238,7 +243,7 @@ def train(
                 total_labels = torch.full((), float(sum(label_counts)), device=run.device)
                 total_labels = accelerator.reduce(total_labels, "sum").clamp(min=1)
                 loss = torch.zeros((), device=run.device)
-                with cast_lora(model):
+                with out_of_memory_as(SMALLER_BATCH), cast_lora(model):
                     for i, (_, batch) in enumerate(micro_batches):
                         is_last = i + 1 == config.accumulation  # gradients are averaged over the processes only then
                         with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped), run.autocast():
@@ -307,18 +312,13 @@ def training_batches(
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     order = batch_order(len(source), config.batch_size, config.seed, first_step * config.accumulation, lengths)
     shares = (keys[rank::world] for keys in order)  # of a short last batch some processes get nothing
-    workers = worker_count(config, run)
+    workers = choose_workers(config.workers, run.device)
     for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
         more = {"plan": model.model.plan(**batch).to(run.device)}  # made before the tensors leave the CPU
         if cache is not None:
             with run.autocast():  # as the forward pass would compute them
                 more |= {"pixel_values": None, "image_features": cache.features(batch.pop("pixel_values"))}
         yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | more
-
-
-def worker_count(config: "Config", run: Run) -> int:
-    """Number of processes that load data."""
-    return config.workers if config.workers >= 0 else GPU_WORKERS * (run.device.type == "cuda")
 
 
 def max_length(model: nn.Module) -> int:
@@ -501,10 +501,12 @@ def evaluate(
     (eval_mmnih.py counts it as wrong).
     Raises Stopped, and UserError for a set without a usable row.
     """
-    answerer = Answerer(model, processor, run.accelerator, run.dtype, config.eval_batch_size, worker_count(config, run))
+    answerer = Answerer(
+        model, processor, run.accelerator, run.dtype, config.eval_batch_size, choose_workers(config.workers, run.device)
+    )
     scores = {}
     for name, asked in questions.items():
-        with gathered(model):
+        with gathered(model), out_of_memory_as("lower --eval_batch_size"):
             rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
         answered = [row for row in rows if "error" not in row]
         for row in rows:

@@ -44,7 +44,7 @@ class FeatureStore:
         self.hits, self.misses = self.hits + len(names) - len(missing), self.misses + len(missing)
         if missing:
             parts = torch.stack([pixels[name] for name in missing]).split(batch_size or len(missing))
-            encoded = torch.cat([self.model.model.image_features(part.to(device)) for part in parts])
+            encoded = torch.cat([self.model.model.image_features(part.to(device, non_blocking=True)) for part in parts])
             for name, row in zip(missing, encoded, strict=True):
                 rows[name] = row
                 self.store(name, row)

@@ -151,6 +151,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
         OpenedImages([new for new, _ in plan], answerer.processor),
         batch_size=None,
         num_workers=min(answerer.workers, len(batches)),
+        pin_memory=torch.cuda.is_available(),
     )
     store = FeatureStore(answerer.model)
     faults: dict[ImageReference, str] = {}
@@ -199,12 +200,14 @@ def answer_batch(
             rows[question.id] = make_row(replace(question, error=str(error)), None, 0.0)
     if good:
         features = store.encode([image for question in good for image in question.images], {})
-        tensors = {key: tensor.to(features.device) for key, tensor in answerer.processor.pad(encoded).items()}
+        tensors = answerer.processor.pad(encoded)
+        plan = answerer.model.model.plan(**tensors).to(features.device)  # made before the tensors leave the CPU
+        tensors = {key: tensor.to(features.device, non_blocking=True) for key, tensor in tensors.items()}
         if good[0].candidates:
-            texts = rank_candidates(answerer.model, answerer.processor, tensors, features, good[0].candidates)
+            texts = rank_candidates(answerer.model, answerer.processor, tensors, plan, features, good[0].candidates)
         else:
             ids = answerer.model.generate(
-                **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens
+                **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens, plan=plan
             )
             texts = answerer.processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :])
         seconds = (time.perf_counter() - started) / len(good)

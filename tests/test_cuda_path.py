@@ -1,16 +1,28 @@
-"""What runs on a CUDA device, on CPU tensors: paths chosen as there, kernels computed by their formula (pretend_cuda.py).
-
-What a device would launch and wait for is counted for one update of a model with PaliGemma 3b's 18 + 27 layers.
+"""What runs on a CUDA device, on CPU tensors: paths chosen as there, kernels that a CPU lacks computed by their formula
+(pretend_cuda.py). What a device would launch and wait for is counted for one update of a model with PaliGemma 3b's
+18 + 27 layers.
 """
 
+import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pretend_cuda
 import pytest
+import tiny
 import torch
 
 import attention
+import finetune_diff
+import finetune_original
+import fused_ops
+import modeling_vlm
+import plots
+import training
 from attention import PrefixMask, attention_reference, blended_reference, choose_path
+from differential_attention import DifferentialConfig, add_differential
+from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaModel
+from modeling_vlm import choose_step_decoder
 
 RAGGED = {  # rows of (prefix, suffix) tokens, padded on the left to nine
     "alike": [(5, 4), (5, 4)],
@@ -96,3 +108,118 @@ def test_paths_of_a_gpu():
     x = torch.empty(2, 1, 3, 8).bfloat16()
     assert choose_path(x, x, x, right, None, None, "cuda") == "sdpa"  # padded on the right
     assert choose_path(x, x, x, PrefixMask.from_tensors(torch.ones(2, 3)), None, None, "cuda") == "sdpa"  # no mask
+
+
+# ---- one update of 18 + 27 layers: launches and waits
+LABEL_ROWS, VOCABULARY = 512, 257_216  # of PaliGemma 3b in a batch of 8, 64 label tokens each
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory, tiny_model):
+    """A model folder with as many layers and heads as PaliGemma 3b, of toy width."""
+    folder = tmp_path_factory.mktemp("deep-model")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    config = PaliGemmaConfig.from_pretrained(folder)
+    text = replace(config.text_config, num_hidden_layers=18, num_attention_heads=8)
+    config = replace(config, text_config=text, vision_config=replace(config.vision_config, num_hidden_layers=27))
+    torch.manual_seed(0)
+    PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def counted_updates(config, preset: str | None, monkeypatch) -> list[tuple[int, int]]:
+    """(launches, syncs) of the second update of a run and of the third, which is logged."""
+    counts, taken = pretend_cuda.Counts(), []
+    pretend_cuda.force(monkeypatch)
+    tiles = -(-VOCABULARY // fused_ops.tile_size(LABEL_ROWS, ""))
+    vocabulary = PaliGemmaConfig.from_pretrained(config.model).text_config.vocab_size
+    monkeypatch.setattr(fused_ops, "PLAIN_LOSS_MAX_LOGITS", 0)
+    monkeypatch.setattr(fused_ops, "tile_size", lambda *_: -(-vocabulary // tiles))
+    real_loader, real_plan, real_progress = training.loader, PaliGemmaModel.plan, training.set_progress
+
+    def loader(*args, **kwargs):  # in processes of its own
+        batches = real_loader(*args, **kwargs)
+        while True:
+            with counts.paused():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def plan(*args, **kwargs):  # of tensors on the CPU
+        with counts.paused():
+            return real_plan(*args, **kwargs)
+
+    monkeypatch.setattr(training, "loader", loader)
+    monkeypatch.setattr(PaliGemmaModel, "plan", plan)
+    monkeypatch.setattr(training, "set_progress", lambda *args: taken.append(counts.take()) or real_progress(*args))
+    for module, name in ((plots, "draw_run"), (training, "evaluate"), (training, "evaluate_and_log")):
+        monkeypatch.setattr(module, name, lambda *args: None)
+    monkeypatch.setattr(training, "format_results", lambda *args: [])
+    with counts:
+        finetune_original.finetune(config, "arm", preset and DifferentialConfig(preset).resolve())
+    return [taken[2], taken[3]]
+
+
+@pytest.mark.parametrize(("preset", "launches"), [(None, 3200), ("split", 4300)])
+def test_launches_and_waits_of_an_update(preset, launches, deep_model, tmp_path, monkeypatch):
+    """The training loop on a ragged batch of 8 in bfloat16; logging may wait twice more."""
+    base = finetune_original if preset is None else finetune_diff
+    options = dict(batch_size=8, max_steps=4, log_every=3, dtype="bfloat16", grids=(2,), negatives=0.5)
+    config = tiny.quick(base.Config, deep_model, tmp_path, save_every=100, **options)
+    plain, logged = counted_updates(config, preset, monkeypatch)
+    print(f"{preset or 'standard'}: {plain[0]:,} launches, {plain[1]} waits; logged {logged[0]:,}, {logged[1]}")
+    assert launches // 2 < plain[0] <= launches
+    assert plain[1] <= 1 and logged[1] <= 3
+
+
+def test_the_head_loss_of_a_large_vocabulary_takes_few_launches():
+    """Counted on the meta device, at full size."""
+    hidden = torch.empty(LABEL_ROWS, 2048, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    head = torch.nn.Linear(2048, VOCABULARY, bias=False, dtype=torch.bfloat16, device="meta").requires_grad_(False)
+    labels = torch.empty(LABEL_ROWS, dtype=torch.long, device="meta")
+    with pretend_cuda.Counts() as counts:
+        fused_ops.head_loss(hidden, head, labels, None).backward()
+    launches, syncs = counts.take()
+    print(f"head loss: {launches} launches")
+    assert launches <= 200 and syncs == 0
+
+
+# ---- decoding on tensors of fixed shape and address
+@pytest.mark.parametrize("preset", [None, "split", "difflora", "v1_width"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_decoding_on_a_fixed_cache_gives_the_same_tokens(family, preset, monkeypatch):
+    """Ragged prompts, windows and soft-caps; logits equal in float64."""
+    model = tiny.ours_like(tiny.hf_model(family))
+    if preset:
+        add_differential(model, preset)
+    model, seen = model.double(), []
+    model.config.eos_token_id = -1
+    monkeypatch.setattr(modeling_vlm, "sample", lambda logits, *_: seen.append(logits.clone()) or logits.argmax(-1))
+    prompts = tiny.prompts(prefixes=(5, 2, 3))
+    prompts["pixel_values"] = prompts["pixel_values"].double()
+    grown = model.generate(**prompts, max_new_tokens=7)
+    monkeypatch.setattr(modeling_vlm, "choose_step_decoder", lambda _: choose_step_decoder("cuda"))
+    assert torch.equal(model.generate(**prompts, max_new_tokens=7), grown)
+    for a, b in zip(seen[:7], seen[7:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_decoded_token_waits_once(with_adapter, deep_model, monkeypatch):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(deep_model, dtype=torch.bfloat16)
+    if with_adapter:
+        training.new_lora(finetune_original.Config(), model)
+    model.config.eos_token_id = -1
+    pretend_cuda.force(monkeypatch)
+    monkeypatch.setattr(modeling_vlm, "choose_step_decoder", lambda _: choose_step_decoder("cuda"))
+    ids = torch.randint(5, 90, (2, 6))
+    batch = dict(input_ids=ids, pixel_values=None, attention_mask=torch.ones_like(ids))
+    taken = []
+    with pretend_cuda.Counts() as counts:
+        for tokens in (2, 3, 4):
+            model.generate(**batch, max_new_tokens=tokens)
+            taken.append(counts.take())
+    launches, syncs = (more - fewer for fewer, more in zip(*taken[1:], strict=True))
+    print(f"a token{' with an adapter' if with_adapter else ''}: {launches} launches, {syncs} waits")
+    assert syncs == 1
