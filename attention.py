@@ -129,37 +129,33 @@ class PrefixMask:
         return self.spans[2] == (keys, keys)
 
     def segments(self, queries: int, keys: int) -> Segments:
-        """The offsets for `varlen`, for the last `queries` of `keys` positions of rows that are padded on the left.
+        """The offsets for `varlen`: the last `queries` of `keys` positions, which are all, of rows padded on the left.
 
         A first call lets pads, prefix and suffix of a row each attend to themselves without a mask, which is right for
         the prefix; a second one lets the last queries attend causally, from the lower right corner, to all keys but the
         pads, which is right for the suffix. What the calls compute besides is thrown away: rows need not be moved.
         """
-        if ("segments", queries, keys) not in self._dense:
-            (_, _), (shortest, longest), _ = self.spans
-            first, batch, device = keys - queries, len(self.start), self.start.device
-            tail, head = min(queries, keys - shortest), queries - min(queries, keys - longest)
-            row = torch.arange(batch, device=device)[:, None]
+        key = "segments" if queries == keys else ("segments", queries)  # compiled layers depend on no length
+        if key not in self._dense:
+            first, (shortest, longest) = keys - queries, self.spans[1]
+            tail, device = min(queries, keys - shortest), self.start.device
+            row = torch.arange(len(self.start), device=device)[:, None]
             ends = torch.stack((self.start, self.prefix_end, torch.full_like(self.start, keys)), dim=1)
-            tail_ends = tail * torch.arange(2, device=device)
 
             def offsets(length: int, ends: Tensor) -> Tensor:
                 return F.pad((row * length + ends).flatten(), (1, 0)).int()
 
-            both, in_suffix = head + tail - queries, None
-            if both > 0:
-                positions = torch.arange(keys - tail, keys - tail + both, device=device)
-                in_suffix = (positions >= self.prefix_end[:, None])[:, :, None, None]
-            self._dense["segments", queries, keys] = Segments(
-                offsets(head, (ends - first).clamp(0, head)),
+            has_prefix = longest > max(first, self.spans[0][0])
+            positions = torch.arange(keys - tail, keys, device=device)
+            self._dense[key] = Segments(
+                offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,
                 offsets(keys, ends),
-                offsets(tail, tail_ends),
-                offsets(keys, ends[:, ::2]),
-                head,
                 tail,
-                in_suffix,
+                offsets(tail, tail * torch.arange(2, device=device)),
+                offsets(keys, ends[:, ::2]),
+                (positions >= self.prefix_end[:, None])[:, :, None, None],
             )
-        return self._dense["segments", queries, keys]
+        return self._dense[key]
 
     def common_prefix_end(self, keys: int) -> int | None:
         """Where the prefix ends, if at the same position in every row and no row has pads; otherwise None."""

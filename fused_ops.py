@@ -234,18 +234,17 @@ def softmax_gradients(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor,
 class Segments(NamedTuple):
     """How two calls of variable-length attention serve a batch, see `attention.PrefixMask.segments`; ends are int32."""
 
-    head_queries: Tensor  # [3 B + 1] ends of the pads, the prefix and the suffix of every row among the head's queries
-    head_keys: Tensor  # [3 B + 1] the same among all keys
-    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail's queries
-    tail_keys: Tensor  # [2 B + 1] ends of the pads and of the rest of every row
-    head: int  # first queries of every row that the first call computes
+    head_queries: Tensor | None  # [3 B + 1] ends of the pads, the prefix and the suffix of every row; None: no prefix
+    head_keys: Tensor  # [3 B + 1] the same among the keys
     tail: int  # last queries of every row that the second call computes
-    in_suffix: Tensor | None  # [B, head + tail - L, 1, 1] of the queries that both compute; None where there are none
+    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail
+    tail_keys: Tensor  # [2 B + 1] ends of the pads and of the rest of every row
+    in_suffix: Tensor  # [B, tail, 1, 1] whether a query of the tail is in the suffix
 
 
 class PrefixFlashAttention(torch.autograd.Function):
     """Attention of q [B, L, H, D] to k, v [B, S, K, D] under a prefix-LM mask -> [B, L, H, D], by two calls of flash
-    attention, on the first and on the last queries of every row; of queries in both calls one result is taken.
+    attention, on all queries as if they were prefix and on the last ones as if they were suffix.
 
     Equals `attention.attention_reference`: tests/test_cuda_path.py,
     test_two_calls_of_flash_attention_are_the_prefix_mask.
@@ -254,64 +253,64 @@ class PrefixFlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments: Segments, scale: float) -> Tensor:
         """`segments` of the mask for these numbers of queries and keys."""
-        outs, ctx.segments, ctx.scale = [], segments, scale
-        saved = [q, k, v]
-        for part, ends_q, ends_k, is_tail in flash_calls(segments, q.shape[1]):
-            inputs = pack(q[:, part]), pack(k), pack(v)
-            longest = part.stop - part.start, k.shape[1]
-            out, lse, rng, *_ = torch.ops.aten._flash_attention_forward(
-                *inputs, ends_q, ends_k, *longest, 0.0, is_tail, False, scale=scale
-            )
-            saved += [out, lse, rng]
-            outs.append(out.unflatten(0, (len(q), -1)))
+        head, tail, saved = None, None, [q, k, v]
+        if segments.head_queries is not None:
+            head, *more = flash(q, k, v, segments.head_queries, segments.head_keys, scale, causal=False)
+            saved += [head, *more]
+        if segments.tail:
+            q_tail = q[:, -segments.tail :]
+            tail, *more = flash(q_tail, k, v, segments.tail_queries, segments.tail_keys, scale, causal=True)
+            saved += [tail, *more]
         ctx.save_for_backward(*saved)
-        if len(outs) == 1:
-            return outs[0]
-        (head, tail), from_head, both = outs, q.shape[1] - segments.tail, both_calls(segments, q.shape[1])
-        parts = [head[:, :from_head], tail[:, both:]]
-        if both:
-            parts.insert(1, torch.where(segments.in_suffix, tail[:, :both], head[:, from_head:]))
-        return torch.cat(parts, dim=1)
+        ctx.segments, ctx.scale = segments, scale
+        if head is None or tail is None:
+            return tail if head is None else head
+        taken = torch.where(segments.in_suffix, tail, head[:, -segments.tail :])
+        return torch.cat((head[:, : -segments.tail], taken), dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, g: Tensor):
         q, k, v, *saved = ctx.saved_tensors
-        both, found = both_calls(ctx.segments, q.shape[1]), []
-        for i, (part, ends_q, ends_k, is_tail) in enumerate(flash_calls(ctx.segments, q.shape[1])):
-            out, lse, rng = saved[3 * i : 3 * i + 3]
-            inputs = pack(q[:, part]), pack(k), pack(v)
-            g = gradient[:, part]
-            if both:  # nothing flows into the result that was not taken
-                taken = g[:, :both] if is_tail else g[:, -both:]
-                taken = taken.masked_fill(~ctx.segments.in_suffix if is_tail else ctx.segments.in_suffix, 0)
-                g = torch.cat((taken, g[:, both:]) if is_tail else (g[:, :-both], taken), dim=1)
-            longest = part.stop - part.start, k.shape[1]
-            d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
-                pack(g), *inputs, out, lse, ends_q, ends_k, *longest, 0.0, is_tail, rng, rng, scale=ctx.scale
-            )
-            found.append((d_q.unflatten(0, (len(q), -1)), d_k, d_v))
-        (d_q, d_k, d_v), *others = found
-        if others:
-            ((tail_q, tail_k, tail_v),) = others
-            d_k, d_v = d_k.add_(tail_k), d_v.add_(tail_v)
-            if both:
-                d_q[:, -both:] += tail_q[:, :both]
-            d_q = torch.cat((d_q, tail_q[:, both:]), dim=1)
-        return d_q, d_k.view_as(k), d_v.view_as(v), None, None
+        segments, count = ctx.segments, ctx.segments.tail
+        found, has_both = [], segments.head_queries is not None and count > 0
+        if segments.head_queries is not None:
+            g_head = g
+            if has_both:  # nothing flows into a result that was not taken
+                g_head = g.clone(memory_format=torch.contiguous_format)
+                g_head[:, -count:].masked_fill_(segments.in_suffix, 0)
+            ends = segments.head_queries, segments.head_keys
+            found.append(flash_backward(g_head, q, k, v, *saved[:3], *ends, ctx.scale, causal=False))
+        if count:
+            g_tail = g[:, -count:].masked_fill(~segments.in_suffix, 0) if has_both else g
+            ends = segments.tail_queries, segments.tail_keys
+            found.append(flash_backward(g_tail, q[:, -count:], k, v, *saved[-3:], *ends, ctx.scale, causal=True))
+        d_q, d_k, d_v = found[0]
+        if has_both:
+            d_q[:, -count:] += found[1][0]
+            d_k, d_v = d_k.add_(found[1][1]), d_v.add_(found[1][2])
+        return d_q, d_k, d_v, None, None
 
 
-def flash_calls(segments: Segments, queries: int) -> Iterator[tuple[slice, Tensor, Tensor, bool]]:
-    """(queries of every row, ends of the segments of the queries and of the keys, whether causal) of each call."""
-    if segments.head:
-        yield slice(0, segments.head), segments.head_queries, segments.head_keys, False
-    if segments.tail:
-        yield slice(queries - segments.tail, queries), segments.tail_queries, segments.tail_keys, True
+def flash(q, k, v, ends_q, ends_k, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(output [B, L, H, D], log-sum-exp, unused) of one call of torch's variable-length flash attention on the rows of
+    q, k, v [B, L or S, heads, D], one after another.
+
+    Segment i of the queries, which ends at ends_q[i + 1], attends to segment i of the keys: to all of it, or causally
+    from the lower right corner.
+    """
+    out, lse, rng, *_ = torch.ops.aten._flash_attention_forward(
+        pack(q), pack(k), pack(v), ends_q, ends_k, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+    )
+    return out.view(q.shape), lse, rng
 
 
-def both_calls(segments: Segments, queries: int) -> int:
-    """How many queries of every row are in both calls."""
-    return segments.head + segments.tail - queries if segments.head and segments.tail else 0
+def flash_backward(g, q, k, v, out, lse, rng, ends_q, ends_k, scale: float, causal: bool) -> list[Tensor]:
+    """Gradients of q, k and v; arguments as those and the results of `flash`."""
+    found = torch.ops.aten._flash_attention_backward(
+        *map(pack, (g, q, k, v, out)), lse, ends_q, ends_k, q.shape[1], k.shape[1], 0.0, causal, rng, rng, scale=scale
+    )
+    return [d.view(t.shape) for d, t in zip(found, (q, k, v), strict=True)]
 
 
 def pack(t: Tensor) -> Tensor:
