@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import torch
 from huggingface_hub import ModelCardData
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -30,6 +30,7 @@ from checkpoint import (
     KEYS_TO_MEMORY,
     check_finite,
     find_run_record,
+    hub_key,
     open_safetensors,
     rename_key,
 )
@@ -54,8 +55,7 @@ if TYPE_CHECKING:  # imported where needed: peft takes seconds
     from peft import PeftModel
 
 # The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
-STANDARD_MAPPING = {"base_model_class": "PaliGemmaForConditionalGeneration", "parent_library": "transformers"}
-DIFFERENTIAL_MAPPING = STANDARD_MAPPING | {"parent_library": "differential_paligemma"}
+STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
 
 
 # peft reads names of modules as regular expressions, which can take forever: only plain names and this pattern pass.
@@ -117,14 +117,16 @@ def read_adapter_config(folder: Path) -> AdapterFields:
 def new_lora(config: Any, model: nn.Module) -> "PeftModel":
     """Put new LoRA into the language model of `model`, in place; returns peft's wrapper.
 
-    `config` has seed, lora_rank, lora_alpha, lora_dropout and lora_targets. Raises UserError for targets without layer.
+    `config` has seed, lora_rank, lora_alpha, lora_dropout and lora_targets, empty for those of the family. Raises
+    UserError for targets without layer.
     """
     from peft import LoraConfig, get_peft_model
 
     layer = model.model.language_model.layers[0]
     modules = {**dict(layer.self_attn.named_children()), **dict(layer.mlp.named_children())}
     names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    unknown = [name for name in config.lora_targets or ("",) if name not in names]
+    targets = config.lora_targets or model.lora_targets
+    unknown = [name for name in targets if name not in names]
     if unknown:
         raise UserError(
             f"--lora_targets: {unknown[0]!r} is no layer of the language model: give some of {' '.join(names)}"
@@ -134,7 +136,8 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=LORA_PATTERN.replace("{targets}", "|".join(config.lora_targets)),
+        # Phi's names, which its tower lacks, also fit transformers' decoder, whose layers are elsewhere
+        target_modules=list(targets) if is_phi(model) else LORA_PATTERN.replace("{targets}", "|".join(targets)),
     )
     return get_peft_model(model, lora)
 
@@ -187,7 +190,8 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
 def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
     """Write the LoRA of peft's wrapper into `folder` in peft's format, with a model card.
 
-    AutoPeftModel loads the folder onto transformers' PaliGemma, but refuses it if the model has differential attention.
+    AutoPeftModel loads the folder onto transformers' PaliGemma or Phi3ForCausalLM, but refuses it if the model has
+    differential attention.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of a base model that is not on the hub
@@ -199,16 +203,33 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
         base, _, revision = base.partition("@")
     differential = differential_config(adapted)
     config = read_json(Path(folder, ADAPTER_CONFIG))
-    config["auto_mapping"] = DIFFERENTIAL_MAPPING if differential else STANDARD_MAPPING
+    library = DIFFERENTIAL_LIBRARY if differential else STANDARD_LIBRARY
+    model = adapted.get_base_model()
+    config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": library}
     config |= {"base_model_name_or_path": base, "revision": revision or None}
     write_json(Path(folder, ADAPTER_CONFIG), config)
-    Path(folder, "README.md").write_text(adapter_card(base, revision, differential), encoding="utf-8")
+    if is_phi(model):
+        rename_adapter(Path(folder, ADAPTER_WEIGHTS), model.config.model_type)
+    family = "phi3" if is_phi(model) else "paligemma"
+    Path(folder, "README.md").write_text(adapter_card(base, revision, differential, family), encoding="utf-8")
 
 
-def adapter_card(base: str, revision: str | None, differential: DifferentialConfig | None) -> str:
+def is_phi(model: nn.Module) -> bool:
+    """Whether the model is of the Phi family, whose layers have other names on the hub than here."""
+    return model.config.model_type in ("phi3", "phi3_v")
+
+
+def rename_adapter(file: Path, model_type: str) -> None:
+    """Give the weights of an adapter the names of the layers of transformers' model."""
+    prefix = "base_model.model."
+    tensors = {prefix + hub_key(key.removeprefix(prefix), model_type): t for key, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def adapter_card(base: str, revision: str | None, differential: DifferentialConfig | None, family: str) -> str:
     """README.md of an adapter folder."""
     is_local = Path(base).is_absolute()
-    tags = ["paligemma", "lora", *(["differential-attention", differential.preset] if differential else [])]
+    tags = [family, "lora", *(["differential-attention", differential.preset] if differential else [])]
     metadata = ModelCardData(
         base_model=None if is_local else base, library_name="peft", pipeline_tag="image-text-to-text", tags=tags
     )
@@ -312,7 +333,7 @@ def declared_differential(base: Path, adapter: Path | None) -> Path | None:
     if adapter is None:
         model_type = read_json(base / "config.json").get("model_type")
         return base / "config.json" if str(model_type).startswith(DIFFERENTIAL_PREFIX) else None
-    if read_adapter_config(adapter).auto_mapping == DIFFERENTIAL_MAPPING:
+    if (read_adapter_config(adapter).auto_mapping or {}).get("parent_library") == DIFFERENTIAL_LIBRARY:
         return adapter / ADAPTER_CONFIG
     run = find_run_record(adapter)
     if run is not None and str(read_json(run).get("arm")).startswith("diff"):
@@ -411,7 +432,8 @@ def shard_frozen_layers(model: nn.Module, adapted: nn.Module, accelerator: "Acce
     if accelerator.num_processes == 1:
         raise UserError("--shard=True: needs several processes: start them with torchrun")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
+    tower = model.model.vision_tower
+    for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
     frozen = [name for name, p in adapted.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, frozen)

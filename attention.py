@@ -397,9 +397,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
     queries, keys = q.shape[2], k.shape[2]
     prefix_end = None if mask is None or window is not None else mask.common_prefix_end(keys)
     first = keys - queries  # position of the first query
-    if prefix_end is None or not first < prefix_end < keys:
+    if prefix_end is None or prefix_end == keys:
         return call_sdpa(q, k, v, dense_mask(mask, queries, keys, window), scale)
+    prefix_end = max(prefix_end, first)  # position of the first suffix query
     causal = mask.dense(keys - prefix_end, keys)
+    if prefix_end == first:  # without a prefix query: a causal mask, or decoding
+        return call_sdpa(q, k, v, causal, scale)
     prefix = call_sdpa(q[:, :, : prefix_end - first], k[:, :, :prefix_end], v[:, :, :prefix_end], None, scale)
     return torch.cat((prefix, call_sdpa(q[:, :, prefix_end - first :], k, v, causal, scale)), dim=2)
 

@@ -6,8 +6,10 @@ Tensors, keys and files only: no model class is known here. Nothing that could r
     L3 saves of transformers 5:            language_model.model.*   vision_tower.*                      language_model.
     L2 raw state_dict of 4.52 to 4.57:     model.language_model.*   model.vision_tower.vision_model.*   lm_head
     in memory, here and transformers 5:    model.language_model.*   model.vision_tower.*                lm_head
+    Phi-3 (phi3, phi3_v) on the hub:       model.*                  model.vision_embed_tokens.*         lm_head
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FINGERPRINT_BYTES = 1 << 20  # at each end of a file
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
 # Starts the model_type and the names of the weight files of a whole model with differential attention, which therefore
 # does not load as a standard model in transformers.
@@ -37,17 +40,34 @@ MODEL_FILE = re.compile(r"(differential_)?model(-\d+-of-\d+)?\.safetensors(\.ind
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # all that is fetched from the hub
 PIECE = 8 << 20  # bytes converted at a time: bounds the memory of a change of dtype beyond its result
 
+PROJECTOR = "model.multi_modal_projector."
 KEYS_TO_MEMORY = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(model\.)?language_model\.(model\.)?": "model.language_model.",
     r"^(model\.)?vision_tower\.(vision_model\.)?": "model.vision_tower.",
     r"^(model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
+    # Phi-3 on the hub, in the memory of its own code (without a second vision_model), and in transformers to come
+    r"^model\.(?=(layers|embed_tokens|norm)\.)": "model.language_model.",
+    r"^model\.vision_embed_tokens\.wte\.": "model.language_model.embed_tokens.",
+    r"^model\.(vision_embed_tokens\.img_processor|vision_model)\.(vision_model\.)?": "model.vision_tower.",
+    r"^model\.(vision_embed_tokens\.img_projection\.0|image_projection\.fc1)\.": f"{PROJECTOR}linear_1.",
+    r"^model\.(vision_embed_tokens\.img_projection\.2|image_projection\.fc2)\.": f"{PROJECTOR}linear_2.",
+    r"^model\.(vision_embed_tokens\.glb_GN|glb_newline)$": f"{PROJECTOR}glb_GN",
+    r"^model\.(vision_embed_tokens\.sub_GN|sub_newline)$": f"{PROJECTOR}sub_GN",
 }
+IGNORED_KEY = re.compile(r".*\.position_ids$")  # a constant in older files
 KEYS_TO_HUB = {
     r"^lm_head\.": "language_model.lm_head.",
     r"^model\.language_model\.": "language_model.model.",
     r"^model\.vision_tower\.": "vision_tower.vision_model.",
     r"^model\.multi_modal_projector\.": "multi_modal_projector.",
+}
+PHI_KEYS_TO_HUB = {
+    r"^model\.language_model\.": "model.",
+    r"^model\.vision_tower\.": "model.vision_embed_tokens.img_processor.vision_model.",
+    r"^model\.multi_modal_projector\.linear_1\.": "model.vision_embed_tokens.img_projection.0.",
+    r"^model\.multi_modal_projector\.linear_2\.": "model.vision_embed_tokens.img_projection.2.",
+    r"^model\.multi_modal_projector\.": "model.vision_embed_tokens.",
 }
 KEY_HINTS = (  # (kind of keys, part of one of them, what it means)
     ("unexpected", "pre_feedforward", "this is a Gemma 2 (PaliGemma 2) checkpoint but config.json says gemma"),
@@ -69,9 +89,11 @@ def rename_key(key: str) -> str:
     return apply_rule(key, KEYS_TO_MEMORY)
 
 
-def hub_key(key: str) -> str:
-    """A weight's name in any layout -> its name in layout L1, which every version of transformers reads."""
-    return apply_rule(rename_key(key), KEYS_TO_HUB)
+def hub_key(key: str, model_type: str = "paligemma") -> str:
+    """A weight's name in any layout -> its name on the hub: in layout L1, which every version of transformers reads, or
+    in that of Phi-3."""
+    is_phi = model_type.removeprefix(DIFFERENTIAL_PREFIX) in ("phi3", "phi3_v")
+    return apply_rule(rename_key(key), PHI_KEYS_TO_HUB if is_phi else KEYS_TO_HUB)
 
 
 def apply_rule(key: str, rules: dict[str, str]) -> str:
@@ -157,6 +179,7 @@ class RunBase(msgspec.Struct):
 
     base_model: str | None = None
     base_revision: str | None = None
+    base_weights: str | None = None  # `weights_fingerprint` of a local folder; older runs have none
 
 
 class AdapterBase(msgspec.Struct):
@@ -172,19 +195,37 @@ def base_of_adapter(adapter: Path) -> str:
     if run:
         source, key = run, "base_model"
         record = read_typed(run, RunBase)
-        base, revision = record.base_model, record.base_revision
+        base, revision, weights = record.base_model, record.base_revision, record.base_weights
     else:
         source, key = adapter / ADAPTER_CONFIG, "base_model_name_or_path"
         config = read_typed(source, AdapterBase)
-        base, revision = config.base_model_name_or_path, config.revision
+        base, revision, weights = config.base_model_name_or_path, config.revision, None
     if not base:
         raise UserError(f"{source}: {key!r} names no base model: add its hub id or folder there")
     for candidate in (Path(base), ROOT / base):
         if candidate.is_dir():
+            if weights not in (None, weights_fingerprint(candidate)):
+                raise UserError(
+                    f"{source}: the adapter was trained on other weights than {candidate} has now: restore them, or "
+                    "train again"
+                )
             return str(candidate)
     if not is_hub_id(base):
         raise UserError(f"{source}: {key!r} names the folder {base}, which does not exist: restore it or correct it")
     return f"{base}@{revision}" if revision and "@" not in base else base
+
+
+def weights_fingerprint(folder: PathLike) -> str:
+    """Changes with the weights of a model folder: a hash of the size and both ends of every safetensors file, which
+    takes milliseconds for files of any size."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        with reading(path), open(path, "rb") as file:
+            digest.update(f"{path.name} {size} ".encode() + file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def find_run_record(adapter: Path) -> Path | None:
@@ -259,11 +300,18 @@ def read_entries(folder: Path) -> dict[str, Entry]:
                     f"{file}: has no {missing[0]} ({len(missing)} keys), which the index lists: download it again"
                 )
             for key in indexed or stored:
+                if IGNORED_KEY.match(key):
+                    continue
                 entry = Entry(file, key, tuple(handle.get_slice(key).get_shape()))
                 first = entries.setdefault(rename_key(key), entry)
-                if first is not entry:
+                if first is not entry and not is_second_embedding(key, first.key):
                     raise UserError(f"{file}: {key} and {first.key} are two names of one weight: delete one")
     return entries
+
+
+def is_second_embedding(*keys: str) -> bool:
+    """Whether one of two names of a weight is that by which the image module of Phi-3 refers to the embedding."""
+    return any(key.endswith("vision_embed_tokens.wte.weight") for key in keys)
 
 
 def check_entries(entries: dict[str, Entry], expected: dict[str, Tensor], folder: Path) -> None:
@@ -348,18 +396,22 @@ def load_weights(
 
 # ---- saving weights
 def save_weights(
-    state_dict: dict[str, Tensor], folder: PathLike, max_shard_size: int | str = "5GB", prefix: str = ""
+    state_dict: dict[str, Tensor],
+    folder: PathLike,
+    max_shard_size: int | str = "5GB",
+    prefix: str = "",
+    model_type: str = "paligemma",
 ) -> None:
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
 
-    `prefix` starts the names of the files.
+    `prefix` starts the names of the files; `model_type`: of the family whose names are written.
 
     Raises UserError when the disk is full or a permission is missing. Inside `atomic_folder` it is all or nothing.
     """
-    tensors = {hub_key(key): tensor for key, tensor in state_dict.items()}
-    head, embedding = tensors.get(hub_key(HEAD)), tensors.get(hub_key(EMBEDDING))
+    tensors = {hub_key(key, model_type): tensor for key, tensor in state_dict.items()}
+    head, embedding = (tensors.get(hub_key(key, model_type)) for key in (HEAD, EMBEDDING))
     if head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
-        del tensors[hub_key(HEAD)]
+        del tensors[hub_key(HEAD, model_type)]
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         huggingface_hub.save_torch_state_dict(
@@ -384,7 +436,7 @@ def save_model_folder(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / ".saving") as staged:
-        save_weights(weights, staged, prefix=prefix)
+        save_weights(weights, staged, prefix=prefix, model_type=config["model_type"])
         if write_more is not None:
             write_more(staged)
         write_json(staged / "config.json", config)

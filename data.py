@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from errors import UserError
 from files import decode_typed, one_line, open_image, read_bytes, read_typed
 from haystack import Haystack, ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
-from processing_paligemma import PaliGemmaProcessor
+from processing_paligemma import PaliGemmaProcessor, stack_inputs
 
 if TYPE_CHECKING:
     from finetune_original import Config
@@ -59,12 +59,12 @@ class Example:
 class Haystacks:
     """Generated needle questions; every epoch has its own.
 
-    `size`: examples of an epoch; `negatives`: share of questions whose caption is in no cell; `cell`: side of a cell in
-    pixels.
+    `shapes`: (images, cells along a side), one drawn for each question; `size`: examples of an epoch; `negatives`:
+    share of questions whose caption is in no cell; `cell`: side of a cell in pixels; `recolour`: random colours.
     """
 
     pool: ImagePool
-    grids: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
     negatives: float
     size: int
     seed: int
@@ -72,44 +72,57 @@ class Haystacks:
     cell: int = POOL_CELL
     counts_for_best: bool = True
     skipped: tuple[str, ...] = ()
+    recolour: bool = False
 
     def __len__(self) -> int:
         return self.size
 
     @property
     def chance(self) -> float | None:
-        """Exact accuracy of a guess among the cells, where every question has a needle in grids of one size."""
-        return 1 / self.grids[0] ** 2 if len(self.grids) == 1 and not self.negatives else None
+        """Exact accuracy of a guess among the cells, where every question has a needle in haystacks of one shape."""
+        images, grid = self.shapes[0]
+        return 1 / (images * grid**2) if len(self.shapes) == 1 and not self.negatives else None
 
     def fingerprint(self) -> str:
         """SHA-256 of what the examples are made of."""
         images = [image.fingerprint().hex() for image in self.pool.images]
-        return sha256_of([images, self.grids, self.negatives, self.size, self.seed, self.name, self.cell])
+        one_image = all(count == 1 for count, _ in self.shapes)  # older runs had the grids alone
+        shapes = [grid for _, grid in self.shapes] if one_image else self.shapes
+        colours = ["recolour"] if self.recolour else []
+        return sha256_of([images, shapes, self.negatives, self.size, self.seed, self.name, self.cell, *colours])
 
     def id(self, index: int, epoch: int = 0) -> str:
         return f"{self.name}/{self.seed}/{epoch}/{index}"
 
     def get(self, epoch: int, index: int) -> Example:
         key = self.id(index, epoch)
-        haystack = self.make_haystack(key)
-        images = [self.pool.stitch(f"{key}/{m}", cells, self.cell) for m, cells in enumerate(haystack.cells)]
+        haystack = self.make_haystack(epoch, index)
+        images = [
+            self.pool.stitch(f"{key}/{m}", cells, self.cell, self.recolour) for m, cells in enumerate(haystack.cells)
+        ]
         return Example(key, images, needle_prompt(*haystack.captions), haystack.answer)
 
     def text(self, index: int) -> tuple[str, str, int]:
         """Prompt, answer and number of images, in epoch 0."""
-        haystack = self.make_haystack(self.id(index))
+        haystack = self.make_haystack(0, index)
         return needle_prompt(*haystack.captions), haystack.answer, len(haystack.cells)
 
-    def make_haystack(self, key: str) -> Haystack:
-        rng = random.Random(f"{key}/kind")
-        return self.pool.make(key, 1, rng.choice(self.grids), positive=rng.random() >= self.negatives)
+    def make_haystack(self, epoch: int, index: int) -> Haystack:
+        (images, grid), positive = self.kind(index)
+        return self.pool.make(self.id(index, epoch), images, grid, positive)
+
+    def kind(self, index: int) -> tuple[tuple[int, int], bool]:
+        """The shape of a question, and whether its needle is present: the same in every epoch."""
+        rng = random.Random(f"{self.id(index)}/kind")
+        return rng.choice(self.shapes), rng.random() >= self.negatives
 
 
 # ---- rows of a file
 class JsonRow(msgspec.Struct):
-    """A line of a jsonl file: `image` is a path, or a list of paths for several images in one prompt."""
+    """A line of a jsonl file: `image` is a path, a list of paths for several images in one prompt, or null for text
+    alone, which a decoder without a tower learns."""
 
-    image: str | list[str]
+    image: str | list[str] | None
     prefix: str
     suffix: str
 
@@ -140,7 +153,10 @@ class Rows:
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows, not of the images: a broken image may be repaired during a run."""
-        rows = [[list(row.images) if row.is_list else row.images[0], row.prefix, row.suffix] for row in self.rows]
+        rows = [
+            [list(row.images) if row.is_list or not row.images else row.images[0], row.prefix, row.suffix]
+            for row in self.rows
+        ]
         return sha256_of(rows)
 
     def id(self, index: int) -> str:
@@ -227,8 +243,8 @@ def filter_rows(check: Callable[[T], Row], items: Iterable[T], strict: bool) -> 
 def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
     """The row of a line. Raises UserError, starting with `name`, for anything but a row whose images exist."""
     row = decode_typed(line, JsonRow, name, "a row is {image, prefix, suffix}")
-    images = row.image if isinstance(row.image, list) else [row.image]
-    if not images or not all(images):
+    images = row.image if isinstance(row.image, list) else [] if row.image is None else [row.image]
+    if row.image == [] or not all(images):
         raise UserError(f"{name}: image must be a path or a list of paths")
     if not row.suffix.strip():
         raise UserError(f"{name}: suffix is empty, but it is what the model learns to answer")
@@ -469,30 +485,41 @@ def read_source(spec: str, split: str, strict: bool) -> Rows | HubRows:
 
 
 def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Haystacks]]:
-    """Haystacks to train on, and to evaluate: needles that are present, then absent ones, in each size of grid.
+    """Haystacks to train on, and to evaluate: needles that are present, and absent ones, in each size of grid.
 
-    The embedded pool is evaluated in a drawing style that is never trained on, then on concepts that are never trained
-    on; images of `own`, a folder or a jsonl file, on the fifth of the captions that is never trained on.
+    The embedded pool is evaluated in the drawing styles of training, in a style that is never trained on, and on
+    concepts that are never trained on; images of `own`, a folder or a jsonl file, on the fifth of the captions that is
+    never trained on.
     """
+    shapes = config.shapes or tuple((1, grid) for grid in config.grids)
     if own:
         images, cell = read_captioned_images(own), OWN_CELL
         train, test = ([image for image in images if image.split == split] for split in ("train", "test"))
-        check_captions(own, train, test, max(config.grids))
+        check_captions(own, train, test, max(grid for _, grid in shapes))
         kinds = [("", test, 0.0, True), (" absent", test, 1.0, False)]
     else:
         train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), POOL_CELL
         unseen = [image for image in read_pool(splits=("test_concept",)) if image.style == "noto"]
-        kinds = [("", test, 0.0, True), (" absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
+        kinds = [(" trained styles", train, 0.0, True), (" unseen style", test, 0.0, True)]
+        kinds += [(" unseen style, absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
     size, sets = config.eval_samples, {}
     for kind, images, negatives, counts_for_best in kinds:
         pool = ImagePool(images)
-        for grid in config.grids:
-            name = f"{grid}x{grid}{kind}"
+        for shape in shapes:
+            name = f"{shape[0]} of " * (shape[0] > 1) + f"{shape[1]}x{shape[1]}{kind}"
             sets[name] = Haystacks(  # seed 0: one test set for every seed
-                pool, (grid,), negatives, size, 0, f"test/{name}", cell, counts_for_best
+                pool, (shape,), negatives, size, 0, f"test/{name}", cell, counts_for_best
             )
-    pool = ImagePool(train)
-    return Haystacks(pool, config.grids, config.negatives, HAYSTACKS_PER_EPOCH, config.seed, cell=cell), sets
+    source = Haystacks(
+        ImagePool(train),
+        shapes,
+        config.negatives,
+        HAYSTACKS_PER_EPOCH,
+        config.seed,
+        cell=cell,
+        recolour=config.recolour,
+    )
+    return source, sets
 
 
 def check_captions(own: str, train: list[PoolImage], test: list[PoolImage], grid: int) -> None:
@@ -583,12 +610,10 @@ def batch_by_length(order: list[int], batch: int, lengths: list[int], generator:
 
 
 def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
-    """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read.
-
-    Raises UserError for generated data.
-    """
+    """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read. Of haystacks
+    the tokens of the images alone, which differ much more than the questions do."""
     if isinstance(source, Haystacks):
-        raise UserError("--group_by_length needs rows of a file: haystack questions have one length, leave it off")
+        return [source.kind(index)[0][0] * processor.num_image_tokens for index in range(len(source))]
 
     def length(prefix: str, suffix: str, images: int) -> int:
         try:
@@ -606,10 +631,18 @@ def longest_token(processor: PaliGemmaProcessor) -> int:
 
 
 def encode_row(
-    processor: PaliGemmaProcessor, name: str, prefix: str, suffix: str | None, images: int, max_length: int | None
+    processor: PaliGemmaProcessor,
+    name: str,
+    prefix: str,
+    suffix: str | None,
+    images: int | list[int],
+    max_length: int | None,
 ) -> tuple[list[int], list[int]]:
-    """Ids and token types of a row with this number of images. Raises UserError, starting with its name, for text that
-    the processor refuses and for more than `max_length` tokens."""
+    """Ids and token types of a row with this number of images, or with this number of tokens for each image.
+
+    Raises UserError, starting with the row's name, for text that the processor refuses and for more than `max_length`
+    tokens.
+    """
     characters = len(prefix) + len(suffix or "")
     too_long = f"{name}: more tokens than the {max_length} that fit the model: shorten the row"
     if max_length is not None and characters > max_length * longest_token(processor):
@@ -634,10 +667,9 @@ class Fetch(Dataset):
             example = self.source.get(*key)
             example.index = key[1]
             suffix = example.suffix if self.with_suffix else None
-            encoded = encode_row(
-                self.processor, example.id, example.prefix, suffix, len(example.images), self.max_length
-            )
-            pixels = [self.processor.pixels(image) for image in example.images]
+            tokens = [self.processor.count_image_tokens(image.size) for image in example.images]
+            encoded = encode_row(self.processor, example.id, example.prefix, suffix, tokens, self.max_length)
+            pixels = [self.processor.image_inputs(image) for image in example.images]
         except UserError as error:  # raised in a worker, it would arrive wrapped in a traceback
             return UserError(without_address(error))
         example.images = []  # not needed any more, and large to send between processes
@@ -653,7 +685,7 @@ class Fetch(Dataset):
             return (), None, errors
         examples, encoded, pixels = zip(*used, strict=True)
         tensors = self.processor.pad(list(encoded))
-        tensors["pixel_values"] = torch.stack([image for row in pixels for image in row])
+        tensors |= stack_inputs([image for row in pixels for image in row])
         return examples if good else (), tensors, errors
 
     def find_usable(self) -> list:

@@ -134,7 +134,7 @@ def answer_attention(model: nn.Module, batch: dict) -> Tensor:
     attention that predicts token t.
     """
     predicts = batch["labels"][:, 1:] != -100
-    is_patch = batch["input_ids"] == model.config.image_token_id
+    is_patch = model.model.patch_tokens(batch["input_ids"], batch.get("image_sizes"))
     count, layers = len(predicts), model.model.language_model.layers
     found = []
 

@@ -35,6 +35,8 @@ class AttentionShape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_dim: int | None = None  # the first dims of a head, which are rotated; None: all
+    has_rope_factors: bool = False  # longrope: every frequency has a factor of its own
 
 
 class DifferentialAttention(nn.Module):
@@ -249,7 +251,7 @@ class LowRankMap(DifferentialAttention):
         return 2 * self.shape.num_kv_heads
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
-        hidden_size, num_heads, num_kv_heads, head_dim = self.shape
+        hidden_size, num_heads, num_kv_heads, head_dim = self.shape[:4]
         self.second_down = uniform_parameter(generator, self.config.rank, hidden_size)
         self.second_up = uniform_parameter(generator, num_heads * head_dim, self.config.rank)
         self.key_down = uniform_parameter(generator, self.config.rank, hidden_size)
@@ -326,6 +328,17 @@ class HalvedHeads(DifferentialAttention):
             raise UserError(
                 f"differential preset {self.config.preset} cannot split heads of dim {self.shape.head_dim} in two"
             )
+        is_partial = self.shape.rotary_dim not in (None, self.shape.head_dim)
+        if self.config.rotate_halves and (is_partial or self.shape.has_rope_factors):
+            raise UserError(
+                f"differential preset {self.config.preset} rotates each half as a head, which a model with longrope or "
+                "partly rotated heads does not allow: use v1_width"
+            )
+        if is_partial and (self.config.halves_cut != "even_odd" or self.shape.rotary_dim % 4):
+            raise UserError(
+                f"differential preset {self.config.preset} would cut rotary pairs, since {self.shape.rotary_dim} of "
+                f"{self.shape.head_dim} dims are rotated: use split"
+            )
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         pass
@@ -381,6 +394,33 @@ class ValueMap(SameMap):
         return (out @ self.value_map.T.to(out.dtype)) * self.selected[:, None, None].to(out.dtype)
 
 
+class SharpenedQuery(DifferentialAttention):
+    """q2 = exp(log_sharpness) q1, one temperature a head that starts at 1: with combine "replace" a control that can
+    sharpen its maps without subtracting one."""
+
+    trainable = ("log_sharpness",)
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        self.log_sharpness = nn.Parameter(torch.zeros(self.shape.num_heads))
+
+    def two_queries(self, x, q, k, v, rotate):
+        return q, q * self.log_sharpness.exp().to(q.dtype)[:, None, None], k, v
+
+
+class GatedOutput(SameMap):
+    """2 sigmoid(x W^T) o1, a gate of each head and token that starts at 1 (arXiv 2505.06708): a control."""
+
+    trainable = ("gate",)
+
+    def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        self.gate = nn.Parameter(torch.zeros(self.shape.num_heads, self.shape.hidden_size))
+
+    def forward(self, x, q, k, v, rotate, attend):
+        out = attend(q, k, v)
+        gate = 2 * F.linear(x[:, -q.shape[2] :], self.gate.to(x.dtype)).sigmoid()  # [B, L, H]
+        return self.head_norm(out * gate.transpose(1, 2)[..., None].to(out.dtype))
+
+
 class NoSecondMap(SameMap):
     """Standard attention, with the head norm: a control."""
 
@@ -397,13 +437,15 @@ SECOND_MAPS = {
     "halves": HalvedHeads,
     "same": SameMap,
     "value": ValueMap,
+    "sharpened": SharpenedQuery,
+    "gate": GatedOutput,
     "none": NoSecondMap,
 }
 
 
 # ---- configuration
 Tower = Literal["text", "vision"]
-Second = Literal["delta", "query", "pairs", "halves", "noise", "adapter", "same", "value", "none"]
+Second = Literal["delta", "query", "pairs", "halves", "noise", "adapter", "same", "value", "sharpened", "gate", "none"]
 Lambda = Literal["vectors", "token", "scalar", "fixed"]
 Combine = Literal["subtract", "normalised", "replace"]
 Norm = Literal["none", "head"]
@@ -423,7 +465,7 @@ class DifferentialConfig:
     # vectors: exp(q1 . k1) - exp(q2 . k2) + lambda_init, one per layer; token: sigmoid of a projection of the token,
     # one per head; scalar: one per layer, sigmoid of a logit where combine is normalised; fixed: not learned
     lambda_kind: Lambda | None = None
-    # subtract: o1 - lambda o2; normalised: (o1 - lambda o2) / (1 - lambda); replace: o2 alone
+    # subtract: o1 - lambda o2; normalised: (o1 - lambda o2) / (1 - lambda); replace: o2 alone, or the gated output
     combine: Combine | None = None
     norm: Norm | None = None  # head: RMSNorm of each head's output, times (1 - lambda_init)
     rank: Annotated[int, Meta(ge=1, le=65_536)] | None = None  # of delta and adapter
@@ -475,8 +517,10 @@ class DifferentialConfig:
                 f"differential: second={self.second} with combine={self.combine} does not use lambda, which would "
                 "never learn: set lambda_kind=fixed"
             )
-        if self.combine == "replace" and self.second not in ("delta", "query"):
-            raise UserError(f"differential.combine replace needs second=delta or query, not {self.second}")
+        if self.combine == "replace" and self.second not in ("delta", "query", "sharpened", "gate"):
+            raise UserError(f"differential.combine replace needs second=delta, query or sharpened, not {self.second}")
+        if self.second == "gate" and self.combine != "replace":
+            raise UserError(f"differential.second gate has one map: it needs combine=replace, not {self.combine}")
         if self.combine == "normalised" and self.second in ("same", "value"):
             raise UserError(f"differential: second={self.second} needs combine=subtract: normalising would undo it")
         if self.rotate_halves and self.second != "halves":
@@ -604,6 +648,16 @@ PRESETS = {
         "control: split's low rank added to the query, one map, nothing subtracted",
         True, ("second_up",), "no more maps, r (C + H D) parameters, same KV cache", "control",
     ),
+    "sharpen": Preset(
+        dict(second="sharpened", lambda_kind="fixed", lambda_start=0.0, combine="replace"),
+        "control: softmax(s q k^T) v, a learned temperature s of each head, nothing subtracted",
+        True, ("log_sharpness",), "no more maps, H parameters, same KV cache", "control, after arXiv 2511.06818",
+    ),
+    "gate": Preset(
+        dict(second="gate", lambda_kind="fixed", lambda_start=0.0, combine="replace"),
+        "control: 2 sigmoid(W x) O, a gate of each head, nothing subtracted",
+        True, ("gate",), "no more maps, H C parameters, same KV cache", "control, after arXiv 2505.06708",
+    ),
     "norm_only": Preset(
         dict(second="none", lambda_kind="fixed", lambda_start=0.0, norm="head"),
         "control: (1 - lambda_init) RMSNorm(O), nothing subtracted",
@@ -661,8 +715,13 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
     state does not change. Raises UserError where configuration and model do not fit.
     """
     config = as_config(differential).resolve()
-    towers = {"text": model.model.language_model.layers, "vision": model.model.vision_tower.encoder.layers}
+    towers = {"text": model.model.language_model.layers}
+    if model.model.vision_tower is not None:
+        encoder = model.model.vision_tower.encoder
+        towers["vision"] = encoder.layers[: encoder.num_run]
     for tower in config.towers:
+        if tower not in towers:
+            raise UserError("differential.towers vision: the model is a decoder alone: give towers=text")
         count = len(towers[tower])
         chosen = range(count) if config.layers is None else sorted(set(config.layers))
         if not chosen or chosen[0] < 0 or chosen[-1] >= count:
@@ -670,10 +729,22 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
         for index in chosen:
             layer = towers[tower][index]
             attention = layer.self_attn
-            attention.differential = make_differential(config, attention.shape, tower, index, attention.q_proj)
+            attention.differential = make_differential(
+                config, attention.shape, tower, index, query_projection(attention)
+            )
             if config.fresh_layer_norms and tower == "vision":
                 layer.layer_norm1 = UngainedRMSNorm.replacing(layer.layer_norm1)
                 layer.layer_norm2 = UngainedRMSNorm.replacing(layer.layer_norm2)
+
+
+def query_projection(attention: nn.Module) -> nn.Linear:
+    """The query projection of an attention layer; of a fused `qkv_proj` its first H D rows, as a view."""
+    if hasattr(attention, "q_proj"):
+        return attention.q_proj
+    fused, width = attention.qkv_proj, attention.shape.num_heads * attention.shape.head_dim
+    query = nn.Linear(fused.in_features, width, bias=False, device="meta")
+    query.weight = nn.Parameter(fused.weight.detach()[:width], requires_grad=False)
+    return query
 
 
 def differential_modules(model: nn.Module) -> dict[str, DifferentialAttention]:
@@ -723,6 +794,20 @@ def unfreeze_differential(model: nn.Module) -> list[str]:
 def differential_config(model: nn.Module) -> DifferentialConfig | None:
     """The resolved configuration that the model was built with; None for standard attention."""
     return next((module.config for module in model.modules() if isinstance(module, DifferentialAttention)), None)
+
+
+def knock_out(model: nn.Module):
+    """Set lambda to 0 in every differential layer, in place and for good: what does the trained second map do?
+
+    The head norm and the adapters stay. Raises UserError for standard attention and for a control without lambda.
+    """
+    modules = differential_modules(model).values()
+    if not modules:
+        raise UserError("--knockout: the model has standard attention, there is no lambda to set to 0")
+    for module in modules:
+        if module.config.combine == "replace" or module.config.second == "none":
+            raise UserError(f"--knockout: preset {module.config.preset} has no lambda that could be set to 0")
+        module.config = replace(module.config, lambda_kind="fixed", lambda_start=0.0, anneal=False)
 
 
 def set_progress(model: nn.Module, fraction: float):

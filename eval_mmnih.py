@@ -21,6 +21,7 @@ import tyro
 from accelerate import Accelerator
 from msgspec import Meta
 
+from differential_attention import knock_out
 from errors import UserError, one_line_errors
 from files import check_ranges, write_json
 from models import classes_of
@@ -42,6 +43,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
     batch_size: Count = 64  # questions answered at once
     workers: Annotated[int, Meta(ge=-1)] = -1  # processes that read images; -1: none on a CPU, 4 on a GPU
+    knockout: bool = False  # set lambda to 0 in every differential layer: what does the trained second map do?
     # --- what is asked
     benchmark: Literal["mmneedle", "pope", "mm-niah"] = "mmneedle"  # MMNeedle 2406.11230, POPE, MM-NIAH 2406.07230
     data: str = "haystack"  # haystack, haystack:IMAGES (a folder or jsonl with captions), or the benchmark's folder
@@ -89,6 +91,8 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     dtype, _ = choose_dtype(config.dtype, accelerator.device)
     model_class, processor_class = classes_of(name)
     processor = processor_class.from_pretrained(name)
+    if config.protocol == "detect" and not processor.answers_boxes:
+        raise UserError(f"--protocol=detect: {name} has no location tokens: take another protocol")
     limit = model_class.config_class.from_pretrained(name).text_config.max_position_embeddings
     marked = mark_too_long(questions, processor, limit)
     too_long = [new for new, old in zip(marked, questions, strict=True) if new is not old]
@@ -99,6 +103,8 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
 
     # --- load it; nothing is made or deleted for a model that does not load
     model = model_class.from_pretrained(name, dtype, accelerator.device)
+    if config.knockout:
+        knock_out(model)
     lock = None  # held until the answers are complete
     if accelerator.is_main_process:
         lock = open_folder(folder, record, config.overwrite)

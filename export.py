@@ -3,7 +3,7 @@
     python export.py --model=runs/original_seed0 --output=exported/original
     python export.py --model=runs/diff_seed0 --output=exported/diff --push_to_hub=you/paligemma-diff
 
-LoRA is merged into the weights. With standard attention the folder is a PaliGemma that transformers loads; differential
+LoRA is merged into the weights. With standard attention the folder is a model in the hub's layout; differential
 attention is beside the weights in differential.safetensors, which `from_pretrained` of this repository reads.
 """
 
@@ -39,9 +39,13 @@ PROCESSOR_FILES = (  # copied from the base model
     "generation_config.json",
 )
 
-LOAD_STANDARD = "Load it with `PaliGemmaForConditionalGeneration.from_pretrained` of transformers."
-LOAD_DIFFERENTIAL = """Load it with `PaliGemmaForConditionalGeneration.from_pretrained` of the repository named below:
+LOAD_STANDARD = "Load it with `{name}.from_pretrained` of transformers."
+LOAD_HERE = "Load it with `{name}.from_pretrained` of the repository named below."
+LOAD_DIFFERENTIAL = (
+    LOAD_HERE.removesuffix(".")
+    + """:
 transformers does not know differential attention (`differential.safetensors`) and refuses the folder."""
+)
 
 Result = TypeVar("Result")
 
@@ -58,12 +62,19 @@ class Config:
 
 # ---- the model card
 def write_card(
-    config: Config, record: dict[str, Any], evals: dict[str, list[int]], differential: DifferentialConfig | None
+    config: Config,
+    record: dict[str, Any],
+    evals: dict[str, list[int]],
+    differential: DifferentialConfig | None,
+    model_class: str = "PaliGemmaForConditionalGeneration",
 ) -> str:
     """README.md: metadata that the hub reads, then what was trained on what, how, and how well it answered.
 
     `record` is the run.json of the run, `evals` name -> [exact answers, rows].
     """
+    is_phi = model_class.startswith("Phi")
+    load = LOAD_HERE if model_class == "Phi3VForCausalLM" else LOAD_STANDARD  # transformers has no class for it
+    load = (LOAD_DIFFERENTIAL if differential else load).format(name=model_class)
     base, data, name = record["base_model"], hide_folders(record["config"]["data"]), Path(config.output).name
     metadata = huggingface_hub.ModelCardData(
         base_model=base if is_hub_id(base) else None,
@@ -71,7 +82,11 @@ def write_card(
         datasets=[data.removeprefix("hub:")] if data.startswith("hub:") else None,
         library_name=None if differential else "transformers",
         pipeline_tag="image-text-to-text",
-        tags=["paligemma", "lora", *(["differential-attention", differential.preset] if differential else [])],
+        tags=[
+            "phi3" if is_phi else "paligemma",
+            "lora",
+            *(["differential-attention", differential.preset] if differential else []),
+        ],
         model_name=name,
         eval_results=[
             huggingface_hub.EvalResult(
@@ -92,7 +107,7 @@ def write_card(
 # {name}
 
 `{hide_folders(base)}{commit}` with LoRA, fine-tuned on `{data}` and merged;
-arm `{record["arm"]}`, step {record.get("step")}. {LOAD_DIFFERENTIAL if differential else LOAD_STANDARD}
+arm `{record["arm"]}`, step {record.get("step")}. {load}
 
 | held-out rows | exact answers, % | 95 % Wilson interval | n |
 |---|---|---|---|
@@ -122,6 +137,8 @@ def known_license(base: str) -> str | None:
     """The license of a base model, where it is known."""
     if is_hub_id(base) and base.startswith("google/paligemma"):
         return "gemma"
+    if is_hub_id(base) and base.startswith("microsoft/Phi-3"):
+        return "mit"
     return "apache-2.0" if (ROOT / base).is_relative_to(ROOT / "assets") else None
 
 
@@ -172,7 +189,7 @@ def main() -> None:
         for file in (locate(base) / file for file in PROCESSOR_FILES):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-        text = write_card(config, record, evals, differential_config(model))
+        text = write_card(config, record, evals, differential_config(model), type(model).__name__)
         (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"{output}: {sum(file.stat().st_size for file in output.iterdir()) / 1e6:.1f} MB")
     if name:

@@ -1,7 +1,8 @@
-"""LoRA fine-tuning of PaliGemma with standard attention: the baseline arm.
+"""LoRA fine-tuning of PaliGemma or Phi-3-vision with standard attention: the baseline arm.
 
     python finetune_original.py                                     # the embedded model on needle questions
     python finetune_original.py --model=google/paligemma-3b-pt-224  # on a GPU
+    python finetune_original.py --model=microsoft/Phi-3.5-vision-instruct
     python finetune_original.py --data=my.jsonl --max_steps=100     # rows of {image, prefix, suffix}
     torchrun --nproc-per-node=4 finetune_original.py                # on four GPUs
 
@@ -10,7 +11,7 @@ again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -43,8 +44,7 @@ class Config:
     lora_rank: Rank = 16  # rank of the low-rank updates
     lora_alpha: Positive = 32  # the update is scaled by alpha / rank
     lora_dropout: BelowOne = 0.0  # share of LoRA inputs dropped in training
-    # linear layers of the language model that get LoRA
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = ()  # linear layers of the language model that get LoRA; empty: all of a layer
     # of the frozen base; adapters are always float32; nf4: 4-bit (QLoRA), on a CUDA card, with bitsandbytes installed
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
     shard: bool = False  # FSDP2: the processes of torchrun share the weights of the frozen layers
@@ -53,6 +53,9 @@ class Config:
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
     eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out
     grids: Annotated[tuple[Side, ...], Meta(min_length=1)] = (2, 4)  # haystacks have N x N cells
+    # (images, N) of haystacks of several images, as in --shapes 1 2 1 4 4 2; empty: one image of each of `grids`
+    shapes: tuple[tuple[Side, Side], ...] = ()
+    recolour: bool = False  # random colours of every image in haystacks to train on
     negatives: Share = 0.2  # share of haystack questions whose caption is in no cell; the answer is -1
     strict_data: bool = False  # stop at the first bad row instead of leaving it out, named and counted
     workers: Annotated[int, Meta(ge=-1, le=1024)] = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
@@ -67,11 +70,13 @@ class Config:
     )
     batch_size: Count = 32  # examples per micro-batch, over all processes
     accumulation: Count = 1  # micro-batches per update
-    lr: Annotated[float, Meta(gt=0, le=10)] = 2e-3  # peak learning rate of AdamW; 1e-4 suits PaliGemma 3b
+    # peak learning rate of AdamW; None: the family's, 2e-3 for PaliGemma (1e-4 suits 3b), 4e-5 for Phi-3
+    lr: Annotated[float, Meta(gt=0, le=10)] | None = None
     warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 30  # updates of linear warm-up; a cosine to zero follows
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0  # of adapters
     beta2: BelowOne = 0.99  # decay of AdamW's second moment
     clip: Positive = 1.0  # largest gradient norm
+    average_last: BelowOne = 0.0  # share of the updates, at the end, whose weights are averaged into final/
     # --- evaluation and logging
     eval_samples: Count = 500  # rows of each evaluation set, before and after training
     eval_batch_size: Count = 64  # prompts answered at once
@@ -88,7 +93,10 @@ class Config:
 
 def finetune(config: Config, arm: str, differential: DifferentialConfig | None = None):
     """Both arms: `differential` is all that the other one adds."""
-    # --- run folder, device, precision
+    # --- defaults of the family, run folder, device, precision
+    model_class, processor_class = classes_of(config.model)
+    targets, lr = config.lora_targets or model_class.lora_targets, config.lr or model_class.learning_rate
+    config = replace(config, lora_targets=targets, lr=lr)
     run = open_run(config, arm)
     if run.finished:
         if run.is_main and not plots.is_drawn(run.folder):  # it was killed before its figures were drawn
@@ -96,7 +104,6 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
         return
 
     # --- the frozen base model, and LoRA in its language model
-    model_class, processor_class = classes_of(config.model)
     processor = processor_class.from_pretrained(config.model)
     base, _ = resolve_run(config.model)  # of a run folder: its adapter is added below
     is_quantized = config.dtype == "nf4"

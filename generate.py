@@ -27,7 +27,7 @@ BOX_COLOR = (255, 0, 80)
 
 @dataclass
 class Config:
-    image: tuple[str, ...]  # image file, or several for one prompt
+    image: tuple[str, ...] = ()  # image file, or several for one prompt
     model: str = "assets/paligemma-nano"  # hub id, model folder or run folder
     prompt: str = "caption en"  # caption en | detect {thing} | answer en {question} | ...
     output: str = ""  # write the image to this file, with the boxes of the answer
@@ -81,6 +81,8 @@ def main() -> None:
     dtype = choose_dtype(config)
     model_class, processor_class = classes_of(config.model)
     processor = processor_class.from_pretrained(config.model)
+    if config.output and not (images and processor.answers_boxes):
+        raise UserError(f"--output: needs an image and a model that answers boxes, not {config.model}: leave it out")
     model = model_class.from_pretrained(config.model, dtype=dtype, device=config.device)
     batch = {key: tensor.to(config.device) for key, tensor in processor([images], [config.prompt]).items()}
     ids = model.generate(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import numpy as np
 import pyarrow.parquet
 from PIL import Image
 
@@ -24,6 +25,7 @@ TEST_SHARE = 5  # a fifth of the captions of one's own images is for testing
 TEST_BYTES = 256 // TEST_SHARE  # of the first bytes that a caption's hash can have
 LIGHT = 178  # the darkest level of a light background colour
 RESIZED_BYTES = 256 << 20  # of resized images that a pool remembers
+GAIN_STD, BRIGHTNESS_STD = 0.15, 0.1  # of the random colours in training, where 1 is the range of a channel
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,38 @@ class ImagePool:
             found, targets = (), tuple(rng.choice(self.by_caption[caption]) for caption in absent)
         return Haystack(cells, found, targets, tuple(self.images[i].caption for i in targets))
 
-    def stitch(self, key: str, cells: tuple[tuple[int, ...], ...], cell: int) -> Image.Image:
+    def surround(self, key: str, caption: str, others: list[str], images: int, grid: int, positive: bool) -> Haystack:
+        """A haystack that looks for `caption` among `others`, its distractors, which fill the other cells in a random
+        order; without `caption` in it where `positive` is False.
+
+        Each of the captions is in one cell. Raises UserError when there are fewer of them than cells.
+        """
+        rng = random.Random(key)
+        count = images * grid**2
+        shown = [caption, *others][not positive :][:count]
+        if len(shown) < count:
+            raise UserError(f"{key}: {count} cells, but {len(shown)} captions to fill them: give more distractors")
+        rng.shuffle(shown)
+        indices = [rng.choice(self.by_caption[name]) for name in shown]
+        target = rng.choice(self.by_caption[caption])
+        cells = tuple(
+            tuple(tuple(indices[(m * grid + row) * grid :][:grid]) for row in range(grid)) for m in range(images)
+        )
+        needles = ()
+        if positive:
+            place = shown.index(caption)
+            target = indices[place]
+            needles = ((place // grid**2, place // grid % grid, place % grid),)
+        return Haystack(cells, needles, (target,), (caption,))
+
+    def stitch(self, key: str, cells: tuple[tuple[int, ...], ...], cell: int, recolour: bool = False) -> Image.Image:
         """One grid as an RGB image, `cell` pixels a cell, row-major.
 
         A transparent image is drawn on a random plain colour, any other fills its cell without regard to its
-        aspect ratio, as MMNeedle's do.
+        aspect ratio, as MMNeedle's do. With `recolour` every image is drawn in random colours, see `recolour_image`.
         """
         rng = random.Random(key)
+        colours = random.Random(f"{key}/colours")
         grid = len(cells)
         stitched = Image.new("RGB", (grid * cell, grid * cell))
         for row, indices in enumerate(cells):
@@ -214,6 +241,8 @@ class ImagePool:
                 darkest = rng.choice((0, LIGHT))  # any colour or a light one
                 stitched.paste(tuple(rng.randint(darkest, 255) for _ in range(3)), (x, y, x + cell, y + cell))
                 image = self.resized(index, cell)
+                if recolour:
+                    image = recolour_image(image, colours)
                 margin = (cell - image.width) // 2
                 stitched.paste(image, (x + margin, y + margin), image if image.mode == "RGBA" else None)
         return stitched
@@ -227,3 +256,25 @@ class ImagePool:
             side = cell * 7 // 8 if image.mode == "RGBA" else cell
             self._resized[index, cell] = image.resize((side, side), Image.Resampling.LANCZOS)
         return self._resized[index, cell]
+
+
+def recolour_image(image: Image.Image, rng: random.Random) -> Image.Image:
+    """An RGB or RGBA image with random saturation (0.5 to 1.5), channel gains and brightness; transparency stays.
+
+    The augmentation that the embedded model was pretrained with.
+    """
+    pixels = np.asarray(image, np.float32) / 255
+    colour = pixels[..., :3]
+    grey = colour.mean(-1, keepdims=True)
+    gain = np.array([rng.gauss(1, GAIN_STD) for _ in range(3)], np.float32)
+    colour = (grey + rng.uniform(0.5, 1.5) * (colour - grey)) * gain + rng.gauss(0, BRIGHTNESS_STD)
+    colour = (colour.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(np.concatenate((colour, np.asarray(image)[..., 3:]), axis=-1), image.mode)
+
+
+def add_noise(image: Image.Image, key: str, std: float) -> Image.Image:
+    """An RGB image plus Gaussian noise of a standard deviation, where 1 is the range of a channel; clipped."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
+    pixels = np.asarray(image, np.float32) / 255
+    noise = np.random.default_rng(seed).standard_normal(pixels.shape, np.float32)
+    return Image.fromarray(((pixels + std * noise).clip(0, 1) * 255).round().astype(np.uint8))

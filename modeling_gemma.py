@@ -398,3 +398,5 @@ class PaliGemmaModel(VisionLanguageBackbone):
 class PaliGemmaForConditionalGeneration(VisionLanguageModel):
     config_class = PaliGemmaConfig
     backbone_class = PaliGemmaModel
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    learning_rate = 2e-3  # of the embedded model; 1e-4 suits PaliGemma 3b

@@ -156,13 +156,14 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    def __init__(self, config: SiglipVisionConfig):
+    def __init__(self, config: SiglipVisionConfig, num_run: int | None = None):
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.num_run = num_run or len(self.layers)  # layers that run; CLIP stores one more
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+        for layer in self.layers[: self.num_run]:
             recompute = self.gradient_checkpointing and self.training
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return x

@@ -21,6 +21,7 @@ from errors import UserError
 from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
 
 IGNORED_LABEL = -100
+ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
 
 
 class KVCache:
@@ -121,6 +122,26 @@ class FixedStepDecoder(StepDecoder):
         return super().run(token)
 
 
+class BorderStepDecoder(StepDecoder):
+    """The same for rotary factors that change at a border: a row that crosses it is rotated by other factors from its
+    first token on, so the cache is computed again."""
+
+    def __init__(
+        self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor, x: Tensor, border: int
+    ):
+        """x [B, L, C]: embeddings of the prompts."""
+        super().__init__(model, cache, mask, positions)
+        self.border, self.sequence = border, (x, positions)
+
+    def run(self, token: Tensor) -> Tensor:
+        decoder = self.model.model.language_model
+        step = decoder.embed(token[:, None]), self.positions
+        self.sequence = tuple(torch.cat(pair, dim=1) for pair in zip(self.sequence, step, strict=True))
+        if bool((self.positions == self.border).any()):
+            step, self.cache.length = self.sequence, 0
+        return self.model.head(decoder(*step, self.mask, self.cache, rows=1)[:, -1])
+
+
 def choose_step_decoder(device: str) -> type[StepDecoder]:
     """How tokens are decoded on a type of device: on a GPU launches take longer than the work of a step."""
     return StepDecoder if device == "cpu" else FixedStepDecoder
@@ -183,8 +204,9 @@ class VisionLanguageBackbone(nn.Module):
         predictors = (next_labels != IGNORED_LABEL).nonzero().squeeze(1)
         return BatchPlan(mask, tokens, image_tokens, rows, predictors, next_labels[predictors])
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
+    def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> ImageFeatures:
         """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower.
+        `image_sizes` is for families whose images have crops.
 
         A frozen tower runs without autocast, whose casts to float32 would only cost time: its features are those of
         generation.
@@ -194,9 +216,13 @@ class VisionLanguageBackbone(nn.Module):
         with contextlib.nullcontext() if trains else torch.autocast(pixel_values.device.type, enabled=False):
             return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None, tokens: int | None = None) -> Tensor:
-        """Embeddings [B, L, C] of the tokens, with the image features [n, N, C] at the `<image>` tokens, in order, of
-        which there are `tokens`; None: they are counted.
+    def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Bool [B, L]: the image tokens that are patches, row by row."""
+        return input_ids == self.config.image_token_id
+
+    def embed(self, input_ids: Tensor, image_features: ImageFeatures | None, tokens: int | None = None) -> Tensor:
+        """Embeddings [B, L, C] of the tokens, with the image features at the `<image>` tokens, in order, of which there
+        are `tokens`; None: they are counted.
 
         Raises UserError where the numbers of `<image>` tokens and of features differ.
         """
@@ -207,28 +233,30 @@ class VisionLanguageBackbone(nn.Module):
             if tokens:
                 raise UserError("input_ids contain <image> tokens but there are no images: pass pixel_values")
             return x
-        features = image_features.shape[0] * image_features.shape[1]
-        if tokens != features:
+        flat = torch.cat(tuple(image_features))  # [features of all images, C]
+        if tokens != len(flat):
             raise UserError(
-                f"input_ids contain {tokens} <image> tokens but the images have {features} features "
-                f"({image_features.shape[0]} x {image_features.shape[1]}): pass every image of every prompt once"
+                f"input_ids contain {tokens} <image> tokens but the images have {len(flat)} features "
+                f"({len(image_features)} x {len(image_features[0])}): pass every image of every prompt once"
             )
-        return x.masked_scatter(is_image[..., None], image_features.to(x.dtype))
+        return x.masked_scatter(is_image[..., None], flat.to(x.dtype))
 
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        image_features: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
         rows: int | None = None,
+        image_sizes: Tensor | None = None,
         plan: BatchPlan | None = None,
     ) -> Tensor:
         """Hidden states [B, L, C], or of the last `rows` positions; other arguments as in `VisionLanguageModel`."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         plan = plan or self.plan(input_ids, attention_mask, token_type_ids)
         if image_features is None and pixel_values is not None:
-            image_features = self.image_features(pixel_values)
+            image_features = self.image_features(pixel_values, image_sizes)
         x = self.embed(input_ids, image_features, plan.image_tokens)
         return self.language_model(x, self.positions(attention_mask), plan.mask, rows=rows)
 
@@ -244,6 +272,8 @@ class VisionLanguageModel(nn.Module):
 
     config_class: type  # of the family; has from_pretrained and to_dict
     backbone_class: type[VisionLanguageBackbone]
+    lora_targets: tuple[str, ...]  # linear layers of the decoder that get LoRA by default
+    learning_rate: float  # peak, by default
 
     def __init__(self, config, differential: DifferentialConfig | str | None = None):
         super().__init__()
@@ -320,32 +350,37 @@ class VisionLanguageModel(nn.Module):
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""
         self.model.language_model.gradient_checkpointing = enabled
-        self.model.vision_tower.encoder.gradient_checkpointing = enabled
+        if self.model.vision_tower is not None:
+            self.model.vision_tower.encoder.gradient_checkpointing = enabled
 
     # ---- forward pass and loss
     def forward(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | None = None,
-        image_features: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
+        image_sizes: Tensor | None = None,
         plan: BatchPlan | None = None,
     ) -> VisionLanguageOutput:
         """`logits` or `loss` of a batch.
 
-        input_ids, attention_mask (1 token, 0 pad), token_type_ids (1 suffix; None: all prefix), labels (-100: no loss):
-        [B, L]; pixel_values [n, 3, S, S]: the images of all prompts in order, or instead their image_features
-        [n, N, C]. Without labels: logits [B, L, V], or of the last `logits_to_keep` positions. With labels: the loss,
-        the float32 mean over all label tokens of the batch, for which the head runs on their positions only; logits
-        only if `logits_to_keep` is given. `plan`: what `model.plan` returns for the batch; without it the host makes it
-        now, and waits for a device that holds the tensors.
+        input_ids, attention_mask (1 token, 0 pad; None: no pads), token_type_ids (1 suffix; None: all prefix), labels
+        (-100: no loss): [B, L]; pixel_values and image_sizes: the images of all prompts in order, as the processor
+        returns them, or instead their image_features. Without labels: logits [B, L, V], or of the last `logits_to_keep`
+        positions. With labels: the loss, the float32 mean over all label tokens of the batch, for which the head runs
+        on their positions only; logits only if `logits_to_keep` is given. `plan`: what `model.plan` returns for the
+        batch; without it the host makes it now, and waits for a device that holds the tensors.
         """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         plan = plan or self.model.plan(input_ids, attention_mask, token_type_ids, labels)
         rows = logits_to_keep if labels is None else max(plan.label_rows, logits_to_keep or 0)
-        hidden = self.model(input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows, plan)
+        hidden = self.model(
+            input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows, image_sizes, plan
+        )
         loss = logits = None
         if labels is not None:
             loss = self.label_loss(hidden, plan)
@@ -369,14 +404,15 @@ class VisionLanguageModel(nn.Module):
     def generate(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         max_new_tokens: int = 20,
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
-        image_features: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
         token_type_ids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         plan: BatchPlan | None = None,
     ) -> Tensor:
         """Continue prompts [B, L], padded on the left -> ids [B, L + new], with pad tokens after the eos of a row.
@@ -386,6 +422,7 @@ class VisionLanguageModel(nn.Module):
         prefix. `plan` as in `forward`. Raises UserError for a row that ends in a pad, a suffix, too many positions, and
         NaN logits.
         """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not bool(attention_mask[:, -1].all()):
             raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
         if token_type_ids is not None and bool(token_type_ids.any()):
@@ -398,18 +435,22 @@ class VisionLanguageModel(nn.Module):
                 "smaller images"
             )
         if image_features is None and pixel_values is not None:
-            image_features = self.model.image_features(pixel_values)
+            image_features = self.model.image_features(pixel_values, image_sizes)
         decoder = self.model.language_model
         plan, positions = plan or self.model.plan(input_ids, attention_mask), self.model.positions(attention_mask)
         x = self.model.embed(input_ids, image_features, plan.image_tokens)
         cache = KVCache(decoder, batch, length + max_new_tokens, x.dtype, x.device)
+        border = getattr(self.config.text_config, "rope_border", None)
 
         new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         with cast_lora(self):
             logits = self.head(decoder(x, positions, plan.mask, cache, rows=1)[:, -1])
             if bool(logits.isnan().any()):  # memory-mapped weights are not read when they are loaded
                 raise UserError(f"{getattr(self, 'name_or_path', 'the model')}: gives NaN: its weights are damaged")
-            next_logits = choose_step_decoder(x.device.type)(self, cache, plan.mask, positions)
+            if border is None:
+                next_logits = choose_step_decoder(x.device.type)(self, cache, plan.mask, positions)
+            else:
+                next_logits = BorderStepDecoder(self, cache, plan.mask, positions, x, border)
             for step in range(max_new_tokens):
                 token = sample(logits, temperature, top_p, generator)
                 token = token.masked_fill(finished, self.config.pad_token_id)

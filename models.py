@@ -2,24 +2,33 @@
 
 from pathlib import Path
 
-from checkpoint import locate, resolve_run
+from checkpoint import DIFFERENTIAL_PREFIX, locate, resolve_run
 from errors import UserError
 from files import read_json
 from modeling_vlm import VisionLanguageModel
 from processing_paligemma import PaliGemmaProcessor
+from processing_phi3v import Phi3Processor, Phi3VProcessor
 
-SUPPORTED = ("paligemma", "differential_paligemma")
+SUPPORTED = ("paligemma", "phi3", "phi3_v")
 
 
-def classes_of(path_or_hub_id: str | Path) -> tuple[type[VisionLanguageModel], type[PaliGemmaProcessor]]:
+def classes_of(
+    path_or_hub_id: str | Path,
+) -> tuple[type[VisionLanguageModel], type[PaliGemmaProcessor | Phi3Processor]]:
     """(model class, processor class) of a hub id, a model folder or a run folder.
 
     Raises UserError for a model_type that is not supported.
     """
     folder = locate(resolve_run(path_or_hub_id)[0])
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type in ("paligemma", "differential_paligemma"):
+    stored = read_json(folder / "config.json").get("model_type")
+    model_type = str(stored).removeprefix(DIFFERENTIAL_PREFIX)
+    if model_type == "paligemma":
         from modeling_gemma import PaliGemmaForConditionalGeneration
 
         return PaliGemmaForConditionalGeneration, PaliGemmaProcessor
-    raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} is not supported: {', '.join(SUPPORTED)}")
+    if model_type in ("phi3", "phi3_v"):
+        from modeling_phi3 import Phi3ForCausalLM, Phi3VForCausalLM
+
+        is_decoder = model_type == "phi3"
+        return (Phi3ForCausalLM, Phi3Processor) if is_decoder else (Phi3VForCausalLM, Phi3VProcessor)
+    raise UserError(f"{folder / 'config.json'}: model_type {stored!r} is not supported: {', '.join(SUPPORTED)}")

@@ -101,7 +101,9 @@ def draw_loss(lines: list[dict], title: str) -> Figure:
 def draw_accuracy(lines: list[dict], title: str) -> Figure:
     """Exact accuracy of each set over training, from before the first update, with 95 % Wilson intervals."""
     figure, axes = plt.subplots(layout="constrained")
-    for colour, name in zip(COLOURS, lines[0]["eval"], strict=False):
+    for number, name in enumerate(lines[0]["eval"]):
+        line_style = ("-", "--", ":")[number // len(COLOURS) % 3]
+        style = dict(color=COLOURS[number % len(COLOURS)], linestyle=line_style, marker="o", markersize=4, capsize=2)
         steps, rates, below, above = [], [], [], []
         for line in lines:
             if name in line["eval"]:
@@ -111,7 +113,7 @@ def draw_accuracy(lines: list[dict], title: str) -> Figure:
                 rates.append(right / n)
                 below.append(right / n - low)
                 above.append(high - right / n)
-        axes.errorbar(steps, rates, yerr=[below, above], color=colour, marker="o", markersize=4, capsize=2, label=name)
+        axes.errorbar(steps, rates, yerr=[below, above], label=name, **style)
     axes.set(title=title, xlabel="update", ylabel="exact answers", ylim=(-0.02, 1.02))
     axes.yaxis.set_major_formatter(PERCENT)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 import numpy as np
@@ -147,6 +147,8 @@ class PaliGemmaProcessor:
     Source: transformers' PaliGemmaProcessor and SiglipImageProcessorPil, 5.23.
     """
 
+    answers_boxes: ClassVar[bool] = True
+
     tokenizer: Tokenizer = field(repr=False)  # its repr is the whole vocabulary
     image_token_id: int
     image_size: int = 224
@@ -223,37 +225,34 @@ class PaliGemmaProcessor:
             self.encode(prefix, answer, len(group))
             for prefix, answer, group in zip(text, suffixes, images, strict=True)
         ]
-        return {
-            **self.pad(rows),
-            "pixel_values": torch.stack([self.pixels(image) for group in images for image in group]),
-        }
+        return self.pad(rows) | stack_inputs([self.image_inputs(image) for group in images for image in group])
 
-    def encode(self, prefix: str, suffix: str | None = None, num_images: int = 1) -> Row:
+    def encode(self, prefix: str, suffix: str | None = None, num_images: int | Sequence[int] = 1) -> Row:
         """One prompt as (ids, token types): `<image>` x N M, bos, prefix, newline, suffix, eos.
 
+        num_images: M, or the number of image tokens of each image.
         Raises UserError if a string contains `<image>`, `<bos>`, `<eos>` or `<pad>`.
         """
         # One string, as in transformers. big_vision tokenizes "\n" separately: other ids after a prefix in newline.
         prompt = [self.bos_token_id, *self._tokenize("prompt", prefix + "\n")]
         answer = [] if suffix is None else [*self._tokenize("suffix", suffix), self.eos_token_id]
-        prefix_ids = [self.image_token_id] * (num_images * self.num_image_tokens) + prompt
+        if not isinstance(num_images, int) and len(num_images) == 0:
+            raise UserError(f"prompt {quote(prefix)} has no image, which PaliGemma needs: give it at least one")
+        tokens = num_images * self.num_image_tokens if isinstance(num_images, int) else sum(num_images)
+        prefix_ids = [self.image_token_id] * tokens + prompt
         return prefix_ids + answer, [0] * len(prefix_ids) + [1] * len(answer)
 
     def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Rows of `encode`, padded on the left: input_ids, attention_mask, token_type_ids, and labels if any row has a
-        suffix, [B, L]."""
-        shape = len(rows), max(len(ids) for ids, _ in rows)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask, token_type_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        for row, (ids, types) in enumerate(rows):
-            start = shape[1] - len(ids)
-            input_ids[row, start:] = torch.tensor(ids)
-            token_type_ids[row, start:] = torch.tensor(types)
-            attention_mask[row, start:] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        if token_type_ids.any():  # a suffix has at least its <eos>
-            batch["labels"] = input_ids.masked_fill(token_type_ids == 0, IGNORED_LABEL)
-        return batch
+        """Rows of `encode` as a batch, see `pad_rows`."""
+        return pad_rows(rows, self.pad_token_id)
+
+    def count_image_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of this (width, height): N, whatever it is."""
+        return self.num_image_tokens
+
+    def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """What the model takes of one image, without a batch dimension."""
+        return {"pixel_values": self.pixels(image)}
 
     def pixels(self, image: Image.Image) -> Tensor:
         """One PIL image as [3, S, S] float32 in -1..1: RGB, resized without regard to its aspect ratio, normalized.
@@ -296,6 +295,28 @@ class PaliGemmaProcessor:
                 raise UserError(f"{self.source}: {token} becomes {ids}, config.json says {token_id}: {fix}")
         if self.tokenizer.encode("".join(LOC_TOKENS), add_special_tokens=False).tokens != LOC_TOKENS:
             raise UserError(f"{self.source}: <loc0000> .. <loc1023> are not one token each: {fix}")
+
+
+def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+    """Rows of ids and token types, padded on the left: input_ids, attention_mask, token_type_ids, and labels if any row
+    has a suffix, [B, L]."""
+    shape = len(rows), max(len(ids) for ids, _ in rows)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask, token_type_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    for row, (ids, types) in enumerate(rows):
+        start = shape[1] - len(ids)
+        input_ids[row, start:] = torch.tensor(ids)
+        token_type_ids[row, start:] = torch.tensor(types)
+        attention_mask[row, start:] = 1
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    if token_type_ids.any():  # a suffix has at least its <eos>
+        batch["labels"] = input_ids.masked_fill(token_type_ids == 0, IGNORED_LABEL)
+    return batch
+
+
+def stack_inputs(inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `image_inputs` returned for several images, with a batch dimension; {} without images."""
+    return {name: torch.stack([one[name] for one in inputs]) for name in (inputs[0] if inputs else {})}
 
 
 def quote(text: str) -> str:

@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run
+from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run, weights_fingerprint
 from errors import UserError
 from files import (
     LOCK,
@@ -70,8 +70,20 @@ RESUMABLE_FIELDS = {
     "vision_cache_dir",
 }
 # why other fields cannot change; those in neither set changed the steps made so far
-DATA_ORDER = {"seed", "data", "eval_data", "grids", "negatives", "batch_size", "accumulation", "group_by_length"}
-SAVED_SHAPES = {"model", "base_model", "base_revision", "arm", "lora_rank", "lora_targets", "differential"}
+DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
+DATA_ORDER |= {"group_by_length"}
+RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # beside the configuration
+SAVED_SHAPES = {
+    "model",
+    "base_model",
+    "base_revision",
+    "base_weights",
+    "arm",
+    "lora_rank",
+    "lora_targets",
+    "differential",
+}
+ADDED_FIELDS = {"shapes": [], "recolour": False, "average_last": 0.0}  # the values of runs of before they existed
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
     "ACCELERATE_USE_FSDP": "false",
@@ -216,6 +228,7 @@ def open_run(config: "Config", arm: str) -> Run:
         "arm": arm,
         "base_model": portable_path(base),
         "base_revision": hub_revision(base),
+        "base_weights": weights_fingerprint(base) if os.path.isdir(base) else None,
         "config": json.loads(json.dumps(asdict(config))),
         "device": device_name(accelerator.device),
         "dtype": str(dtype),
@@ -395,6 +408,7 @@ class RunRecord(msgspec.Struct):
     arm: str | None = None
     base_model: str | None = None
     base_revision: str | None = None
+    base_weights: str | None = None
     dtype: str | None = None
     processes: int | None = None
     data: dict[str, dict[str, Any]] = {}
@@ -415,6 +429,8 @@ def check_same_config(run: Run):
     """Print what changed since the run began. Raises UserError, with the reason, if it cannot continue with that."""
     stored = read_run_record(run.folder)
     old, new = comparable(stored), comparable(run.record)
+    if stored.get("base_weights") is None:  # of before it was recorded
+        new["base_weights"] = old["base_weights"]
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
     refused = {k: change for k, change in changed.items() if k not in RESUMABLE_FIELDS and k != "processes"}
     if refused:
@@ -433,11 +449,14 @@ def check_same_config(run: Run):
 
 def comparable(record: dict) -> dict:
     """The configuration in a run.json, nested fields under dotted names, and the fields beside it that matter."""
-    flat = {}
+    flat = dict(ADDED_FIELDS)
     for key, value in record.get("config", {}).items():
         nested = value.items() if isinstance(value, dict) else ()
         flat |= {f"{key}.{k}": v for k, v in nested} or {key: value}
-    return flat | {k: record.get(k) for k in ("arm", "base_model", "base_revision", "processes", "dtype")}
+    if "differential.second" in flat:  # before there was a choice, pairs were adjacent
+        pairing = "adjacent" if flat["differential.second"] == "pairs" else "groups"
+        flat.setdefault("differential.pairing", pairing)
+    return flat | {k: record.get(k) for k in RECORDED}
 
 
 def check_same_data(run: Run, sources: dict[str, "Source"]):
@@ -465,6 +484,8 @@ class TrainerState(msgspec.Struct):
     best: float
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
+    average: dict[str, Any] = {}  # see training.update_average
+    averaged: Natural = 0
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -499,7 +520,10 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """{"step", "best", "seconds", "optimizer"} of a checkpoint. Raises UserError for a damaged file."""
+    """{"step", "best", "seconds", "optimizer"} of a checkpoint, and where weights are averaged {"average", "averaged"}.
+
+    Raises UserError for a damaged file.
+    """
     file = checkpoint / "trainer.pt"
     try:
         state = torch.load(file, weights_only=True, map_location="cpu")

@@ -213,6 +213,7 @@ def train(
                     save_checkpoint(run, config, adapted, optimizer, state)
                     last_saved = step
                 if last_step:
+                    load_average(adapted, state)
                     check_lambda_moved(run, model, total_steps)
                 if step % config.eval_every == 0 or last_step:
                     evaluate_and_log(
@@ -262,6 +263,8 @@ def train(
                     fault = f"loss {loss}, gradient norm {grad_norm}"
                     raise UserError(f"step {step + 1}: {fault}: lower --lr, or check these rows: {ids}")
                 optimizer.step()
+                if step + 1 > (1 - config.average_last) * total_steps:
+                    update_average(adapted, state)
 
                 # ------------------------------------------------------------------
                 # log
@@ -316,8 +319,9 @@ def training_batches(
     for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
         more = {"plan": model.model.plan(**batch).to(run.device)}  # made before the tensors leave the CPU
         if cache is not None:
+            images = {name: batch.pop(name) for name in ("pixel_values", "image_sizes") if name in batch}
             with run.autocast():  # as the forward pass would compute them
-                more |= {"pixel_values": None, "image_features": cache.features(batch.pop("pixel_values"))}
+                more |= {"pixel_values": None, "image_features": cache.features(**images)}
         yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | more
 
 
@@ -361,6 +365,25 @@ def describe_differential(config: "Config", model: nn.Module, grad_norm: float) 
     line = {"lambda": lambda_values(model)}
     line["differential_grad_norm"] = {layer: unclip * math.sqrt(square) for layer, square in squares.items()}
     return {key: values for key, values in line.items() if values}
+
+
+def update_average(adapted: nn.Module, state: dict):
+    """Add the trained weights to their mean over the last updates: state["average"], of state["averaged"] updates."""
+    average = state.setdefault("average", {})
+    state["averaged"] = state.get("averaged", 0) + 1
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            weights = parameter.detach()
+            mean = average.get(name, torch.zeros_like(weights)).to(weights.device)
+            average[name] = mean + (weights - mean) / state["averaged"]
+
+
+def load_average(adapted: nn.Module, state: dict):
+    """Replace the trained weights by their mean over the last updates, where one is taken."""
+    parameters = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for name, mean in state.get("average", {}).items():
+            parameters[name].copy_(mean)
 
 
 def raise_if_not_finite(run: Run, adapted: nn.Module, step: int):
@@ -545,7 +568,7 @@ def evaluate_and_log(
     for number, (name, score) in enumerate(scores.items()):
         asked = {question.id: question for question in questions[name]}
         for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
-            image = f"samples/{number}-{place}.png"
+            image = f"samples/{number}-{place}.png" if asked[row["id"]].images else ""
             save_sample_image(run, asked[row["id"]], run.folder / image)
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
             sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}
@@ -562,7 +585,7 @@ def evaluate_and_log(
 
 def save_sample_image(run: Run, question: Question, file: Path):
     """Write the images of a question, scaled down and side by side, for plots.py."""
-    if not run.is_main:
+    if not run.is_main or not question.images:
         return
     images = [image.open().convert("RGB") for image in question.images]
     for image in images:
@@ -578,8 +601,9 @@ def save_sample_image(run: Run, question: Question, file: Path):
 
 
 def haystack_grid(source: Source) -> dict[str, int]:
-    """{"grid": cells along a side} of haystacks, for plots.py; {} for other data."""
-    return {"grid": source.grids[0]} if isinstance(source, Haystacks) else {}
+    """{"grid": cells along a side} of haystacks of one image, for plots.py; {} for other data."""
+    is_one_image = isinstance(source, Haystacks) and source.shapes[0][0] == 1
+    return {"grid": source.shapes[0][1]} if is_one_image else {}
 
 
 def headline_rate(

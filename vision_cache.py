@@ -5,7 +5,7 @@ opens them. `VisionCache` names them by a hash of everything that they follow fr
 projector, their configuration, dtype, device and autocast. So an entry cannot be stale, in memory or on disk: when
 something changes, the name does.
 
-Shapes: n images, N patches, C hidden size of the decoder.
+Shapes: n images, N patches (or image tokens, whose number may differ), C hidden size of the decoder.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from differential_attention import DifferentialAttention
 from errors import UserError
+from modeling_vlm import ImageFeatures
+from processing_paligemma import stack_inputs
 
 HASH_BYTES = 20
 
@@ -33,22 +35,30 @@ class FeatureStore:
         self.hits = self.misses = 0
 
     @torch.no_grad()
-    def encode(self, names: list[Hashable], pixels: Mapping[Hashable, Tensor], batch_size: int | None = None) -> Tensor:
-        """Features [n, N, C] of the named images on the model's device, `batch_size` encoded at once (None: all).
+    def encode(
+        self, names: list[Hashable], pixels: Mapping[Hashable, dict[str, Tensor]], batch_size: int | None = None
+    ) -> ImageFeatures:
+        """Features of the named images on the model's device, `batch_size` encoded at once (None: all): [n, N, C], or
+        [N, C] of each where N differs.
 
-        `pixels` holds the images [3, S, S], best still on the CPU, that are not stored yet.
+        `pixels` holds what `image_inputs` of the processor returns, best still on the CPU, for the images that are not
+        stored yet.
         """
         device = self.model.lm_head.weight.device
         rows = {name: self.find(name) for name in names}
         missing = [name for name, row in rows.items() if row is None]
         self.hits, self.misses = self.hits + len(names) - len(missing), self.misses + len(missing)
         if missing:
-            parts = torch.stack([pixels[name] for name in missing]).split(batch_size or len(missing))
-            encoded = torch.cat([self.model.model.image_features(part.to(device, non_blocking=True)) for part in parts])
+            size, encoded = batch_size or len(missing), []
+            for start in range(0, len(missing), size):
+                inputs = stack_inputs([pixels[name] for name in missing[start : start + size]])
+                inputs = {key: part.to(device, non_blocking=True) for key, part in inputs.items()}
+                encoded += self.model.model.image_features(**inputs)
             for name, row in zip(missing, encoded, strict=True):
                 rows[name] = row
                 self.store(name, row)
-        return torch.stack([rows[name].to(device, non_blocking=True) for name in names])
+        found = tuple(rows[name].to(device, non_blocking=True) for name in names)
+        return torch.stack(found) if len({len(row) for row in found}) == 1 else found
 
     def find(self, name: Hashable) -> Tensor | None:
         """The stored features of an image, or None."""
@@ -77,16 +87,21 @@ class VisionCache(FeatureStore):
         self.folder = Path(folder) if folder else None
         self.hashed_weights, self.weights_hash = None, ""
         parts = self.model.model.vision_tower, self.model.model.multi_modal_projector
+        if None in parts:
+            raise UserError("--vision_cache_gb: the model is a decoder alone, without images: set it to 0")
         if any(p.requires_grad for part in parts for p in part.parameters()) or any(
             isinstance(module, DifferentialAttention) for part in parts for module in part.modules()
         ):
             raise UserError("--vision_cache_gb: the features of a vision tower that trains change: set it to 0")
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Images [n, 3, S, S], best still on the CPU, -> features [n, N, C] on the model's device."""
+    def features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> ImageFeatures:
+        """Images, as the processor returns them and best still on the CPU, -> features on the model's device."""
         context = self.context(pixel_values)
-        names = [content_name(image, context) for image in pixel_values]
-        return self.encode(names, dict(zip(names, pixel_values, strict=True)))
+        inputs = [{"pixel_values": image} for image in pixel_values]
+        if image_sizes is not None:
+            inputs = [one | {"image_sizes": size} for one, size in zip(inputs, image_sizes, strict=True)]
+        names = [content_name(one, context) for one in inputs]
+        return self.encode(names, dict(zip(names, inputs, strict=True)))
 
     def find(self, name: str) -> Tensor | None:
         path = self.folder / f"{name}.safetensors" if self.folder else None
@@ -134,10 +149,11 @@ class VisionCache(FeatureStore):
         return self.weights_hash
 
 
-def content_name(image: Tensor, context: bytes) -> str:
+def content_name(inputs: dict[str, Tensor], context: bytes) -> str:
     """Hash of an image's pixels and of what else its features follow from."""
     digest = hashlib.blake2b(context, digest_size=HASH_BYTES)
-    digest.update(as_bytes(image))
+    for tensor in inputs.values():
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 

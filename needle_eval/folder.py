@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from filelock import BaseFileLock
 
-from checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFERENTIAL, locate, resolve_run
+from checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFERENTIAL, locate, resolve_run, weights_fingerprint
 from errors import UserError
 from files import decode_typed, lock_folder, read_bytes, read_json, write_json, writing
 from needle_eval.questions import Question, check_row
@@ -48,7 +48,7 @@ def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:
     """eval/ of the run folder that `model` is, or is inside of; runs/eval/MODEL for any other model."""
     if config.output_dir:
         return Path(config.output_dir) / (slug(model) if len(config.model) > 1 else "")
-    name = evaluation_name(config, benchmark)
+    name = ("knockout-" if config.knockout else "") + evaluation_name(config, benchmark)
     _, adapter = resolve_run(model)
     if adapter is None:
         return Path("runs/eval") / slug(model) / name
@@ -103,7 +103,7 @@ def make_record(
     return {
         "benchmark": config.benchmark,
         "model": portable_path(model),
-        "weights": hash_weights(model),
+        "weights": hash_weights(model) + (", lambda 0" if config.knockout else ""),
         "questions": len(questions),
         "config": json.loads(json.dumps({flag: getattr(config, flag) for flag in asked_flags(benchmark)})),
         "decoding": "ranked" if questions[0].candidates else "greedy",
@@ -118,14 +118,13 @@ def make_record(
 
 
 def hash_weights(model: str) -> str:
-    """Changes with the trained weights: adapters by their contents, the base by its files' names, sizes and times."""
+    """Changes with the weights: adapters by their contents, the base by `weights_fingerprint`."""
     base, adapter = resolve_run(model)
     digest = hashlib.sha256()
     if adapter is not None:
         for file in (adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS, adapter.parent / DIFFERENTIAL):
             digest.update(file.read_bytes() if file.is_file() else b"")
-    for file in sorted(locate(base).glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    digest.update(weights_fingerprint(locate(base)).encode())
     return digest.hexdigest()[:16]
 
 

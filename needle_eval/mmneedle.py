@@ -281,7 +281,10 @@ def percent(found: dict) -> str:
 def describe(config: "Config", image_size: int, num_image_tokens: int) -> list[str]:
     """Lines about the protocol and the size of a cell in the model's eyes: in pixels and in patches."""
     patches = math.isqrt(num_image_tokens)
-    cells = ", ".join(f"{n}x{n}: {image_size // n} px, {patches / n:g} patches" for n in config.grids)
+    is_grid = patches**2 == num_image_tokens  # image tokens of Phi-3-vision are not
+    cells = ", ".join(
+        f"{n}x{n}: {image_size // n} px" + f", {patches / n:g} patches" * is_grid for n in config.grids if image_size
+    )
     lines = [f"protocol {config.protocol}; a cell's side: {cells}"]
     if max(config.images) > 1:
         lines.append("several images per prompt: the base models saw one, so this is outside their pre-training")

@@ -6,6 +6,7 @@ from diagnostics import answer_attention, needle_share
 from errors import UserError
 from needle_eval.questions import Question, open_reference
 from needle_eval.runner import Answerer
+from processing_paligemma import stack_inputs
 from vision_cache import FeatureStore
 
 
@@ -34,12 +35,13 @@ def needle_attention(answerer: Answerer, question: Question) -> torch.Tensor | N
         return None
     processor = answerer.processor
     try:
-        pixels = {image: processor.pixels(open_reference(image)) for image in question.images}
-        row = processor.encode(question.prompt, question.ground_truth, images)
+        pixels = {image: processor.image_inputs(open_reference(image)) for image in question.images}
+        features = FeatureStore(answerer.model).encode(list(question.images), pixels, answerer.batch_size)
+        row = processor.encode(question.prompt, question.ground_truth, [len(image) for image in features])
     except UserError:  # its answer row names it
         return None
-    features = FeatureStore(answerer.model).encode(list(question.images), pixels, answerer.batch_size)
-    batch = {key: tensor.to(answerer.accelerator.device) for key, tensor in processor.pad([row]).items()}
+    inputs = stack_inputs([pixels[image] for image in question.images]) | processor.pad([row])
+    batch = {key: tensor.to(answerer.accelerator.device) for key, tensor in inputs.items()}
     batch |= {"pixel_values": None, "image_features": features}
     paid = answer_attention(answerer.model, batch)[:, 0].float()  # [layers, T, M N]
     place = tuple(int(n) - 1 for n in question.ground_truth.split(", "))

@@ -7,7 +7,7 @@ image, C hidden size.
 import torch
 from torch import Tensor
 
-from modeling_vlm import BatchPlan, KVCache
+from modeling_vlm import BatchPlan, ImageFeatures, KVCache
 from processing_paligemma import PaliGemmaProcessor
 
 CANDIDATES_AT_ONCE = 64  # rows of one forward pass
@@ -19,18 +19,18 @@ def rank_candidates(
     processor: PaliGemmaProcessor,
     batch: dict[str, Tensor],
     plan: BatchPlan,
-    features: Tensor,
+    features: ImageFeatures | None,
     candidates: tuple[str, ...],
 ) -> list[str]:
     """The likeliest of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`.
 
-    `batch` holds prompts [B, L], padded on the left, `plan` is its plan; `features` [images, N, C]. It is the mean,
+    `batch` holds prompts [B, L], padded on the left, `plan` is its plan; `features` of their images. It is the mean,
     since "-1" is shorter than a cell and a sum would favour it. One pass over the prompts fills the cache, which every
     candidate continues.
     """
     language = model.model.language_model
     count, length = batch["input_ids"].shape
-    ids, is_token = candidate_tensors(processor, candidates, features.device)
+    ids, is_token = candidate_tensors(processor, candidates, batch["input_ids"].device)
     mask, positions = plan.mask, model.model.positions(batch["attention_mask"])
     x = model.model.embed(batch["input_ids"], features, plan.image_tokens)
     cache = KVCache(language, count, length, x.dtype, x.device)
@@ -67,7 +67,7 @@ def candidate_tensors(
     processor: PaliGemmaProcessor, candidates: tuple[str, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Ids [A, T] of the answers and their `<eos>`, padded on the right, and 1.0 at their tokens, else 0 [A, T]."""
-    rows = [processor.encode("", text, num_images=0) for text in candidates]
+    rows = [processor.encode("", text, 0) for text in candidates]
     rows = [[i for i, is_answer in zip(*row, strict=True) if is_answer] for row in rows]
     width = max(map(len, rows))
     ids = torch.tensor([row + [processor.pad_token_id] * (width - len(row)) for row in rows], device=device)

@@ -146,7 +146,7 @@ def mark_too_long(questions: list[Question], processor: PaliGemmaProcessor, limi
 def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterator[list[dict]]:
     """Yield the rows of every batch; an image is opened and encoded once while its features are stored."""
     width = answerer.model.config.text_config.hidden_size * torch.finfo(answerer.dtype).bits // 8
-    plan = plan_images(batches, FEATURE_BYTES // (answerer.processor.num_image_tokens * width))
+    plan = plan_images(batches, FEATURE_BYTES // max(1, answerer.processor.num_image_tokens * width))
     loader = DataLoader(
         OpenedImages([new for new, _ in plan], answerer.processor),
         batch_size=None,
@@ -158,7 +158,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
     for batch, (new, dropped), opened in zip(batches, plan, loader, strict=True):
         started = time.perf_counter()
         faults |= {image: fault for image, fault in zip(new, opened, strict=True) if isinstance(fault, str)}
-        pixels = {image: tensor for image, tensor in zip(new, opened, strict=True) if isinstance(tensor, Tensor)}
+        pixels = {image: inputs for image, inputs in zip(new, opened, strict=True) if not isinstance(inputs, str)}
         if pixels:
             store.encode(list(pixels), pixels, answerer.batch_size)
         yield answer_batch(answerer, batch, store, faults, started)
@@ -166,7 +166,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
 
 
 class OpenedImages(Dataset):
-    """For every batch, and each of its new images: the pixels [3, S, S], or what is wrong with it."""
+    """For every batch, and each of its new images: what the model takes of it, or what is wrong with it."""
 
     def __init__(self, images: list[list[ImageReference]], processor: PaliGemmaProcessor):
         self.images, self.processor = images, processor
@@ -174,12 +174,12 @@ class OpenedImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> list[Tensor | str]:
+    def __getitem__(self, index: int) -> list[dict[str, Tensor] | str]:
         return [self.open(image) for image in self.images[index]]
 
-    def open(self, image: ImageReference) -> Tensor | str:
+    def open(self, image: ImageReference) -> dict[str, Tensor] | str:
         try:
-            return self.processor.pixels(open_reference(image))
+            return self.processor.image_inputs(open_reference(image))
         except UserError as error:
             return str(error)
 
@@ -194,15 +194,17 @@ def answer_batch(
             for image in question.images:
                 if image in faults:
                     raise UserError(faults[image])
-            encoded.append(answerer.processor.encode(question.prompt, None, len(question.images)))
+            tokens = [len(store.find(image)) for image in question.images]
+            encoded.append(answerer.processor.encode(question.prompt, None, tokens))
             good.append(question)
         except UserError as error:
             rows[question.id] = make_row(replace(question, error=str(error)), None, 0.0)
     if good:
-        features = store.encode([image for question in good for image in question.images], {})
-        tensors = answerer.processor.pad(encoded)
-        plan = answerer.model.model.plan(**tensors).to(features.device)  # made before the tensors leave the CPU
-        tensors = {key: tensor.to(features.device, non_blocking=True) for key, tensor in tensors.items()}
+        images = [image for question in good for image in question.images]
+        features = store.encode(images, {}) if images else None
+        device, tensors = answerer.model.lm_head.weight.device, answerer.processor.pad(encoded)
+        plan = answerer.model.model.plan(**tensors).to(device)  # made before the tensors leave the CPU
+        tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
         if good[0].candidates:
             texts = rank_candidates(answerer.model, answerer.processor, tensors, plan, features, good[0].candidates)
         else:

@@ -2,14 +2,16 @@
 
 Rates and scores are fractions of 1. Two kinds of chance are kept apart: which questions were asked (`rate`,
 `mean_rate`, and over the same questions `mcnemar_exact`, `paired_difference`), and which seed a model was trained with
-(`mean_over_seeds`, `paired_over_seeds`). Questions are taken as independent.
+(`mean_over_seeds`, `paired_over_seeds`, `paired_t`, `equivalence`); `bootstrap_seeds_and_items` takes both together.
+Questions are taken as independent.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
 
-from scipy import stats
+import numpy as np
+from scipy import optimize, stats
 
 from errors import UserError
 
@@ -104,3 +106,104 @@ def paired_over_seeds(a_rates: Sequence[float], b_rates: Sequence[float]) -> dic
         return over | {"p": float(over["mean"] == 0)}
     t = over["mean"] / (statistics.stdev(differences) / math.sqrt(n))
     return over | {"p": 2 * float(stats.t.sf(abs(t), n - 1))}
+
+
+# ---- differences over seeds, in any unit
+def paired_t(differences: Sequence[float], confidence: float = CONFIDENCE) -> dict:
+    """{"n", "mean", "sd", "low", "high", "p"} of paired differences: Student's t, two-sided, not cut off.
+
+    Raises UserError for fewer than `MIN_SEEDS` differences. Where all are equal, the interval has no width.
+    """
+    n = len(differences)
+    if n < MIN_SEEDS:
+        raise UserError(f"{n} paired seeds: a t test needs at least {MIN_SEEDS}")
+    mean, sd = statistics.fmean(differences), statistics.stdev(differences)
+    if max(differences) == min(differences):
+        return {"n": n, "mean": mean, "sd": 0.0, "low": mean, "high": mean, "p": float(mean == 0)}
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval(confidence)
+    return {"n": n, "mean": mean, "sd": sd, "low": float(low), "high": float(high), "p": float(test.pvalue)}
+
+
+def equivalence(differences: Sequence[float], margin: float) -> float:
+    """p value of two one-sided t tests (TOST, Schuirmann 1987) that the mean difference lies within +-`margin`.
+
+    It is below 0.05 exactly where the 90 % interval of `paired_t` lies inside +-`margin`.
+    """
+    if max(differences) == min(differences):
+        return float(abs(differences[0]) >= margin)
+    above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for their number, in the same order (Holm 1979): below alpha where Holm's test rejects."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def bootstrap_seeds_and_items(
+    differences: np.ndarray, counts: np.ndarray, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean difference, where seeds and items are drawn with replacement together.
+
+    `differences` [conditions, seeds, items]: sums over the questions about an item; `counts` [conditions, items]: how
+    many questions these are. The estimate is the unweighted mean over conditions of (sum of differences) / (number of
+    questions); one draw of seeds and one of items serve all conditions. It is conservative where both matter (Owen
+    2007, "The pigeonhole bootstrap").
+    """
+    _, seeds, items = differences.shape
+    generator = np.random.default_rng(seed)
+    seed_weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples).astype(float)
+    item_weights = generator.multinomial(items, np.full(items, 1 / items), resamples).astype(float)
+    estimates = np.zeros(resamples)
+    for of_condition, asked in zip(differences, counts, strict=True):
+        sums = ((seed_weights @ of_condition) * item_weights).sum(1)
+        estimates += sums / (seeds * (item_weights @ asked)) / len(differences)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(estimates, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def log_rank(
+    a_steps: Sequence[float], a_censored: Sequence[bool], b_steps: Sequence[float], b_censored: Sequence[bool]
+) -> float:
+    """Two-sided p value of the log-rank test of two groups; a censored value is the last one without the event."""
+    a = stats.CensoredData.right_censored(a_steps, a_censored)
+    b = stats.CensoredData.right_censored(b_steps, b_censored)
+    if a.num_censored() + b.num_censored() == len(a) + len(b):  # no event at all
+        return 1.0
+    return float(stats.logrank(a, b).pvalue)
+
+
+# ---- detection and thresholds
+def d_prime(hits: float, n_present: int, false_alarms: float, n_absent: int) -> float:
+    """z(hit rate) - z(false alarm rate) of counts, with the log-linear correction that keeps rates off 0 and 1
+    (Hautus 1995)."""
+    hit_rate, false_rate = (hits + 0.5) / (n_present + 1), (false_alarms + 0.5) / (n_absent + 1)
+    return float(stats.norm.ppf(hit_rate) - stats.norm.ppf(false_rate))
+
+
+def logistic_threshold(levels: Sequence[float], right: Sequence[int], total: Sequence[int]) -> float | None:
+    """The level at which a logistic curve, fitted to counts by maximum likelihood, passes 50 %.
+
+    None where the rates do not lie on both sides of 50 %: the level would be extrapolated.
+    """
+    rates = [r / n for r, n in zip(right, total, strict=True)]
+    if not min(rates) < 0.5 < max(rates):
+        return None
+    x, hits, n = np.asarray(levels, float), np.asarray(right, float), np.asarray(total, float)
+    centre, scale = x.mean(), x.std()
+    x = (x - centre) / scale
+
+    def loss(parameters: np.ndarray) -> float:
+        logits = parameters[0] + parameters[1] * x
+        return float((n * np.logaddexp(0, logits) - hits * logits).sum() / n.sum())
+
+    # bounds: counts that a step separates have no finite slope
+    intercept, slope = optimize.minimize(loss, (0.0, 0.0), bounds=[(-50, 50)] * 2).x
+    return float(centre - scale * intercept / slope)

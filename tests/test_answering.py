@@ -86,7 +86,9 @@ def test_the_vision_tower_sees_every_image_once(answerer, questions, monkeypatch
     seen = []
     encode = answerer.model.model.image_features
     monkeypatch.setattr(
-        answerer.model.model, "image_features", lambda pixels: seen.append(len(pixels)) or encode(pixels)
+        answerer.model.model,
+        "image_features",
+        lambda pixel_values: seen.append(len(pixel_values)) or encode(pixel_values),
     )
     list(answer_batches(answerer, plan_batches(questions, 4)))
     assert sum(seen) == len({path for q in questions for path in q.images})

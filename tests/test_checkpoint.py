@@ -729,10 +729,10 @@ def tiny_model():
     return PaliGemmaForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "nope"), ("nope",), ("q.*",), ("vision_tower",), ()])
+@pytest.mark.parametrize("targets", [("q_proj", "nope"), ("nope",), ("q.*",), ("vision_tower",)])
 def test_every_lora_target_is_a_layer(targets):
     config = SimpleNamespace(seed=0, lora_rank=2, lora_alpha=2, lora_dropout=0.0, lora_targets=targets)
-    with refused("--lora_targets", repr((*targets, "")[targets[:1] == ("q_proj",)]), "q_proj k_proj v_proj"):
+    with refused("--lora_targets", repr(targets[-1]), "q_proj k_proj v_proj"):
         adapters.new_lora(config, tiny_model())
 
 

@@ -181,6 +181,8 @@ COUNTS = {  # extra parameters of PaliGemma 3b: decoder, vision tower
     "src_gemma_split": (18 * (4 * 128 + 256), None),
     "src_gemma_samemap": (18 * (4 * 256 + 256), None),
     "additive": (1_179_648, 995_328),
+    "sharpen": (18 * 8, 27 * 16),
+    "gate": (18 * 8 * 2048, 27 * 16 * 1152),
     "norm_only": (18 * 256, 27 * 72),
     "lambda_zero": (1_179_648, 995_328),
     "flipped": (1_179_648 + 18, 995_328 + 27),
@@ -402,6 +404,47 @@ def test_additive_is_attention_with_the_delta_on_its_one_query():
     torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
 
 
+def test_sharpen_and_gate_are_their_formulas():
+    attend, x, rotary, mask = layer("sharpen")
+    q, k, v = projected(attend, x, rotary)
+    sharpness = attend.differential.log_sharpness.exp()
+    assert (sharpness - 1).abs().min() > 1e-3  # of every head
+    out = attention(q * sharpness[:, None, None], k, v, mask, 8**-0.5)
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.transpose(1, 2).flatten(2)))
+
+    attend, x, rotary, mask = layer("gate")
+    out = attention(*projected(attend, x, rotary), mask, 8**-0.5)
+    gate = 2 * torch.sigmoid(x @ attend.differential.gate.T)  # [B, L, H]
+    out = out.transpose(1, 2) * gate[..., None]
+    torch.testing.assert_close(attend(x, rotary, mask, None), attend.o_proj(out.flatten(2)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_knock_out_is_lambda_zero(preset):
+    """`split` and its relatives become the model without their second map; v2 and v1 keep their first one."""
+    batch, model = tiny.batch(), stir(build(preset))
+    config = DifferentialConfig(preset).resolve()
+    if config.combine == "replace" or config.second == "none":
+        with pytest.raises(UserError, match=f"--knockout: preset {preset} has no lambda"):
+            da.knock_out(model)
+        return
+    trained = logits(model, batch)
+    da.knock_out(model)
+    assert all(
+        module.current_lambda(torch.zeros(1)).abs().max() == 0 for module in da.differential_modules(model).values()
+    )
+    found = logits(model, batch)
+    if preset not in ("lambda_zero", "src_gemma_samemap"):
+        assert (found - trained).abs().max() > 1e-3
+    if config.norm == "none":
+        torch.testing.assert_close(found, logits(build(family=family_of(preset)), batch))
+
+
+def test_knock_out_of_standard_attention_is_refused():
+    with pytest.raises(UserError, match="--knockout: the model has standard attention"):
+        da.knock_out(build())
+
+
 def test_difflora_dex_and_grouped_are_their_formulas():
     def heads(t):
         return t.unflatten(-1, (-1, 8)).transpose(1, 2)
@@ -474,7 +517,7 @@ def test_every_allowed_combination_of_the_four_choices_computes():
         for name in trained:
             learns = attend.differential.get_parameter(name).grad.abs().max() > 0
             assert learns, (second, kind, combine, norm, name)
-    assert allowed == 6 * 4 * 2 * 2 + 2 * 4 * 2 + 2 * 2 + 2 * 2  # two maps; same, value; none; replace
+    assert allowed == 7 * 4 * 2 * 2 + 2 * 4 * 2 + 2 * 2 + 4 * 2  # two maps; same, value; none; replace
 
 
 # ---- lambda

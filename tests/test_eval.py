@@ -16,11 +16,14 @@ from PIL import Image
 from test_answering import timeless
 
 import eval_mmnih
+from adapters import save_differential
 from diagnostics import needle_share
+from differential_attention import differential_parameters
 from errors import UserError
 from eval_mmnih import Config
 from files import lock_folder, read_json, write_json
 from haystack import read_pool
+from modeling_gemma import PaliGemmaForConditionalGeneration
 from needle_eval import mm_niah, mmneedle, pope
 from needle_eval.folder import complete, evaluation_name, hash_weights, output_folder, slug
 from needle_eval.mmneedle_build import build_haystacks
@@ -435,12 +438,10 @@ def test_trained_again_is_another_model(tiny_model, folder):
     assert before == hash_weights(str(run))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"two")
     assert hash_weights(str(run)) != before
-    base = hash_weights(str(tiny_model))
-    file = next(tiny_model.glob("*.safetensors"))
-    times = file.stat()
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
-    assert hash_weights(str(tiny_model)) != base, "a base trained anew in place has the same size"
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    shutil.copytree(tiny_model, folder / "base")
+    file = next((folder / "base").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert hash_weights(str(folder / "base")) != hash_weights(str(tiny_model)), "trained again, of the same size"
     result = output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
     assert result.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
     write_json(folder / "run" / "run.json", {"base_model": str(tiny_model)})
@@ -448,6 +449,27 @@ def test_trained_again_is_another_model(tiny_model, folder):
         output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
         == folder / "run/eval/mmneedle-finetuned-haystack"
     )
+
+
+def test_knockout_answers_as_the_model_without_its_second_map(folder, capsys):
+    nano = ROOT / "assets" / "paligemma-nano"
+    model = PaliGemmaForConditionalGeneration.from_pretrained(nano, differential="split")
+    with torch.no_grad():
+        for name, parameter in differential_parameters(model).items():
+            if name.endswith("second_up"):
+                parameter.normal_(std=2.0)
+    shutil.copytree(nano, folder / "split")
+    save_differential(model, folder / "split")
+    flags = ("--samples=8", "--grids", "2")
+    evaluate(f"--model={nano}", *flags, "--output_dir=standard")
+    evaluate("--model=split", *flags)
+    evaluate("--model=split", *flags, "--knockout=True")
+    trained, knocked = (folder / f"runs/eval/split/{name}mmneedle-finetuned-haystack" for name in ("", "knockout-"))
+    trained, knocked = (next(f.parent.glob(f"{f.name}*")) for f in (trained, knocked))
+    assert read_json(knocked / "eval.json")["weights"] == read_json(trained / "eval.json")["weights"] + ", lambda 0"
+    answers = {f: [row["response"] for row in rows_of(f)] for f in (folder / "standard", trained, knocked)}
+    assert answers[knocked] == answers[folder / "standard"] != answers[trained]
+    assert "has standard attention" in refused(capsys, f"--model={nano}", *flags, "--knockout=True")
 
 
 def test_faults_are_one_line(tiny_model, folder, capsys):

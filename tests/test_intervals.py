@@ -5,14 +5,22 @@ import statistics
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from errors import UserError
 from needle_eval.statistics import (
+    bootstrap_seeds_and_items,
+    d_prime,
+    equivalence,
+    holm,
+    log_rank,
+    logistic_threshold,
     mcnemar_exact,
     mean_over_seeds,
     mean_rate,
     paired_difference,
     paired_over_seeds,
+    paired_t,
     rate,
     wilson,
 )
@@ -188,3 +196,106 @@ def test_few_seeds_have_no_interval_and_none_leaves_what_a_rate_can_be():
     assert (wide["low"], wide["high"]) == (0.0, 1.0)
     difference = paired_over_seeds([0.9, 0.1, 0.5], [0.1, 0.9, 0.9])
     assert -1 <= difference["low"] < 0 < difference["high"] <= 1
+
+
+# ---- differences over seeds, in any unit
+SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]  # Student 1908: hours of sleep gained, drug 2 over drug 1
+
+
+def test_paired_t_of_student_s_sleep_data():
+    found = paired_t(SLEEP)  # R's t.test(extra ~ group, paired = TRUE)
+    assert found["n"] == 10 and found["mean"] == pytest.approx(1.58) and found["sd"] == pytest.approx(1.2299955)
+    assert (found["low"], found["high"]) == pytest.approx((0.7001142, 2.4598858))
+    assert found["p"] == pytest.approx(0.002832890, abs=1e-8)
+    a, b = np.random.default_rng(0).normal(size=(2, 12)) * 40
+    test = stats.ttest_rel(a, b)
+    found = paired_t(a - b, 0.9)
+    assert (found["p"], found["low"], found["high"]) == pytest.approx((test.pvalue, *test.confidence_interval(0.9)))
+
+
+def test_paired_t_of_equal_differences_and_of_too_few():
+    assert paired_t([2.0] * 4) == {"n": 4, "mean": 2.0, "sd": 0.0, "low": 2.0, "high": 2.0, "p": 0.0}
+    assert paired_t([0.0] * 4)["p"] == 1.0
+    with pytest.raises(UserError, match="2 paired seeds"):
+        paired_t([1.0, 2.0])
+
+
+def test_equivalence_is_the_90_percent_interval_inside_the_margin():
+    rng = np.random.default_rng(1)
+    outcomes = set()
+    for mean in (-2.0, 0.0, 1.0, 2.0):
+        for _ in range(15):
+            differences = rng.normal(mean, 3, 12)
+            interval = paired_t(differences, 0.90)
+            inside = interval["low"] > -3 and interval["high"] < 3
+            assert (equivalence(differences, 3) < 0.05) == inside
+            outcomes.add(inside)
+    assert outcomes == {True, False}
+    t = (3 - 1.58) / (1.2299955 / math.sqrt(10))  # the side that is closer to the margin
+    assert equivalence(SLEEP, 3) == pytest.approx(stats.t.sf(t, 9), rel=1e-6)
+    assert (equivalence([1.0] * 3, 3), equivalence([3.0] * 3, 3)) == (0.0, 1.0)
+
+
+def test_power_of_the_plan():
+    # reference: 12 seeds, SD 3.06: 3 points are seen at alpha .0167 with .71, TOST +-3 of a true 0 holds with .87
+    rng, n = np.random.default_rng(2), 1000
+    seen = sum(paired_t(rng.normal(3, 3.06, 12))["p"] < 0.05 / 3 for _ in range(n)) / n
+    held = sum(equivalence(rng.normal(0, 3.06, 12), 3) < 0.05 for _ in range(n)) / n
+    assert abs(seen - 0.71) < 0.04 and abs(held - 0.87) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("p", "adjusted"),
+    [  # R's p.adjust(p, "holm")
+        ([0.01, 0.02, 0.03, 0.04], [0.04, 0.06, 0.06, 0.06]),
+        ([0.04, 0.001, 0.02], [0.04, 0.003, 0.04]),
+        ([0.6, 0.9], [1.0, 1.0]),
+        ([0.03], [0.03]),
+        ([], []),
+    ],
+)
+def test_holm(p, adjusted):
+    assert holm(p) == pytest.approx(adjusted)
+
+
+def test_the_bootstrap_resamples_seeds_and_items():
+    rng = np.random.default_rng(3)
+    of_seeds = rng.normal(1, 2, 12)
+    expected = stats.bootstrap((of_seeds,), np.mean, n_resamples=20_000, method="percentile", rng=rng)
+    found = bootstrap_seeds_and_items(of_seeds[None, :, None], np.ones((1, 1)), 20_000)
+    assert found == pytest.approx(tuple(expected.confidence_interval), abs=0.06)  # one item: over seeds alone
+    of_items = rng.normal(1, 2, 30)
+    expected = stats.bootstrap((of_items,), np.mean, n_resamples=20_000, method="percentile", rng=rng)
+    found = bootstrap_seeds_and_items(of_items[None, None, :], np.ones((1, 30)), 20_000)
+    assert found == pytest.approx(tuple(expected.confidence_interval), abs=0.06)  # one seed: over items alone
+    both = of_seeds[:, None] + of_items[None, :] - 1
+    low, high = bootstrap_seeds_and_items(both[None], np.ones((1, 30)), 20_000)
+    assert high - low > found[1] - found[0]
+    # conditions count alike however many questions they have: the means 1 and 0 give 0.5
+    unequal = np.stack([np.full((4, 5), 3.0), np.zeros((4, 5))])
+    assert bootstrap_seeds_and_items(unequal, np.array([[3] * 5, [50] * 5]), 50) == pytest.approx((0.5, 0.5))
+
+
+def test_log_rank_of_the_leukaemia_trial():
+    # Freireich et al. 1963, weeks in remission: chi-square 16.79, p = 4.17e-5 (R's survdiff)
+    drug = [6, 6, 6, 7, 10, 13, 16, 22, 23, 6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
+    censored = [False] * 9 + [True] * 12
+    placebo = [1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23]
+    assert log_rank(drug, censored, placebo, [False] * 21) == pytest.approx(4.17e-5, rel=0.01)
+    assert log_rank([5, 5], [True, True], [5, 5], [True, True]) == 1.0
+
+
+# ---- detection and thresholds
+def test_d_prime():
+    assert d_prime(80_000, 100_000, 20_000, 100_000) == pytest.approx(2 * 0.8416212, abs=1e-3)  # z(.8) - z(.2)
+    assert d_prime(50, 100, 50, 100) == pytest.approx(0)
+    assert d_prime(9, 10, 1, 10) == pytest.approx(stats.norm.ppf(9.5 / 11) - stats.norm.ppf(1.5 / 11))
+    assert math.isfinite(d_prime(10, 10, 0, 10))
+
+
+def test_logistic_threshold_finds_the_planted_level():
+    levels = np.array([2.0, 4.0, 5.0, 6.0])
+    counts = 1000 / (1 + np.exp(1.3 * (levels - 4.7)))  # the expected counts, whose likelihood peaks at the truth
+    assert logistic_threshold(levels, counts, [1000] * 4) == pytest.approx(4.7, abs=1e-3)
+    assert logistic_threshold(levels, [900, 800, 700, 600], [1000] * 4) is None
+    assert 4 < logistic_threshold(levels, [10, 10, 0, 0], [10] * 4) < 5  # separated counts: a step between 4 and 5

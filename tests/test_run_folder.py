@@ -20,6 +20,7 @@ from errors import UserError
 from files import MANIFEST, lock_folder, verify_manifest, write_manifest
 from finetune_diff import Config as DiffConfig
 from finetune_original import Config, finetune
+from modeling_gemma import PaliGemmaForConditionalGeneration
 
 
 @pytest.fixture
@@ -443,3 +444,41 @@ def read_header(file: Path) -> dict[str, str]:
 
     with safe_open(file, "pt") as handle:
         return handle.metadata()
+
+
+def test_runs_of_before_a_flag_existed_continue(config):
+    """run.json then lacks the flag; what the flag is set to now must do what was done then."""
+    differential = DifferentialConfig("split").resolve()
+    finetune(config, "diff", differential)
+    file = Path(config.output_dir) / "run.json"
+    record = json.loads(file.read_text())
+    fields = record["config"] | {"differential": differential.to_dict()}
+    old = {key: value for key, value in fields.items() if key not in run_folder.ADDED_FIELDS}
+    old["differential"] = {key: value for key, value in old["differential"].items() if key != "pairing"}
+    assert len(old) == len(fields) - 3
+    assert run_folder.comparable(record | {"config": old}) == run_folder.comparable(record | {"config": fields})
+    old["differential"]["second"] = "pairs"
+    assert run_folder.comparable({"config": old})["differential.pairing"] == "adjacent"
+
+
+def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(config, tmp_path, capsys):
+    """For loading, for training on, and for continuing; a run of before the weights were recorded loads."""
+    shutil.copytree(config.model, tmp_path / "base")
+    config = replace(config, model=str(tmp_path / "base"))
+    interrupt(config, 5)
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    shutil.copytree(config.output_dir, cut.output_dir)
+    finetune(config, "original")
+    file = next((tmp_path / "base").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    message = "trained on other weights than .*base has now: restore them, or train again"
+    with pytest.raises(UserError, match=message):
+        PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
+    with pytest.raises(UserError, match=message):
+        finetune(replace(config, model=config.output_dir, output_dir=str(tmp_path / "more")), "original")
+    with pytest.raises(UserError, match="base_weights"):
+        finetune(cut, "original")
+    for record in Path(config.output_dir).rglob("run.json"):
+        fields = json.loads(record.read_text())
+        record.write_text(json.dumps({key: value for key, value in fields.items() if key != "base_weights"}))
+    PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)

@@ -20,7 +20,9 @@ def images():
 
 def watched(model, monkeypatch) -> list[int]:
     counted, real = [], model.model.image_features
-    monkeypatch.setattr(model.model, "image_features", lambda pixels: counted.append(len(pixels)) or real(pixels))
+    monkeypatch.setattr(
+        model.model, "image_features", lambda pixel_values: counted.append(len(pixel_values)) or real(pixel_values)
+    )
     return counted
 
 

@@ -1,0 +1,348 @@
+"""Images and strings to tensors and back for Phi-3: the chat layout, and images as a global view with crops.
+
+A row of a batch is padding, `<s>`, `<|user|>`, prompt, `<|end|>`, `<|assistant|>`, then in training answer and
+`<|end|>`. An image stands in the prompt as `<|image_1|>`, `<|image_2|>`, ...; every part between such tags is tokenised
+alone, with a `<s>` of its own, as by the released code.
+
+B batch, L sequence, n images in the batch, N image tokens of an image, S side of a crop in pixels.
+Source: the image processor and processor of microsoft/Phi-3-vision-128k-instruct and Phi-3.5-vision-instruct.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from checkpoint import locate, resolve_run
+from errors import UserError
+from files import PathLike, read_typed
+from processing_paligemma import (
+    IGNORED_LABEL,
+    Pixels,
+    Positive,
+    Row,
+    Three,
+    TokenId,
+    pad_rows,
+    quote,
+    read_tokenizer,
+    stack_inputs,
+    to_rgb,
+)
+
+TAG = re.compile(r"<\|image_(\d+)\|>")
+PALIGEMMA_TASK = "answer en "  # the task word of the questions in this repository; a chat model is asked without it
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+FEATURES_PER_TOKEN = 2  # along a side: two by two CLIP features make an image token
+PHI_STOP_IDS = (32007, 32000)  # <|end|> and <|endoftext|>
+IMAGE_TOKEN_ID = 32044  # <|image|>
+PAD_TOKEN_ID = 32000  # <|endoftext|>
+
+
+# ---- what is read from the files of a model
+class VisionFields(msgspec.Struct, frozen=True):
+    """The fields of vision_config that the processor needs; defaults as in `ClipVisionConfig`."""
+
+    image_size: Pixels = 336
+    patch_size: Pixels = 14
+
+
+@dataclass
+class ModelFields:
+    """The fields of config.json that the processor needs; defaults as in `Phi3Config`."""
+
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 32064
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    image_token_id: TokenId = IMAGE_TOKEN_ID
+    chat_start: str = "<|user|>\n"
+    chat_end: str = "<|end|>\n<|assistant|>\n"
+    vision_config: VisionFields = field(default_factory=VisionFields)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: a list in `eos_token_id` as it is. A single id is Phi's wrong 2 or incomplete
+        32000, instead of which Phi's own ones are taken wherever the vocabulary has them."""
+        if isinstance(self.eos_token_id, list):
+            return tuple(self.eos_token_id)
+        is_phi = self.eos_token_id is None or self.vocab_size > max(PHI_STOP_IDS)
+        return PHI_STOP_IDS if is_phi else (self.eos_token_id,)
+
+    @property
+    def padding(self) -> int:
+        """The pad token."""
+        default = PAD_TOKEN_ID if self.vocab_size > PAD_TOKEN_ID else 0
+        return default if self.pad_token_id is None else self.pad_token_id
+
+
+class ImageFields(msgspec.Struct):
+    """The image settings of preprocessor_config.json. Defaults: those of Phi-3.5-vision."""
+
+    num_crops: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
+    image_mean: Annotated[list[float], Three] = msgspec.field(default_factory=lambda: list(CLIP_MEAN))
+    image_std: Annotated[list[Positive], Three] = msgspec.field(default_factory=lambda: list(CLIP_STD))
+
+
+# ---- text
+@dataclass(eq=False)
+class Phi3Processor:
+    """The tokenizer of a Phi-3 decoder with its chat layout; `Phi3VProcessor` adds images.
+
+    `chat_start` and `chat_end` stand around a prompt; `stop_ids` end an answer, the first one is learned. `source`
+    names the tokenizer in error messages.
+    """
+
+    answers_boxes: ClassVar[bool] = False  # it has no location tokens
+    image_size = num_image_tokens = image_token_id = 0  # no images
+
+    tokenizer: Tokenizer = field(repr=False)  # its repr is the whole vocabulary
+    stop_ids: tuple[int, ...] = PHI_STOP_IDS
+    pad_token_id: int = PAD_TOKEN_ID
+    chat_start: str = "<|user|>\n"
+    chat_end: str = "<|end|>\n<|assistant|>\n"
+    source: str = "the tokenizer"
+
+    def __post_init__(self):
+        self.tokenizer.no_padding()  # tokenizer.json may contain both from an earlier use
+        self.tokenizer.no_truncation()
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        # the layout sets these; inside a user's text they would shift images, turns or labels
+        self.reserved = {i: token.content for i, token in added if token.special}
+        self.skipped = {*self.reserved, *self.stop_ids, self.pad_token_id, IGNORED_LABEL}  # by decode
+        for token_id in (*self.stop_ids, self.pad_token_id):
+            if self.tokenizer.id_to_token(token_id) is None:
+                raise UserError(
+                    f"{self.source}: has no token {token_id}, which config.json names: take both from one model"
+                )
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: PathLike) -> "Phi3Processor":
+        """Read tokenizer.json, config.json and the image settings, if any, of a model folder, run folder or hub id.
+
+        Raises UserError for a missing or broken file, and for a tokenizer that does not belong to the config.
+        """
+        folder = locate(resolve_run(path_or_hub_id)[0])
+        config = read_typed(folder / "config.json", ModelFields)
+        file = folder / "tokenizer.json"
+        return cls(
+            tokenizer=read_tokenizer(file),
+            stop_ids=config.stop_ids,
+            pad_token_id=config.padding,
+            chat_start=config.chat_start,
+            chat_end=config.chat_end,
+            source=str(file),
+            **cls.image_settings(folder, config),
+        )
+
+    @classmethod
+    def image_settings(cls, folder: Path, config: ModelFields) -> dict:
+        """Further arguments of the class, about images, from the files of a model folder."""
+        return {}
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None,
+        text: str | Sequence[str],
+        suffix: str | Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Images and prompts as one batch, padded on the left.
+
+        images: one PIL image per prompt, a list of images per prompt (which may be empty), or None. text: B prompts.
+        suffix: B answers, in training only: a batch for generation must not contain them. One string is a batch of one.
+
+        Returns input_ids, attention_mask, token_type_ids (1 on answer and stop token, else 0), all [B, L] int64; what
+        `image_inputs` returns for every image, stacked; with a suffix labels [B, L] (-100 outside the answer).
+        Raises UserError for lists of unequal length, and what `encode` refuses.
+        """
+        text = [text] if isinstance(text, str) else list(text)
+        suffixes = [suffix] if isinstance(suffix, str) else [None] * len(text) if suffix is None else list(suffix)
+        images = [images] if isinstance(images, Image.Image) else [[]] * len(text) if images is None else images
+        images = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in images]
+        if not len(images) == len(text) == len(suffixes):
+            counts = f"{len(images)} images or lists of images, {len(text)} prompts, {len(suffixes)} suffixes"
+            raise UserError(f"{counts}: give one of each per prompt; several images of one prompt go in a list")
+        rows = [
+            self.encode(prompt, answer, [self.count_image_tokens(image.size) for image in group])
+            for prompt, answer, group in zip(text, suffixes, images, strict=True)
+        ]
+        return self.pad(rows) | stack_inputs([self.image_inputs(image) for group in images for image in group])
+
+    def encode(self, prefix: str, suffix: str | None = None, images: int | Sequence[int] = 0) -> Row:
+        """One prompt as (ids, token types): the turn of the user, the answer, the first stop token.
+
+        images: how many image tokens each image has, or a number of images, which then have the most possible.
+        Raises UserError if a string contains a special token, for image tags other than `<|image_1|>` to the last in
+        this order, and for images of a model without a tower.
+        """
+        counts = [self.num_image_tokens] * images if isinstance(images, int) else list(images)
+        prompt = self.add_tags(prefix.removeprefix(PALIGEMMA_TASK), len(counts))
+        for part in self.split(prompt):
+            self.check("prompt", part)
+        ids = []
+        # every part alone, with the <s> of its own that tokenizer.json asks for
+        for part, count in zip(self.split(self.chat_start + prompt + self.chat_end), (*counts, 0), strict=True):
+            ids += self.tokenizer.encode(part).ids + [self.image_token_id] * count
+        answer = []
+        if suffix is not None:  # after the newline of the turn, a blank in front of an answer has no meaning
+            self.check("suffix", suffix.strip())
+            answer = [*self.tokenizer.encode(suffix.strip(), add_special_tokens=False).ids, self.stop_ids[0]]
+        return ids + answer, [0] * len(ids) + [1] * len(answer)
+
+    def add_tags(self, prompt: str, num_images: int) -> str:
+        """The prompt with a tag for each image. Raises UserError for images: there is no tower."""
+        if num_images:
+            raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
+        return prompt
+
+    def split(self, text: str) -> list[str]:
+        """The parts of a text that are tokenised alone."""
+        return [text]
+
+    def check(self, role: str, text: str) -> None:
+        """Raise UserError if a user's text contains a special token."""
+        for token_id in self.tokenizer.encode(text, add_special_tokens=False).ids:
+            if token_id in self.reserved:
+                token = self.reserved[token_id]
+                raise UserError(f"{role} {quote(text.strip())} contains {token}, which the processor sets: remove it")
+
+    def count_image_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of this (width, height). Raises UserError: there is no tower."""
+        raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
+
+    def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """What the model takes of one image, without a batch dimension. Raises UserError: there is no tower."""
+        raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
+
+    def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows of `encode` as a batch, see `pad_rows`."""
+        return pad_rows(rows, self.pad_token_id)
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """One row of ids [L] as text. Skipping drops special tokens and labels of -100."""
+        ids = torch.as_tensor(ids).tolist()
+        shown = [i for i in ids if i not in self.skipped] if skip_special_tokens else ids
+        return self.tokenizer.decode(shown, skip_special_tokens=False)
+
+    def batch_decode(self, ids: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = True) -> list[str]:
+        """Rows of ids [B, L] as B texts."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
+
+
+# ---- images
+@dataclass(eq=False)
+class Phi3VProcessor(Phi3Processor):
+    """The processor of Phi-3-vision: an image becomes a global view of S x S pixels and up to `num_crops` crops."""
+
+    image_token_id: int = IMAGE_TOKEN_ID
+    crop_size: int = 336  # S
+    patch_size: int = 14
+    num_crops: int = 4
+    image_mean: Sequence[float] = CLIP_MEAN
+    image_std: Sequence[float] = CLIP_STD
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.reserved[self.image_token_id] = "<|image|>"
+        self.skipped.add(self.image_token_id)
+        self.tokens_per_side = self.crop_size // (FEATURES_PER_TOKEN * self.patch_size)  # of a crop
+        self.num_image_tokens = self.count_grid_tokens(self.num_crops, 1)  # the most
+        rows, columns = self.grid((1, 1))
+        self.image_size = self.crop_size * columns  # of a square image, in pixels
+
+    @classmethod
+    def image_settings(cls, folder: Path, config: ModelFields) -> dict:
+        file = folder / "preprocessor_config.json"
+        settings = read_typed(file, ImageFields) if file.is_file() else ImageFields()
+        vision = config.vision_config
+        return msgspec.structs.asdict(settings) | {
+            "image_token_id": config.image_token_id,
+            "crop_size": vision.image_size,
+            "patch_size": vision.patch_size,
+        }
+
+    def add_tags(self, prompt: str, num_images: int) -> str:
+        """The prompt with a tag for each image: its own tags, or tags in front. Raises UserError for other tags than
+        `<|image_1|>` to the last, each once and in this order: images are taken by position, not by number."""
+        numbers = [int(number) for number in TAG.findall(prompt)]
+        expected = list(range(1, num_images + 1))
+        if numbers and numbers != expected:
+            raise UserError(
+                f"prompt {quote(prompt)} has image tags {numbers}, but there are {num_images} images: write each tag "
+                "<|image_1|>, <|image_2|>, ... once, in this order, or none"
+            )
+        return prompt if numbers else "".join(f"<|image_{number}|>\n" for number in expected) + prompt
+
+    def split(self, text: str) -> list[str]:
+        return TAG.sub("\0", text).split("\0")
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the crops of an image of this (width, height)."""
+        return self.layout(size)[0]
+
+    def layout(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((rows, columns) of crops, (width, height) in pixels to which the image is resized before it is padded).
+
+        As many columns as `num_crops` allows, for an upright image rows: small images are enlarged. Raises UserError
+        for an aspect ratio whose short side would be resized to 0 pixels.
+        """
+        width, height = size
+        if width < height:
+            (rows, columns), (new_width, new_height) = self.layout((height, width))
+            return (columns, rows), (new_height, new_width)
+        ratio = width / height
+        columns = 1
+        while (columns + 1) * math.ceil((columns + 1) / ratio) <= self.num_crops:
+            columns += 1
+        new_width = self.crop_size * columns
+        new_height = int(new_width / ratio)
+        if new_height == 0:
+            raise UserError(f"an image of {width} x {height} pixels would be resized to a height of 0: crop it")
+        return (math.ceil(new_height / self.crop_size), columns), (new_width, new_height)
+
+    def count_image_tokens(self, size: tuple[int, int]) -> int:
+        """N: image tokens of an image of this (width, height). Raises UserError, see `layout`."""
+        return self.count_grid_tokens(*self.grid(size))
+
+    def count_grid_tokens(self, rows: int, columns: int) -> int:
+        """N: the tokens of the crops and of the global view, one after each of their lines, one between the two."""
+        side = self.tokens_per_side
+        return (rows * columns + 1) * side**2 + 1 + (rows + 1) * side
+
+    def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """{"pixel_values" [num_crops + 1, 3, S, S] float32: the global view, the crops row by row, then zeros;
+        "image_sizes" [2]: height and width in pixels of the grid of crops}.
+
+        The image is resized, upright ones mirrored at the diagonal meanwhile, and padded in white: above and below a
+        wide image. The global view is made of the padded, normalised pixels. Bit-equal to the released code for images
+        without transparency, which is composed onto white here. Raises UserError, see `layout`.
+        """
+        (rows, columns), resized = self.layout(image.size)
+        image, side = to_rgb(image), self.crop_size
+        is_upright = image.width < image.height
+        if is_upright:
+            image, resized = image.transpose(Image.Transpose.TRANSPOSE), resized[::-1]
+        image = image.resize(resized, Image.Resampling.BILINEAR)
+        canvas = Image.new("RGB", (image.width, math.ceil(image.height / side) * side), "white")
+        canvas.paste(image, (0, (canvas.height - image.height) // 2))
+        if is_upright:
+            canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
+        values = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float() / 255
+        mean, std = (torch.tensor(list(numbers))[:, None, None] for numbers in (self.image_mean, self.image_std))
+        values = (values - mean) / std
+        view = F.interpolate(values[None], size=(side, side), mode="bicubic")
+        crops = values.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        unused = torch.zeros(self.num_crops - rows * columns, 3, side, side)
+        return {
+            "pixel_values": torch.cat((view, crops, unused)),
+            "image_sizes": torch.tensor([rows * side, columns * side]),
+        }

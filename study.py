@@ -1,0 +1,287 @@
+"""The study: does differential attention find the needle better than standard attention does?
+
+    python study.py                      # run what is missing of the conversion study (A) and print its state
+    python study.py --study=B1           # from scratch, on symbols: which arm forms the retrieval circuit first?
+    python study.py --quick=True         # 2 arms, 2 seeds, fewer steps and questions: ten minutes, not the study
+    python study.py --report=True        # the table, the verdicts and the figure, from the records alone
+
+`study.json` is the plan: one section a study, committed before its first run. Every run trains and asks in a process of
+its own, in an ordinary run folder, and leaves one record under results/study/. A run that has a record is never
+repeated; a study that was stopped continues with the same command. Records of another plan, processor or number of
+threads are refused.
+"""
+
+import importlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+from msgspec import Meta
+
+import study_report
+from errors import UserError, one_line_errors
+from files import check_ranges, read_json, write_json, writing
+
+ROOT = Path(__file__).resolve().parent
+PLAN = ROOT / "study.json"
+RECORDS = ROOT / "results" / "study"
+Name = Literal["A", "A-pilot", "B1"]
+REPORT, FIGURE = RECORDS / "report.md", RECORDS / "figure.png"
+RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_symbolic"}
+NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # of the calibration
+POLL_SECONDS = 1.0
+QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
+QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 60, 40
+
+
+@dataclass
+class Config:
+    study: Name = "A"  # section of study.json
+    jobs: Annotated[int, Meta(ge=1, le=256)] = 2  # processes at once, each of one thread
+    arms: tuple[str, ...] = ()  # only these; empty: all of the plan, those of the main question first
+    seeds: tuple[int, ...] = ()  # only these; empty: all of the plan
+    status: bool = False  # print what is finished and missing, and stop
+    quick: bool = False  # a small version for a first look, in runs/study/quick; its numbers are not the study's
+    report: bool = False  # print table and verdicts and draw the figure, from the records
+    calibrate: str = ""  # print the accuracy of this run folder by cells, distractors and noise
+    run: str = ""  # internal: the one job of this process, as ARM/JOB, or "fingerprint"
+    fingerprint: str = ""  # internal: of this machine, for the record of the job
+
+
+class Job(NamedTuple):
+    """One run of a study. `pairs`: the size of B1's task."""
+
+    arm: str
+    seed: int
+    pairs: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{f'{self.pairs}pairs-' if self.pairs else ''}seed{self.seed:02d}"
+
+    def record(self, records: Path) -> Path:
+        return records / self.arm / f"{self.name}.json"
+
+
+# ---- the plan
+def read_section(study: str) -> dict[str, Any]:
+    """A section of study.json. Raises UserError where it is not there."""
+    plan = read_json(PLAN)
+    if study not in plan:
+        raise UserError(f"{PLAN.name}: has no section {study}: choose one of {', '.join(plan)}")
+    return plan[study]
+
+
+def check_committed(study: str, section: dict):
+    """Raise UserError unless the section is the one of the last commit: a plan comes before its first run."""
+    git = subprocess.run(["git", "-C", ROOT, "show", f"HEAD:{PLAN.name}"], capture_output=True, text=True)
+    committed = json.loads(git.stdout).get(study) if git.returncode == 0 else None
+    if committed != section:
+        raise UserError(
+            f"{PLAN.name}: section {study} differs from the committed one: commit the plan before it is run"
+        )
+
+
+def make_quick(section: dict) -> dict[str, Any]:
+    """A small version of study A, from the section of its pilot."""
+    conditions = {name: condition | {"n": QUICK_QUESTIONS} for name, condition in section["conditions"].items()}
+    choices = {"family": "core", "seeds": QUICK_SEEDS}
+    arms = {name: section["arms"][arm] | choices for name, arm in QUICK_ARMS.items()}
+    train = section["train"] | {"max_steps": QUICK_STEPS, "save_every": QUICK_STEPS}
+    return section | {"arms": arms, "conditions": conditions, "train": train, "quick": True}
+
+
+def list_jobs(section: dict, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Job]:
+    """The runs of a section: family by family in the plan's order, then seed by seed, so that arms stay level.
+
+    Raises UserError for an arm that the plan does not have.
+    """
+    unknown = set(arms) - set(section["arms"])
+    if unknown:
+        raise UserError(f"--arms: the plan has no {min(unknown)}: choose from {', '.join(section['arms'])}")
+    families = list(dict.fromkeys(arm["family"] for arm in section["arms"].values()))
+    jobs = [
+        (families.index(arm["family"]), seed, number, Job(name, seed, pairs))
+        for number, (name, arm) in enumerate(section["arms"].items())
+        for seed in arm["seeds"]
+        for pairs in section.get("pairs", [None])
+        if (not arms or name in arms) and (not seeds or seed in seeds)
+    ]
+    return [job for *_, job in sorted(jobs, key=lambda item: item[:3])]
+
+
+# ---- records
+def read_records(records: Path, section: dict) -> dict[Job, dict[str, Any]]:
+    """The records of a section that are there. Raises UserError for a record of another plan."""
+    found = {}
+    for job in list_jobs(section):
+        if job.record(records).exists():
+            found[job] = read_json(job.record(records))
+            if found[job]["plan"] != study_report.hash_plan(section):
+                raise UserError(f"{job.record(records)}: of another plan: restore study.json or remove the record")
+    return found
+
+
+def format_status(section: dict, records: dict[Job, dict], jobs: int) -> list[str]:
+    """For every arm its finished and missing seeds, and the time that is left."""
+    lines = [f"{'arm':24}{'family':16}{'finished':>10}{'missing':>10}"]
+    for arm, choices in section["arms"].items():
+        total = [job for job in list_jobs(section) if job.arm == arm]
+        finished = sum(job in records for job in total)
+        lines.append(f"{arm:24}{choices['family']:16}{finished:>10}{len(total) - finished:>10}")
+    missing = len(list_jobs(section)) - len(records)
+    if records and missing:
+        seconds = statistics.median(record["seconds"] for record in records.values())
+        lines.append(
+            f"{missing} runs of about {seconds / 60:.1f} min: {missing * seconds / jobs / 3600:.1f} h on {jobs}"
+        )
+    return lines
+
+
+# ---- running
+def run_jobs(study: str, section: dict, records: Path, jobs: list[Job], config: Config):
+    """Run these jobs, `config.jobs` at once. A stop ends the processes, which continue when they are started again.
+
+    A job that fails is named and left out. Raises UserError when all that could run has run and some have failed.
+    """
+    waiting, running, failed = list(jobs), {}, []
+    threads = str(section["threads"])
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    logs = ROOT / "runs" / "study" / ("quick" if config.quick else study)
+    base = [sys.executable, str(ROOT / "study.py"), f"--study={study}"] + (["--quick=True"] if config.quick else [])
+    measured = subprocess.run([*base, "--run=fingerprint"], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if measured.returncode:
+        raise UserError(f"the fingerprint of this machine cannot be measured: {measured.stderr.strip()[-300:]}")
+    fingerprint = measured.stdout.split()[-1]
+    try:
+        while waiting or running:
+            while waiting and len(running) < config.jobs:
+                job = waiting.pop(0)
+                log = logs / job.arm / f"{job.name}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                command = [*base, f"--run={job.arm}/{job.name}", f"--fingerprint={fingerprint}"]
+                with open(log, "ab") as out:
+                    running[job] = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
+                print(
+                    f"{time.strftime('%H:%M')} {job.arm} {job.name} started, {len(waiting)} wait; log {log}", flush=True
+                )
+            time.sleep(POLL_SECONDS)
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    outcome = "finished" if job.record(records).exists() else "failed"
+                    failed += [job] if outcome == "failed" else []
+                    print(f"{time.strftime('%H:%M')} {job.arm} {job.name} {outcome}", flush=True)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+    if failed:
+        first = failed[0]
+        raise UserError(f"{len(failed)} runs failed; the last lines of {logs / first.arm / first.name}.log say why")
+
+
+def run_job(study: str, section: dict, records: Path, config: Config):
+    """Run one job in this process and write its record, or print the fingerprint of this machine."""
+    import torch
+
+    from run_folder import git_commit, versions
+
+    torch.set_num_threads(section["threads"])
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    runner = importlib.import_module(RUNNERS[study])
+    folder = ROOT / "runs" / "study" / ("quick" if config.quick else study)
+    if config.run == "fingerprint":
+        print(runner.measure_fingerprint(section, folder / "fingerprint"))
+        return
+    job = next(job for job in list_jobs(section) if f"{job.arm}/{job.name}" == config.run)
+    result = runner.run(section, job, folder / job.arm / job.name)
+    record = {
+        "study": study,
+        "plan": study_report.hash_plan(section),
+        "arm": job.arm,
+        "seed": job.seed,
+        "commit": git_commit() or "",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": "float32",
+        "threads": section["threads"],
+        "fingerprint": config.fingerprint,
+        "versions": versions(),
+    }
+    job.record(records).parent.mkdir(parents=True, exist_ok=True)
+    write_json(job.record(records), record | result)
+
+
+def print_grid(section: dict, records: Path):
+    """Print endpoint N of every arm and seed, for the pilot and the quick version."""
+    import study_conversion
+
+    print(*study_conversion.format_pilot(section, read_records(records, section)), sep="\n")
+
+
+def write_report():
+    """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone."""
+    plan = {study: read_section(study) for study in ("A", "B1") if study in read_json(PLAN)}
+    records = [record for study in plan for record in study_report.read_records(RECORDS / study, study)]
+    lines = study_report.format_report(plan, records)
+    print(*lines, sep="\n")
+    with writing(REPORT):
+        REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    study_report.draw_figure(plan, records, FIGURE)
+
+
+@one_line_errors
+def main():
+    config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    check_ranges(config)
+    if config.report and not config.quick and config.study != "A-pilot":
+        write_report()
+        return
+    records = RECORDS / config.study
+    if config.quick:
+        if config.study != "A":
+            raise UserError("--quick: is a small version of study A: leave --study out")
+        section, records = make_quick(read_section("A-pilot")), ROOT / "runs" / "study" / "quick" / "records"
+    else:
+        section = read_section(config.study)
+    if config.run:
+        run_job(config.study, section, records, config)
+    elif config.calibrate:
+        import study_conversion
+
+        study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"], NOISES)
+    elif config.report:
+        print_grid(section, records)
+    else:
+        found = read_records(records, section)
+        print(*format_status(section, found, config.jobs), sep="\n", flush=True)
+        jobs = [job for job in list_jobs(section, config.arms, config.seeds) if job not in found]
+        if config.status:
+            return
+        if not config.quick:
+            check_committed(config.study, section)
+        if jobs:
+            run_jobs(config.study, section, records, jobs, config)
+            print(*format_status(section, read_records(records, section), config.jobs), sep="\n")
+        if config.quick:
+            print(
+                "\nA first look with 2 seeds, few steps and few questions. It is not the study and shows no difference:"
+            )
+            print_grid(section, records)
+
+
+if __name__ == "__main__":
+    main()

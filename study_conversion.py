@@ -1,0 +1,294 @@
+"""Study A: one run of an arm on the embedded model, and the questions of endpoint N. study.py starts it.
+
+Endpoint N asks in which cell a drawing is, in the drawing styles that the model was trained on. What makes it hard is
+not the style but the number of cells (16 in one image, 64 in four images), and either the other drawings, which look
+like the needle, or pixel noise. Every seed asks questions of its own, the same in all arms; question i of every
+condition looks for concept i modulo their number.
+"""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image
+
+import finetune_diff
+import finetune_original
+from checkpoint import weights_fingerprint
+from diagnostics import lambda_values
+from differential_attention import DifferentialConfig, differential_parameters, knock_out
+from errors import UserError
+from files import read_json, read_typed
+from haystack import ImagePool, add_noise, needle_prompt, read_pool
+from modeling_gemma import PaliGemmaForConditionalGeneration
+from needle_eval.needle_attention import measure_needle_attention
+from needle_eval.questions import Question, is_exact
+from needle_eval.runner import Answerer, answer_questions
+from processing_paligemma import PaliGemmaProcessor
+from run_folder import find_checkpoints, make_accelerator
+
+if TYPE_CHECKING:
+    from study import Job
+
+CELL = 64  # side in pixels of a drawing's cell, before the image is scaled to the model's size
+MAX_NEW_TOKENS = 12
+BATCH_SIZE = 64  # questions answered at once
+
+
+class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one set of questions shows."""
+
+    images: int
+    grid: int  # cells along a side of each image
+    n: int  # questions
+    distractors: str = "random"  # or "look-alike": the captions nearest to the needle's
+    noise: float = 0.0  # standard deviation of the pixel noise, where 1 is the range of a channel
+    present: bool = True  # the needle is in one of the cells
+    style: str = "train"  # split of the pool
+
+
+# ---- questions
+@dataclass(frozen=True)
+class StitchedImage:
+    """One image of a question, drawn when it is needed."""
+
+    pool: ImagePool
+    key: str
+    cells: tuple[tuple[int, ...], ...]
+    side: int  # pixels of the model's images: noise is added there, where scaling does not average it away
+    noise: float
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StitchedImage) and self.key == other.key
+
+    def open(self) -> Image.Image:
+        image = self.pool.stitch(self.key, self.cells, CELL)
+        image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)  # as the processor does
+        return add_noise(image, f"{self.key}/noise", self.noise) if self.noise else image
+
+    def __str__(self) -> str:
+        return self.key
+
+
+def read_look_alikes(file: Path) -> dict[str, list[str]]:
+    """Caption -> the other captions, nearest first, as `rank_look_alikes` found them."""
+    return read_typed(file, dict[str, list[str]], "restore it")
+
+
+@torch.inference_mode()
+def rank_look_alikes(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor) -> dict[str, list[str]]:
+    """For every trained caption the other ones, nearest first: cosine similarity of the frozen tower's mean features.
+
+    Each drawing fills one image, on the same background; a caption's features are the mean over its drawings.
+    """
+    pool = ImagePool(read_pool(splits=("train",)))
+    features = []
+    for caption in pool.captions:
+        drawings = [pool.stitch("look-alikes", ((index,),), CELL) for index in pool.by_caption[caption]]
+        pixels = torch.stack([processor.pixels(drawing) for drawing in drawings])
+        features.append(model.model.vision_tower(pixels).mean((0, 1)))
+    matrix = torch.stack(features).double()
+    matrix = torch.nn.functional.normalize(matrix - matrix.mean(0), dim=-1)
+    order = (matrix @ matrix.T).fill_diagonal_(-torch.inf).argsort(dim=-1, descending=True)[:, :-1]
+    return {c: [pool.captions[i] for i in row] for c, row in zip(pool.captions, order.tolist(), strict=True)}
+
+
+def make_questions(
+    conditions: dict[str, Condition], look_alikes: dict[str, list[str]], side: int, seed: int
+) -> list[Question]:
+    """The questions of one seed, for a model whose images have `side` pixels."""
+    pools = {
+        style: ImagePool(read_pool(splits=(style,))) for style in {condition.style for condition in conditions.values()}
+    }
+    questions = []
+    for name, condition in conditions.items():
+        pool = pools[condition.style]
+        for i in range(condition.n):
+            key = f"study/{seed}/{name}/{i}"
+            caption = pool.captions[i % len(pool.captions)]
+            if condition.distractors == "look-alike":
+                others = look_alikes[caption]
+            else:
+                others = [other for other in pool.captions if other != caption]
+                random.Random(f"{key}/distractors").shuffle(others)
+            haystack = pool.surround(key, caption, others, condition.images, condition.grid, condition.present)
+            images = tuple(
+                StitchedImage(pool, f"{key}/{m}", cells, side, condition.noise)
+                for m, cells in enumerate(haystack.cells)
+            )
+            fields = {"shape": (condition.images, condition.grid, 1), "kind": "positive" if condition.present else "-"}
+            prompt = needle_prompt(caption)
+            questions.append(
+                Question(key, name, images, prompt, haystack.answer, max_new_tokens=MAX_NEW_TOKENS, fields=fields)
+            )
+    return questions
+
+
+def pack_answers(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
+    """By condition {"n", "right"}: one bit for each question in order, as hexadecimal digits of numpy.packbits."""
+    packed = {}
+    for name in names:
+        right = [row["response"] is not None and is_exact(row["response"], row["ground_truth"])
+                 for row in rows if row["setting"] == name]  # fmt: skip
+        packed[name] = {"n": len(right), "right": np.packbits(np.array(right, bool)).tobytes().hex()}
+    return packed
+
+
+# ---- one run
+def make_config(section: dict, arm: str, seed: int, folder: Path) -> finetune_original.Config:
+    """The configuration of a run: the section's, then the arm's flags."""
+    flags = section["train"] | section["arms"][arm].get("flags", {})
+    flags |= dict(seed=seed, output_dir=str(folder), model=section["model"])
+    if "shapes" in flags:
+        flags["shapes"] = tuple(tuple(shape) for shape in flags["shapes"])
+    choices = section["arms"][arm].get("differential")
+    if choices is None:
+        return finetune_original.Config(**flags)
+    differential = replace(DifferentialConfig.from_dict(choices).resolve(), seed=seed)
+    return finetune_diff.Config(**flags, differential=differential)
+
+
+def train(config: finetune_original.Config, arm: str) -> tuple[str, str]:
+    """Fine-tune, or find that it has been done: (the model to ask, "finished" or why the run failed).
+
+    A failed run, one whose lambda did not learn or whose loss was not finite, is asked at its last checkpoint.
+    """
+    folder = Path(config.output_dir)
+    try:
+        finetune_original.finetune(config, arm, getattr(config, "differential", None))
+        return str(folder), "finished"
+    except UserError as error:
+        checkpoints = find_checkpoints(folder)
+        failed = "did not learn" in str(error) or "loss" in str(error)
+        if not failed:
+            raise
+        return str(checkpoints[-1]) if checkpoints else config.model, str(error)
+
+
+def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
+    """Train an arm at one seed and ask it the seed's questions: all fields of its record that follow from this."""
+    began, arm, seed = time.perf_counter(), job.arm, job.seed
+    conditions = {name: msgspec.convert(c, Condition) for name, c in section["conditions"].items()}
+    look_alikes = read_look_alikes(Path(__file__).parent / section["look_alikes"])
+    processor = PaliGemmaProcessor.from_pretrained(section["model"])
+    questions = make_questions(conditions, look_alikes, processor.image_size, seed)
+    config = make_config(section, arm, seed, folder)
+    check_weights(section)
+    name, status = train(config, arm)
+
+    accelerator = make_accelerator()
+    model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
+    answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
+    rows = answer_questions(answerer, questions, progress=f"{arm} seed {seed}")
+    attention = measure_needle_attention(answerer, questions, section["attention_questions"])
+    shares = [attention[condition]["share"] for condition in endpoint_conditions(section)]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = read_json(folder / "run.json")["parameters"]
+    record = {
+        "status": status,
+        "trained_parameters": sum(count for count, _ in trained.values()),
+        "final_loss": [line["loss"] for line in lines if "loss" in line][-1],
+        "lambdas": [],
+        "num_concepts": len(look_alikes),
+        "answers": pack_answers(rows, list(conditions)),
+        "needle_shares": [float(share) for share in np.mean(shares, axis=0)],
+        "knockout": {},
+    }
+    if differential_parameters(model) and has_lambda(config.differential):
+        record["lambdas"] = list(lambda_values(model).values())
+        knock_out(model)
+        names = endpoint_conditions(section)
+        asked = [question for question in questions if question.setting in names]
+        record["knockout"] = pack_answers(answer_questions(answerer, asked), names)
+    return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def check_weights(section: dict):
+    """Raise UserError unless the base model has the weights that the plan was made for."""
+    found = weights_fingerprint(section["model"])
+    if found != section["weights"]:
+        raise UserError(f"{section['model']}: has weights {found}, the plan is for {section['weights']}: restore them")
+
+
+def endpoint_conditions(section: dict) -> list[str]:
+    """The names of the four conditions whose unweighted mean is endpoint N."""
+    endpoint = section["endpoint"]
+    return [f"{cells} {kind}" for cells in endpoint["cells"] for kind in endpoint["kinds"]]
+
+
+def has_lambda(config: DifferentialConfig) -> bool:
+    """Whether a preset has a lambda that can be set to 0."""
+    return config.combine != "replace" and config.second != "none"
+
+
+# ---- the pilot
+def format_pilot(section: dict, records: dict["Job", dict]) -> list[str]:
+    """The grid as a markdown table: endpoint N of every seed and its mean, the last loss, and where lambda ended."""
+    seeds = sorted({job.seed for job in records})
+    lines = ["| arm | " + " | ".join(f"N, seed {seed}" for seed in seeds) + " | mean N | last loss | lambda |"]
+    lines.append("|---|" + "---|" * (len(seeds) + 3))
+    for arm in section["arms"]:
+        found = {job.seed: record for job, record in records.items() if job.arm == arm}
+        if found:
+            scores = {seed: 100 * mean_accuracy(section, record) for seed, record in found.items()}
+            cells = [f"{scores[seed]:.1f}" if seed in scores else "-" for seed in seeds]
+            loss = np.mean([record["final_loss"] for record in found.values()])
+            lambdas = [value for record in found.values() for value in record["lambdas"]]
+            ends = f"{min(lambdas):.3f} to {max(lambdas):.3f}" if lambdas else "-"
+            mean = np.mean(list(scores.values()))
+            lines.append(f"| {arm} | {' | '.join(cells)} | {mean:.1f} | {loss:.4f} | {ends} |")
+    return lines
+
+
+def mean_accuracy(section: dict, record: dict) -> float:
+    """Endpoint N of a record, a fraction."""
+    rates = []
+    for condition in endpoint_conditions(section):
+        answers = record["answers"][condition]
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(answers["right"]), np.uint8), count=answers["n"])
+        rates.append(bits.mean())
+    return float(np.mean(rates))
+
+
+def calibrate(section: dict, name: str, seed: int, noises: Sequence[float]):
+    """Print the accuracy of a trained model by cells, distractors and noise: what the difficulty is set by."""
+    accelerator = make_accelerator()
+    model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
+    processor = PaliGemmaProcessor.from_pretrained(name)
+    answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
+    look_alikes = read_look_alikes(Path(__file__).parent / section["look_alikes"])
+    shapes, n = {16: (1, 4), 32: (2, 4), 64: (4, 4)}, len(look_alikes)
+    print(f"{'':20}" + "".join(f"{noise:>8}" for noise in noises))
+    for cells, (images, grid) in shapes.items():
+        for distractors in ("look-alike", "random"):
+            rates = []
+            for noise in noises:
+                conditions = {f"{cells}": Condition(images, grid, n, distractors, noise)}
+                rows = answer_questions(answerer, make_questions(conditions, look_alikes, processor.image_size, seed))
+                rates.append(sum(is_exact(row["response"], row["ground_truth"]) for row in rows) / n)
+            print(f"{f'{cells} {distractors}':20}" + "".join(f"{100 * rate:8.1f}" for rate in rates), flush=True)
+
+
+def fingerprint_of(losses: list[float]) -> str:
+    """A hash of losses: equal where library, processor and number of threads round alike."""
+    return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
+
+
+def measure_fingerprint(section: dict, folder: Path) -> str:
+    """`fingerprint_of` the first ten losses of the standard arm at the first pilot seed, trained into `folder`."""
+    config = make_config(section, next(iter(section["arms"])), section["fingerprint_seed"], folder)
+    config = replace(config, max_steps=10, log_every=1, save_every=10, eval_samples=1, overwrite=True)
+    train(config, "fingerprint")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return fingerprint_of([line["loss"] for line in lines if "loss" in line])

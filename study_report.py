@@ -1,0 +1,879 @@
+"""The answer of the study, its table and its figure, from the plan and the committed records alone.
+
+Study A fine-tunes a pretrained model with every attention arm and compares endpoint N, the accuracy in finding a
+needle among many cells; study B1 trains small decoders from scratch and compares how many steps they need to retrieve.
+All differences are paired over seeds. In text and tables they are points, hundredths of the accuracy.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import matplotlib
+import msgspec
+import numpy as np
+from matplotlib.axes import Axes
+from msgspec import Meta
+from scipy import stats
+
+from errors import UserError
+from files import read_typed, writing
+from needle_eval.plots import PERCENT, STYLE
+from needle_eval.statistics import (
+    MIN_SEEDS,
+    bootstrap_seeds_and_items,
+    d_prime,
+    equivalence,
+    holm,
+    log_rank,
+    logistic_threshold,
+    mean_over_seeds,
+    paired_t,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
+
+ALPHA = 0.05
+MARGIN = 3.0  # points: the smallest effect of interest and the margin of equivalence
+NARROW_MARGIN = 2.0  # reported beside it
+HYPOTHESES = (("split", "standard"), ("split", "additive"), ("split", "flipped"))
+KINDS = ("look-alike", "noise")  # of what makes a condition with the needle hard
+# B1: the first is the primary contrast, the others form one secondary family
+CONTRASTS = (
+    ("v1", "double_width_norm"),
+    ("v1", "standard"),
+    ("double_width", "v1"),
+    ("double_width", "standard"),
+    ("double_width_norm", "standard"),
+    ("v2", "standard"),
+)
+SYMBOLIC_THRESHOLD = 0.75  # accuracy at which a run of B1 ends
+NO_VALUE = "-"
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Hex = Annotated[str, Meta(pattern="^[0-9a-f]+$")]
+
+
+# ---- records
+class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of `n` questions were answered right: `right` is numpy.packbits of them as hexadecimal digits."""
+
+    n: Positive
+    right: Hex
+
+    def __post_init__(self):
+        if len(self.right) != 2 * math.ceil(self.n / 8):
+            raise ValueError(f"right has {len(self.right)} hexadecimal digits, not those of {self.n} bits")
+
+    def bits(self) -> np.ndarray:
+        """[n] of 0 and 1."""
+        return np.unpackbits(np.frombuffer(bytes.fromhex(self.right), np.uint8), count=self.n)
+
+    def rate(self) -> float:
+        """The share of right answers."""
+        return float(self.bits().mean())
+
+
+class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What every finished run of a study leaves: which run it is, and where it ran."""
+
+    plan: Hex  # `hash_plan` of the study's section
+    arm: str
+    seed: Count
+    commit: str
+    device: str
+    dtype: str
+    threads: Positive
+    fingerprint: Hex  # of the first losses of a pilot seed: what processor and versions make of the same run
+    versions: dict[str, str]
+    status: str  # "finished", or why training failed; a failed run counts with its accuracy
+    seconds: float
+    trained_parameters: Count
+
+
+class ConversionRecord(Record, kw_only=True):
+    """A run of study A. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
+
+    Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
+    i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
+    the attention, by layer.
+    """
+
+    study: Literal["A"]
+    num_concepts: Positive
+    final_loss: float | None  # None: not finite
+    lambdas: list[float]  # of the layers, in order
+    answers: dict[str, Answers]
+    needle_shares: list[float]
+    knockout: dict[str, Answers]
+
+
+class SymbolicRecord(Record, kw_only=True):
+    """A run of study B1, see `study_symbolic.train`."""
+
+    study: Literal["B1"]
+    pairs: Positive
+    learning_rate: float
+    max_steps: Positive
+    steps: Positive
+    censored: bool
+    accuracy: float
+
+
+def hash_plan(section: dict[str, Any]) -> str:
+    """SHA-256 of one study's section of the plan, whatever the order of its keys and its white space."""
+    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
+
+
+def read_records(folder: Path, study: Literal["A", "B1"]) -> list[Record]:
+    """The records of one study, <arm>/seedNN.json or <arm>/<pairs>pairs-seedNN.json in `folder`, in order of path.
+
+    Raises UserError for a file that is no record, or that lies where another run's belongs.
+    """
+    records = []
+    for path in sorted(Path(folder).glob("*/*.json")):
+        record = read_typed(path, {"A": ConversionRecord, "B1": SymbolicRecord}[study], "delete it and run it again")
+        if path.relative_to(folder) != record_path(record):
+            raise UserError(f"{path}: holds the record of {record_path(record)}: move it there")
+        records.append(record)
+    return records
+
+
+def record_path(record: Record) -> Path:
+    """Where a record lies in the folder of its study."""
+    name = f"seed{record.seed:02d}.json"
+    if isinstance(record, SymbolicRecord):
+        name = f"{record.pairs}pairs-{name}"
+    return Path(record.arm, name)
+
+
+class Environment(NamedTuple):
+    """What must be equal for runs to be compared or pooled."""
+
+    device: str
+    dtype: str
+    threads: int
+    fingerprint: str
+
+
+@dataclass
+class Group:
+    """The records of one study in one environment."""
+
+    section: dict[str, Any]
+    environment: Environment
+    records: list[Record]
+
+    def of_arm(self, arm: str) -> dict[int, Record]:
+        """The records of an arm by seed, in order; of B1, all of one number of pairs (see `with_pairs`)."""
+        found = {record.seed: record for record in self.records if record.arm == arm}
+        return {seed: found[seed] for seed in sorted(found)}
+
+    def with_pairs(self, pairs: int) -> "Group":
+        """The part of a B1 group that has this number of pairs."""
+        return Group(self.section, self.environment, [r for r in self.records if r.pairs == pairs])
+
+    def arms(self) -> list[str]:
+        """The arms with records, in the order of the plan."""
+        present = {record.arm for record in self.records}
+        return [arm for arm in self.section["arms"] if arm in present]
+
+    def missing(self, arms: Iterable[str]) -> int:
+        """How many of the planned runs of these arms have no record."""
+        return sum(len(set(self.section["arms"][arm]["seeds"]) - set(self.of_arm(arm))) for arm in arms)
+
+
+def group_records(section: dict[str, Any], study: str, records: Sequence[Record]) -> list[Group]:
+    """The records of a study, apart by environment: first those that ran as planned, then replications.
+
+    Raises UserError for a record of another plan, of a run that is not planned, or the same run twice.
+    """
+    digest, found = hash_plan(section), {}
+    for record in records:
+        if record.study != study:
+            continue
+        where = f"{study}/{record_path(record)}"
+        if record.plan != digest:
+            raise UserError(f"{where}: of plan {record.plan[:12]}, not {digest[:12]}: restore that plan or delete it")
+        if record.seed not in section["arms"].get(record.arm, {}).get("seeds", ()):
+            raise UserError(f"{where}: arm {record.arm} with seed {record.seed} is not planned: delete it")
+        environment = Environment(record.device, record.dtype, record.threads, record.fingerprint)
+        group = found.setdefault(environment, {})
+        if where in group:
+            raise UserError(f"{where}: two records of one run on {record.device}: delete one")
+        group[where] = record
+    planned = {name: section[name] for name in ("device", "dtype", "threads") if name in section}
+
+    def order(environment: Environment) -> tuple:
+        as_planned = all(getattr(environment, name) == value for name, value in planned.items())
+        return not as_planned, -len(found[environment]), environment
+
+    return [Group(section, e, [found[e][key] for key in sorted(found[e])]) for e in sorted(found, key=order)]
+
+
+# ---- study A: what is measured in one run
+def endpoint_conditions(section: dict[str, Any]) -> list[str]:
+    """The conditions whose unweighted mean is endpoint N."""
+    endpoint = section["endpoint"]
+    return [f"{cells} {kind}" for cells in endpoint["cells"] for kind in endpoint["kinds"]]
+
+
+def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
+    """Unweighted mean accuracy of these conditions. Raises UserError if one was not asked."""
+    missing = [condition for condition in conditions if condition not in record.answers]
+    if missing:
+        raise UserError(f"A/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again")
+    return 100 * statistics.fmean(record.answers[condition].rate() for condition in conditions)
+
+
+def knocked_out(record: ConversionRecord, conditions: Sequence[str]) -> float | None:
+    """`points` with the second map switched off; None where it was not asked so."""
+    if not set(conditions) <= set(record.knockout):
+        return None
+    return 100 * statistics.fmean(record.knockout[condition].rate() for condition in conditions)
+
+
+def false_alarms(record: ConversionRecord) -> float | None:
+    """Mean rate, in points, at which a cell was named although the caption is in none."""
+    rates = [1 - answers.rate() for condition, answers in record.answers.items() if condition.endswith(" absent")]
+    return 100 * statistics.fmean(rates) if rates else None
+
+
+def accuracy_by_cells(record: ConversionRecord) -> dict[int, float]:
+    """Number of cells -> mean accuracy, a fraction, over the kinds of conditions with the needle."""
+    found = {}
+    for condition, answers in record.answers.items():
+        cells, kind = condition.split(maxsplit=1)
+        if kind in KINDS:
+            found.setdefault(int(cells), []).append(answers.rate())
+    return {cells: statistics.fmean(found[cells]) for cells in sorted(found)}
+
+
+def slope(record: ConversionRecord) -> float | None:
+    """Points of accuracy that a doubling of the cells adds, by least squares on log2(cells)."""
+    rates = accuracy_by_cells(record)
+    if len(rates) < 2:
+        return None
+    return 100 * float(stats.linregress(np.log2(list(rates)), list(rates.values())).slope)
+
+
+def cells_at_half(record: ConversionRecord) -> float | None:
+    """log2 of the number of cells at which a logistic fit passes 50 %; None where accuracy does not cross it."""
+    totals = {}
+    for condition, answers in record.answers.items():
+        cells, kind = condition.split(maxsplit=1)
+        if kind in KINDS:
+            right, n = totals.get(int(cells), (0, 0))
+            totals[int(cells)] = right + int(answers.bits().sum()), n + answers.n
+    if len(totals) < 2:
+        return None
+    return logistic_threshold([math.log2(cells) for cells in totals], *zip(*totals.values(), strict=True))
+
+
+def sensitivity(record: ConversionRecord) -> float | None:
+    """Mean d' over the cells asked both ways: a hit is the right cell, a false alarm any cell for an absent caption."""
+    found = []
+    for condition, absent in record.answers.items():
+        cells = condition.removesuffix(" absent")
+        present = [record.answers[f"{cells} {kind}"] for kind in KINDS if f"{cells} {kind}" in record.answers]
+        if condition.endswith(" absent") and present:
+            hits, n = sum(int(a.bits().sum()) for a in present), sum(a.n for a in present)
+            found.append(d_prime(hits, n, absent.n - int(absent.bits().sum()), absent.n))
+    return statistics.fmean(found) if found else None
+
+
+# ---- study A: differences over seeds
+@dataclass
+class Contrast:
+    """Arm `a` minus arm `b` over the seeds that both have, in points of endpoint N unless said otherwise."""
+
+    a: str
+    b: str
+    seeds: list[int]
+    differences: list[float]
+    holm_p: float = math.nan  # adjusted within its family
+
+    @property
+    def t(self) -> dict:
+        """The paired t test with its 95 % interval."""
+        return paired_t(self.differences)
+
+    @property
+    def t90(self) -> dict:
+        """The same with the 90 % interval, which lies inside a margin where TOST rejects at 5 %."""
+        return paired_t(self.differences, 0.90)
+
+    @property
+    def significant(self) -> bool:
+        """By Holm's test in its family."""
+        return self.holm_p < ALPHA
+
+
+def contrast(group: Group, a: str, b: str, measure: Callable[[Record], float | None]) -> Contrast | None:
+    """The differences of two arms; None for fewer than three seeds that have both values."""
+    of_a, of_b = group.of_arm(a), group.of_arm(b)
+    values = {seed: (measure(of_a[seed]), measure(of_b[seed])) for seed in of_a if seed in of_b}
+    pairs = {seed: x - y for seed, (x, y) in values.items() if x is not None and y is not None}
+    if len(pairs) < MIN_SEEDS:
+        return None
+    return Contrast(a, b, list(pairs), list(pairs.values()))
+
+
+def adjust(contrasts: Sequence[Contrast]) -> None:
+    """Set the Holm p values of one family."""
+    for found, p in zip(contrasts, holm([c.t["p"] for c in contrasts]), strict=True):
+        found.holm_p = p
+
+
+def verdict(found: Contrast) -> str:
+    """The first of the plan's verdicts that applies to a contrast with its Holm p value."""
+    t, t90 = found.t, found.t90
+    is_small = max(-t90["low"], t90["high"]) < MARGIN
+    if found.significant and t["mean"] < 0:
+        return "hurts"
+    if found.significant and t["low"] > MARGIN:
+        return "helps"
+    if found.significant:
+        return "helps, less than what matters" if is_small else "helps, size unclear"
+    return "no practical difference" if is_small else "undecided"
+
+
+def core_verdict(hypotheses: Sequence[Contrast]) -> str:
+    """The verdict on `split` against standard attention; "helps" names the subtraction where all three say so."""
+    verdicts = [verdict(hypothesis) for hypothesis in hypotheses]
+    return "helps (and it is the subtraction)" if set(verdicts) == {"helps"} else verdicts[0]
+
+
+def core_contrasts(group: Group) -> list[Contrast]:
+    """The three hypotheses with their Holm p values. Call it when all core runs are in."""
+    measure = partial(points, conditions=endpoint_conditions(group.section))
+    found = [contrast(group, a, b, measure) for a, b in HYPOTHESES]
+    adjust(found)
+    return found
+
+
+def secondary_contrasts(group: Group) -> list[Contrast]:
+    """Every other arm against standard: one Holm family."""
+    measure = partial(points, conditions=endpoint_conditions(group.section))
+    others = [arm for arm in group.arms() if arm not in ("standard", "split")]
+    found = [c for arm in others if (c := contrast(group, arm, "standard", measure))]
+    adjust(found)
+    return found
+
+
+def bootstrap(group: Group, found: Contrast) -> tuple[float, float]:
+    """95 % interval of a contrast of endpoint N in points, seeds and needle concepts resampled together."""
+    conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(found.a), group.of_arm(found.b)
+    concepts = {record.num_concepts for record in (*of_a.values(), *of_b.values())}
+    if len(concepts) > 1:
+        raise UserError(f"records of {found.a} and {found.b}: num_concepts is {sorted(concepts)}: delete those of one")
+    items = concepts.pop()
+    sums, counts = [], []
+    for condition in conditions:
+        n = of_a[found.seeds[0]].answers[condition].n
+        concept = np.arange(n) % items
+        rows = []
+        for seed in found.seeds:
+            difference = of_a[seed].answers[condition].bits().astype(float) - of_b[seed].answers[condition].bits()
+            rows.append(np.bincount(concept, difference, items))
+        sums.append(rows)
+        counts.append(np.bincount(concept, minlength=items))
+    low, high = bootstrap_seeds_and_items(np.array(sums), np.array(counts))
+    return 100 * low, 100 * high
+
+
+def core_arms(section: dict[str, Any]) -> list[str]:
+    """The arms that must all be in before any difference is shown."""
+    return [arm for arm, planned in section["arms"].items() if planned["family"] == "core"]
+
+
+FINE_ENDPOINTS = ("d'", "points per doubling of cells", "log2 of cells at 50 %")  # reported with two decimals
+
+
+def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | None]]:
+    """Name -> measure of every secondary endpoint that the records have."""
+    conditions = sorted({c for record in group.records for c in record.answers}, key=condition_order)
+    measures = {c: partial(points, conditions=[c]) for c in conditions if not c.endswith(" absent")}
+    measures["false alarms"] = false_alarms
+    measures["d'"] = sensitivity
+    measures["points per doubling of cells"] = slope
+    measures["log2 of cells at 50 %"] = cells_at_half
+    measures["attention on the needle"] = partial(needle_share, layer=group.section.get("attention_layer"))
+    return measures
+
+
+def needle_share(record: ConversionRecord, layer: int | None) -> float | None:
+    """The needle's share of the attention, in points, in the plan's `attention_layer`; None without one."""
+    return None if layer is None or layer >= len(record.needle_shares) else 100 * record.needle_shares[layer]
+
+
+def condition_order(condition: str) -> tuple[int, str]:
+    """By the number of cells."""
+    cells, kind = condition.split(maxsplit=1)
+    return int(cells), kind
+
+
+# ---- study B1
+def log_steps(record: SymbolicRecord) -> float:
+    """ln(steps); a censored run counts with its limit."""
+    return math.log(record.steps)
+
+
+def symbolic_contrasts(group: Group) -> dict[int, list[Contrast]]:
+    """Number of pairs -> the contrasts of ln(steps). One Holm family of the primary contrasts, one of all others."""
+    found = {}
+    for pairs in sorted({record.pairs for record in group.records}):
+        part = group.with_pairs(pairs)
+        found[pairs] = [c for a, b in CONTRASTS if (c := contrast(part, a, b, log_steps))]
+    flat = [c for of_pairs in found.values() for c in of_pairs]
+    adjust([c for c in flat if (c.a, c.b) == CONTRASTS[0]])
+    adjust([c for c in flat if (c.a, c.b) != CONTRASTS[0]])
+    return found
+
+
+def steps_verdict(found: Contrast) -> str:
+    """Whether arm a needs fewer or more steps than b."""
+    if not found.significant:
+        return "undecided"
+    return "fewer steps" if found.t["mean"] < 0 else "more steps"
+
+
+# ---- text
+def signed(value: float, digits: int = 1) -> str:
+    """A number with its sign; never -0.0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def interval(t: dict, digits: int = 1) -> str:
+    """Mean and interval of a t test, as in +0.4 [-1.2, +2.0]."""
+    return f"{signed(t['mean'], digits)} [{signed(t['low'], digits)}, {signed(t['high'], digits)}]"
+
+
+def p_text(p: float) -> str:
+    """A p value with as many digits as it is known to."""
+    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+
+
+def percent(log_ratio: float) -> str:
+    """By how many percent a ratio, given as its logarithm, differs from 1."""
+    return f"{round(100 * math.expm1(log_ratio)) + 0:+d} %"
+
+
+def percent_interval(t: dict) -> str:
+    """Mean and interval of a t test on logarithms, as in -6 % [-10 %, -2 %]."""
+    return f"{percent(t['mean'])} [{percent(t['low'])}, {percent(t['high'])}]"
+
+
+def mean_text(values: Iterable[float | None], digits: int = 1) -> str:
+    """The mean of those values that are not None, or a dash."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.{digits}f}" if known else NO_VALUE
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+
+
+QUICK_NOTE = "A quick look with few seeds, steps and questions: not the study, and too few seeds for a difference."
+WOULD_CHANGE = {
+    "hurts": "a replication whose interval includes zero",
+    "helps (and it is the subtraction)": "a replication whose interval reaches below {margin} points",
+    "helps": "a replication whose interval reaches below {margin} points; not all controls are beaten by as much",
+    "helps, less than what matters": "a harder endpoint or a larger model on which the gain exceeds {margin} points",
+    "helps, size unclear": "more seeds, which would show whether the gain exceeds {margin} points",
+    "no practical difference": "an interval outside ±{margin} points on another endpoint or a larger model",
+    "undecided": "more seeds, since the interval allows both no difference and one that matters",
+}
+
+
+def answer(group: Group) -> str:
+    """The answer of study A in one sentence: difference, interval, verdict, and what would change it."""
+    core = core_arms(group.section)
+    missing = group.missing(core)
+    if missing:
+        planned = sum(len(group.section["arms"][arm]["seeds"]) for arm in core)
+        return f"No answer yet: {planned - missing} of {planned} core runs are finished."
+    first, *others = hypotheses = core_contrasts(group)
+    found = core_verdict(hypotheses)
+    controls = " and ".join(f"{interval(other.t)} against {other.b}" for other in others)
+    return (
+        "Fitted into the pretrained model, differential attention (split) changes the share of needles found by "
+        f"{interval(first.t)} points against standard attention (95 % interval, {first.t['n']} seeds, Holm p "
+        f"{p_text(first.holm_p)}; {controls}): **{found}**. What would change this answer: "
+        f"{WOULD_CHANGE[found].format(margin=f'{MARGIN:g}')}."
+    )
+
+
+def symbolic_answer(group: Group) -> str:
+    """The answer of study B1 in one sentence."""
+    planned = planned_symbolic(group.section)
+    if len(group.records) < planned:
+        return f"No answer yet: {len(group.records)} of {planned} runs are finished."
+    contrasts = symbolic_contrasts(group)
+    primary = ", ".join(
+        f"with {pairs} pairs {percent_interval(of_pairs[0].t)} ({steps_verdict(of_pairs[0])})"
+        for pairs, of_pairs in contrasts.items()
+    )
+    width = [next(c for c in of_pairs if (c.a, c.b) == ("double_width", "v1")) for of_pairs in contrasts.values()]
+    verdicts = {steps_verdict(c) for c in width}
+    claim = {"fewer steps": "confirmed", "more steps": "refuted"}.get(verdicts.pop(), "undecided")
+    claim = claim if not verdicts else "undecided: the numbers of pairs differ"
+    return (
+        f"Trained from scratch, V1 needs, against half the heads at double width with the same head norm, {primary} "
+        f"steps until it retrieves; that double width alone is faster than V1 is {claim} "
+        f"({', '.join(percent_interval(c.t) for c in width)})."
+    )
+
+
+def planned_symbolic(section: dict[str, Any]) -> int:
+    """How many runs study B1 has."""
+    return sum(len(arm["seeds"]) for arm in section["arms"].values()) * len(section["pairs"])
+
+
+def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) -> list[str]:
+    """The report as lines of markdown: both studies, replications under headings of their own.
+
+    `plan`: study.json, {"A": section, "B1": section}. Raises UserError for records of another plan.
+    """
+    lines = []
+    for study, title, write in (
+        ("A", "Study A: fitted into a pretrained model", format_conversion),
+        ("B1", "Study B1: trained from scratch", format_symbolic),
+    ):
+        if study not in plan:
+            continue
+        groups = group_records(plan[study], study, records)
+        if not groups:
+            lines += [f"## {title}", "", "No run is finished.", ""]
+        for number, group in enumerate(groups):
+            where, hours = group.environment, sum(r.seconds for r in group.records) / 3600
+            lines += [f"## {title}" if number == 0 else f"## {title}, replication on {where.device}", ""]
+            lines.append(
+                f"Plan `{hash_plan(plan[study])[:12]}`; {len(group.records)} runs on {where.device}, {where.dtype}, "
+                f"threads a run {where.threads}, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours together."
+            )
+            lines += ["", *write(group), ""]
+    return lines
+
+
+def format_conversion(group: Group) -> list[str]:
+    """Study A: the answer, the three hypotheses, a row for every arm, the secondary endpoints."""
+    if group.section.get("quick"):
+        return [QUICK_NOTE, "", *format_arms(group, [], [])]
+    lines = [answer(group), ""]
+    if group.missing(core_arms(group.section)):
+        return lines + format_spread(group)
+    hypotheses, secondary = core_contrasts(group), secondary_contrasts(group)
+    lines += ["Endpoint N, points. Primary hypotheses:", "", *format_hypotheses(group, hypotheses), ""]
+    lines += ["All arms. The verdicts of all but split are secondary, one Holm family against standard:", ""]
+    lines += [*format_arms(group, hypotheses, secondary), ""]
+    lines += ["Secondary endpoints, points unless named otherwise; Holm over each column:", ""]
+    return lines + format_secondary(group)
+
+
+def format_spread(group: Group) -> list[str]:
+    """What is shown before all core runs are in: standard deviations of the arms, no means and no differences."""
+    measure = partial(points, conditions=endpoint_conditions(group.section))
+    rows = []
+    for arm, planned in group.section["arms"].items():
+        values = [measure(record) for record in group.of_arm(arm).values()]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else NO_VALUE
+        rows.append([arm, planned["family"], f"{len(values)} of {len(planned['seeds'])}", spread])
+    return table(["arm", "family", "runs", "SD of N over seeds"], rows)
+
+
+def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]:
+    """A row for each of the three hypotheses."""
+    measure = partial(points, conditions=endpoint_conditions(group.section))
+    rows = []
+    for found in hypotheses:
+        low, high = bootstrap(group, found)
+        t, t90 = found.t, found.t90
+        values = [[measure(group.of_arm(arm)[seed]) for seed in found.seeds] for arm in (found.a, found.b)]
+        rows.append([
+            f"{found.a} - {found.b}", str(t["n"]), interval(t), f"[{signed(t90['low'])}, {signed(t90['high'])}]",
+            f"[{signed(low)}, {signed(high)}]", f"{t['sd']:.2f}", correlation(*values), p_text(t["p"]),
+            p_text(found.holm_p), p_text(equivalence(found.differences, MARGIN)),
+            p_text(equivalence(found.differences, NARROW_MARGIN)), verdict(found),
+        ])  # fmt: skip
+    header = ["hypothesis", "seeds", "difference [95 %]", "90 %", "bootstrap over seeds and concepts", "SD", "r", "p"]
+    header += ["Holm p", f"TOST p, ±{MARGIN:g}", f"TOST p, ±{NARROW_MARGIN:g}", "verdict"]
+    return table(header, rows)
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> str:
+    """Pearson's r of two arms over seeds; near 0, equal data and order do not make their difference more certain."""
+    if min(a) == max(a) or min(b) == max(b):
+        return NO_VALUE
+    return f"{stats.pearsonr(a, b).statistic:.2f}"
+
+
+def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequence[Contrast]) -> list[str]:
+    """A row for every arm."""
+    conditions = endpoint_conditions(group.section)
+    measure = partial(points, conditions=conditions)
+    found = {c.a: c for c in (*hypotheses[:1], *secondary)}
+    rows = []
+    for arm in group.arms():
+        records = list(group.of_arm(arm).values())
+        planned = group.section["arms"][arm]
+        against = contrast(group, arm, "additive", measure) if arm not in ("standard", "additive") else None
+        row = [arm, planned["family"], f"{records[0].trained_parameters:,}", mean_text(r.seconds / 60 for r in records)]
+        row += [f"{len(records)} of {len(planned['seeds'])}", mean_text(measure(r) for r in records)]
+        versus = found.get(arm)
+        row += [interval(versus.t) if versus else NO_VALUE, interval(against.t) if against else NO_VALUE]
+        tests = [versus.holm_p, equivalence(versus.differences, MARGIN)] if versus else []
+        row += [p_text(p) for p in tests] or [NO_VALUE, NO_VALUE]
+        row += [mean_text(map(false_alarms, records)), mean_text(knocked_out(r, conditions) for r in records)]
+        shown = NO_VALUE
+        if versus:
+            shown = core_verdict(hypotheses) if arm == "split" else verdict(versus)
+        rows.append([*row, shown])
+    header = ["arm", "family", "trained parameters", "minutes", "seeds", "N", "- standard [95 %]", "- additive [95 %]"]
+    header += ["Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
+    return table(header, rows)
+
+
+def format_secondary(group: Group) -> list[str]:
+    """A row for each secondary endpoint, a column for each hypothesis; a star where Holm's p is below 0.05."""
+    measures = secondary_endpoints(group)
+    columns = []
+    for a, b in HYPOTHESES:
+        found = {name: c for name, measure in measures.items() if (c := contrast(group, a, b, measure))}
+        adjust(list(found.values()))
+        columns.append(found)
+    rows = []
+    for name in measures:
+        found = [column.get(name) for column in columns]
+        if any(found):
+            digits = 2 if name in FINE_ENDPOINTS else 1
+            rows.append([name, *(interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)])
+    return table(["endpoint", *(f"{a} - {b}" for a, b in HYPOTHESES)], rows)
+
+
+def format_symbolic(group: Group) -> list[str]:
+    """Study B1: the answer, steps of every arm, the contrasts."""
+    lines = [symbolic_answer(group), ""]
+    is_complete = len(group.records) == planned_symbolic(group.section)
+    rows = []
+    for pairs in sorted({record.pairs for record in group.records}):
+        for arm in group.arms():
+            records = list(group.with_pairs(pairs).of_arm(arm).values())
+            if not records:
+                continue
+            steps = [record.steps for record in records]
+            spread = f"{statistics.stdev(map(math.log, steps)):.3f}" if len(steps) > 1 else NO_VALUE
+            row = [str(pairs), arm, f"{records[0].trained_parameters:,}", f"{records[0].learning_rate:g}"]
+            row += [f"{len(records)} of {len(group.section['arms'][arm]['seeds'])}"]
+            row += [f"{statistics.median(steps):g}", str(sum(r.censored for r in records))] if is_complete else []
+            rows.append([*row, spread])
+    header = ["pairs", "arm", "parameters", "learning rate", "seeds"]
+    header += ["median steps", "censored"] if is_complete else []
+    lines += table([*header, "SD of ln(steps)"], rows)
+    if not is_complete:
+        return lines
+    lines += ["", "Steps of the first arm against the second; the first contrast is primary, the others secondary:", ""]
+    rows = []
+    for pairs, contrasts in symbolic_contrasts(group).items():
+        part = group.with_pairs(pairs)
+        for found in contrasts:
+            both = [[part.of_arm(arm)[seed] for seed in found.seeds] for arm in (found.a, found.b)]
+            survival = [field for arm in both for field in ([r.steps for r in arm], [r.censored for r in arm])]
+            row = [str(pairs), f"{found.a} - {found.b}", str(found.t["n"]), percent_interval(found.t)]
+            row += [p_text(p) for p in (found.t["p"], found.holm_p, log_rank(*survival))]
+            rows.append([*row, steps_verdict(found)])
+    header = ["pairs", "contrast", "seeds", "steps [95 %]", "p", "Holm p", "log-rank p", "verdict"]
+    return lines + table(header, rows)
+
+
+# ---- figure
+# Okabe and Ito's colours, which colour-blind readers tell apart; every arm has a marker of its own as well
+LOOKS = {
+    "standard": ("#000000", "o"),
+    "split": ("#0072B2", "s"),
+    "additive": ("#E69F00", "^"),
+    "flipped": ("#D55E00", "v"),
+    "v1": ("#0072B2", "s"),
+    "double_width": ("#E69F00", "^"),
+    "double_width_norm": ("#D55E00", "v"),
+    "v2": ("#009E73", "D"),
+}
+OTHER_LOOK = ("#009E73", "D")
+LABELS = {
+    "double_width": "double width",
+    "double_width_norm": "double width, norm",
+    "v1": "V1",
+    "v2": "V2",
+}
+SURVIVAL_ARMS = ("standard", "v1", "double_width_norm")
+NOTE = dict(ha="center", va="center", color="0.5", fontsize=9, wrap=True)
+FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.titlesize": 10, "axes.titleweight": "bold",
+                        "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
+
+
+def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path: Path) -> None:
+    """The study in four panels, as a PNG of equal bytes for equal records and versions. Replications are not drawn.
+
+    A panel whose runs are not all finished says so instead of showing differences.
+    """
+    groups = {study: group_records(plan[study], study, records)[:1] for study in plan}
+    with plt.rc_context(FIGURE_STYLE):
+        figure, axes = plt.subplots(2, 2, layout="constrained")
+        panels = {
+            "A": [
+                ("a  Needles found: difference from standard attention", draw_forest),
+                ("b  Accuracy against the number of cells", draw_cells),
+                ("d  Attention on the needle and accuracy", draw_share),
+            ],
+            "B1": [("c  From scratch: runs that do not yet retrieve", draw_survival)],
+        }
+        for study, panels_of_study in panels.items():
+            for title, draw in panels_of_study:
+                panel = axes.flat["abcd".index(title[0])]
+                panel.set_title(title)
+                note = draw(panel, groups[study][0]) if groups.get(study) else "no run is finished"
+                if note:
+                    panel.axis("off")
+                    panel.text(0.5, 0.5, note, transform=panel.transAxes, **NOTE)
+        with writing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # matplotlib's own entry names its version
+            figure.savefig(path, format="png", metadata={"Software": None})
+        plt.close(figure)
+
+
+def look(arm: str) -> dict[str, str]:
+    """Colour and marker of an arm."""
+    colour, marker = LOOKS.get(arm, OTHER_LOOK)
+    return dict(color=colour, marker=marker)
+
+
+def unfinished(group: Group) -> str | None:
+    """What a panel of study A says before all core runs are in; None afterwards."""
+    return answer(group) if group.missing(core_arms(group.section)) else None
+
+
+def draw_forest(panel: Axes, group: Group) -> str | None:
+    """A row for each arm: dots are seeds, the bar is the 95 % interval, the open diamond is against additive."""
+    if note := unfinished(group):
+        return note
+    measure = partial(points, conditions=endpoint_conditions(group.section))
+    found = {c.a: c for c in (core_contrasts(group)[0], *secondary_contrasts(group))}
+    arms = [arm for arm in group.arms() if arm in found]
+    panel.axvspan(-MARGIN, MARGIN, color="0.93", zorder=0)
+    panel.axvline(0, color="0.4", linewidth=1, zorder=1)
+    for row, arm in enumerate(arms):
+        t, colour = found[arm].t, look(arm)["color"]
+        panel.plot(found[arm].differences, np.full(t["n"], row + 0.2), ".", color=colour, alpha=0.35, markersize=5)
+        panel.plot([t["low"], t["high"]], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
+        panel.plot(t["mean"], row, **look(arm), markersize=6)
+        against = contrast(group, arm, "additive", measure) if arm != "additive" else None
+        if against:
+            t = against.t
+            panel.plot([t["low"], t["high"]], [row - 0.22] * 2, color="0.55", linewidth=1)
+            panel.plot(t["mean"], row - 0.22, "d", color="0.45", markerfacecolor="white", markersize=4.5)
+    families = [group.section["arms"][arm]["family"] for arm in arms]
+    for row in range(1, len(arms)):
+        if families[row] != families[row - 1]:
+            panel.axhline(row - 0.5, color="0.8", linewidth=0.8)
+    panel.set_yticks(range(len(arms)), arms)
+    panel.set(ylim=(len(arms) - 0.4, -0.6))
+    panel.set_xlabel(
+        f"points of endpoint N, 95 % intervals; dots: seeds\nopen diamonds: against additive; band: ±{MARGIN:g}"
+    )
+    panel.grid(axis="y", visible=False)
+    return None
+
+
+def draw_cells(panel: Axes, group: Group) -> str | None:
+    """Mean accuracy of the core arms with the 95 % interval over seeds, against log2 of the cells."""
+    if note := unfinished(group):
+        return note
+    cells = []
+    for arm in core_arms(group.section):
+        curves = [accuracy_by_cells(record) for record in group.of_arm(arm).values()]
+        cells = sorted(set.intersection(*map(set, curves)))
+        over = [mean_over_seeds([curve[count] for curve in curves]) for count in cells]
+        panel.fill_between(cells, [o["low"] for o in over], [o["high"] for o in over], color=look(arm)["color"],
+                           alpha=0.15, linewidth=0)  # fmt: skip
+        panel.plot(cells, [o["mean"] for o in over], **look(arm), markersize=4.5, linewidth=1.6, label=arm)
+    panel.plot(cells, [1 / count for count in cells], color="0.6", linewidth=1, linestyle="dotted")
+    panel.text(cells[0], 1 / cells[0], " chance", fontsize=8, color="0.4", va="bottom", ha="left")
+    shapes = group.section.get("train", {}).get("shapes", [])
+    if shapes:
+        trained = max(images * side**2 for images, side in shapes)
+        panel.axvline(trained, color="0.6", linewidth=1, linestyle="dashed")
+        panel.text(trained, 1.0, " trained up to here", fontsize=8, color="0.4", va="top", ha="left")
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(cells, map(str, cells))
+    panel.set(xlabel="cells among which the needle is", ylabel="exact answers", ylim=(0, 1.02))
+    panel.yaxis.set_major_formatter(PERCENT)
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 0.3))
+    return None
+
+
+def draw_survival(panel: Axes, group: Group) -> str | None:
+    """Share of the runs below 75 % accuracy after so many steps; a line style for each number of pairs."""
+    planned = planned_symbolic(group.section)
+    if len(group.records) < planned:
+        return symbolic_answer(group)
+    numbers = sorted({record.pairs for record in group.records})
+    for pairs, style in zip(numbers, ("solid", "dashed", "dotted"), strict=False):
+        first = math.inf
+        for arm in SURVIVAL_ARMS:
+            records = list(group.with_pairs(pairs).of_arm(arm).values())
+            steps = stats.CensoredData.right_censored([r.steps for r in records], [r.censored for r in records])
+            curve = stats.ecdf(steps).sf
+            first = min(first, *curve.quantiles)
+            label = LABELS.get(arm, arm) if pairs == numbers[0] else None
+            panel.step([1, *curve.quantiles], [1, *curve.probabilities], where="post", color=look(arm)["color"],
+                       linestyle=style, linewidth=1.6, label=label)  # fmt: skip
+        panel.text(first, 0.97, f"{pairs} pairs ", fontsize=8, color="0.4", va="top", ha="right")
+    steps = [record.steps for record in group.records if record.arm in SURVIVAL_ARMS]
+    panel.set_xscale("log")
+    panel.set(xlabel="steps", xlim=(min(steps) / 3, max(steps) * 1.1))
+    panel.set(ylabel=f"runs below {SYMBOLIC_THRESHOLD:.0%} accuracy", ylim=(-0.02, 1.04))
+    panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    panel.yaxis.set_major_formatter(PERCENT)
+    panel.legend(loc="lower left")
+    return None
+
+
+def draw_share(panel: Axes, group: Group) -> str | None:
+    """A point for each seed of the core arms; an arrow leads to the accuracy without the second map."""
+    if note := unfinished(group):
+        return note
+    conditions, layer = endpoint_conditions(group.section), group.section.get("attention_layer")
+    runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
+    runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]
+    if not runs:
+        return "attention on the needle was not measured"
+    for arm in dict.fromkeys(arm for arm, _ in runs):
+        found = [record for of, record in runs if of == arm]
+        shares = [needle_share(record, layer) / 100 for record in found]
+        rates = [points(record, conditions) / 100 for record in found]
+        panel.plot(shares, rates, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)
+        for x, y, record in zip(shares, rates, found, strict=True):
+            if (without := knocked_out(record, conditions)) is not None:
+                arrow = dict(arrowstyle="->", color=look(arm)["color"], alpha=0.4, linewidth=0.8, shrinkA=3, shrinkB=0)
+                panel.annotate("", (x, without / 100), (x, y), arrowprops=arrow)
+    panel.set_xlabel(
+        "share of the attention on the needle; a point for each seed\narrows: the same run, second map switched off"
+    )
+    panel.set_ylabel("endpoint N")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(PERCENT)
+    panel.legend()
+    return None

@@ -1,0 +1,248 @@
+"""The study: its plan, its questions, its runs and records."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import study
+import study_conversion
+import study_report
+from checkpoint import weights_fingerprint
+from errors import UserError
+from haystack import ImagePool, read_pool
+from modeling_gemma import PaliGemmaForConditionalGeneration
+from study_conversion import Condition
+
+ROOT = Path(__file__).parent.parent
+POOL = ImagePool(read_pool(splits=("train",)))
+LOOK_ALIKES = {c: [other for other in POOL.captions if other != c] for c in POOL.captions}
+
+
+def section(model: Path, **changes) -> dict:
+    """A plan of study A in seconds."""
+    train = dict(max_steps=3, batch_size=4, shapes=[[1, 2], [4, 2]], group_by_length=True, average_last=0.5)
+    train |= dict(eval_samples=2, eval_every=3, save_every=3, keep_checkpoints=1, tracker="none", warmup_steps=1)
+    kinds = {"look-alike": dict(distractors="look-alike"), "noise": dict(noise=0.2)}
+    shapes = {16: (1, 4), 64: (4, 4)}
+    conditions = {
+        f"{cells} {kind}": dict(images=images, grid=grid, n=3, **choices)
+        for cells, (images, grid) in shapes.items()
+        for kind, choices in kinds.items()
+    }
+    conditions["16 absent"] = dict(images=1, grid=4, n=2, present=False)
+    arms = {
+        "standard": dict(family="core", seeds=[0, 1]),
+        "split": dict(family="core", seeds=[0, 1], flags=dict(lr=1e-2), differential=dict(preset="split")),
+        "gate": dict(family="rival", seeds=[0], differential=dict(preset="gate")),
+    }
+    endpoint = dict(cells=[16, 64], kinds=["look-alike", "noise"])
+    plan = dict(
+        model=str(model), weights=weights_fingerprint(model), look_alikes="results/study/look_alikes.json", threads=1
+    )
+    plan |= dict(train=train, arms=arms, endpoint=endpoint, conditions=conditions)
+    return plan | dict(attention_questions=1, fingerprint_seed=100) | changes
+
+
+# ---- questions
+def test_questions_are_the_seed_s_and_look_for_every_concept_in_turn():
+    conditions = {"16 noise": Condition(1, 4, 250, noise=0.2), "64 look-alike": Condition(4, 4, 5, "look-alike")}
+    asked = study_conversion.make_questions(conditions, LOOK_ALIKES, 128, seed=3)
+    noise = [q for q in asked if q.setting == "16 noise"]
+    assert [q.prompt for q in noise] == [f"answer en where is {POOL.captions[i % 200]}?" for i in range(250)]
+    again = study_conversion.make_questions(conditions, LOOK_ALIKES, 128, seed=3)
+    other = study_conversion.make_questions(conditions, LOOK_ALIKES, 128, seed=4)
+    assert [q.ground_truth for q in again] == [q.ground_truth for q in asked] != [q.ground_truth for q in other]
+    image = noise[0].images[0]
+    assert image.open().tobytes() == again[0].images[0].open().tobytes() != other[0].images[0].open().tobytes()
+    assert len(asked[-1].images) == 4
+    places = {q.ground_truth for q in noise}
+    assert len(places) == 16
+
+
+def test_look_alikes_are_the_nearest_captions():
+    questions = study_conversion.make_questions({"x": Condition(1, 4, 3, "look-alike")}, LOOK_ALIKES, 128, 0)
+    for question, caption in zip(questions, POOL.captions[:3], strict=True):
+        shown = {POOL.images[i].caption for row in question.images[0].cells for i in row}
+        assert shown == {caption, *LOOK_ALIKES[caption][:15]}
+
+
+def test_noise_is_as_strong_whatever_the_number_of_cells():
+    """It is added to images of the model's size: scaling a larger stitched image down would average it away."""
+    for grid in (2, 4):
+        noisy, plain = (
+            study_conversion.make_questions({"x": Condition(1, grid, 1, noise=noise)}, LOOK_ALIKES, 128, 0)[0]
+            for noise in (0.05, 0.0)
+        )
+        images = [np.asarray(q.images[0].open(), np.float64) / 255 for q in (noisy, plain)]
+        assert images[0].shape == (128, 128, 3)
+        inside = (images[1] > 0.2) & (images[1] < 0.8)  # not clipped
+        assert abs((images[0] - images[1])[inside].std() - 0.05) < 0.003
+
+
+def test_look_alikes_of_the_embedded_model_look_alike():
+    model = PaliGemmaForConditionalGeneration.from_pretrained(ROOT / "assets" / "paligemma-nano")
+    processor = study_conversion.PaliGemmaProcessor.from_pretrained(ROOT / "assets" / "paligemma-nano")
+    found = study_conversion.rank_look_alikes(model, processor)
+    assert set(found) == set(POOL.captions)
+    assert all(caption not in others and len(set(others)) == 199 for caption, others in found.items())
+    assert found["ant"][0] == "spider" and found["taxi"][0] == "police car"
+
+
+def test_answers_are_packed_one_bit_each():
+    rows = [dict(setting="a", response=r, ground_truth="1, 1, 1") for r in ("1, 1, 1", "1, 2, 1", None, "1, 1, 1.")]
+    packed = study_conversion.pack_answers([*rows, dict(setting="b", response="-1", ground_truth="-1")], ["a", "b"])
+    assert packed == {"a": {"n": 4, "right": "90"}, "b": {"n": 1, "right": "80"}}
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex("90"), np.uint8))[:4]
+    assert bits.tolist() == [1, 0, 0, 1]
+
+
+# ---- one run
+@pytest.mark.parametrize("arm", ["standard", "split", "gate"])
+def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny_model, tmp_path, arm):
+    plan = section(tiny_model)
+    record = study_conversion.run(plan, study.Job(arm, 0), tmp_path / arm)
+    assert record["status"] == "finished" and record["num_concepts"] == 200
+    assert {name: answers["n"] for name, answers in record["answers"].items()} == {
+        name: condition["n"] for name, condition in plan["conditions"].items()
+    }
+    assert len(record["needle_shares"]) == 2 and all(0 < share < 1 for share in record["needle_shares"])
+    assert set(record["knockout"]) == (set(study_conversion.endpoint_conditions(plan)) if arm == "split" else set())
+    assert len(record["lambdas"]) == {"standard": 0, "split": 2, "gate": 0}[arm]
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / arm).rglob("*.safetensors")}
+    again = study_conversion.run(plan, study.Job(arm, 0), tmp_path / arm)
+    assert {**again, "seconds": 0} == {**record, "seconds": 0}
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / arm).rglob("*.safetensors")}
+
+
+def test_other_weights_than_the_plan_s_are_refused(tiny_model, tmp_path):
+    plan = section(tiny_model, weights="0123")
+    with pytest.raises(UserError, match="the plan is for 0123: restore them"):
+        study_conversion.run(plan, study.Job("standard", 0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_arms_differ_in_the_plan_s_flags_alone(tiny_model, tmp_path):
+    plan = section(tiny_model)
+    standard, split = (study_conversion.make_config(plan, arm, 1, tmp_path) for arm in ("standard", "split"))
+    assert split.differential.preset == "split" and split.differential.seed == 1
+    assert {k for k, v in vars(standard).items() if getattr(split, k) != v} == {"lr"}
+    assert standard.shapes == ((1, 2), (4, 2)) and standard.seed == 1
+
+
+def test_a_failed_run_is_asked_at_its_last_checkpoint(tiny_model, tmp_path):
+    plan = section(tiny_model)
+    plan["arms"]["dead"] = dict(family="extra", seeds=[0], differential=dict(preset="split", lambda_lr=1e-60))
+    record = study_conversion.run(plan, study.Job("dead", 0), tmp_path / "dead")
+    assert "did not learn" in record["status"] and record["answers"]["16 noise"]["n"] == 3
+
+
+def test_the_fingerprint_is_that_of_the_first_ten_losses(tiny_model, tmp_path):
+    plan = section(tiny_model)
+    first = study_conversion.measure_fingerprint(plan, tmp_path / "a")
+    assert first == study_conversion.measure_fingerprint(plan, tmp_path / "b")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 10 and first == study_conversion.fingerprint_of(losses)
+    assert study_conversion.fingerprint_of([*losses[:9], losses[9] + 1e-7]) != first
+
+
+def test_the_pilot_s_grid_is_the_mean_of_the_four_conditions(tiny_model):
+    plan = section(tiny_model)
+    answers = {"16 look-alike": "f0", "16 noise": "80", "64 look-alike": "00", "64 noise": "c0"}
+    answers = {name: {"n": 4, "right": right} for name, right in answers.items()}
+    record = {"answers": answers, "final_loss": 0.25, "lambdas": [0.4, 0.6]}
+    lines = study_conversion.format_pilot(plan, {study.Job("split", 7): record})
+    assert lines[2:] == ["| split | 43.8 | 43.8 | 0.2500 | 0.400 to 0.600 |"]
+
+
+# ---- the plan
+def test_jobs_are_ordered_so_that_arms_stay_level(tiny_model):
+    jobs = study.list_jobs(section(tiny_model))
+    assert [(job.arm, job.seed) for job in jobs] == [
+        ("standard", 0), ("split", 0), ("standard", 1), ("split", 1), ("gate", 0),
+    ]  # fmt: skip
+    assert study.list_jobs(section(tiny_model), ("split",), (1,)) == [study.Job("split", 1)]
+    with pytest.raises(UserError, match="--arms: the plan has no v9: choose from standard, split, gate"):
+        study.list_jobs(section(tiny_model), ("v9",))
+
+
+def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
+    plan = section(tiny_model)
+    job = study.Job("split", 1)
+    job.record(tmp_path).parent.mkdir()
+    job.record(tmp_path).write_text(json.dumps({"plan": study_report.hash_plan(plan), "seconds": 60.0}))
+    assert list(study.read_records(tmp_path, plan)) == [job]
+    lines = study.format_status(plan, study.read_records(tmp_path, plan), jobs=2)
+    assert lines[2].split() == ["split", "core", "1", "1"] and lines[-1] == "4 runs of about 1.0 min: 0.0 h on 2"
+    reordered = dict(reversed(plan.items()))
+    assert study.read_records(tmp_path, reordered)
+    with pytest.raises(UserError, match="seed01.json: of another plan"):
+        study.read_records(tmp_path, plan | {"attention_questions": 5})
+
+
+def test_a_plan_must_be_committed_before_it_is_run():
+    with pytest.raises(UserError, match="commit the plan before it is run"):
+        study.check_committed("A", {"never": "committed"})
+
+
+def test_the_committed_plans_name_real_arms_and_conditions(tmp_path):
+    for name, plan in json.loads(study.PLAN.read_text()).items():
+        if not name.startswith("A"):
+            continue
+        for arm, choices in plan["arms"].items():
+            config = study_conversion.make_config(plan, arm, choices["seeds"][0], tmp_path)
+            study_conversion.finetune_original.check_config(config)
+        conditions = {c: study_conversion.msgspec.convert(v, Condition) for c, v in plan["conditions"].items()}
+        assert set(study_conversion.endpoint_conditions(plan)) <= set(conditions)
+        assert plan["weights"] == weights_fingerprint(ROOT / plan["model"])
+        for seed in {seed for choices in plan["arms"].values() for seed in choices["seeds"]}:
+            assert (seed in (100, 101)) == name.endswith("-pilot")  # pilot seeds are never used again
+
+
+def test_the_committed_report_and_figure_are_what_the_records_give(tmp_path, monkeypatch, capsys):
+    """Byte for byte; the figure where matplotlib and freetype are those it was drawn with."""
+    report, figure = study.REPORT.read_bytes(), study.FIGURE.read_bytes()
+    monkeypatch.setattr(study, "REPORT", tmp_path / "report.md")
+    monkeypatch.setattr(study, "FIGURE", tmp_path / "figure.png")
+    study.write_report()
+    assert (tmp_path / "report.md").read_bytes() == report
+    assert capsys.readouterr().out.encode() == report
+    assert (tmp_path / "figure.png").read_bytes() == figure
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_loses_only_the_runs_in_flight(tiny_model, tmp_path):
+    """`python study.py` in a repository of its own, stopped twice, then finished: the records of an undisturbed one."""
+    for name in ("a", "b"):
+        shutil.copytree(ROOT, tmp_path / name, ignore=shutil.ignore_patterns(".git", "runs", "tests", "docs"))
+        shutil.rmtree(tmp_path / name / "results" / "study" / "A", ignore_errors=True)
+        (tmp_path / name / "study.json").write_text(json.dumps({"A": section(tiny_model)}))
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+        for command in (["init", "-q"], ["add", "study.json"], ["commit", "-qm", "plan"]):
+            subprocess.run([*git, *command], cwd=tmp_path / name, check=True)
+    command = [sys.executable, "study.py", "--jobs=1"]
+    for seconds in (25, 35):
+        process = subprocess.Popen(command, cwd=tmp_path / "a")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    for name in ("a", "b"):
+        subprocess.run(command, cwd=tmp_path / name, check=True)
+    records = {}
+    for name in ("a", "b"):
+        folder = tmp_path / name / "results" / "study" / "A"
+        records[name] = {file.relative_to(folder): json.loads(file.read_text()) for file in folder.rglob("*.json")}
+    assert len(records["b"]) == 5
+    for file, record in records["b"].items():
+        assert replace_time(records["a"][file]) == replace_time(record)
+
+
+def replace_time(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in ("seconds", "commit")}
