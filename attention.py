@@ -150,7 +150,6 @@ class PrefixMask:
             self._dense[key] = Segments(
                 offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,
                 offsets(keys, ends),
-                tail,
                 offsets(tail, tail * torch.arange(2, device=device)),
                 offsets(keys, ends[:, ::2]),
                 (positions >= self.prefix_end[:, None])[:, :, None, None],

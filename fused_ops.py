@@ -236,8 +236,7 @@ class Segments(NamedTuple):
 
     head_queries: Tensor | None  # [3 B + 1] ends of the pads, the prefix and the suffix of every row; None: no prefix
     head_keys: Tensor  # [3 B + 1] the same among the keys
-    tail: int  # last queries of every row that the second call computes
-    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail
+    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail, the last queries
     tail_keys: Tensor  # [2 B + 1] ends of the pads and of the rest of every row
     in_suffix: Tensor  # [B, tail, 1, 1] whether a query of the tail is in the suffix
 
@@ -253,26 +252,26 @@ class PrefixFlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments: Segments, scale: float) -> Tensor:
         """`segments` of the mask for these numbers of queries and keys."""
-        head, tail, saved = None, None, [q, k, v]
+        head, tail, saved, count = None, None, [q, k, v], segments.in_suffix.shape[1]
         if segments.head_queries is not None:
             head, *more = flash(q, k, v, segments.head_queries, segments.head_keys, scale, causal=False)
             saved += [head, *more]
-        if segments.tail:
-            q_tail = q[:, -segments.tail :]
+        if count:
+            q_tail = q[:, -count:]
             tail, *more = flash(q_tail, k, v, segments.tail_queries, segments.tail_keys, scale, causal=True)
             saved += [tail, *more]
         ctx.save_for_backward(*saved)
         ctx.segments, ctx.scale = segments, scale
         if head is None or tail is None:
             return tail if head is None else head
-        taken = torch.where(segments.in_suffix, tail, head[:, -segments.tail :])
-        return torch.cat((head[:, : -segments.tail], taken), dim=1)
+        taken = torch.where(segments.in_suffix, tail, head[:, -count:])
+        return torch.cat((head[:, :-count], taken), dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         q, k, v, *saved = ctx.saved_tensors
-        segments, count = ctx.segments, ctx.segments.tail
+        segments, count = ctx.segments, ctx.segments.in_suffix.shape[1]
         found, has_both = [], segments.head_queries is not None and count > 0
         if segments.head_queries is not None:
             g_head = g

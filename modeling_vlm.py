@@ -341,12 +341,6 @@ class VisionLanguageModel(nn.Module):
             config |= {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": None}
         save_model_folder(self.state_dict(), config, folder, partial(save_differential, self))
 
-    def compile_layers(self):
-        """Compile the layers of decoder and tower with torch.compile, in place; layers of one kind share the code. The
-        last decoder layer, which computes other rows in every batch, is left out."""
-        for layer in (*self.model.language_model.layers[:-1], *self.model.vision_tower.encoder.layers):
-            layer.compile(dynamic=True)
-
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""
         self.model.language_model.gradient_checkpointing = enabled

@@ -3,6 +3,7 @@
 18 + 27 layers.
 """
 
+import contextlib
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +21,8 @@ import modeling_vlm
 import plots
 import training
 from attention import PrefixMask, attention_reference, blended_reference, choose_path
-from differential_attention import DifferentialConfig, add_differential
+from differential_attention import DifferentialConfig, add_differential, unfreeze_differential
+from errors import UserError
 from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaModel
 from modeling_vlm import choose_step_decoder
 
@@ -89,6 +91,23 @@ def test_both_arms_start_bit_equal_on_every_path_of_a_gpu(monkeypatch):
         blended = attention.blended_attention(q, q, k, v, mask, 0.25, torch.tensor([1.5]), True, **options)
         assert torch.equal(standard, blended)
     assert taken == {"varlen": 2, "maps": 2, "flex": 4}
+
+
+@pytest.mark.parametrize("options", [dict(softcap=2.0), dict(window=3), dict(softcap=2.0, window=3), dict(wide=True)])
+def test_flex_attention_is_the_formula(options, monkeypatch):
+    """Its forward pass in float64, where flash attention has no kernel; a CPU has no backward pass of it."""
+    options = dict(options)
+    monkeypatch.setattr(attention, "choose_path", lambda *args: "flex")
+    torch.manual_seed(0)
+    mask, value = left_padded(RAGGED["ragged"]), 16 if options.pop("wide", False) else 8
+    q1, q2, k = (torch.randn(3, h, 9, 8, dtype=torch.double) for h in (4, 4, 2))
+    v, gamma = torch.randn(3, 2, 9, value, dtype=torch.double), torch.tensor([0.7], dtype=torch.double)
+    dense, softcap, real = mask.dense(9, 9, options.get("window")), options.get("softcap"), is_token(mask, 9, 9)
+    found = attention.attention(q1, k, v, mask, 0.5, **options)
+    torch.testing.assert_close(found * real, attention_reference(q1, k, v, dense, 0.5, softcap) * real)
+    found = attention.blended_attention(q1, q2, k, v, mask, 0.5, gamma, True, **options)
+    expected = blended_reference(q1, q2, k, k, v, dense, 0.5, gamma / (1 + gamma), True, softcap)
+    torch.testing.assert_close(found * real, expected * real)
 
 
 def test_paths_of_a_gpu():
@@ -223,3 +242,62 @@ def test_a_decoded_token_waits_once(with_adapter, deep_model, monkeypatch):
     launches, syncs = (more - fewer for fewer, more in zip(*taken[1:], strict=True))
     print(f"a token{' with an adapter' if with_adapter else ''}: {launches} launches, {syncs} waits")
     assert syncs == 1
+
+
+# ---- torch.compile
+@pytest.mark.parametrize("preset", [None, "split"])
+def test_a_decoder_layer_is_one_graph_for_ragged_batches(preset, monkeypatch):
+    """No graph break, and two graphs at most for five batches of different lengths."""
+    pretend_cuda.force(monkeypatch)
+    model = tiny.ours_like(tiny.hf_model("gemma"))
+    if preset:
+        add_differential(model, preset)
+    model = model.to(torch.bfloat16)
+    training.new_lora(finetune_original.Config(), model.requires_grad_(False))
+    unfreeze_differential(model.train())
+    batches = [tiny.batch(prefixes=(5, n), suffixes=(3, 1 + n), side="left", seed=n) for n in range(1, 6)]
+    losses = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        if compiled:
+            model.model.language_model.layers[1].compile(backend="eager", fullgraph=True, dynamic=True)
+            torch._dynamo.utils.counters.clear()
+        for batch in batches:
+            plan = model.model.plan(**batch).to("cpu")
+            plan.mask.segments(*2 * [batch["input_ids"].shape[1]])
+            with torch.autocast("cpu", torch.bfloat16), fused_ops.cast_lora(model):
+                loss = model(**batch, plan=plan).loss
+                loss.backward()
+            losses.append(loss.item())
+    assert losses[:5] == losses[5:]
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+def test_factors_cast_once_give_the_same_bits(tiny_model):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    adapted = training.new_lora(finetune_original.Config(), model)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    ids = torch.randint(5, 90, (2, 6))
+    batch = dict(input_ids=ids, pixel_values=None, attention_mask=torch.ones_like(ids), labels=ids)
+    results = []
+    for context in (contextlib.nullcontext(), fused_ops.cast_lora(model)):
+        adapted.zero_grad()
+        with context:
+            loss = model(**batch).loss
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in adapted.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not any(hasattr(module, fused_ops.CAST_FACTORS) for module in model.modules())
+
+
+def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(tiny_model, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(PaliGemmaForConditionalGeneration, "label_loss", full)
+    with pytest.raises(UserError, match="--batch_size.*--accumulation.*--gradient_checkpointing") as caught:
+        finetune_original.finetune(tiny.quick(finetune_original.Config, tiny_model, tmp_path, max_steps=1), "original")
+    assert "\n" not in str(caught.value)
