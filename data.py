@@ -500,7 +500,7 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
     else:
         train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), POOL_CELL
         unseen = [image for image in read_pool(splits=("test_concept",)) if image.style == "noto"]
-        kinds = [(" trained styles", train, 0.0, True), (" unseen style", test, 0.0, True)]
+        kinds = [(" trained styles", train, 0.0, False), (" unseen style", test, 0.0, True)]
         kinds += [(" unseen style, absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
     size, sets = config.eval_samples, {}
     for kind, images, negatives, counts_for_best in kinds:

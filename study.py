@@ -39,7 +39,7 @@ RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_
 NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # of the calibration
 POLL_SECONDS = 1.0
 QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
-QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 60, 40
+QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 120, 40
 
 
 @dataclass

@@ -26,7 +26,7 @@ from checkpoint import weights_fingerprint
 from diagnostics import lambda_values
 from differential_attention import DifferentialConfig, differential_parameters, knock_out
 from errors import UserError
-from files import read_json, read_typed
+from files import read_bytes, read_json, read_typed
 from haystack import ImagePool, add_noise, needle_prompt, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from needle_eval.needle_attention import measure_needle_attention
@@ -81,8 +81,14 @@ class StitchedImage:
         return self.key
 
 
-def read_look_alikes(file: Path) -> dict[str, list[str]]:
-    """Caption -> the other captions, nearest first, as `rank_look_alikes` found them."""
+def read_look_alikes(section: dict) -> dict[str, list[str]]:
+    """Caption -> the other captions, nearest first, as `rank_look_alikes` found them.
+
+    Raises UserError where the file is not the one that the plan was made with.
+    """
+    file = Path(__file__).parent / section["look_alikes"]
+    if hashlib.sha256(read_bytes(file)).hexdigest() != section["look_alikes_sha256"]:
+        raise UserError(f"{file}: is not the file that the plan was made with: restore it")
     return read_typed(file, dict[str, list[str]], "restore it")
 
 
@@ -180,7 +186,7 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     """Train an arm at one seed and ask it the seed's questions: all fields of its record that follow from this."""
     began, arm, seed = time.perf_counter(), job.arm, job.seed
     conditions = {name: msgspec.convert(c, Condition) for name, c in section["conditions"].items()}
-    look_alikes = read_look_alikes(Path(__file__).parent / section["look_alikes"])
+    look_alikes = read_look_alikes(section)
     processor = PaliGemmaProcessor.from_pretrained(section["model"])
     questions = make_questions(conditions, look_alikes, processor.image_size, seed)
     config = make_config(section, arm, seed, folder)
@@ -267,7 +273,7 @@ def calibrate(section: dict, name: str, seed: int, noises: Sequence[float]):
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
     processor = PaliGemmaProcessor.from_pretrained(name)
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
-    look_alikes = read_look_alikes(Path(__file__).parent / section["look_alikes"])
+    look_alikes = read_look_alikes(section)
     shapes, n = {16: (1, 4), 32: (2, 4), 64: (4, 4)}, len(look_alikes)
     print(f"{'':20}" + "".join(f"{noise:>8}" for noise in noises))
     for cells, (images, grid) in shapes.items():

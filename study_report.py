@@ -715,6 +715,7 @@ LABELS = {
     "v2": "V2",
 }
 SURVIVAL_ARMS = ("standard", "v1", "double_width_norm")
+SINGLE_PANEL = (6.4, 4.2)  # inches
 NOTE = dict(ha="center", va="center", color="0.5", fontsize=9, wrap=True)
 FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.titlesize": 10, "axes.titleweight": "bold",
                         "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
@@ -723,22 +724,28 @@ FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.tit
 def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path: Path) -> None:
     """The study in four panels, as a PNG of equal bytes for equal records and versions. Replications are not drawn.
 
-    A panel whose runs are not all finished says so instead of showing differences.
+    A panel whose runs are not all finished says so instead of showing differences. While the plan has no section A,
+    there is panel c alone.
     """
     groups = {study: group_records(plan[study], study, records)[:1] for study in plan}
     with plt.rc_context(FIGURE_STYLE):
-        figure, axes = plt.subplots(2, 2, layout="constrained")
+        if "A" in plan:
+            figure, axes = plt.subplots(2, 2, layout="constrained")
+            places = dict(zip("abcd", axes.flat, strict=True))
+        else:
+            figure, axes = plt.subplots(figsize=SINGLE_PANEL, layout="constrained")
+            places = {"c": axes}
         panels = {
             "A": [
-                ("a  Needles found: difference from standard attention", draw_forest),
+                ("a  Needles found: difference from standard", draw_forest),
                 ("b  Accuracy against the number of cells", draw_cells),
                 ("d  Attention on the needle and accuracy", draw_share),
             ],
             "B1": [("c  From scratch: runs that do not yet retrieve", draw_survival)],
         }
         for study, panels_of_study in panels.items():
-            for title, draw in panels_of_study:
-                panel = axes.flat["abcd".index(title[0])]
+            for title, draw in panels_of_study if study in plan else ():
+                panel = places[title[0]]
                 panel.set_title(title)
                 note = draw(panel, groups[study][0]) if groups.get(study) else "no run is finished"
                 if note:

@@ -100,6 +100,8 @@ def test_recoloured_haystacks_differ_in_their_colours_alone():
     assert all(r.getchannel("A").tobytes() == image.getchannel("A").tobytes() for r in recoloured)
     reds = [r.getpixel((0, 0))[0] for r in recoloured]
     assert len(set(reds)) > 50 and abs(sum(reds) / 200 - 200) < 15
+    black = [recolour_image(Image.new("RGB", (4, 4)), random.Random(seed)).getpixel((0, 0))[0] for seed in range(200)]
+    assert 60 < sum(value > 0 for value in black) < 140  # brightness is added, and half of it is below zero
 
 
 def test_distractors_surround_the_needle_each_in_one_cell():

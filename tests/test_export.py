@@ -158,7 +158,7 @@ def test_differential_parameters_are_finite(tiny_model, tmp_path, value):
 def test_the_card_of_an_adapter(runs, arm):
     folder = runs / arm / "final/adapter"
     card = huggingface_hub.ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "peft" and card.data.base_model is None  # a folder is no hub id
+    assert card.data.to_dict()["library_name"] == "peft" and card.data.base_model is None  # a folder is no hub id
     assert ("differential.safetensors" in card.text) == (arm == "diff")
     assert ("AutoPeftModel" in card.text) == (arm == "original")
     assert "[More Information Needed]" not in card.text

@@ -179,7 +179,7 @@ def test_no_weight_decay_on_what_was_added_and_a_rate_of_its_own_for_lambda(conf
     differential = DifferentialConfig(lambda_lr=3.0)
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=differential)
     adapted = training.add_lora(run_folder.open_run(config, "diff"), config, model)
-    groups = training.make_optimizer(replace(config, weight_decay=0.1), adapted).param_groups
+    groups = training.make_optimizer(replace(config, lr=1e-3, weight_decay=0.1), adapted).param_groups
     kinds = {id(p): "lambda" if "lambda" in name else "added" for name, p in differential_parameters(model).items()}
     found = {
         (kinds.get(id(p), "lora"), group["weight_decay"], group["scale"]) for group in groups for p in group["params"]

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ PAGES = {"README.md": README} | dict(sorted(PAGES.items()))
 RESULTS = ROOT / "benchmarks" / "results"
 MAX_README_WORDS = 2300
 # a command with one of these needs a licence, a download, another machine or minutes
-NOT_HERE = re.compile(r"google/|microsoft/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun")
+NOT_HERE = re.compile(r"study\.py(?! --report)|google/|microsoft/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun")
 # flags of other programs
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
@@ -88,14 +89,27 @@ exec {sys.executable} {ROOT}/"$script" "$@"
 """
     )
     (tmp_path / "bin" / "python").chmod(0o755)
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     quick = [command for command in commands() if not NOT_HERE.search(command)]
-    for command in quick:
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300
-        )
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+    def run(commands: list[str]):
+        for command in commands:
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300
+            )
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+
+    def starting_with(*scripts: str) -> list[str]:
+        return [command for command in quick if command.split()[1].startswith(scripts)]
+
+    # two at a time; evaluations one after the other, since they write into the same folders
+    trained, evaluated = starting_with("finetune"), starting_with("eval")
+    others = [command for command in quick if command not in trained + evaluated]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [[command] for command in trained]))
+        list(pool.map(run, [evaluated, others]))
     scripts = {"finetune_original.py", "finetune_diff.py", "eval_mmnih.py", "generate.py", "plots.py", "export.py"}
+    scripts |= {"study.py"}
     assert scripts == {command.split()[1] for command in quick}
     assert (tmp_path / "boxes.png").stat().st_size > 1000
     assert (tmp_path / "runs" / "diff_seed0" / "final" / "differential.safetensors").exists()
@@ -107,7 +121,7 @@ def test_flags_of_the_other_commands_are_valid(command):
 
 
 def test_flags_in_the_text_exist():
-    scripts = ("finetune_diff.py", "eval_mmnih.py", "generate.py", "export.py", "benchmarks/compare.py")
+    scripts = ("finetune_diff.py", "eval_mmnih.py", "generate.py", "export.py", "study.py", "benchmarks/compare.py")
     known = FOREIGN_FLAGS.union(*(flags_of(load(script).Config) for script in scripts))
     for name, page in PAGES.items():
         text = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)

@@ -482,3 +482,15 @@ def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(co
         fields = json.loads(record.read_text())
         record.write_text(json.dumps({key: value for key, value in fields.items() if key != "base_weights"}))
     PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
+
+
+def test_an_interrupted_run_of_before_the_weights_were_recorded_continues(config):
+    interrupt(config, 5)
+    for record in folder_of(config).rglob("run.json"):
+        fields = json.loads(record.read_text())
+        assert fields.pop("base_weights")
+        record.write_text(json.dumps(fields))
+    for checkpoint in (folder_of(config) / "checkpoints").iterdir():
+        write_manifest(checkpoint)
+    finetune(config, "original")
+    assert [step for step, _ in logged(config)] == [1, 2, 3, 4, 5, 6]

@@ -22,6 +22,7 @@ from study_conversion import Condition
 
 ROOT = Path(__file__).parent.parent
 POOL = ImagePool(read_pool(splits=("train",)))
+PILOT = json.loads(study.PLAN.read_text())["A-pilot"]
 LOOK_ALIKES = {c: [other for other in POOL.captions if other != c] for c in POOL.captions}
 
 
@@ -43,10 +44,9 @@ def section(model: Path, **changes) -> dict:
         "gate": dict(family="rival", seeds=[0], differential=dict(preset="gate")),
     }
     endpoint = dict(cells=[16, 64], kinds=["look-alike", "noise"])
-    plan = dict(
-        model=str(model), weights=weights_fingerprint(model), look_alikes="results/study/look_alikes.json", threads=1
-    )
+    plan = dict(model=str(model), weights=weights_fingerprint(model), threads=1)
     plan |= dict(train=train, arms=arms, endpoint=endpoint, conditions=conditions)
+    plan |= {key: PILOT[key] for key in ("look_alikes", "look_alikes_sha256")}
     return plan | dict(attention_questions=1, fingerprint_seed=100) | changes
 
 
@@ -86,12 +86,21 @@ def test_noise_is_as_strong_whatever_the_number_of_cells():
         assert abs((images[0] - images[1])[inside].std() - 0.05) < 0.003
 
 
+def test_other_look_alikes_than_the_plan_s_are_refused():
+    found = study_conversion.read_look_alikes(PILOT)
+    assert len(found) == 200 and all(len(others) == 64 for others in found.values())
+    with pytest.raises(UserError, match="look_alikes.json: is not the file that the plan was made with"):
+        study_conversion.read_look_alikes(PILOT | {"look_alikes_sha256": "00"})
+
+
 def test_look_alikes_of_the_embedded_model_look_alike():
     model = PaliGemmaForConditionalGeneration.from_pretrained(ROOT / "assets" / "paligemma-nano")
     processor = study_conversion.PaliGemmaProcessor.from_pretrained(ROOT / "assets" / "paligemma-nano")
     found = study_conversion.rank_look_alikes(model, processor)
     assert set(found) == set(POOL.captions)
     assert all(caption not in others and len(set(others)) == 199 for caption, others in found.items())
+    committed = study_conversion.read_look_alikes(PILOT)
+    assert all(found[caption][:3] == others[:3] for caption, others in list(committed.items())[:20])
     assert found["ant"][0] == "spider" and found["taxi"][0] == "police car"
 
 
@@ -119,6 +128,18 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny_model, tmp_path, ar
     again = study_conversion.run(plan, study.Job(arm, 0), tmp_path / arm)
     assert {**again, "seconds": 0} == {**record, "seconds": 0}
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / arm).rglob("*.safetensors")}
+
+
+def test_the_knocked_out_answers_are_those_without_lambda(tiny_model, tmp_path, monkeypatch):
+    real, lambdas = study_conversion.answer_questions, []
+
+    def answer(answerer, questions, **more):
+        lambdas.append(max(map(abs, study_conversion.lambda_values(answerer.model).values())))
+        return real(answerer, questions, **more)
+
+    monkeypatch.setattr(study_conversion, "answer_questions", answer)
+    study_conversion.run(section(tiny_model), study.Job("split", 0), tmp_path / "split")
+    assert len(lambdas) == 2 and lambdas[0] > 0.4 and lambdas[1] == 0
 
 
 def test_other_weights_than_the_plan_s_are_refused(tiny_model, tmp_path):

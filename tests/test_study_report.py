@@ -61,6 +61,7 @@ def differences(mean: float, sd: float, n: int = 12) -> list[float]:
         (5, 1, 0.001, "helps"),
         (1, 0.5, 0.001, "helps, less than what matters"),
         (3, 2, 0.001, "helps, size unclear"),  # 95 % interval 1.7 to 4.3
+        (4, 2, 0.001, "helps, size unclear"),  # 2.7 to 5.3
         (3, 2, 0.06, "undecided"),
         (0.5, 2, 0.4, "no practical difference"),
         (0.5, 6, 0.7, "undecided"),

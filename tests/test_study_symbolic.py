@@ -138,6 +138,13 @@ def test_a_run_ends_when_it_retrieves():
     assert shorter["censored"] and shorter["accuracy"] < 0.75  # one step less is not enough
 
 
+def test_accuracy_counts_only_when_it_is_smoothed(monkeypatch):
+    """A threshold that every batch reaches is reached when the window is full, not by the first batch."""
+    monkeypatch.setattr(study_symbolic, "THRESHOLD", 0.0)
+    found = study_symbolic.train("standard", 0, 4, 1e-3, 100)
+    assert found["steps"] == study_symbolic.SMOOTHING_STEPS - 1 and not found["censored"]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run():
     found = train("standard", 0, 4, 1e30, 500)
     assert found["censored"] and found["steps"] == 500 and "not finite at step" in found["status"]
