@@ -125,6 +125,19 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
+def compile_layers(model: nn.Module):
+    """Compile every decoder and vision layer by itself, in place, with dynamic shapes: the layers of a tower share one
+    graph for rows of all lengths, and one more serves the last layer, which computes the last rows only."""
+    tower = model.model.vision_tower
+    for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
+        layer.compile(dynamic=True)
+
+
+def without_compiling(config: "Config") -> contextlib.AbstractContextManager:
+    """Inside the block, compiled layers run as they are written: an evaluation would compile again for its KV cache."""
+    return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
+
+
 def init_or_resume_optimizer(run: Run, config: "Config", adapted: nn.Module) -> tuple[torch.optim.AdamW, dict]:
     """The optimizer and the state of the loop (step, best score, seconds): new, or those of the checkpoint."""
     optimizer = make_optimizer(config, adapted)
@@ -195,6 +208,8 @@ def train(
     started = time.perf_counter() - state["seconds"]
     update_seconds, tokens = 0.0, 0  # since the last line of the log
     batches = training_batches(run, config, model, processor, source, first_step, lengths, cache)
+    if config.compile:
+        compile_layers(model)
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
             # a broken evaluation fails now, not after hours
@@ -289,7 +304,8 @@ def train(
     # ------------------------------------------------------------------
     # final adapter and results
     # ------------------------------------------------------------------
-    save_attention(run, model, processor, eval_sets)
+    with without_compiling(config):
+        save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
     save_snapshot(run, adapted, run.folder / "final", {"step": total_steps, "seconds": round(seconds, 1)})
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
@@ -529,7 +545,7 @@ def evaluate(
     )
     scores = {}
     for name, asked in questions.items():
-        with gathered(model), out_of_memory_as("lower --eval_batch_size"):
+        with gathered(model), without_compiling(config), out_of_memory_as("lower --eval_batch_size"):
             rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
         answered = [row for row in rows if "error" not in row]
         for row in rows:
@@ -559,7 +575,8 @@ def evaluate_and_log(
     step = state["step"]
     count = None if step in (0, total_steps) else SHORT_EVALUATION * config.eval_batch_size
     scores = evaluate(run, config, model, processor, questions, count)
-    maps = measure_maps(model, probe)
+    with without_compiling(config):
+        maps = measure_maps(model, probe)
 
     line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
     run.log(line | ({"inside": maps} if maps else {}))
