@@ -118,12 +118,13 @@ def test_a_section_that_fails_or_takes_too_long_loses_no_rows(gpu, monkeypatch, 
         yield "b", {"ms": 2}
         time.sleep(60)
 
-    monkeypatch.setattr(gpu, "SPARE_SECONDS", 0.5)
-    monkeypatch.setattr(gpu, "SECTIONS", {"one": (rows, 9), "two": (slow, 9), "three": (rows, 9)})
-    result = run_gpu(gpu, monkeypatch, tmp_path, "--seconds=1")
+    monkeypatch.setattr(gpu, "SECTIONS", {"one": (rows, 9), "two": (slow, 0.5), "three": (rows, 9)})
+    result = run_gpu(gpu, monkeypatch, tmp_path)
     assert result["rows"] == {"a": {"ms": 1}, "b": {"ms": 2}}
     faults = [result["faults"][name].splitlines()[-1] for name in ("one", "two", "three")]
-    assert faults[0] == "ValueError: broken" and "TimeoutError" in faults[1] and "left out" in faults[2]
+    assert faults[0] == faults[2] == "ValueError: broken" and "TimeoutError" in faults[1]
+    result = run_gpu(gpu, monkeypatch, tmp_path, "--seconds=1")
+    assert not result["rows"] and all("left out" in fault for fault in result["faults"].values())
 
 
 def test_rows_of_a_ragged_batch_end_together(gpu):

@@ -4,9 +4,7 @@
 """
 
 import contextlib
-import shutil
 from collections import Counter
-from dataclasses import replace
 
 import pretend_cuda
 import pytest
@@ -14,16 +12,14 @@ import tiny
 import torch
 
 import attention
-import finetune_diff
 import finetune_original
 import fused_ops
 import modeling_vlm
-import plots
 import training
 from attention import PrefixMask, attention_reference, blended_reference, choose_path
-from differential_attention import DifferentialConfig, add_differential, unfreeze_differential
+from differential_attention import add_differential, unfreeze_differential
 from errors import UserError
-from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaModel
+from modeling_gemma import PaliGemmaForConditionalGeneration
 from modeling_vlm import choose_step_decoder
 
 RAGGED = {  # rows of (prefix, suffix) tokens, padded on the left to nine
@@ -130,63 +126,17 @@ def test_paths_of_a_gpu():
 
 
 # ---- one update of 18 + 27 layers: launches and waits
-LABEL_ROWS, VOCABULARY = 512, 257_216  # of PaliGemma 3b in a batch of 8, 64 label tokens each
-
-
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory, tiny_model):
-    """A model folder with as many layers and heads as PaliGemma 3b, of toy width."""
     folder = tmp_path_factory.mktemp("deep-model")
-    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
-    config = PaliGemmaConfig.from_pretrained(folder)
-    text = replace(config.text_config, num_hidden_layers=18, num_attention_heads=8)
-    config = replace(config, text_config=text, vision_config=replace(config.vision_config, num_hidden_layers=27))
-    torch.manual_seed(0)
-    PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
+    pretend_cuda.write_deep_model(tiny_model, folder)
     return folder
-
-
-def counted_updates(config, preset: str | None, monkeypatch) -> list[tuple[int, int]]:
-    """(launches, syncs) of the second update of a run and of the third, which is logged."""
-    counts, taken = pretend_cuda.Counts(), []
-    pretend_cuda.force(monkeypatch)
-    tiles = -(-VOCABULARY // fused_ops.tile_size(LABEL_ROWS, ""))
-    vocabulary = PaliGemmaConfig.from_pretrained(config.model).text_config.vocab_size
-    monkeypatch.setattr(fused_ops, "PLAIN_LOSS_MAX_LOGITS", 0)
-    monkeypatch.setattr(fused_ops, "tile_size", lambda *_: -(-vocabulary // tiles))
-    real_loader, real_plan, real_progress = training.loader, PaliGemmaModel.plan, training.set_progress
-
-    def loader(*args, **kwargs):  # in processes of its own
-        batches = real_loader(*args, **kwargs)
-        while True:
-            with counts.paused():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    def plan(*args, **kwargs):  # of tensors on the CPU
-        with counts.paused():
-            return real_plan(*args, **kwargs)
-
-    monkeypatch.setattr(training, "loader", loader)
-    monkeypatch.setattr(PaliGemmaModel, "plan", plan)
-    monkeypatch.setattr(training, "set_progress", lambda *args: taken.append(counts.take()) or real_progress(*args))
-    for module, name in ((plots, "draw_run"), (training, "evaluate"), (training, "evaluate_and_log")):
-        monkeypatch.setattr(module, name, lambda *args: None)
-    monkeypatch.setattr(training, "format_results", lambda *args: [])
-    with counts:
-        finetune_original.finetune(config, "arm", preset and DifferentialConfig(preset).resolve())
-    return [taken[2], taken[3]]
 
 
 @pytest.mark.parametrize(("preset", "launches"), [(None, 3200), ("split", 4300)])
 def test_launches_and_waits_of_an_update(preset, launches, deep_model, tmp_path, monkeypatch):
     """The training loop on a ragged batch of 8 in bfloat16; logging may wait twice more."""
-    base = finetune_original if preset is None else finetune_diff
-    options = dict(batch_size=8, max_steps=4, log_every=3, dtype="bfloat16", grids=(2,), negatives=0.5)
-    config = tiny.quick(base.Config, deep_model, tmp_path, save_every=100, **options)
-    plain, logged = counted_updates(config, preset, monkeypatch)
+    plain, logged = pretend_cuda.count_updates(deep_model, tmp_path, preset, monkeypatch)
     print(f"{preset or 'standard'}: {plain[0]:,} launches, {plain[1]} waits; logged {logged[0]:,}, {logged[1]}")
     assert launches // 2 < plain[0] <= launches
     assert plain[1] <= 1 and logged[1] <= 3
@@ -194,9 +144,10 @@ def test_launches_and_waits_of_an_update(preset, launches, deep_model, tmp_path,
 
 def test_the_head_loss_of_a_large_vocabulary_takes_few_launches():
     """Counted on the meta device, at full size."""
-    hidden = torch.empty(LABEL_ROWS, 2048, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    head = torch.nn.Linear(2048, VOCABULARY, bias=False, dtype=torch.bfloat16, device="meta").requires_grad_(False)
-    labels = torch.empty(LABEL_ROWS, dtype=torch.long, device="meta")
+    options, rows = dict(dtype=torch.bfloat16, device="meta"), pretend_cuda.LABEL_ROWS
+    hidden = torch.empty(rows, 2048, requires_grad=True, **options)
+    head = torch.nn.Linear(2048, pretend_cuda.VOCABULARY, bias=False, **options).requires_grad_(False)
+    labels = torch.empty(rows, dtype=torch.long, device="meta")
     with pretend_cuda.Counts() as counts:
         fused_ops.head_loss(hidden, head, labels, None).backward()
     launches, syncs = counts.take()
