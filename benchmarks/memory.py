@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py
 
-One forward and backward pass of PaliGemma 3b with LoRA on a ragged batch of 8 rows, an image, 64 prompt and 64 answer
-tokens, along the paths of a GPU. "saved": bytes that a decoder layer keeps for the backward pass, per token; "peak": the
-most bytes of tensors at one time, with weights, adapters and optimizer state. What CUDA itself takes (0.5 to 1 GB) and
-what the allocator cannot fill come on top. tests/test_memory.py compares the count with tensors that autograd saves.
+One forward and backward pass of PaliGemma with LoRA on a ragged batch of 8 rows, an image, 64 prompt and 64 answer
+tokens, along the paths of a GPU. "saved": bytes that a decoder layer keeps for the backward pass, per token; "peak":
+the most bytes of tensors at one time, with weights, adapters and optimizer state. What CUDA itself takes (0.5 to 1 GB)
+and what the allocator cannot fill come on top. tests/test_memory.py compares the count with what autograd saves.
 """
 
 import json
