@@ -125,12 +125,12 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
-def compile_layers(model: nn.Module):
-    """Compile every decoder and vision layer by itself, in place, with dynamic shapes: the layers of a tower share one
-    graph for rows of all lengths, and one more serves the last layer, which computes the last rows only."""
+def compile_layers(model: nn.Module, backend: str = "inductor"):
+    """Compile every decoder and vision layer by itself, in place, with dynamic shapes: the layers of a tower share their
+    graphs, which serve rows of all lengths."""
     tower = model.model.vision_tower
     for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def without_compiling(config: "Config") -> contextlib.AbstractContextManager:

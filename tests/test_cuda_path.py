@@ -5,11 +5,13 @@
 
 import contextlib
 from collections import Counter
+from dataclasses import replace
 
 import pretend_cuda
 import pytest
 import tiny
 import torch
+from runs import logged
 
 import attention
 import finetune_original
@@ -17,7 +19,7 @@ import fused_ops
 import modeling_vlm
 import training
 from attention import PrefixMask, attention_reference, blended_reference, choose_path
-from differential_attention import add_differential, unfreeze_differential
+from differential_attention import PRESETS, add_differential, unfreeze_differential
 from errors import UserError
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from modeling_vlm import choose_step_decoder
@@ -222,6 +224,91 @@ def test_a_decoder_layer_is_one_graph_for_ragged_batches(preset, monkeypatch):
             losses.append(loss.item())
     assert losses[:5] == losses[5:]
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+FAST_TO_TRACE = ("split", "v2", "difflora", "v1_width")
+PRESETS_TO_TRACE = [pytest.param(p, marks=() if p in FAST_TO_TRACE else pytest.mark.slow) for p in PRESETS]
+
+
+@pytest.mark.parametrize("preset", PRESETS_TO_TRACE)
+def test_a_layer_of_every_preset_is_one_graph(preset, monkeypatch):
+    """Without a graph break, on the paths of a GPU: variable-length attention, and explicit maps of wide values."""
+    pretend_cuda.force(monkeypatch)
+    model = tiny.ours_like(tiny.hf_model("gemma", num_key_value_heads=2))
+    add_differential(model, preset)
+    model = model.to(torch.bfloat16)
+    training.new_lora(finetune_original.Config(), model.requires_grad_(False))
+    unfreeze_differential(model.train())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.model.language_model.layers[1].compile(backend="eager", fullgraph=True, dynamic=True)
+    batch = tiny.batch(side="left")
+    with torch.autocast("cpu", torch.bfloat16), fused_ops.cast_lora(model):
+        loss = model(**batch).loss
+    assert loss.isfinite() and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def losses_and_gradients(model, batches: list[dict]) -> list[list[torch.Tensor]]:
+    results = []
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        pixels = batch["pixel_values"].double()
+        with fused_ops.cast_lora(model):
+            loss = model(**batch | dict(pixel_values=pixels), plan=model.model.plan(**batch)).loss
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("preset", [None, "split"])
+def test_compiled_layers_are_the_model_in_float64(preset, backend, monkeypatch):
+    """Losses and gradients of ragged batches of four lengths, by variable-length attention; what is compiled for the
+    first one serves the others."""
+    monkeypatch.setattr(attention, "choose_path", lambda q, k, v, mask, *_: "sdpa" if mask is None else "varlen")
+    model = tiny.ours_like(tiny.hf_model("gemma", amplify=1.0))
+    if preset:
+        add_differential(model, preset)
+    adapted = training.new_lora(finetune_original.Config(), model.requires_grad_(False))
+    adapted.double()
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name or "second_up" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    unfreeze_differential(model.train())
+    batches = [tiny.batch(prefixes=(5, n), suffixes=(3, 1 + n), side="left", seed=n) for n in range(1, 5)]
+    expected = losses_and_gradients(model, batches)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    training.compile_layers(model, backend)
+    found = losses_and_gradients(model, batches[:1])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found += losses_and_gradients(model, batches[1:])
+    for a, b in zip(sum(found, []), sum(expected, []), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+    # the tower, the first decoder layer, whose input has no gradient, the middle one and the last
+    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_the_flag_compile_changes_no_result(tiny_model, tmp_path, monkeypatch):
+    """A run in bfloat16 on the paths of a GPU: the same losses and answers, one graph for batches of all lengths; the
+    evaluations compile nothing."""
+    pretend_cuda.force(monkeypatch)
+    compile_layers, compiled = training.compile_layers, []
+    monkeypatch.setattr(training, "compile_layers", lambda model: compiled.append(compile_layers(model, "eager")))
+    lines = []
+    for name, value in (("plain", False), ("compiled", True)):
+        config = tiny.quick(finetune_original.Config, tiny_model, tmp_path / name, max_steps=4, dtype="bfloat16")
+        torch._dynamo.utils.counters.clear()
+        finetune_original.finetune(replace(config, compile=value), "original")
+        lines.append([logged(config), logged(config, "eval")])
+    assert lines[0] == lines[1] and len(lines[0][0]) == 4 and len(compiled) == 1
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 + 1
+    assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
 
 
