@@ -126,8 +126,8 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor"):
-    """Compile every decoder and vision layer by itself, in place, with dynamic shapes: the layers of a tower share their
-    graphs, which serve rows of all lengths."""
+    """Compile every decoder and vision layer by itself, in place: the layers of a tower share their graphs, which serve
+    rows of all lengths."""
     tower = model.model.vision_tower
     for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
         layer.compile(dynamic=True, backend=backend)

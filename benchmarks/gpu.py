@@ -496,7 +496,7 @@ def train_3b(config: Config) -> Rows:
             yield f"random 3b: {script}, killed and continued", row
         for script, more in {
             "eval_mmnih.py": [f"--model={run}", f"--samples={samples}", "--grids=2"],
-            "export.py": [f"--model={folder / 'finetune_original'}", f"--output_dir={folder / 'merged'}"],
+            "export.py": [f"--model={folder / 'finetune_original'}", f"--output={folder / 'merged'}"],
         }.items():
             began = time.perf_counter()
             done = subprocess.run([sys.executable, script, *more], cwd=ROOT, capture_output=True, text=True)

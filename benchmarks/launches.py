@@ -15,11 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -35,9 +37,13 @@ from modeling_vlm import choose_step_decoder  # noqa: E402
 from processing_paligemma import PaliGemmaProcessor  # noqa: E402
 
 NANO = ROOT / "assets" / "paligemma-nano"
-OUTPUT = ROOT / "benchmarks" / "results" / "launches.json"
 ROWS = 8
 Counted = dict[str, int]
+
+
+@dataclass
+class Config:
+    output: str = str(ROOT / "benchmarks" / "results" / "launches.json")
 
 
 def counted(work: Callable[[], object]) -> Counted:
@@ -128,6 +134,7 @@ def table(rows: dict[str, Counted]) -> list[str]:
 
 
 def main():
+    config = tyro.cli(Config, use_underscores=True)
     result = {"date": time.strftime("%Y-%m-%d")}
     result |= {name: version(name) for name in ("torch", "transformers", "peft")} | {"rows": {}}
     with tempfile.TemporaryDirectory() as name:
@@ -136,7 +143,7 @@ def main():
         for rows in (our_updates, hf_updates, decoded_tokens):
             result["rows"] |= rows(folder)
     print(*table(result["rows"]), sep="\n")
-    OUTPUT.write_text(json.dumps(result, indent=2) + "\n")
+    Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

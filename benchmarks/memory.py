@@ -12,11 +12,13 @@ import json
 import sys
 import time
 import weakref
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
 import torch
+import tyro
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,7 +32,6 @@ import fused_ops  # noqa: E402
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
 from modeling_siglip import SiglipVisionConfig  # noqa: E402
 
-OUTPUT = ROOT / "benchmarks" / "results" / "memory.json"
 ROWS, PROMPT, LABELS = 8, 64, 64
 OPTIMIZER_BYTES = 8  # of AdamW, for every parameter that trains
 GEMMA2 = dict(model_type="gemma2", **GemmaConfig.GEMMA2_DEFAULTS)
@@ -44,6 +45,11 @@ MODELS = {  # text config, image size, rows
     "PaliGemma 2 3b": (GemmaConfig(**GEMMA2), 224, ROWS),
     "PaliGemma 2 10b": (GemmaConfig(**GEMMA2_9B), 224, ROWS),
 }
+
+
+@dataclass
+class Config:
+    output: str = str(ROOT / "benchmarks" / "results" / "memory.json")
 
 
 class LiveMemory(TorchDispatchMode):
@@ -137,6 +143,7 @@ def table(rows: dict[str, dict]) -> list[str]:
 
 
 def main():
+    config = tyro.cli(Config, use_underscores=True)
     result = {"date": time.strftime("%Y-%m-%d"), "torch": version("torch"), "rows": {}}
     for name, (text, image_size, rows) in MODELS.items():
         for preset in (None, "split"):
@@ -151,7 +158,7 @@ def main():
             result["rows"][kind] = {key: round(value, 2) for key, value in row.items()}
             print(kind, result["rows"][kind], flush=True)
     print(*table(result["rows"]), sep="\n")
-    OUTPUT.write_text(json.dumps(result, indent=2) + "\n")
+    Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
