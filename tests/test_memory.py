@@ -61,7 +61,7 @@ def saved_bytes(model, batch: dict[str, Tensor]) -> int:
     return sum(saved.values())
 
 
-@pytest.mark.parametrize("preset", [None, "split"])
+@pytest.mark.parametrize("preset", [pytest.param(None, marks=pytest.mark.slow), "split"])
 def test_the_count_is_what_autograd_saves(preset, memory, monkeypatch):
     """Of a layer, on the paths of a GPU, within 3 %: on the meta device and on the CPU."""
     pretend_cuda.force(monkeypatch)
