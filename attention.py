@@ -360,7 +360,7 @@ def blended_attention(
     return blend(first, second, weight, normalised).to(q1.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile of torch 2.11 cannot build a frozen one
 class Attend:
     """The attention of one layer with its mask, scale, soft-cap and window bound, as a differential module takes it."""
 
