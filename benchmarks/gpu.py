@@ -133,20 +133,26 @@ def tower_flops(hf, images: int) -> float:
 # ---- one update
 @dataclass
 class Variant:
-    """A side of the comparison: its loss, its optimizer, and for ours the model whose factors are cast once."""
+    """A side of the comparison: its loss, optimizer and model, wrapped by peft."""
 
     loss: Callable[[], Tensor]
     optimizer: torch.optim.Optimizer
-    model: torch.nn.Module | None = None
-    with_vision: bool = False
+    adapted: torch.nn.Module
+    is_ours: bool
+    with_vision: bool
 
     def update(self):
         self.optimizer.zero_grad(set_to_none=True)
-        with contextlib.nullcontext() if self.model is None else cast_lora(self.model):
+        with cast_lora(self.adapted) if self.is_ours else contextlib.nullcontext():
             loss = self.loss()
             loss.backward()
         self.optimizer.step()
         return loss.item()
+
+    def fixed_bytes(self) -> int:
+        """Weights, adapters and the state of the optimizer."""
+        state = [t for entry in self.optimizer.state.values() for t in entry.values()]
+        return sum(t.nbytes for t in [*self.adapted.parameters(), *state])
 
 
 def make_variants(hf, batch: dict[str, Tensor], names: tuple[str, ...], device: str) -> dict[str, Variant]:
@@ -177,7 +183,7 @@ def make_variants(hf, batch: dict[str, Tensor], names: tuple[str, ...], device: 
             loss = autocast(make_our_loss(adapted, batch, None if with_vision else features), device, True)
         trained = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        made[name] = Variant(loss, optimizer, None if is_hf else adapted.get_base_model(), with_vision)
+        made[name] = Variant(loss, optimizer, adapted, not is_hf, with_vision)
     return made
 
 
@@ -298,13 +304,16 @@ def step_rows(config: Config, image_size: int, names: tuple[str, ...]) -> Rows:
 
 
 def first_update(variant: Variant, device: str) -> tuple[float, float]:
-    """(loss, peak memory in GB with the frozen weights) of one update, after one that allocates what stays."""
+    """(loss, peak memory in GB, as if the others were not there) of one update, after one that allocates what stays."""
     loss = variant.update()
     if device == "cpu":
         return loss, 0.0
+    variant.optimizer.zero_grad(set_to_none=True)
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     variant.update()
-    return loss, round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    peak = torch.cuda.max_memory_allocated() - before + variant.fixed_bytes()
+    return loss, round(peak / 1e9, 2)
 
 
 def ratios_of(times: dict) -> list[tuple[str, str]]:
