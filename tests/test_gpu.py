@@ -153,7 +153,7 @@ def models(preset: str | None, dtype: torch.dtype, family: str = "gemma", **text
         unfreeze_differential(model.train())
         with torch.no_grad():
             for name, p in adapted.named_parameters():
-                if "lora_B" in name:  # the same values in both, whatever the device
+                if "lora_" in name:  # the same values in both, whatever the device
                     p.copy_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
         if kind == torch.double:
             adapted.double()
@@ -346,10 +346,10 @@ def test_compiled_layers_keep_the_losses(config, tmp_path):
 
 @on_a_card
 def test_out_of_memory_is_one_line(config):
-    """A real one: the process may use 32 MB."""
-    limit = 32e6 / torch.cuda.get_device_properties(0).total_memory
+    """A real one: the process may take 24 MB more."""
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(limit)
+    limit = torch.cuda.memory_reserved() + 24e6
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
         with pytest.raises(UserError, match="the GPU is out of memory: lower --(eval_)?batch_size"):
             finetune(replace(config, batch_size=512, eval_batch_size=1), "original")
