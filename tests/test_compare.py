@@ -103,7 +103,9 @@ def test_the_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_other_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
     """Scripts in processes of their own: a run that is killed and continued, answers, training at full size."""
-    result = run_gpu(gpu, monkeypatch, tmp_path, "--seconds=1500", "--sections", "resume", "answers", "train_3b")
+    patient = {name: (gpu.SECTIONS[name][0], 600) for name in ("resume", "answers", "train_3b")}
+    monkeypatch.setattr(gpu, "SECTIONS", patient)
+    result = run_gpu(gpu, monkeypatch, tmp_path, "--seconds=1500")
     assert not result["faults"]
     assert result["rows"]["embedded model, killed / whole"]["largest_loss_difference"] == 0
     assert "random 3b: export.py" in result["rows"]
