@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_diff
 import finetune_original
@@ -29,8 +30,9 @@ from errors import UserError
 from files import read_bytes, read_json, read_typed
 from haystack import ImagePool, add_noise, needle_prompt, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
+from modeling_vlm import IGNORED_LABEL
 from needle_eval.needle_attention import measure_needle_attention
-from needle_eval.questions import Question, is_exact
+from needle_eval.questions import Question, is_exact, open_reference
 from needle_eval.runner import Answerer, answer_questions
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import find_checkpoints, make_accelerator
@@ -197,8 +199,15 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
     rows = answer_questions(answerer, questions, progress=f"{arm} seed {seed}")
+    names = endpoint_conditions(section)
     attention = measure_needle_attention(answerer, questions, section["attention_questions"])
-    shares = [attention[condition]["share"] for condition in endpoint_conditions(section)]
+    shares = [attention[condition]["share"] for condition in names]
+    likelihoods = {
+        condition: log_likelihood(
+            answerer, [q for q in questions if q.setting == condition][: section["likelihood_questions"]]
+        )
+        for condition in (names if section.get("likelihood_questions") else ())
+    }
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = read_json(folder / "run.json")["parameters"]
     record = {
@@ -209,15 +218,45 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
         "num_concepts": len(look_alikes),
         "answers": pack_answers(rows, list(conditions)),
         "needle_shares": [float(share) for share in np.mean(shares, axis=0)],
+        "log_likelihoods": likelihoods,
+        "forward_flops": count_flops(config, questions[0]),
         "knockout": {},
     }
     if differential_parameters(model) and has_lambda(config.differential):
         record["lambdas"] = list(lambda_values(model).values())
         knock_out(model)
-        names = endpoint_conditions(section)
         asked = [question for question in questions if question.setting in names]
         record["knockout"] = pack_answers(answer_questions(answerer, asked), names)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+@torch.inference_mode()
+def log_likelihood(answerer: Answerer, questions: Sequence[Question]) -> float:
+    """Mean over the questions of the log-probability, in nats, of the right answer and `<eos>`."""
+    total = 0.0
+    for start in range(0, len(questions), BATCH_SIZE):
+        asked = questions[start : start + BATCH_SIZE]
+        images = [[open_reference(image) for image in question.images] for question in asked]
+        answers = [question.ground_truth for question in asked]
+        batch = answerer.processor(images=images, text=[question.prompt for question in asked], suffix=answers)
+        batch = {key: tensor.to(answerer.accelerator.device) for key, tensor in batch.items()}
+        loss = answerer.model(**batch).loss.item()  # the mean over all tokens of the answers
+        total -= loss * int((batch["labels"] != IGNORED_LABEL).sum())
+    return total / len(questions)
+
+
+def count_flops(config: finetune_original.Config, question: Question) -> int:
+    """Floating point operations of the base model with the arm's attention, forward, on the prompt of a question.
+
+    LoRA, which all arms have alike, is not counted.
+    """
+    differential = getattr(config, "differential", None)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=differential)
+    processor = PaliGemmaProcessor.from_pretrained(config.model)
+    images = [image.open() for image in question.images]
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(**processor(images=[images], text=[question.prompt]))
+    return counter.get_total_flops()
 
 
 def check_weights(section: dict):

@@ -33,6 +33,7 @@ from needle_eval.statistics import (
     holm,
     log_rank,
     logistic_threshold,
+    mcnemar_exact,
     mean_over_seeds,
     paired_t,
 )
@@ -104,7 +105,8 @@ class ConversionRecord(Record, kw_only=True):
 
     Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
     i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
-    the attention, by layer.
+    the attention, by layer. `log_likelihoods`: mean log-probability, in nats, of the right answer, by condition of the
+    endpoint. `forward_flops`: of the prompt of one question, see `study_conversion.count_flops`.
     """
 
     study: Literal["A"]
@@ -114,6 +116,8 @@ class ConversionRecord(Record, kw_only=True):
     answers: dict[str, Answers]
     needle_shares: list[float]
     knockout: dict[str, Answers]
+    log_likelihoods: dict[str, float]
+    forward_flops: Count
 
 
 class SymbolicRecord(Record, kw_only=True):
@@ -245,6 +249,11 @@ def false_alarms(record: ConversionRecord) -> float | None:
     """Mean rate, in points, at which a cell was named although the caption is in none."""
     rates = [1 - answers.rate() for condition, answers in record.answers.items() if condition.endswith(" absent")]
     return 100 * statistics.fmean(rates) if rates else None
+
+
+def likelihood(record: ConversionRecord) -> float | None:
+    """Mean log-probability of the right answer, in nats, over the conditions of the endpoint; None if not measured."""
+    return statistics.fmean(record.log_likelihoods.values()) if record.log_likelihoods else None
 
 
 def accuracy_by_cells(record: ConversionRecord) -> dict[int, float]:
@@ -395,7 +404,8 @@ def core_arms(section: dict[str, Any]) -> list[str]:
     return [arm for arm, planned in section["arms"].items() if planned["family"] == "core"]
 
 
-FINE_ENDPOINTS = ("d'", "points per doubling of cells", "log2 of cells at 50 %")  # reported with two decimals
+# reported with two decimals
+FINE_ENDPOINTS = ("d'", "points per doubling of cells", "log2 of cells at 50 %", "log-likelihood of the answer")
 
 
 def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | None]]:
@@ -406,6 +416,7 @@ def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | No
     measures["d'"] = sensitivity
     measures["points per doubling of cells"] = slope
     measures["log2 of cells at 50 %"] = cells_at_half
+    measures["log-likelihood of the answer"] = likelihood
     measures["attention on the needle"] = partial(needle_share, layer=group.section.get("attention_layer"))
     return measures
 
@@ -577,7 +588,12 @@ def format_conversion(group: Group) -> list[str]:
     lines += ["All arms. The verdicts of all but split are secondary, one Holm family against standard:", ""]
     lines += [*format_arms(group, hypotheses, secondary), ""]
     lines += ["Secondary endpoints, points unless named otherwise; Holm over each column:", ""]
-    return lines + format_secondary(group)
+    lines += [*format_secondary(group), ""]
+    lines += [
+        "Description: the endpoint's questions in every seed, split against standard, McNemar's exact test:",
+        "",
+    ]
+    return lines + format_seeds(group, *HYPOTHESES[0])
 
 
 def format_spread(group: Group) -> list[str]:
@@ -627,7 +643,8 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         records = list(group.of_arm(arm).values())
         planned = group.section["arms"][arm]
         against = contrast(group, arm, "additive", measure) if arm not in ("standard", "additive") else None
-        row = [arm, planned["family"], f"{records[0].trained_parameters:,}", mean_text(r.seconds / 60 for r in records)]
+        row = [arm, planned["family"], f"{records[0].trained_parameters:,}"]
+        row += [f"{records[0].forward_flops / 1e6:,.0f}", mean_text(r.seconds / 60 for r in records)]
         row += [f"{len(records)} of {len(planned['seeds'])}", mean_text(measure(r) for r in records)]
         versus = found.get(arm)
         row += [interval(versus.t) if versus else NO_VALUE, interval(against.t) if against else NO_VALUE]
@@ -638,8 +655,8 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         if versus:
             shown = core_verdict(hypotheses) if arm == "split" else verdict(versus)
         rows.append([*row, shown])
-    header = ["arm", "family", "trained parameters", "minutes", "seeds", "N", "- standard [95 %]", "- additive [95 %]"]
-    header += ["Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
+    header = ["arm", "family", "trained parameters", "MFLOPs", "minutes", "seeds", "N", "- standard [95 %]"]
+    header += ["- additive [95 %]", "Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
     return table(header, rows)
 
 
@@ -658,6 +675,20 @@ def format_secondary(group: Group) -> list[str]:
             digits = 2 if name in FINE_ENDPOINTS else 1
             rows.append([name, *(interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)])
     return table(["endpoint", *(f"{a} - {b}" for a, b in HYPOTHESES)], rows)
+
+
+def format_seeds(group: Group, a: str, b: str) -> list[str]:
+    """A row for each seed: how many questions of the endpoint each arm alone answers, and McNemar's exact p."""
+    conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(a), group.of_arm(b)
+    rows = []
+    for seed in (seed for seed in of_a if seed in of_b):
+        right_a, right_b = (
+            np.concatenate([arm[seed].answers[condition].bits() for condition in conditions]) for arm in (of_a, of_b)
+        )
+        only_a, only_b = int((right_a > right_b).sum()), int((right_b > right_a).sum())
+        p = p_text(mcnemar_exact(only_a, only_b))
+        rows.append([str(seed), str(len(right_a)), *map(str, (right_a.sum(), right_b.sum(), only_a, only_b)), p])
+    return table(["seed", "questions", f"{a} right", f"{b} right", f"only {a}", f"only {b}", "p"], rows)
 
 
 def format_symbolic(group: Group) -> list[str]:
