@@ -574,6 +574,7 @@ class MetricsLine(LogLine, rename={"lambda_": "lambda"}):
 
     loss: float | None = None
     eval: dict[str, tuple[Natural, Natural]] | None = None  # by set: right answers, of n
+    eval_loss: dict[str, float] | None = None  # by set: of a label token
     lambda_: dict[str, float] | None = None
     inside: dict[str, dict[str, float]] | None = None
 

@@ -543,6 +543,52 @@ def evaluate(
     return scores
 
 
+@torch.inference_mode()
+def evaluation_losses(
+    run: Run,
+    config: "Config",
+    model: nn.Module,
+    processor: PaliGemmaProcessor,
+    eval_sets: dict[str, Source],
+    questions: dict[str, list[Question]],
+) -> dict[str, float]:
+    """Mean loss of a label token of each evaluation set, on the rows that every evaluation answers.
+
+    The same rows at every evaluation, so that the losses make a curve. A row that cannot be used is left out. Raises
+    Stopped, and UserError for a set without a usable row.
+    """
+    model.eval()
+    rank, world, size = run.accelerator.process_index, run.accelerator.num_processes, config.eval_batch_size
+    losses = {}
+    for name, source in eval_sets.items():
+        run.raise_if_stopped()
+        first = enumerate(questions[name][: SHORT_EVALUATION * size])
+        rows = [(0, row) for row, question in first if not question.error][rank::world]
+        total = torch.zeros(2, device=run.device)  # loss of all label tokens, their number
+        batches = loader(
+            source,
+            processor,
+            [rows[start : start + size] for start in range(0, len(rows), size)],
+            with_suffix=True,
+            workers=choose_workers(config.workers, run.device),
+            skip=run.skip,
+            max_length=max_length(model),
+        )
+        with gathered(model), out_of_memory_as("lower --eval_batch_size"):
+            for examples, batch in batches:
+                plan = model.model.plan(**batch).to(run.device)  # made before the tensors leave the CPU
+                batch = {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()}
+                with run.autocast():
+                    loss = model(**batch, plan=plan).loss
+                labels = plan.label_count * bool(examples)  # a batch without examples has the tensors of another row
+                total += torch.stack((loss * labels, torch.full_like(loss, labels)))
+        loss, labels = run.accelerator.reduce(total, "sum").tolist()
+        if not labels:
+            raise UserError(f"{name}: none of its first rows can be used: check its images and answers")
+        losses[name] = loss / labels
+    return losses
+
+
 def evaluate_and_log(
     run: Run,
     config: "Config",
@@ -559,12 +605,13 @@ def evaluate_and_log(
     step = state["step"]
     count = None if step in (0, total_steps) else SHORT_EVALUATION * config.eval_batch_size
     scores = evaluate(run, config, model, processor, questions, count)
+    losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
     maps = measure_maps(model, probe)
 
     line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
-    run.log(line | ({"inside": maps} if maps else {}))
+    run.log(line | {"eval_loss": losses} | ({"inside": maps} if maps else {}))
     rates = {name: score.right / score.n for name, score in scores.items()}
-    run.track(step, {"exact": rates, "inside": maps})
+    run.track(step, {"exact": rates, "eval_loss": losses, "inside": maps})
     for number, (name, score) in enumerate(scores.items()):
         asked = {question.id: question for question in questions[name]}
         for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
@@ -573,7 +620,8 @@ def evaluate_and_log(
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
             sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}
             run.log(sample | haystack_grid(eval_sets[name]), "samples.jsonl")
-    run.print(f"step {step}: " + ", ".join(f"{name} {score.right}/{score.n}" for name, score in scores.items()))
+    results = [f"{name} {score.right}/{score.n}, loss {losses[name]:.3f}" for name, score in scores.items()]
+    run.print(f"step {step}: " + "; ".join(results))
 
     rate = headline_rate(scores, eval_sets, questions, config)
     # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts

@@ -297,6 +297,26 @@ def test_evaluations_answer_all_rows_before_and_after_and_two_batches_between(co
     assert [[n for _, n in evals[step].values()] for step in (0, 4, 6)] == [[9] * 8, [4] * 8, [9] * 8]
 
 
+def test_the_evaluation_loss_is_the_mean_over_the_label_tokens_of_the_first_rows(config):
+    """Of the rows that every evaluation answers, here 4 of 9, in batches of uneven numbers of label tokens."""
+    config = replace(config, eval_samples=9, eval_batch_size=2, negatives=0.5)
+    finetune(config, "original")
+    logged_losses = dict(logged(config, "eval_loss"))
+    assert logged_losses.keys() == {0, 4, 6}
+    processor = PaliGemmaProcessor.from_pretrained(config.model)
+    for step, folder in ((0, config.model), (6, config.output_dir)):
+        model = PaliGemmaForConditionalGeneration.from_pretrained(folder)
+        for name, source in make_data(config)[1].items():
+            total, count = 0.0, 0
+            for _, batch in loader(source, processor, [[(0, row)] for row in range(4)], True):
+                labels = batch.pop("labels")
+                log_probs = model(**batch).logits[:, :-1].detach().double().log_softmax(-1)
+                valid = labels[:, 1:] != -100
+                total -= float(log_probs.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0][valid].sum())
+                count += int(valid.sum())
+            assert logged_losses[step][name] == pytest.approx(total / count, abs=1e-5)
+
+
 def test_an_evaluation_row_that_is_too_long_is_named_and_not_counted(config, tmp_path):
     shutil.copytree(SAMPLE_ROWS.parent, tmp_path / "rows")
     good = json.loads(SAMPLE_ROWS.read_text().splitlines()[0])
