@@ -118,13 +118,20 @@ class Haystacks:
 
 
 # ---- rows of a file
+class VqaAnswer(msgspec.Struct):
+    """The answer of one annotator, as VQAv2's files write it."""
+
+    answer: str
+
+
 class JsonRow(msgspec.Struct):
     """A line of a jsonl file: `image` is a path, a list of paths for several images in one prompt, or null for text
-    alone, which a decoder without a tower learns."""
+    alone, which a decoder without a tower learns. `answers`: all accepted answers, for --metric."""
 
     image: str | list[str] | None
     prefix: str
     suffix: str
+    answers: list[str | VqaAnswer] = []
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -135,6 +142,7 @@ class Row(msgspec.Struct, frozen=True):
     prefix: str
     suffix: str
     is_list: bool = False  # the file had a list of images, which the fingerprint of older runs shows
+    answers: tuple[str, ...] = ()  # accepted ones, for --metric; empty: the suffix alone
 
 
 @dataclass
@@ -176,6 +184,10 @@ class Rows:
         """Prefix, suffix and number of images."""
         row = self.rows[index]
         return row.prefix, row.suffix, len(row.images)
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """All accepted answers, which no fingerprint shows: nothing is trained on them."""
+        return self.rows[index].answers or (self.rows[index].suffix,)
 
 
 def sha256_of(data: object) -> str:
@@ -250,7 +262,8 @@ def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
         raise UserError(f"{name}: suffix is empty, but it is what the model learns to answer")
     for image in images:
         files.check(image, name)
-    return Row(name, tuple(images), row.prefix, row.suffix, isinstance(row.image, list))
+    answers = tuple(entry if isinstance(entry, str) else entry.answer for entry in row.answers)
+    return Row(name, tuple(images), row.prefix, row.suffix, isinstance(row.image, list), answers)
 
 
 class FileIndex:
@@ -296,6 +309,7 @@ class VqaQuestion(msgspec.Struct):
 class VqaAnnotation(msgspec.Struct):
     question_id: int
     multiple_choice_answer: str
+    answers: list[VqaAnswer] = []
 
 
 class VqaQuestions(msgspec.Struct):
@@ -316,18 +330,21 @@ def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
     questions_file = folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json"
     questions = read_typed(questions_file, VqaQuestions, fix).questions
     annotations = read_typed(folder / f"v2_mscoco_{split}2014_annotations.json", VqaAnnotations, fix).annotations
-    answers = {annotation.question_id: annotation.multiple_choice_answer for annotation in annotations}
+    annotation_of = {annotation.question_id: annotation for annotation in annotations}
     files = FileIndex(folder)
 
     def check(item: tuple[int, msgspec.Raw]) -> Row:
         place, raw = item
         question = decode_typed(bytes(raw), VqaQuestion, f"{questions_file}: question {place}", fix)
         name = f"vqav2/{split}/{question.question_id}"
-        if not answers.get(question.question_id, "").strip():
+        annotation = annotation_of.get(question.question_id)
+        if annotation is None or not annotation.multiple_choice_answer.strip():
             raise UserError(f"{name}: question {question.question_id} has no annotation: use files of one release")
         image = f"{split}2014/COCO_{split}2014_{question.image_id:012d}.jpg"
         files.check(image, name)
-        return Row(name, (image,), f"answer en {question.question}", answers[question.question_id])
+        answers = tuple(answer.answer for answer in annotation.answers)
+        prefix, suffix = f"answer en {question.question}", annotation.multiple_choice_answer
+        return Row(name, (image,), prefix, suffix, answers=answers)
 
     rows, skipped = filter_rows(check, enumerate(questions, 1), strict)
     if not rows:
@@ -378,6 +395,13 @@ class HubRows:
         """Prefix, suffix and number of images."""
         row = self.rows.select_columns(["question", "multiple_choice_answer"])[index]
         return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}, where there is one."""
+        if "answers" not in self.rows.column_names:
+            return (self.text(index)[1],)
+        stored = self.rows.select_columns(["answers"])[index]["answers"] or []
+        return tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored)
 
 
 def stored_image(value: object, name: str) -> Image.Image:
@@ -445,6 +469,10 @@ class Subset:
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
         return self.source.text(self.indices[index])
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """All accepted answers."""
+        return self.source.answers(self.indices[index])
 
 
 Source = Haystacks | Rows | HubRows | Subset

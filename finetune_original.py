@@ -24,6 +24,7 @@ from checkpoint import resolve_run
 from data import make_data
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
+from metrics import Metric
 from models import classes_of
 from run_folder import check_config, open_run
 
@@ -78,6 +79,7 @@ class Config:
     clip: Positive = 1.0  # largest gradient norm
     average_last: BelowOne = 0.0  # share of the updates, at the end, whose weights are averaged into final/
     # --- evaluation and logging
+    metric: Metric = "exact"  # what best/ is chosen by: exact answers, or for one's own data vqa, anls, rouge or map
     eval_samples: Count = 500  # rows of each evaluation set, before and after training
     eval_batch_size: Count = 64  # prompts answered at once
     eval_every: Count = 200  # updates between evaluations on two batches of each set
@@ -121,7 +123,7 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
     # --- train, or only evaluate
     if config.eval_only:
         questions = training.make_questions(config, model, processor, eval_sets)
-        training.print_scores(run, training.evaluate(run, config, model, processor, questions))
+        training.print_scores(run, config, training.evaluate(run, config, model, processor, questions))
     else:
         training.train(run, config, model, adapted, processor, source, eval_sets)
         if run.is_main:

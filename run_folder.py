@@ -43,6 +43,7 @@ from files import (
     write_json,
     writing,
 )
+from metrics import check_installed
 
 if TYPE_CHECKING:
     from data import Source
@@ -83,7 +84,12 @@ SAVED_SHAPES = {
     "lora_targets",
     "differential",
 }
-ADDED_FIELDS = {"shapes": [], "recolour": False, "average_last": 0.0}  # the values of runs of before they existed
+ADDED_FIELDS = {  # the values of runs of before they existed
+    "shapes": [],
+    "recolour": False,
+    "average_last": 0.0,
+    "metric": "exact",
+}
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
     "ACCELERATE_USE_FSDP": "false",
@@ -309,6 +315,9 @@ def check_config(config: "Config"):
         raise UserError("--shard=True --dtype=nf4: 4-bit layers cannot be sharded: use one of the two")
     if config.shard and (config.vision_cache_gb or config.vision_cache_dir):  # a process with a miss would gather alone
         raise UserError("--shard=True --vision_cache_gb: all processes must run a sharded tower: use one of the two")
+    if config.metric != "exact" and config.data.partition(":")[0] == "haystack":
+        raise UserError(f"--metric={config.metric}: haystacks are scored by exact answers: leave it out")
+    check_installed(config.metric)
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
 
@@ -575,6 +584,7 @@ class MetricsLine(LogLine, rename={"lambda_": "lambda"}):
     loss: float | None = None
     eval: dict[str, tuple[Natural, Natural]] | None = None  # by set: right answers, of n
     eval_loss: dict[str, float] | None = None  # by set: of a label token
+    metric: dict[str, float] | None = None  # by set: the one of --metric, unless it is exact
     lambda_: dict[str, float] | None = None
     inside: dict[str, dict[str, float]] | None = None
 

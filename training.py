@@ -43,11 +43,13 @@ from differential_attention import (
 from errors import UserError
 from files import atomic_folder, write_json, write_manifest, writing
 from fused_ops import cast_lora
+from metrics import check_answers, score_answers
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import wilson
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import (
+    ADDED_FIELDS,
     RESUMABLE_FIELDS,
     Run,
     Stopped,
@@ -492,7 +494,10 @@ class Score(NamedTuple):
 def make_questions(
     config: "Config", model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]
 ) -> dict[str, list[Question]]:
-    """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error."""
+    """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error.
+
+    Raises UserError for a row that --metric cannot score.
+    """
     questions: dict[str, list[Question]] = {}
     for name, source in eval_sets.items():
         questions[name] = []
@@ -505,6 +510,10 @@ def make_questions(
                 error = str(fault)
             images = tuple(SourceImage(source, row, place) for place in range(n_images))
             fields = dict(setting=name, images=images, prompt=prefix, ground_truth=suffix)
+            if config.metric != "exact":
+                answers = source.answers(row)
+                check_answers(config.metric, source.id(row), answers)
+                fields["fields"] = {"answers": answers}  # of the answer row
             question = Question(id=source.id(row), max_new_tokens=config.max_new_tokens, error=error, **fields)
             questions[name].append(question)
     return questions
@@ -609,9 +618,13 @@ def evaluate_and_log(
     maps = measure_maps(model, probe)
 
     line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
-    run.log(line | {"eval_loss": losses} | ({"inside": maps} if maps else {}))
+    line |= {"eval_loss": losses}
+    if config.metric != "exact":
+        line["metric"] = {name: score_answers(config.metric, score.rows) for name, score in scores.items()}
+    run.log(line | ({"inside": maps} if maps else {}))
     rates = {name: score.right / score.n for name, score in scores.items()}
-    run.track(step, {"exact": rates, "eval_loss": losses, "inside": maps})
+    tracked = {"exact": rates, config.metric: line.get("metric", rates), "eval_loss": losses, "inside": maps}
+    run.track(step, tracked)
     for number, (name, score) in enumerate(scores.items()):
         asked = {question.id: question for question in questions[name]}
         for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
@@ -657,18 +670,16 @@ def haystack_grid(source: Source) -> dict[str, int]:
 def headline_rate(
     scores: dict[str, Score], eval_sets: dict[str, Source], questions: dict[str, list[Question]], config: "Config"
 ) -> float:
-    """What `best/` is chosen by: exact answers on the first batches of the sets that count for it.
+    """What `best/` is chosen by: --metric on the first batches of the sets that count for it.
 
     The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
     """
-    right = total = 0
+    rows = []
     for name, score in scores.items():
         if eval_sets[name].counts_for_best:
             first = {question.id for question in questions[name][: SHORT_EVALUATION * config.eval_batch_size]}
-            rows = [row for row in score.rows if row["id"] in first]
-            right += sum(is_exact(row["response"], row["ground_truth"]) for row in rows)
-            total += len(rows)
-    return right / max(1, total)
+            rows += [row for row in score.rows if row["id"] in first]
+    return score_answers(config.metric, rows)
 
 
 # ---- what is printed
@@ -698,10 +709,13 @@ def print_setup(
         run.print(f"{example.id}: {text!r}, {int(batch['attention_mask'][i].sum())} tokens, labels {labels!r}")
 
 
-def print_scores(run: Run, scores: dict[str, Score]):
-    """Print the accuracy of every evaluation set."""
+def print_scores(run: Run, config: "Config", scores: dict[str, Score]):
+    """Print the accuracy of every evaluation set, and --metric beside it."""
     for name, score in scores.items():
-        run.print(f"{name:28}{percent_with_interval(score.right, score.n):>22}  n = {score.n}")
+        line = f"{name:28}{percent_with_interval(score.right, score.n):>22}  n = {score.n}"
+        if config.metric != "exact":
+            line += f"  {config.metric} {100 * score_answers(config.metric, score.rows):.1f}"
+        run.print(line)
 
 
 def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
@@ -716,6 +730,10 @@ def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
         )
         chance = "" if source.chance is None else f"{100 * source.chance:.2f}"
         lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{chance:>9}")
+    metric = [line["metric"] for line in run.metrics if "metric" in line]
+    for name in metric[-1] if metric else ():
+        cells = "".join(f"{100 * values[name]:>22.1f}" for values in (metric[0], metric[-1]))
+        lines.append(f"{f'{name}, ' + run.record['config']['metric']:28}{cells}")
     return lines
 
 
@@ -731,6 +749,7 @@ def baseline_column(run: Run) -> dict[str, dict]:
         run.print(f"{folder}: not shown beside this run ({error})")
         return {}
     ours = run.record["config"]
+    theirs = ADDED_FIELDS | theirs
     different = [k for k in ours if k not in {"differential", *RESUMABLE_FIELDS} and ours[k] != theirs.get(k)]
     if different or not evals:
         run.print(f"{folder}: not shown beside this run, which differs in {', '.join(different) or 'its evaluations'}")
