@@ -83,6 +83,8 @@ class Config:
     eval_samples: Count = 500  # rows of each evaluation set, before and after training
     eval_batch_size: Count = 64  # prompts answered at once
     eval_every: Count = 200  # updates between evaluations on two batches of each set
+    # evaluations without a better score than that of best/ after which training stops; 0: it never does
+    patience: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     max_new_tokens: Count = 12  # longest answer
     eval_only: bool = False  # print held-out accuracy of `model` and stop
     log_every: Count = 10  # updates

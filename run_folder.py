@@ -89,6 +89,7 @@ ADDED_FIELDS = {  # the values of runs of before they existed
     "recolour": False,
     "average_last": 0.0,
     "metric": "exact",
+    "patience": 0,
 }
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
@@ -318,6 +319,8 @@ def check_config(config: "Config"):
     if config.metric != "exact" and config.data.partition(":")[0] == "haystack":
         raise UserError(f"--metric={config.metric}: haystacks are scored by exact answers: leave it out")
     check_installed(config.metric)
+    if config.patience and config.average_last:  # of the last updates, whose number is not known
+        raise UserError("--patience --average_last: training may stop before the average begins: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
 
@@ -493,6 +496,7 @@ class TrainerState(msgspec.Struct):
     best: float
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
+    stale: Natural = 0  # evaluations since the best one
     average: dict[str, Any] = {}  # see training.update_average
     averaged: Natural = 0
 
@@ -529,7 +533,8 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """{"step", "best", "seconds", "optimizer"} of a checkpoint, and where weights are averaged {"average", "averaged"}.
+    """{"step", "best", "stale", "seconds", "optimizer"} of a checkpoint, and where weights are averaged {"average",
+    "averaged"}.
 
     Raises UserError for a damaged file.
     """

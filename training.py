@@ -128,11 +128,13 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
 
 
 def init_or_resume_optimizer(run: Run, config: "Config", adapted: nn.Module) -> tuple[torch.optim.AdamW, dict]:
-    """The optimizer and the state of the loop (step, best score, seconds): new, or those of the checkpoint."""
+    """The optimizer and the state of the loop (step, best score, evaluations since it, seconds): new, or those of the
+    checkpoint."""
     optimizer = make_optimizer(config, adapted)
+    state = {"step": 0, "best": -1.0, "stale": 0, "seconds": 0.0}
     if run.resume is None:
-        return optimizer, {"step": 0, "best": -1.0, "seconds": 0.0}
-    state = read_trainer_state(run.resume)
+        return optimizer, state
+    state |= read_trainer_state(run.resume)
     load_optimizer(optimizer, state.pop("optimizer"), run.resume)
     return optimizer, state
 
@@ -203,7 +205,8 @@ def train(
             evaluate(run, config, model, processor, questions, SHORT_EVALUATION * config.eval_batch_size)
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
-                last_step = step == total_steps  # no update follows: only checkpoint and evaluation
+                is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
+                last_step = step == total_steps or is_stale  # no update follows: only checkpoint and evaluation
                 state |= {"step": step, "seconds": time.perf_counter() - started}
                 run.raise_if_stopped()
 
@@ -216,11 +219,13 @@ def train(
                     last_saved = step
                 if last_step:
                     load_average(adapted, state)
-                    check_lambda_moved(run, model, total_steps)
+                    check_lambda_moved(run, model, step)
                 if step % config.eval_every == 0 or last_step:
                     evaluate_and_log(
-                        run, config, model, adapted, processor, eval_sets, questions, probe, state, total_steps
+                        run, config, model, adapted, processor, eval_sets, questions, probe, state, last_step
                     )
+                if is_stale and step < total_steps:
+                    run.print(f"stopped after step {step}: no better score in {config.patience} evaluations")
                 if last_step:
                     break
 
@@ -293,7 +298,7 @@ def train(
     # ------------------------------------------------------------------
     save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
-    save_snapshot(run, adapted, run.folder / "final", {"step": total_steps, "seconds": round(seconds, 1)})
+    save_snapshot(run, adapted, run.folder / "final", {"step": state["step"], "seconds": round(seconds, 1)})
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
     run.print(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder} --image=...")
     run.finish()
@@ -608,11 +613,11 @@ def evaluate_and_log(
     questions: dict[str, list[Question]],
     probe: dict[str, Tensor],
     state: dict,
-    total_steps: int,
+    last_step: bool,
 ):
     """Evaluate, on all rows before and after training and on a few batches of each set in between; log; save best/."""
     step = state["step"]
-    count = None if step in (0, total_steps) else SHORT_EVALUATION * config.eval_batch_size
+    count = None if step == 0 or last_step else SHORT_EVALUATION * config.eval_batch_size
     scores = evaluate(run, config, model, processor, questions, count)
     losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
     maps = measure_maps(model, probe)
@@ -638,7 +643,9 @@ def evaluate_and_log(
 
     rate = headline_rate(scores, eval_sets, questions, config)
     # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts
-    if step > 0 and (rate > state["best"] or (step == total_steps and rate == state["best"])):
+    if step > 0:
+        state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
+    if step > 0 and (rate > state["best"] or (last_step and rate == state["best"])):
         state["best"] = rate
         raise_if_not_finite(run, adapted, step)
         save_snapshot(run, adapted, run.folder / "best", {"step": step})

@@ -337,6 +337,32 @@ def test_best_is_chosen_by_the_sets_that_count_for_it():
     assert training.headline_rate(scores, sets, questions, Config()) == 0.5
 
 
+def test_training_stops_when_the_score_has_not_risen_for_the_given_evaluations(config, tmp_path, monkeypatch):
+    """Scores 1, 2, 2, 1: with a patience of 2 the evaluation at step 8 is the last chance, and one update follows."""
+    rates = {0: 0.0, 2: 0.1, 4: 0.2, 6: 0.2, 8: 0.1, 9: 0.0}
+
+    steps, real = [], training.evaluate_and_log
+
+    def follow(*arguments):
+        steps.append(arguments[-2]["step"])
+        real(*arguments)
+
+    config = replace(config, max_steps=20, eval_every=2, patience=2)
+    monkeypatch.setattr(training, "headline_rate", lambda *_: rates[steps[-1]])
+    monkeypatch.setattr(training, "evaluate_and_log", follow)
+    finetune(config, "original")
+    folder = Path(config.output_dir)
+    assert steps == [0, 2, 4, 6, 8, 9]
+    assert json.loads((folder / "final" / "run.json").read_text())["step"] == 9
+    assert json.loads((folder / "best" / "run.json").read_text())["step"] == 4
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    interrupt(cut, 7)
+    finetune(cut, "original")
+    assert all(torch.equal(a, b) for a, b in zip(saved_lora(cut).values(), saved_lora(config).values(), strict=True))
+    with pytest.raises(UserError, match="--patience --average_last"):
+        finetune(replace(config, average_last=0.5), "original")
+
+
 # ---- data
 def test_vqav2_from_its_official_files(config, tmp_path):
     """The path of the documented GPU command, on a data set of the same columns."""
