@@ -13,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -37,6 +39,7 @@ from files import (
     read_bytes,
     read_json,
     read_json_lines,
+    read_typed,
     reading,
     remove,
     verify_manifest,
@@ -73,6 +76,7 @@ RESUMABLE_FIELDS = {
 # why other fields cannot change; those in neither set changed the steps made so far
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
 DATA_ORDER |= {"group_by_length"}
+LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger one
 RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # beside the configuration
 SAVED_SHAPES = {
     "model",
@@ -137,6 +141,11 @@ class Run:
     @property
     def arm(self) -> str:
         return self.record["arm"]
+
+    @property
+    def extended_at(self) -> list[int]:
+        """The steps after which the run was finished and then extended."""
+        return [start["step"] for start in self.record.get("starts", []) if start["extended"]]
 
     def print(self, *lines: str):
         """Print on the main process, above the progress bar."""
@@ -224,8 +233,8 @@ def flatten_numbers(values: dict, prefix: str = "") -> dict[str, float]:
 def open_run(config: "Config", arm: str) -> Run:
     """Check the configuration, the device and the run folder; nothing is written yet.
 
-    An unfinished run of the same configuration continues from its newest complete checkpoint; `overwrite` starts again.
-    Raises UserError when the folder holds a run of another configuration.
+    An unfinished run of the same configuration continues from its newest complete checkpoint, a finished one if it is
+    to be longer; `overwrite` starts again. Raises UserError when the folder holds a run of another configuration.
     """
     check_config(config)
     accelerator = make_accelerator()
@@ -247,15 +256,27 @@ def open_run(config: "Config", arm: str) -> Run:
     run = Run(folder, accelerator, dtype, record, strict=config.strict_data)
     if not config.eval_only:
         run.found = read_folder_state(folder)
+    is_longer, stored = False, {}
     if run.found and run.found.record is not None and not config.overwrite:
-        check_same_config(run)
-        run.finished = run.found.finished
+        stored = read_run_record(run.folder)
+        is_longer = check_same_config(run, stored)
+        run.finished = run.found.finished and not is_longer
         run.resume = None if run.finished else newest_checkpoint(run)
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
+    start |= {"extended": is_longer} | {key: record[key] for key in ("processes", "device", "versions", "commit")}
+    record["starts"] = [*stored.get("starts", []), start]
+    record["id"] = stored.get("id", folder.resolve().name if stored else uuid.uuid4().hex)
     if len(set(gather_object([(run.finished, str(run.resume))]))) > 1:
         raise UserError(f"{run.folder}: differs between nodes: give an --output_dir on a disk that all of them share")
     if run.finished:
         run.print(f"{run.folder} is finished: use {run.folder / 'final'}, or start again with --overwrite=True")
         return run
+    if is_longer:
+        check_last_checkpoint(run)
+        run.print(
+            f"{folder} was finished after {step_of(run.resume)} updates and goes on from there; its learning rate is "
+            "from now on that of the longer run, so it rises and falls to zero again"
+        )
     run.print(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
     run.print(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {reason}")
     return run
@@ -274,10 +295,37 @@ def read_folder_state(folder: Path) -> FolderState:
     file = folder / "run.json"
     with reading(file):
         record = read_bytes(file) if file.exists() else None
-    finished = (
-        folder / "final" / "adapter" / ADAPTER_CONFIG
-    ).is_file()  # the same file as for `checkpoint.resolve_run`
-    return FolderState(record, [checkpoint.name for checkpoint in find_checkpoints(folder)], finished)
+    return FolderState(
+        record, [checkpoint.name for checkpoint in find_checkpoints(folder)], is_finished(folder, record)
+    )
+
+
+class Length(msgspec.Struct):
+    """How long the configuration in a run.json trains."""
+
+    max_steps: int | None = None
+    epochs: float | None = None
+
+
+class RunLength(msgspec.Struct):
+    """A run.json, of which only the length matters."""
+
+    config: Length
+
+
+def is_finished(folder: Path, record: bytes | None) -> bool:
+    """Whether final/ is what run.json, of this content, asks for: while a run is extended, final/ is of the shorter
+    run. A damaged run.json is reported where it is compared."""
+    final = folder / "final"
+    if not (final / "adapter" / ADAPTER_CONFIG).is_file():  # the same file as for `checkpoint.resolve_run`
+        return False
+    if record is None or not (final / "run.json").is_file():
+        return True
+    try:
+        asked, made = (msgspec.json.decode(raw, type=RunLength) for raw in (record, read_bytes(final / "run.json")))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return True
+    return asked == made
 
 
 def choose_workers(workers: int, device: torch.device) -> int:
@@ -394,8 +442,10 @@ def start_tracker(run: Run, config: "Config"):
     if config.tracker == "tensorboard":
         run.tracker = TensorBoardTracker("tensorboard", run.folder, purge_step=step_of(run.resume) + 1)
     else:
-        name = run.folder.resolve().name  # also the id: a run that continues goes on there
-        run.tracker = WandBTracker("diff-transformer", name=name, id=name, resume="allow", config=run.record["config"])
+        name, number = run.folder.resolve().name, run.record["id"]  # a run that continues goes on under its id
+        run.tracker = WandBTracker(
+            "diff-transformer", name=name, id=number, resume="allow", config=run.record["config"]
+        )
     run.tracker.start()
 
 
@@ -413,6 +463,13 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 # ---- comparing a run with what is asked
+class Start(msgspec.Struct):
+    """When and where the command was started; `step`: of the checkpoint that it continued from."""
+
+    step: Natural
+    extended: bool
+
+
 class RunRecord(msgspec.Struct):
     """The fields of run.json that are read back."""
 
@@ -424,6 +481,8 @@ class RunRecord(msgspec.Struct):
     dtype: str | None = None
     processes: int | None = None
     data: dict[str, dict[str, Any]] = {}
+    starts: list[Start] = []
+    id: str = ""  # for trackers
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
@@ -437,14 +496,19 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_same_config(run: Run):
-    """Print what changed since the run began. Raises UserError, with the reason, if it cannot continue with that."""
-    stored = read_run_record(run.folder)
+def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
+    """Print what changed since the run of this run.json began; returns whether it is finished and is to be extended.
+
+    Raises UserError, with the reason, if it cannot continue with that.
+    """
     old, new = comparable(stored), comparable(run.record)
     if stored.get("base_weights") is None:  # of before it was recorded
         new["base_weights"] = old["base_weights"]
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
-    refused = {k: change for k, change in changed.items() if k not in RESUMABLE_FIELDS and k != "processes"}
+    grown = {k for k in LENGTH & set(changed) if type(old.get(k)) in (int, float) and new[k] > old[k]}
+    is_longer = run.found.finished and bool(grown)
+    allowed = {"processes", *RESUMABLE_FIELDS, *(grown if is_longer else ())}
+    refused = {k: change for k, change in changed.items() if k not in allowed}
     if refused:
         reasons = {"order of the data": DATA_ORDER, "shapes of what is saved": SAVED_SHAPES}
         lines = []
@@ -457,6 +521,19 @@ def check_same_config(run: Run):
             "or start again with --overwrite=True"
         )
     run.print(*(f"changed since: {text}" for k, text in changed.items() if k not in ("output_dir", "overwrite")))
+    return is_longer
+
+
+def check_last_checkpoint(run: Run):
+    """Raise UserError unless a finished run continues from the very last of its updates."""
+    last = read_typed(run.folder / "final" / "run.json", LogLine).step
+    if step_of(run.resume) != last:
+        raise UserError(
+            f"{run.folder}: its checkpoint of step {last} is missing or damaged, so it cannot be extended: restore it, "
+            "or start again with --overwrite=True"
+        )
+    if run.record["config"]["average_last"]:
+        raise UserError(f"{run.folder}: --average_last ended it with a mean of weights, so it cannot be extended")
 
 
 def comparable(record: dict) -> dict:

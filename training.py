@@ -136,6 +136,8 @@ def init_or_resume_optimizer(run: Run, config: "Config", adapted: nn.Module) -> 
         return optimizer, state
     state |= read_trainer_state(run.resume)
     load_optimizer(optimizer, state.pop("optimizer"), run.resume)
+    if state["step"] in run.extended_at:
+        state["stale"] = 0
     return optimizer, state
 
 
@@ -220,7 +222,7 @@ def train(
                 if last_step:
                     load_average(adapted, state)
                     check_lambda_moved(run, model, step)
-                if step % config.eval_every == 0 or last_step:
+                if step % config.eval_every == 0 or last_step or step in run.extended_at:
                     evaluate_and_log(
                         run, config, model, adapted, processor, eval_sets, questions, probe, state, last_step
                     )
@@ -617,7 +619,8 @@ def evaluate_and_log(
 ):
     """Evaluate, on all rows before and after training and on a few batches of each set in between; log; save best/."""
     step = state["step"]
-    count = None if step == 0 or last_step else SHORT_EVALUATION * config.eval_batch_size
+    is_full = last_step or step in (0, *run.extended_at)
+    count = None if is_full else SHORT_EVALUATION * config.eval_batch_size
     scores = evaluate(run, config, model, processor, questions, count)
     losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
     maps = measure_maps(model, probe)

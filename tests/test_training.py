@@ -523,7 +523,9 @@ def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     finetune(replace(config, tracker="wandb"), "original")
     opened, *lines, end = calls
-    assert opened["id"] == "run" and opened["config"]["max_steps"] == 6 and end == "end"
+    record = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert (opened["name"], opened["id"]) == ("run", record["id"])  # two folders of one name are two runs
+    assert opened["config"]["max_steps"] == 6 and end == "end"
     assert [(step, v["loss"]) for step, v in lines if "loss" in v] == logged(config)
     assert not (Path(config.output_dir) / "tensorboard").exists()
 
