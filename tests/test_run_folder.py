@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import plots
 import run_folder
+import training
 from differential_attention import DifferentialConfig
 from errors import UserError
 from files import MANIFEST, lock_folder, verify_manifest, write_manifest
