@@ -46,6 +46,10 @@ class Config:
     lora_alpha: Positive = 32  # the update is scaled by alpha / rank
     lora_dropout: BelowOne = 0.0  # share of LoRA inputs dropped in training
     lora_targets: tuple[str, ...] = ()  # linear layers of the language model that get LoRA; empty: all of a layer
+    use_dora: bool = False  # DoRA: direction and magnitude of a weight train apart (arXiv 2402.09353)
+    use_rslora: bool = False  # rsLoRA: the update is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)
+    train_vision: Literal["no", "lora", "full"] = "no"  # the vision tower trains too: LoRA, or all of its weights
+    train_projector: Literal["no", "lora", "full"] = "no"  # the projector between tower and language model trains too
     # of the frozen base; adapters are always float32; nf4: 4-bit (QLoRA), on a CUDA card, with bitsandbytes installed
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
     shard: bool = False  # FSDP2: the processes of torchrun share the weights of the frozen layers
@@ -73,6 +77,8 @@ class Config:
     accumulation: Count = 1  # micro-batches per update
     # peak learning rate of AdamW; None: the family's, 2e-3 for PaliGemma (1e-4 suits 3b), 4e-5 for Phi-3
     lr: Annotated[float, Meta(gt=0, le=10)] | None = None
+    vision_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_vision; None: lr
+    projector_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_projector; None: lr
     warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 30  # updates of linear warm-up; a cosine to zero follows
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0  # of adapters
     beta2: BelowOne = 0.99  # decay of AdamW's second moment

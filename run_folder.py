@@ -86,6 +86,9 @@ SAVED_SHAPES = {
     "arm",
     "lora_rank",
     "lora_targets",
+    "use_dora",
+    "train_vision",
+    "train_projector",
     "differential",
 }
 ADDED_FIELDS = {  # the values of runs of before they existed
@@ -94,6 +97,12 @@ ADDED_FIELDS = {  # the values of runs of before they existed
     "average_last": 0.0,
     "metric": "exact",
     "patience": 0,
+    "use_dora": False,
+    "use_rslora": False,
+    "train_vision": "no",
+    "train_projector": "no",
+    "vision_lr": None,
+    "projector_lr": None,
 }
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
@@ -362,6 +371,8 @@ def check_config(config: "Config"):
     check_ranges(config)
     if config.shard and config.dtype == "nf4":
         raise UserError("--shard=True --dtype=nf4: 4-bit layers cannot be sharded: use one of the two")
+    if config.shard and "full" in (config.train_vision, config.train_projector):
+        raise UserError("--shard=True --train_vision=full, --train_projector=full: only LoRA trains on a sharded base")
     if config.shard and (config.vision_cache_gb or config.vision_cache_dir):  # a process with a miss would gather alone
         raise UserError("--shard=True --vision_cache_gb: all processes must run a sharded tower: use one of the two")
     if config.metric != "exact" and config.data.partition(":")[0] == "haystack":

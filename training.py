@@ -84,13 +84,16 @@ SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # of the dropout seed: seeds, steps
 
 # ---- the model and its optimizer
 def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
-    """Freeze `model`, add LoRA to its language model, and unfreeze what differential attention added.
+    """Freeze `model`, add LoRA to its language model, to its tower and projector if they train, and unfreeze what
+    differential attention added.
 
     A resumed run takes the weights of its checkpoint. A new run starts from those of `config.model` where that is a run
     folder. Returns peft's wrapper; `model` itself changes in place. Also records the LoRA settings in `run.record` and
-    the initial differential parameters in `run.initial_differential`.
+    the initial differential parameters in `run.initial_differential`. Raises UserError for parts that cannot train.
     """
     model.requires_grad_(False)
+    trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
+    prepare_parts(config, model, trained)
     _, learned = resolve_run(config.model)
     folder = run.resume / "adapter" if run.resume else learned
     adapted = new_lora(config, model) if folder is None else attach_adapter(model, folder, trainable=True)
@@ -100,9 +103,26 @@ def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
     if run.resume and run.initial_differential:
         load_differential(model, run.resume)
     unfreeze_differential(model)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad and ".differential." not in name]
+    for part, how in trained.items():
+        if how != "no" and not any(part in name for name in names):
+            raise UserError(f"{config.model}: its adapter does not train the {part}: start from its base model")
     lora = adapted.peft_config["default"]  # the one in effect: a run folder brings its own
     run.record["lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout}
+    run.record["lora"] |= {"dora": lora.use_dora, "rslora": lora.use_rslora}
     return adapted
+
+
+def prepare_parts(config: "Config", model: nn.Module, trained: dict[str, str]):
+    """Make the parts that train as a whole float32, as adapters are. Raises UserError for parts that cannot train."""
+    for part, how in trained.items():
+        module = getattr(model.model, part)
+        if how != "no" and module is None:
+            raise UserError(f"--train_vision, --train_projector: {config.model} is a decoder alone: leave them out")
+        if how == "full":
+            if differential_parameters(module):  # peft would copy and save them with the part
+                raise UserError("--train_vision=full: the tower has differential attention: take --train_vision=lora")
+            module.float()
 
 
 def stored_differential_folder(config: "Config") -> Path | None:
@@ -113,7 +133,7 @@ def stored_differential_folder(config: "Config") -> Path | None:
 
 def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
     """AdamW on the trainable parameters. Those of differential attention take no weight decay, which would move them
-    without a gradient; lambda has a learning rate of its own."""
+    without a gradient; lambda, the vision tower and the projector have learning rates of their own."""
     differential = differential_config(adapted)
     groups: dict[tuple, dict] = {}
     for name, parameter in adapted.named_parameters():
@@ -121,6 +141,9 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
             is_differential = ".differential." in name
             is_lambda = is_differential and "lambda" in name.rpartition(".")[2]
             scale = differential.lambda_lr if is_lambda else 1.0  # of the learning rate
+            for part, rate in (("vision_tower", config.vision_lr), ("multi_modal_projector", config.projector_lr)):
+                if part in name and rate and not is_differential:
+                    scale = rate / config.lr
             decay = 0.0 if is_differential else config.weight_decay
             group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
             group["params"].append(parameter)
