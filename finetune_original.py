@@ -11,7 +11,7 @@ again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -29,6 +29,7 @@ from models import classes_of
 from run_folder import check_config, open_run
 
 C = TypeVar("C", bound="Config")
+SECTIONS = {"model": "model", "data": "data", "optimisation": "seed", "evaluation": "metric"}  # title -> first field
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Rank = Annotated[int, Meta(ge=1, le=65_536)]
 Side = Annotated[int, Meta(ge=1, le=32)]
@@ -70,9 +71,8 @@ class Config:
     # --- optimisation
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # of adapters, data order and dropout
     max_steps: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 400  # updates
-    epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = (
-        0.0  # above 0: this many passes over the data instead of max_steps
-    )
+    # above 0: this many passes over the data instead of max_steps
+    epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
     batch_size: Count = 32  # examples per micro-batch, over all processes
     accumulation: Count = 1  # micro-batches per update
     # peak learning rate of AdamW; None: the family's, 2e-3 for PaliGemma (1e-4 suits 3b), 4e-5 for Phi-3
@@ -84,7 +84,7 @@ class Config:
     beta2: BelowOne = 0.99  # decay of AdamW's second moment
     clip: Positive = 1.0  # largest gradient norm
     average_last: BelowOne = 0.0  # share of the updates, at the end, whose weights are averaged into final/
-    # --- evaluation and logging
+    # --- evaluation, logging and files
     metric: Metric = "exact"  # what best/ is chosen by: exact answers, or for one's own data vqa, anls, rouge or map
     eval_samples: Count = 500  # rows of each evaluation set, before and after training
     eval_batch_size: Count = 64  # prompts answered at once
@@ -141,10 +141,44 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
 def parse_config(config_class: type[C], description: str | None, args: Sequence[str] | None = None) -> C:
     """The configuration of the command line. Exits with code 2 for unknown and ill-typed flags; raises UserError for
     values out of range."""
-    options = (tyro.conf.FlagConversionOff,)
-    config = tyro.cli(config_class, description=description, args=args, config=options, use_underscores=True)
+    options, groups = (tyro.conf.FlagConversionOff,), group_fields(config_class)
+    grouped = tyro.cli(
+        make_groups(config_class, groups), description=description, args=args, config=options, use_underscores=True
+    )
+    values = {name: getattr(getattr(grouped, group), name) for group, names in groups.items() for name in names}
+    others = {field.name: getattr(grouped, field.name) for field in fields(grouped) if field.name not in groups}
+    config = config_class(**values, **others)
     check_config(config)
     return config
+
+
+def group_fields(config_class: type[C]) -> dict[str, list[str]]:
+    """The fields of each section of `Config`; a field that is a dataclass is a group of its own and not among them."""
+    names = [f.name for f in fields(config_class) if not is_dataclass(f.type)]
+    starts = [*(names.index(first) for first in SECTIONS.values()), len(names)]
+    return {title: names[a:b] for title, a, b in zip(SECTIONS, starts, starts[1:], strict=False)}
+
+
+def make_groups(config_class: type[C], groups: dict[str, list[str]]) -> type:
+    """A dataclass with one nested dataclass for each group, under whose titles --help lists the flags.
+
+    That of a group is `config_class`, so that tyro finds the comments, with the fields of the others fixed at their
+    defaults. Flags have no prefixes, except for those of a field that is a dataclass.
+    """
+    parts = []
+    for title, names in groups.items():
+        fixed = [
+            (f.name, f.type, field(init=False, default=f.default, default_factory=f.default_factory))
+            for f in fields(config_class)
+            if f.name not in names
+        ]
+        group = make_dataclass(title, fixed, bases=(config_class,))
+        group.__doc__ = None  # the signature, which --help would show
+        parts.append((title, tyro.conf.OmitArgPrefixes[group]))
+    parts += [
+        (f.name, f.type, field(default_factory=f.default_factory)) for f in fields(config_class) if is_dataclass(f.type)
+    ]
+    return make_dataclass("Flags", parts)
 
 
 @one_line_errors

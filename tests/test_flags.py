@@ -81,6 +81,23 @@ def test_choices_of_differential_attention_out_of_range_are_refused(name):
             parse(finetune_diff.Config, f"--differential.{name}={value}")
 
 
+def test_help_groups_the_flags_and_describes_each(capsys, monkeypatch):
+    """Every flag once, under the title of its section of Config, with a comment or a default."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse(finetune_diff.Config, "--help")
+    text = capsys.readouterr().out
+    titles = ["model options", "data options", "optimisation options", "evaluation options", "differential options"]
+    places = [text.index(f"─ {title} ") for title in titles]
+    assert places == sorted(places)
+    for name, title in (("lora_rank", 0), ("workers", 1), ("lr", 2), ("patience", 3), ("differential.preset", 4)):
+        assert places[title] < text.index(f"│ --{name} ") < [*places, len(text)][title + 1]
+    lines = text.splitlines()
+    for field in fields(finetune_original.Config):
+        assert sum(line.startswith(f"│ --{field.name} ") for line in lines) == 1, field.name
+    assert "rank of the low-rank updates (default: 16)" in text and "differential.towers" in text
+
+
 def test_haystacks_need_a_size_of_grid():
     with refused("--grids"):
         parse(finetune_original.Config, "--grids")
