@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import accelerate
 import filelock
 import msgspec
+import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run, weights_fingerprint
@@ -176,7 +178,19 @@ class Run:
         """Pass every number in `values`, nested ones under their path, to TensorBoard or wandb."""
         if self.tracker:
             with writing(self.folder / self.tracker.name):
-                self.tracker.log(flatten_numbers(values), step=step)
+                numbers = flatten_numbers(values)
+                self.tracker.log({readable_tag(path): number for path, number in numbers.items()}, step=step)
+
+    def track_sample(self, place: int, sample: dict):
+        """Pass an answer, a line of samples.jsonl, to TensorBoard, and before training its image, which stays."""
+        if self.tracker and self.tracker.name == "tensorboard":
+            tag, writer = f"samples {sample['set']}/{place}", self.tracker.writer
+            lines = [f"{key}: {sample[key]!r}" for key in ("prompt", "answer", "response")]
+            with writing(self.folder / self.tracker.name):
+                writer.add_text(tag, "  \n".join(lines), sample["step"])
+                if sample["step"] == 0 and sample["image"]:
+                    pixels = np.asarray(Image.open(self.folder / sample["image"]))
+                    writer.add_image(tag, pixels, sample["step"], dataformats="HWC")
 
     def skip(self, error: UserError):
         """Report a row that cannot be used, once, on the terminal and in skipped.log; with `strict` raise the error."""
@@ -236,6 +250,28 @@ def flatten_numbers(values: dict, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[prefix + key] = value
     return flat
+
+
+TAGS = {  # first part of a path in `Run.track` -> title of its chart; any other is a metric of an evaluation
+    "loss": "train/loss",
+    "lr": "train/learning rate",
+    "grad_norm": "train/gradient norm",
+    "lambda": "lambda",
+    "differential_grad_norm": "differential gradient norm",
+    "eval_loss": "eval loss",
+}
+LAYER = re.compile(r"model\.(language|vision)_[\w.]*?layers\.(\d+)\.self_attn\.differential")
+
+
+def readable_tag(path: str) -> str:
+    """A path of `flatten_numbers` as the title of a chart and, after a slash, of its curve: layers by their number,
+    sorted by name as by depth."""
+    path = LAYER.sub(lambda match: f"{match[1].replace('language', 'text')} layer {int(match[2]):02d}", path)
+    kind, slash, rest = path.partition("/")
+    if kind == "inside":  # layer / quantity
+        layer, _, quantity = rest.partition("/")
+        return f"maps {quantity}/{layer}"
+    return TAGS.get(kind, f"eval {kind}") + slash + rest
 
 
 # ---- opening a run
@@ -444,9 +480,13 @@ def log_skipped(run: Run, faults: list[str]):
             file.write_text("".join(f"{reason}\n" for reason in sorted(run.skipped)), encoding="utf-8")
 
 
-def start_tracker(run: Run, config: "Config"):
-    """TensorBoard in the run folder, or wandb by name: copies of metrics.jsonl, which is what everything else reads."""
+def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
+    """TensorBoard in the run folder, or wandb by name: copies of metrics.jsonl, which is what everything else reads.
+
+    TensorBoard's table of hyperparameters has beside them the last scores on the evaluation sets, by these names.
+    """
     from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from torch.utils.tensorboard.summary import hparams
 
     if not run.is_main or config.tracker == "none":
         return
@@ -458,6 +498,12 @@ def start_tracker(run: Run, config: "Config"):
             "diff-transformer", name=name, id=number, resume="allow", config=run.record["config"]
         )
     run.tracker.start()
+    if config.tracker == "tensorboard":
+        values = {key: v if isinstance(v, int | float) else str(v) for key, v in comparable(run.record).items()}
+        scores = [readable_tag(f"{kind}/{name}") for name in eval_sets for kind in (config.metric, "eval_loss")]
+        start_summaries = hparams(values, dict.fromkeys(["train/loss", *scores], 0))[:2]  # the third ends a session
+        for summary in start_summaries:
+            run.tracker.writer.file_writer.add_summary(summary)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -214,7 +214,7 @@ def train(
     check_same_data(run, {"train": source, **eval_sets})
     questions = make_questions(config, model, processor, eval_sets)
     start_folder(run, [fault for rows in (source, *eval_sets.values()) for fault in rows.skipped])
-    start_tracker(run, config)
+    start_tracker(run, config, eval_sets)
     limit = prompt_limit(config, model)
     probe = first_rows(run, limit, processor, next(iter(eval_sets.values())), PROBE_ROWS, with_suffix=False)
     if state["step"] == 0 and stored_differential_folder(config) is None:  # stored parameters include the selection
@@ -308,7 +308,7 @@ def train(
                 if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                     line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
                     line |= describe_differential(config, model, grad_norm)
-                    run.track(step + 1, line)
+                    run.track(step + 1, {key: value for key, value in line.items() if key != "step"})
                     run.log(line | {"tokens_per_second": round(tokens / update_seconds)})
                     bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / update_seconds:.0f}")
                     update_seconds, tokens = 0.0, 0
@@ -664,6 +664,7 @@ def evaluate_and_log(
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
             sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}
             run.log(sample | haystack_grid(eval_sets[name]), "samples.jsonl")
+            run.track_sample(place, sample)
     results = [f"{name} {score.right}/{score.n}, loss {losses[name]:.3f}" for name, score in scores.items()]
     run.print(f"step {step}: " + "; ".join(results))
 

@@ -504,8 +504,33 @@ def test_tensorboard_has_every_number_of_the_log(config):
     finetune(config, "original")
     events = EventAccumulator(str(Path(config.output_dir) / "tensorboard"))
     events.Reload()
-    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(dict(logged(config)), rel=1e-6)
-    assert [e.step for e in events.Scalars("exact/2x2 unseen style")] == [0, 4, 6]
+    assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(dict(logged(config)), rel=1e-6)
+    assert [e.step for e in events.Scalars("eval exact/2x2 unseen style")] == [0, 4, 6]
+    (first, *_), (*_, last) = logged(config, "eval_loss"), logged(config, "eval_loss")
+    seen = events.Scalars("eval loss/4x4 unseen style")
+    assert [seen[0].value, seen[-1].value] == pytest.approx([n[1]["4x4 unseen style"] for n in (first, last)], rel=1e-6)
+    assert "step" not in events.Tags()["scalars"]
+    assert [e.step for e in events.Images("samples 2x2 unseen style/0")] == [0]
+    text = events.Tensors("samples 2x2 unseen style/0/text_summary")
+    assert [e.step for e in text] == [0, 4, 6] and b"prompt: " in text[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_has_the_hyperparameters_of_a_differential_run_and_names_layers_by_number(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    finetune(replace(config, max_steps=1), "diff", DifferentialConfig(towers=("text", "vision")).resolve())
+    events = EventAccumulator(str(Path(config.output_dir) / "tensorboard"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"lambda/text layer 01", "lambda/vision layer 00", "maps cosine/text layer 00"} <= set(scalars)
+    assert not any("self_attn" in name for name in scalars)
+    stored = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    values = plugin_data_pb2.HParamsPluginData.FromString(stored).session_start_info.hparams
+    assert values["max_steps"].number_value == 1 and values["tracker"].string_value == "tensorboard"
+    stored = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(stored).experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} <= set(scalars)
 
 
 def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
@@ -526,7 +551,7 @@ def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
     record = json.loads((Path(config.output_dir) / "run.json").read_text())
     assert (opened["name"], opened["id"]) == ("run", record["id"])  # two folders of one name are two runs
     assert opened["config"]["max_steps"] == 6 and end == "end"
-    assert [(step, v["loss"]) for step, v in lines if "loss" in v] == logged(config)
+    assert [(step, v["train/loss"]) for step, v in lines if "train/loss" in v] == logged(config)
     assert not (Path(config.output_dir) / "tensorboard").exists()
 
 
