@@ -826,7 +826,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """`git describe` of the repository, None outside of one."""
+    """`git describe` of the repository, None outside of one, as where the package is installed."""
+    if not (ROOT / ".git").exists():
+        return None
     try:
         git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     except OSError:  # git is not installed
