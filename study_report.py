@@ -1,7 +1,8 @@
 """The answer of the study, its table and its figure, from the plan and the committed records alone.
 
 Study A fine-tunes a pretrained model with every attention arm and compares endpoint N, the accuracy in finding a
-needle among many cells; study B1 trains small decoders from scratch and compares how many steps they need to retrieve.
+needle among many cells; study C does the same with a language model and codes in text; study B1 trains small decoders
+from scratch and compares how many steps they need to retrieve.
 All differences are paired over seeds. In text and tables they are points, hundredths of the accuracy.
 """
 
@@ -45,7 +46,7 @@ ALPHA = 0.05
 MARGIN = 3.0  # points: the smallest effect of interest and the margin of equivalence
 NARROW_MARGIN = 2.0  # reported beside it
 HYPOTHESES = (("split", "standard"), ("split", "additive"), ("split", "flipped"))
-KINDS = ("look-alike", "noise")  # of what makes a condition with the needle hard
+KINDS = ("look-alike", "noise", "pairs")  # of what makes a condition with the needle hard
 # B1: the first is the primary contrast, the others form one secondary family
 CONTRASTS = (
     ("v1", "double_width_norm"),
@@ -101,7 +102,7 @@ class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ConversionRecord(Record, kw_only=True):
-    """A run of study A. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
+    """A run of study A or C. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
 
     Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
     i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
@@ -109,7 +110,7 @@ class ConversionRecord(Record, kw_only=True):
     endpoint. `forward_flops`: of the prompt of one question, see `study_conversion.count_flops`.
     """
 
-    study: Literal["A"]
+    study: Literal["A", "C"]
     num_concepts: Positive
     final_loss: float | None  # None: not finite
     lambdas: list[float]  # of the layers, in order
@@ -137,14 +138,14 @@ def hash_plan(section: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
 
-def read_records(folder: Path, study: Literal["A", "B1"]) -> list[Record]:
+def read_records(folder: Path, study: Literal["A", "B1", "C"]) -> list[Record]:
     """The records of one study, <arm>/seedNN.json or <arm>/<pairs>pairs-seedNN.json in `folder`, in order of path.
 
     Raises UserError for a file that is no record, or that lies where another run's belongs.
     """
     records = []
     for path in sorted(Path(folder).glob("*/*.json")):
-        record = read_typed(path, {"A": ConversionRecord, "B1": SymbolicRecord}[study], "delete it and run it again")
+        record = read_typed(path, SymbolicRecord if study == "B1" else ConversionRecord, "delete it and run it again")
         if path.relative_to(folder) != record_path(record):
             raise UserError(f"{path}: holds the record of {record_path(record)}: move it there")
         records.append(record)
@@ -234,7 +235,9 @@ def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
     """Unweighted mean accuracy of these conditions. Raises UserError if one was not asked."""
     missing = [condition for condition in conditions if condition not in record.answers]
     if missing:
-        raise UserError(f"A/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again")
+        raise UserError(
+            f"{record.study}/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again"
+        )
     return 100 * statistics.fmean(record.answers[condition].rate() for condition in conditions)
 
 
@@ -361,10 +364,15 @@ def core_verdict(hypotheses: Sequence[Contrast]) -> str:
     return "helps (and it is the subtraction)" if set(verdicts) == {"helps"} else verdicts[0]
 
 
+def hypotheses_of(section: dict[str, Any]) -> list[tuple[str, str]]:
+    """The hypotheses whose arms are in the plan: all three in study A."""
+    return [pair for pair in HYPOTHESES if set(pair) <= set(section["arms"])]
+
+
 def core_contrasts(group: Group) -> list[Contrast]:
-    """The three hypotheses with their Holm p values. Call it when all core runs are in."""
+    """The hypotheses with their Holm p values. Call it when all core runs are in."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
-    found = [contrast(group, a, b, measure) for a, b in HYPOTHESES]
+    found = [contrast(group, a, b, measure) for a, b in hypotheses_of(group.section)]
     adjust(found)
     return found
 
@@ -507,7 +515,7 @@ WOULD_CHANGE = {
 
 
 def answer(group: Group) -> str:
-    """The answer of study A in one sentence: difference, interval, verdict, and what would change it."""
+    """The answer of study A or C in one sentence: difference, interval, verdict, and what would change it."""
     core = core_arms(group.section)
     missing = group.missing(core)
     if missing:
@@ -551,14 +559,16 @@ def planned_symbolic(section: dict[str, Any]) -> int:
 
 
 def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) -> list[str]:
-    """The report as lines of markdown: both studies, replications under headings of their own.
+    """The report as lines of markdown: all studies, replications under headings of their own.
 
-    `plan`: study.json, {"A": section, "B1": section}. Raises UserError for records of another plan.
+    `plan`: sections of study.json, {"A": section, "B1": section, "C": section}. Raises UserError for records of another
+    plan.
     """
     lines = []
     for study, title, write in (
         ("A", "Study A: fitted into a pretrained model", format_conversion),
         ("B1", "Study B1: trained from scratch", format_symbolic),
+        ("C", "Study C, exploratory: fitted into a pretrained language model", format_conversion),
     ):
         if study not in plan:
             continue
@@ -577,7 +587,7 @@ def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) ->
 
 
 def format_conversion(group: Group) -> list[str]:
-    """Study A: the answer, the three hypotheses, a row for every arm, the secondary endpoints."""
+    """Study A or C: the answer, the hypotheses, a row for every arm, the secondary endpoints."""
     if group.section.get("quick"):
         return [QUICK_NOTE, "", *format_arms(group, [], [])]
     lines = [answer(group), ""]
@@ -608,7 +618,7 @@ def format_spread(group: Group) -> list[str]:
 
 
 def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]:
-    """A row for each of the three hypotheses."""
+    """A row for each of the hypotheses."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
     rows = []
     for found in hypotheses:
@@ -664,7 +674,7 @@ def format_secondary(group: Group) -> list[str]:
     """A row for each secondary endpoint, a column for each hypothesis; a star where Holm's p is below 0.05."""
     measures = secondary_endpoints(group)
     columns = []
-    for a, b in HYPOTHESES:
+    for a, b in hypotheses_of(group.section):
         found = {name: c for name, measure in measures.items() if (c := contrast(group, a, b, measure))}
         adjust(list(found.values()))
         columns.append(found)
@@ -674,7 +684,7 @@ def format_secondary(group: Group) -> list[str]:
         if any(found):
             digits = 2 if name in FINE_ENDPOINTS else 1
             rows.append([name, *(interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)])
-    return table(["endpoint", *(f"{a} - {b}" for a, b in HYPOTHESES)], rows)
+    return table(["endpoint", *(f"{a} - {b}" for a, b in hypotheses_of(group.section))], rows)
 
 
 def format_seeds(group: Group, a: str, b: str) -> list[str]:
