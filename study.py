@@ -241,13 +241,15 @@ def print_grid(section: dict, records: Path):
 
 def write_report():
     """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone."""
+    import study_figure
+
     plan = {study: read_section(study) for study in ("A", "B1", "C") if study in read_json(PLAN)}
     records = [record for study in plan for record in study_report.read_records(RECORDS / study, study)]
     lines = study_report.format_report(plan, records)
     print(*lines, sep="\n")
     with writing(REPORT):
         REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    study_report.draw_figure(plan, records, FIGURE)
+    study_figure.draw_figure(plan, records, FIGURE)
 
 
 @one_line_errors
