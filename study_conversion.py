@@ -25,12 +25,13 @@ import finetune_diff
 import finetune_original
 from checkpoint import weights_fingerprint
 from diagnostics import lambda_values
-from differential_attention import DifferentialConfig, differential_parameters, knock_out
+from differential_attention import DifferentialConfig, differential_config, knock_out
 from errors import UserError
 from files import read_bytes, read_json, read_typed
 from haystack import ImagePool, add_noise, needle_prompt, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
-from modeling_vlm import IGNORED_LABEL
+from modeling_vlm import IGNORED_LABEL, VisionLanguageModel
+from models import classes_of
 from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question, is_exact, open_reference
 from needle_eval.runner import Answerer, answer_questions
@@ -144,13 +145,18 @@ def make_questions(
 
 
 def pack_answers(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
-    """By condition {"n", "right"}: one bit for each question in order, as hexadecimal digits of numpy.packbits."""
+    """By condition {"n", "right"}: a bit for each question in order, as hexadecimal digits of numpy.packbits."""
     packed = {}
     for name in names:
         right = [row["response"] is not None and is_exact(row["response"], row["ground_truth"])
                  for row in rows if row["setting"] == name]  # fmt: skip
-        packed[name] = {"n": len(right), "right": np.packbits(np.array(right, bool)).tobytes().hex()}
+        packed[name] = pack_bits(right)
     return packed
+
+
+def pack_bits(right: Sequence[bool]) -> dict[str, Any]:
+    """{"n", "right"}, see `pack_answers`."""
+    return {"n": len(right), "right": np.packbits(np.array(right, bool)).tobytes().hex()}
 
 
 # ---- one run
@@ -208,26 +214,31 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
         )
         for condition in (names if section.get("likelihood_questions") else ())
     }
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = read_json(folder / "run.json")["parameters"]
-    record = {
-        "status": status,
-        "trained_parameters": sum(count for count, _ in trained.values()),
-        "final_loss": [line["loss"] for line in lines if "loss" in line][-1],
-        "lambdas": [],
+    record = describe_training(model, folder, status) | {
         "num_concepts": len(look_alikes),
         "answers": pack_answers(rows, list(conditions)),
         "needle_shares": [float(share) for share in np.mean(shares, axis=0)],
         "log_likelihoods": likelihoods,
-        "forward_flops": count_flops(config, questions[0]),
+        "forward_flops": count_flops(config, [image.open() for image in questions[0].images], questions[0].prompt),
         "knockout": {},
     }
-    if differential_parameters(model) and has_lambda(config.differential):
-        record["lambdas"] = list(lambda_values(model).values())
+    if has_lambda(model):
         knock_out(model)
         asked = [question for question in questions if question.setting in names]
         record["knockout"] = pack_answers(answer_questions(answerer, asked), names)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def describe_training(model: VisionLanguageModel, folder: Path, status: str) -> dict[str, Any]:
+    """The fields of a record that follow from a trained model and its run folder."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = read_json(folder / "run.json")["parameters"]
+    return {
+        "status": status,
+        "trained_parameters": sum(count for count, _ in trained.values()),
+        "final_loss": [line["loss"] for line in lines if "loss" in line][-1],
+        "lambdas": list(lambda_values(model).values()) if has_lambda(model) else [],
+    }
 
 
 @torch.inference_mode()
@@ -245,17 +256,16 @@ def log_likelihood(answerer: Answerer, questions: Sequence[Question]) -> float:
     return total / len(questions)
 
 
-def count_flops(config: finetune_original.Config, question: Question) -> int:
-    """Floating point operations of the base model with the arm's attention, forward, on the prompt of a question.
+def count_flops(config: finetune_original.Config, images: list[Image.Image], prompt: str) -> int:
+    """Floating point operations of the base model with the arm's attention, forward, on one prompt.
 
     LoRA, which all arms have alike, is not counted.
     """
-    differential = getattr(config, "differential", None)
-    model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=differential)
-    processor = PaliGemmaProcessor.from_pretrained(config.model)
-    images = [image.open() for image in question.images]
+    model_class, processor_class = classes_of(config.model)
+    model = model_class.from_pretrained(config.model, differential=getattr(config, "differential", None))
+    batch = processor_class.from_pretrained(config.model)([images] if images else None, [prompt])
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(**processor(images=[images], text=[question.prompt]))
+        model(**batch)
     return counter.get_total_flops()
 
 
@@ -272,9 +282,10 @@ def endpoint_conditions(section: dict) -> list[str]:
     return [f"{cells} {kind}" for cells in endpoint["cells"] for kind in endpoint["kinds"]]
 
 
-def has_lambda(config: DifferentialConfig) -> bool:
-    """Whether a preset has a lambda that can be set to 0."""
-    return config.combine != "replace" and config.second != "none"
+def has_lambda(model: VisionLanguageModel) -> bool:
+    """Whether a model has differential attention with a lambda that can be set to 0."""
+    config = differential_config(model)
+    return config is not None and config.combine != "replace" and config.second != "none"
 
 
 # ---- the pilot
@@ -330,10 +341,10 @@ def fingerprint_of(losses: list[float]) -> str:
     return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
 
 
-def measure_fingerprint(section: dict, folder: Path) -> str:
-    """`fingerprint_of` the first ten losses of the standard arm at the first pilot seed, trained into `folder`."""
+def measure_fingerprint(section: dict, folder: Path, steps: int = 10) -> str:
+    """`fingerprint_of` the first losses of the standard arm at the first pilot seed, trained into `folder`."""
     config = make_config(section, next(iter(section["arms"])), section["fingerprint_seed"], folder)
-    config = replace(config, max_steps=10, log_every=1, save_every=10, eval_samples=1, overwrite=True)
+    config = replace(config, max_steps=steps, log_every=1, save_every=steps, eval_samples=1, overwrite=True)
     train(config, "fingerprint")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return fingerprint_of([line["loss"] for line in lines if "loss" in line])

@@ -13,6 +13,7 @@ from simulated_study import ENVIRONMENT, PAIRED_SD, make_plan, pack, simulate_co
 import study_report
 from errors import UserError
 from files import write_json
+from study_figure import draw_figure
 from study_report import (
     Answers,
     Contrast,
@@ -20,7 +21,6 @@ from study_report import (
     answer,
     core_contrasts,
     core_verdict,
-    draw_figure,
     format_report,
     group_records,
     hash_plan,
