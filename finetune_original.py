@@ -24,7 +24,7 @@ from checkpoint import resolve_run
 from data import make_data
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
-from metrics import Metric
+from metrics import Metric, check_installed
 from models import classes_of
 from run_folder import check_config, open_run
 
@@ -104,6 +104,7 @@ class Config:
 def finetune(config: Config, arm: str, differential: DifferentialConfig | None = None):
     """Both arms: `differential` is all that the other one adds."""
     # --- defaults of the family, run folder, device, precision
+    check_installed(config.metric)
     model_class, processor_class = classes_of(config.model)
     targets, lr = config.lora_targets or model_class.lora_targets, config.lr or model_class.learning_rate
     config = replace(config, lora_targets=targets, lr=lr)

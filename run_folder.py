@@ -48,7 +48,6 @@ from files import (
     write_json,
     writing,
 )
-from metrics import check_installed
 
 if TYPE_CHECKING:
     from data import Source
@@ -413,7 +412,6 @@ def check_config(config: "Config"):
         raise UserError("--shard=True --vision_cache_gb: all processes must run a sharded tower: use one of the two")
     if config.metric != "exact" and config.data.partition(":")[0] == "haystack":
         raise UserError(f"--metric={config.metric}: haystacks are scored by exact answers: leave it out")
-    check_installed(config.metric)
     if config.patience and config.average_last:  # of the last updates, whose number is not known
         raise UserError("--patience --average_last: training may stop before the average begins: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:

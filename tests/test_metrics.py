@@ -73,7 +73,7 @@ def test_a_missing_package_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with refused(f"--metric={metric}", f"pip install {package}"):
-            check_config(Config(data="x.jsonl", metric=metric))
+            finetune(Config(data="x.jsonl", metric=metric), "original")
     with refused("--metric=vqa", "haystacks"):
         check_config(Config(metric="vqa"))
 
