@@ -10,6 +10,7 @@ Edit Config in this file, or give any of its fields as a flag. A killed run cont
 again.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from typing import Annotated, Literal, TypeVar
@@ -142,44 +143,34 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
 def parse_config(config_class: type[C], description: str | None, args: Sequence[str] | None = None) -> C:
     """The configuration of the command line. Exits with code 2 for unknown and ill-typed flags; raises UserError for
     values out of range."""
-    options, groups = (tyro.conf.FlagConversionOff,), group_fields(config_class)
-    grouped = tyro.cli(
-        make_groups(config_class, groups), description=description, args=args, config=options, use_underscores=True
-    )
-    values = {name: getattr(getattr(grouped, group), name) for group, names in groups.items() for name in names}
-    others = {field.name: getattr(grouped, field.name) for field in fields(grouped) if field.name not in groups}
-    config = config_class(**values, **others)
+    args = sys.argv[1:] if args is None else list(args)
+    asks_for_help = {"-h", "--help"} & set(args)
+    flags = group_flags(config_class) if asks_for_help else config_class
+    options = (tyro.conf.FlagConversionOff,)
+    config = tyro.cli(flags, description=description, args=args, config=options, use_underscores=True)
     check_config(config)
     return config
 
 
-def group_fields(config_class: type[C]) -> dict[str, list[str]]:
-    """The fields of each section of `Config`; a field that is a dataclass is a group of its own and not among them."""
-    names = [f.name for f in fields(config_class) if not is_dataclass(f.type)]
-    starts = [*(names.index(first) for first in SECTIONS.values()), len(names)]
-    return {title: names[a:b] for title, a, b in zip(SECTIONS, starts, starts[1:], strict=False)}
+def group_flags(config_class: type[C]) -> type:
+    """A dataclass with the same flags, in one nested dataclass for each section of `Config`: --help lists them apart.
 
-
-def make_groups(config_class: type[C], groups: dict[str, list[str]]) -> type:
-    """A dataclass with one nested dataclass for each group, under whose titles --help lists the flags.
-
-    That of a group is `config_class`, so that tyro finds the comments, with the fields of the others fixed at their
-    defaults. Flags have no prefixes, except for those of a field that is a dataclass.
+    That of a section is `config_class`, so that tyro finds the comments, with the fields of the others fixed at their
+    defaults. A field that is a dataclass is a group of its own.
     """
-    parts = []
-    for title, names in groups.items():
+    plain = [f for f in fields(config_class) if not is_dataclass(f.type)]
+    nested = [f for f in fields(config_class) if is_dataclass(f.type)]
+    first = [[f.name for f in plain].index(name) for name in SECTIONS.values()]
+    groups = []
+    for title, start, end in zip(SECTIONS, first, [*first[1:], len(plain)], strict=True):
         fixed = [
             (f.name, f.type, field(init=False, default=f.default, default_factory=f.default_factory))
-            for f in fields(config_class)
-            if f.name not in names
+            for f in (*plain[:start], *plain[end:], *nested)
         ]
         group = make_dataclass(title, fixed, bases=(config_class,))
         group.__doc__ = None  # the signature, which --help would show
-        parts.append((title, tyro.conf.OmitArgPrefixes[group]))
-    parts += [
-        (f.name, f.type, field(default_factory=f.default_factory)) for f in fields(config_class) if is_dataclass(f.type)
-    ]
-    return make_dataclass("Flags", parts)
+        groups.append((title, tyro.conf.OmitArgPrefixes[group]))
+    return make_dataclass("Flags", groups + [(f.name, f.type) for f in nested])
 
 
 @one_line_errors

@@ -95,7 +95,7 @@ def test_all_modules_import_without_the_modules_that_windows_lacks():
 
 
 def test_an_import_that_the_build_does_not_know_is_refused(tmp_path):
-    code = """
+    code = r"""
 import sys
 sys.argv[1:] = ["-q", "--version"]
 import setup
