@@ -669,9 +669,9 @@ def evaluate_and_log(
     run.print(f"step {step}: " + "; ".join(results))
 
     rate = headline_rate(scores, eval_sets, questions, config)
-    # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts
     if step > 0:
         state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
+    # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts
     if step > 0 and (rate > state["best"] or (last_step and rate == state["best"])):
         state["best"] = rate
         raise_if_not_finite(run, adapted, step)
