@@ -155,22 +155,23 @@ def parse_config(config_class: type[C], description: str | None, args: Sequence[
 def group_flags(config_class: type[C]) -> type:
     """A dataclass with the same flags, in one nested dataclass for each section of `Config`: --help lists them apart.
 
-    That of a section is `config_class`, so that tyro finds the comments, with the fields of the others fixed at their
-    defaults. A field that is a dataclass is a group of its own.
+    A field that is a dataclass is a group of its own.
     """
+    from tyro._docstrings import get_field_docstring  # has no public name, so only --help depends on it
+
     plain = [f for f in fields(config_class) if not is_dataclass(f.type)]
-    nested = [f for f in fields(config_class) if is_dataclass(f.type)]
+    nested = [(f.name, f.type) for f in fields(config_class) if is_dataclass(f.type)]
     first = [[f.name for f in plain].index(name) for name in SECTIONS.values()]
     groups = []
     for title, start, end in zip(SECTIONS, first, [*first[1:], len(plain)], strict=True):
-        fixed = [
-            (f.name, f.type, field(init=False, default=f.default, default_factory=f.default_factory))
-            for f in (*plain[:start], *plain[end:], *nested)
-        ]
-        group = make_dataclass(title, fixed, bases=(config_class,))
+        flags = []
+        for f in plain[start:end]:
+            comment = tyro.conf.arg(help=get_field_docstring(config_class, f.name, ()))
+            flags.append((f.name, Annotated[f.type, comment], field(default=f.default)))
+        group = make_dataclass(title, flags)
         group.__doc__ = None  # the signature, which --help would show
         groups.append((title, tyro.conf.OmitArgPrefixes[group]))
-    return make_dataclass("Flags", groups + [(f.name, f.type) for f in nested])
+    return make_dataclass("Flags", groups + nested)
 
 
 @one_line_errors
