@@ -58,9 +58,21 @@ if TYPE_CHECKING:  # imported where needed: peft takes seconds
 STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
 
 
-# peft reads names of modules as regular expressions, which can take forever: only plain names and this pattern pass.
+# The parts beside the language model that can be trained, and their linear layers.
+PARTS = {
+    "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "multi_modal_projector": ("linear", "linear_1", "linear_2"),  # PaliGemma's, and Phi's two
+}
+# peft reads names of modules as regular expressions, which can take forever: only plain names and these patterns pass.
 LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
-ALLOWED_PATTERN = re.compile(re.escape(LORA_PATTERN).replace(r"\{targets\}", r"\w+(\|\w+)*"))
+PART_PATTERNS = {
+    "vision_tower": r".*vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+    "multi_modal_projector": r".*multi_modal_projector\.linear",
+}
+ALLOWED_PATTERN = re.compile(
+    re.escape(LORA_PATTERN).replace(r"\{targets\}", r"\w+(\|\w+)*")
+    + "".join(rf"(\|{re.escape(pattern)})?" for pattern in PART_PATTERNS.values())
+)
 PlainName = Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+$", max_length=256)]
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 UNSUPPORTED = (  # fields of LoraConfig that change the function of the adapter and are not handled here
@@ -115,10 +127,11 @@ def read_adapter_config(folder: Path) -> AdapterFields:
 
 # ---- LoRA
 def new_lora(config: Any, model: nn.Module) -> "PeftModel":
-    """Put new LoRA into the language model of `model`, in place; returns peft's wrapper.
+    """Put new LoRA into the language model of `model`, in place, and into the vision tower and the projector where
+    `config` says so, or a copy of these that trains as a whole; returns peft's wrapper.
 
-    `config` has seed, lora_rank, lora_alpha, lora_dropout and lora_targets, empty for those of the family. Raises
-    UserError for targets without layer.
+    `config` has seed, the lora_* fields, lora_targets empty for those of the family, use_dora, use_rslora, train_vision
+    and train_projector. Raises UserError for targets without layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -131,13 +144,23 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
         raise UserError(
             f"--lora_targets: {unknown[0]!r} is no layer of the language model: give some of {' '.join(names)}"
         )
+    trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
+    with_lora = [part for part, how in trained.items() if how == "lora"]
+    if is_phi(model):  # its names, which its tower lacks, also fit transformers' decoder, whose layers are elsewhere
+        names = [*targets, *(name for part in with_lora for name in PARTS[part])]
+    else:
+        names = "|".join(
+            [LORA_PATTERN.replace("{targets}", "|".join(targets)), *(PART_PATTERNS[part] for part in with_lora)]
+        )
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        # Phi's names, which its tower lacks, also fit transformers' decoder, whose layers are elsewhere
-        target_modules=list(targets) if is_phi(model) else LORA_PATTERN.replace("{targets}", "|".join(targets)),
+        target_modules=names,
+        modules_to_save=[part for part, how in trained.items() if how == "full"] or None,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
     )
     return get_peft_model(model, lora)
 
@@ -248,14 +271,16 @@ the Multimodal Differential Transformer."""
 def merge(model: nn.Module) -> None:
     """Add every LoRA update to its weight and replace the layers of peft by plain ones, in place.
 
-    Raises UserError where a merged weight would not be finite, and for modules_to_save, which replace whole layers.
+    Raises UserError where a merged weight would not be finite, and for modules_to_save other than the vision tower and
+    the projector: the embedding, for one, is tied to the head.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
-    replaced = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    if replaced:
-        raise UserError(f"{replaced[0]}: trained as a whole (modules_to_save), which cannot be merged: train LoRA only")
+    for name, wrapper in [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]:
+        if name.rpartition(".")[2] not in PARTS:
+            raise UserError(f"{name}: trained as a whole (modules_to_save), which cannot be merged: train LoRA only")
+        model.set_submodule(name, wrapper.modules_to_save[wrapper.active_adapters[0]])
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         try:
             layer.merge(safe_merge=True)
@@ -269,7 +294,9 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
     """Number of parameters by tower: [trainable, all]."""
     counts: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
-        tower = next((t for t in ("vision_tower", "multi_modal_projector", "language_model") if t in name), "lm_head")
+        if ".original_module." in name:  # of a part that trains as a whole, whose copy is counted
+            continue
+        tower = next((t for t in (*PARTS, "language_model") if t in name), "lm_head")
         kind = " lora" if "lora_" in name else " differential" if ".differential." in name else ""
         entry = counts.setdefault(tower + kind, [0, 0])
         entry[0] += p.numel() if p.requires_grad else 0
