@@ -56,6 +56,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
     shard: bool = False  # FSDP2: the processes of torchrun share the weights of the frozen layers
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
+    compile: bool = False  # torch.compile of the layers in training: minutes at the start, faster steps on a GPU
     # --- data
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
     eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out

@@ -68,6 +68,7 @@ RESUMABLE_FIELDS = {
     "keep_checkpoints",
     "workers",
     "gradient_checkpointing",
+    "compile",
     "shard",
     "strict_data",
     "tracker",

@@ -150,6 +150,19 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
+def compile_layers(model: nn.Module, backend: str = "inductor"):
+    """Compile every decoder and vision layer by itself, in place: the layers of a tower share their graphs, which serve
+    rows of all lengths."""
+    tower = model.model.vision_tower
+    for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
+        layer.compile(dynamic=True, backend=backend)
+
+
+def without_compiling(config: "Config") -> contextlib.AbstractContextManager:
+    """Inside the block, compiled layers run as they are written: an evaluation would compile again for its KV cache."""
+    return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
+
+
 def init_or_resume_optimizer(run: Run, config: "Config", adapted: nn.Module) -> tuple[torch.optim.AdamW, dict]:
     """The optimizer and the state of the loop (step, best score, evaluations since it, seconds): new, or those of the
     checkpoint."""
@@ -224,6 +237,8 @@ def train(
     started = time.perf_counter() - state["seconds"]
     update_seconds, tokens = 0.0, 0  # since the last line of the log
     batches = training_batches(run, config, model, processor, source, first_step, lengths, cache)
+    if config.compile:
+        compile_layers(model)
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
             # a broken evaluation fails now, not after hours
@@ -321,7 +336,8 @@ def train(
     # ------------------------------------------------------------------
     # final adapter and results
     # ------------------------------------------------------------------
-    save_attention(run, model, processor, eval_sets)
+    with without_compiling(config):
+        save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
     save_snapshot(run, adapted, run.folder / "final", {"step": state["step"], "seconds": round(seconds, 1)})
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
@@ -568,7 +584,7 @@ def evaluate(
     )
     scores = {}
     for name, asked in questions.items():
-        with gathered(model), out_of_memory_as("lower --eval_batch_size"):
+        with gathered(model), without_compiling(config), out_of_memory_as("lower --eval_batch_size"):
             rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
         answered = [row for row in rows if "error" not in row]
         for row in rows:
@@ -645,8 +661,9 @@ def evaluate_and_log(
     is_full = last_step or step in (0, *run.extended_at)
     count = None if is_full else SHORT_EVALUATION * config.eval_batch_size
     scores = evaluate(run, config, model, processor, questions, count)
-    losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
-    maps = measure_maps(model, probe)
+    with without_compiling(config):
+        losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
+        maps = measure_maps(model, probe)
 
     line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
     line |= {"eval_loss": losses}
