@@ -202,16 +202,20 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
     else:
         base, _, revision = base.partition("@")
     differential = differential_config(adapted)
-    config = read_json(Path(folder, ADAPTER_CONFIG))
-    library = DIFFERENTIAL_LIBRARY if differential else STANDARD_LIBRARY
     model = adapted.get_base_model()
-    config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": library}
-    config |= {"base_model_name_or_path": base, "revision": revision or None}
-    write_json(Path(folder, ADAPTER_CONFIG), config)
+    describe_base(folder, model, base_model_name_or_path=base, revision=revision or None)
     if is_phi(model):
         rename_adapter(Path(folder, ADAPTER_WEIGHTS), model.config.model_type)
     family = "phi3" if is_phi(model) else "paligemma"
     Path(folder, "README.md").write_text(adapter_card(base, revision, differential, family), encoding="utf-8")
+
+
+def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
+    """Write into the adapter_config.json of `folder` the class of the base `model`, and further `fields`. AutoPeftModel
+    loads a standard model, and refuses one with differential attention, which it would leave out."""
+    file, library = Path(folder, ADAPTER_CONFIG), DIFFERENTIAL_LIBRARY if differential_config(model) else STANDARD_LIBRARY
+    mapping = {"base_model_class": type(model).__name__, "parent_library": library}
+    write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | fields)
 
 
 def is_phi(model: nn.Module) -> bool:
@@ -279,9 +283,12 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
 
 # ---- differential attention
 def differential_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter or buffer of everything that differential attention added to `model`."""
+    """Name -> parameter or buffer of everything that differential attention added to `model`; the names are those of the
+    models here, also for a model of transformers."""
     modules = differential_modules(model).items()
-    return {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
+    return {
+        rename_key(f"{name}.{key}"): tensor for name, module in modules for key, tensor in module.state_dict().items()
+    }
 
 
 def save_differential(model: nn.Module, folder: PathLike) -> None:
@@ -309,13 +316,15 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
 
 
 def find_differential(base: Path, adapter: Path | None) -> Path | None:
-    """The folder whose differential.safetensors belongs to a model: that of its adapter folder or its base; None for
-    standard attention.
+    """The folder whose differential.safetensors belongs to a model: its adapter folder, the one around that, or its base;
+    None for standard attention.
 
     Raises UserError if the file is missing although run.json, the adapter's or the model's config.json says that
     attention is differential, and if weights beside the adapter are not those of the manifest there.
     """
     folders = [base] if adapter is None else [adapter.parent, base]
+    if adapter is not None and (adapter / DIFFERENTIAL).is_file():  # saved by differential_transformers.py
+        folders[0] = adapter
     if adapter is not None and (adapter.parent / MANIFEST).is_file():
         verify_manifest(adapter.parent, suffix=".safetensors")
     with reading(folders[0]):

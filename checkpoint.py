@@ -261,6 +261,12 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
             yield handle
 
 
+def differential_weights(folder: Path) -> Path | None:
+    """The weights, or the index of their shards, of a whole model with differential attention; None for another."""
+    files = (folder / (DIFFERENTIAL_PREFIX + name) for name in (SINGLE, INDEX))
+    return next((file for file in files if file.is_file()), None)
+
+
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """The weight files of a folder, each with its keys in the index; an empty list means all keys of the file."""
     names = [prefix + name for prefix in ("", DIFFERENTIAL_PREFIX) for name in (SINGLE, INDEX)]
@@ -440,11 +446,22 @@ def save_model_folder(
         if write_more is not None:
             write_more(staged)
         write_json(staged / "config.json", config)
-    new = list((folder / ".saving").iterdir())
+    move_model_files(folder / ".saving", folder)
+
+
+def differential_config_json(config: dict) -> dict:
+    """config.json of a model with differential attention, of that of the standard model."""
+    names = ["Differential" + name for name in config.get("architectures") or ()]
+    return config | {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": names}
+
+
+def move_model_files(staged: Path, folder: Path) -> None:
+    """Move the files of a saved model into `folder` in the place of an older one, and delete the folder `staged`."""
+    new = list(staged.iterdir())
     with writing(folder):
         for old in folder.iterdir():  # from an older save
             if MODEL_FILE.fullmatch(old.name) and old.name not in {file.name for file in new}:
                 old.unlink()
         for file in new:
             os.replace(file, folder / file.name)
-        (folder / ".saving").rmdir()
+        staged.rmdir()

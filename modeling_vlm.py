@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import PrefixMask, StepMask
-from checkpoint import DIFFERENTIAL_PREFIX, load_weights, locate, resolve_run, save_model_folder
+from checkpoint import differential_config_json, load_weights, locate, resolve_run, save_model_folder
 from differential_attention import DifferentialConfig, add_differential, as_config, differential_config
 from errors import UserError
 from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
@@ -338,7 +338,7 @@ class VisionLanguageModel(nn.Module):
         """
         config = self.config.to_dict()
         if differential_config(self) is not None:
-            config |= {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": None}
+            config = differential_config_json(config)
         save_model_folder(self.state_dict(), config, folder, partial(save_differential, self))
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
