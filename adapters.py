@@ -58,6 +58,16 @@ if TYPE_CHECKING:  # imported where needed: peft takes seconds
 STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
 
 
+LOAD_IN_TRANSFORMERS = """transformers alone does not know differential attention and refuses this folder. With the
+Multimodal Differential Transformer on the path:
+
+```python
+from differential_transformers import from_pretrained
+
+model = from_pretrained("{name}")  # transformers' class, with differential attention in its layers
+```
+"""
+
 # peft reads names of modules as regular expressions, which can take forever: only plain names and this pattern pass.
 LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
 ALLOWED_PATTERN = re.compile(re.escape(LORA_PATTERN).replace(r"\{targets\}", r"\w+(\|\w+)*"))
@@ -210,10 +220,19 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
     Path(folder, "README.md").write_text(adapter_card(base, revision, differential, family), encoding="utf-8")
 
 
+def differential_card(name: str) -> str:
+    """README.md of the folder of a model of transformers with differential attention."""
+    metadata = ModelCardData(library_name="transformers", tags=["differential-attention"])
+    return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{LOAD_IN_TRANSFORMERS.format(name=name)}"
+
+
 def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
     """Write into the adapter_config.json of `folder` the class of the base `model`, and further `fields`. AutoPeftModel
     loads a standard model, and refuses one with differential attention, which it would leave out."""
-    file, library = Path(folder, ADAPTER_CONFIG), DIFFERENTIAL_LIBRARY if differential_config(model) else STANDARD_LIBRARY
+    file, library = (
+        Path(folder, ADAPTER_CONFIG),
+        DIFFERENTIAL_LIBRARY if differential_config(model) else STANDARD_LIBRARY,
+    )
     mapping = {"base_model_class": type(model).__name__, "parent_library": library}
     write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | fields)
 
@@ -283,8 +302,8 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
 
 # ---- differential attention
 def differential_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter or buffer of everything that differential attention added to `model`; the names are those of the
-    models here, also for a model of transformers."""
+    """Name -> parameter or buffer of everything that differential attention added to `model`; also for a model of
+    transformers the names are those of the models here."""
     modules = differential_modules(model).items()
     return {
         rename_key(f"{name}.{key}"): tensor for name, module in modules for key, tensor in module.state_dict().items()
@@ -316,8 +335,8 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
 
 
 def find_differential(base: Path, adapter: Path | None) -> Path | None:
-    """The folder whose differential.safetensors belongs to a model: its adapter folder, the one around that, or its base;
-    None for standard attention.
+    """The folder whose differential.safetensors belongs to a model: its adapter folder, the one around that, or its
+    base; None for standard attention.
 
     Raises UserError if the file is missing although run.json, the adapter's or the model's config.json says that
     attention is differential, and if weights beside the adapter are not those of the manifest there.

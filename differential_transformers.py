@@ -14,6 +14,7 @@ B batch, L queries, S keys, H query heads, K key/value heads, D head dim, C hidd
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -31,14 +32,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import adapters
 import differential_attention
 from adapters import save_differential, stored_differential
-from checkpoint import DIFFERENTIAL, DIFFERENTIAL_PREFIX, differential_config_json, differential_weights, locate, move_model_files
+from checkpoint import (
+    DIFFERENTIAL,
+    DIFFERENTIAL_PREFIX,
+    differential_config_json,
+    differential_weights,
+    locate,
+    move_model_files,
+)
 from differential_attention import (
     AttentionShape,
+    DifferentialAttention,
     DifferentialConfig,
     add_to_layers,
     as_config,
     differential_config,
     set_progress,
+    trainable_names,
 )
 from errors import UserError
 from files import PathLike, atomic_folder, read_json, write_json
@@ -94,11 +104,18 @@ def attend_differentially(
     differential = getattr(module, "differential", None)
     if differential is None:  # another layer of the same model
         return function(module, query, key, value, attention_mask, **options)
+    if module.training and torch.is_grad_enabled() and is_frozen(differential):
+        warnings.warn("differential attention is frozen: call unfreeze_differential(model) after peft", stacklevel=2)
     x, rotate = module.__dict__.pop("layer_input")  # frees it; graphs of tensors cannot be copied
     if key.shape[1] < differential.num_cached_key_heads:  # nothing was cached
         key = differential.extend_keys(x, key, rotate)
     attend = HostAttend(function, module, attention_mask, options)
     return differential(x, query, key, value, rotate, attend).transpose(1, 2), None
+
+
+def is_frozen(differential: DifferentialAttention) -> bool:
+    """Whether nothing of it trains although something could."""
+    return bool(trainable_names(differential.config)) and not any(p.requires_grad for p in differential.parameters())
 
 
 for _base in BASES:
@@ -157,7 +174,9 @@ def find_towers(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
             kinds = {tower_of(layer.self_attn) for layer in stack}
             tower = kinds.pop() if len(kinds) == 1 else None
             if tower in towers:
-                raise UserError(f"{type(model).__name__} has two {tower} towers: give add_differential one of its parts")
+                raise UserError(
+                    f"{type(model).__name__} has two {tower} towers: give add_differential one of its parts"
+                )
             if tower is not None:
                 towers[tower] = stack
     return towers
@@ -197,9 +216,10 @@ def check_host(config: DifferentialConfig, attention: nn.Module) -> None:
     is_half_split = rotate_half is not None and rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
     if config.second == "halves" and not is_half_split:
         raise UserError(f"differential preset {config.preset} would cut the rotary pairs of {name}: use split")
-    if config.second == "query" and not differential_attention.query_projection(
-        attention, shape_of(attention)
-    ).weight.is_floating_point():
+    if (
+        config.second == "query"
+        and not differential_attention.query_projection(attention, shape_of(attention)).weight.is_floating_point()
+    ):
         raise UserError(f"differential preset {config.preset} copies weights, which are quantized here: use split")
 
 
@@ -208,7 +228,9 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """The model of transformers inside peft's wrapper. Raises UserError for another kind of model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
-        raise UserError(f"{type(model).__name__} is no model of transformers: use differential_attention.add_differential")
+        raise UserError(
+            f"{type(model).__name__} is no model of transformers: use differential_attention.add_differential"
+        )
     return base
 
 
@@ -294,7 +316,7 @@ def save_model(
         config = read_json(staged / "config.json")
         write_json(staged / "config.json", differential_config_json(config))
         save_differential(model, staged)
-        (staged / "README.md").write_text(adapters.LOAD_IN_TRANSFORMERS.format(folder=Path(folder).name), "utf-8")
+        (staged / "README.md").write_text(adapters.differential_card(Path(folder).resolve().name), encoding="utf-8")
     move_model_files(Path(folder, ".saving"), Path(folder))
 
 

@@ -3,12 +3,11 @@ docs/bridge.md.
 
     python benchmarks/bridge.py
 
-E: the outputs at step 0 are bit-equal to those of the standard model, in float32. C: greedy decoding with a KV cache
-gives the logits of decoding without, and a row padded on the left those of the row alone, in float64. T: every
-trainable differential parameter moves within four updates.
+All in float32, with eager attention and SDPA where the model has both. E: the outputs at step 0 are bit-equal to those
+of the standard model. C: greedy decoding with a KV cache gives the logits of decoding without, and a row padded on the
+left those of the row alone. T: every trainable differential parameter has a gradient within four updates.
 """
 
-import copy
 import json
 import sys
 import time
@@ -32,7 +31,7 @@ from errors import UserError  # noqa: E402
 IMAGE, SIDE, PATCHES = 90, 16, 4  # id of an image token, pixels, image tokens of an image
 ROWS = (9, 5)  # words of the two prompts, the second padded on the left
 NEW_TOKENS, UPDATES = 4, 4
-TOLERANCE = 1e-9  # of float64 logits, which are of the order of 1
+TOLERANCE = 2e-5  # of logits, whose standard deviation is about 1
 AMPLIFY = 6.0  # of the initial weights, so that maps are not uniform
 
 TEXT = dict(
@@ -45,12 +44,21 @@ TOWER = dict(
 WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 MROPE = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[2, 3, 3])
 QWEN_TOWER = dict(
-    depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64, patch_size=8, fullatt_block_indexes=[0]
+    depth=1,
+    hidden_size=32,
+    num_heads=2,
+    intermediate_size=32,
+    out_hidden_size=64,
+    patch_size=8,
+    fullatt_block_indexes=[0],
 )
-LONGROPE = dict(
-    rope_type="longrope", rope_theta=10_000.0, original_max_position_embeddings=128,
-    short_factor=[1 + 0.05 * i for i in range(8)], long_factor=[1.2 + 1.5 * i for i in range(8)],
-)  # fmt: skip
+
+
+def longrope(frequencies: int, **changes) -> dict:
+    factors = dict(
+        short_factor=[1 + 0.05 * i for i in range(frequencies)], long_factor=[1.2 + 1.5 * i for i in range(frequencies)]
+    )
+    return dict(rope_type="longrope", rope_theta=10_000.0, original_max_position_embeddings=128, **factors, **changes)
 
 
 class Host(NamedTuple):
@@ -86,8 +94,7 @@ def phi4() -> hf.Phi4MultimodalConfig:
         hidden_size=16, intermediate_size=16, num_blocks=1, num_attention_heads=2, ext_pw_out_channel=16,
         nemo_conv_channels=16, input_size=16, depthwise_separable_out_channel=16,
     )  # fmt: skip
-    rope = dict(LONGROPE, partial_rotary_factor=0.75)
-    rope |= {name: factors[:6] for name, factors in LONGROPE.items() if name.endswith("_factor")}
+    rope = longrope(6, partial_rotary_factor=0.75)
     return hf.Phi4MultimodalConfig(
         **text, vision_config=tower, audio_config=audio, rope_parameters=rope, original_max_position_embeddings=128
     )
@@ -113,23 +120,21 @@ HOSTS = {
         ),
         VLM,
     ),
-    "Phi3": Host(
-        lambda: hf.Phi3Config(**TEXT, rope_parameters=LONGROPE, original_max_position_embeddings=128), LM
-    ),
+    "Phi3": Host(lambda: hf.Phi3Config(**TEXT, rope_parameters=longrope(8), original_max_position_embeddings=128), LM),
     "Phi4Multimodal": Host(phi4, LM, implementations=("eager",)),
     "Gemma 3, text": Host(gemma3, LM),
     "Gemma 3": Host(gemma3_images, VLM, images=PATCHES),
     "PaliGemma": Host(lambda: paligemma(hf.GemmaConfig(**TEXT | dict(num_key_value_heads=1))), VLM, images=PATCHES),
     "PaliGemma 2": Host(
-        lambda: paligemma(hf.Gemma2Config(**TEXT | WINDOW | dict(query_pre_attn_scalar=24, attn_logit_softcapping=5.0))),
+        lambda: paligemma(
+            hf.Gemma2Config(**TEXT | WINDOW | dict(query_pre_attn_scalar=24, attn_logit_softcapping=5.0))
+        ),
         VLM,
         images=PATCHES,
         implementations=("eager",),
     ),
     "SmolVLM": Host(smolvlm, VLM, images=1),
-    "SigLIP tower": Host(
-        lambda: paligemma(hf.GemmaConfig(**TEXT)), VLM, tower="vision", images=PATCHES
-    ),
+    "SigLIP tower": Host(lambda: paligemma(hf.GemmaConfig(**TEXT)), VLM, tower="vision", images=PATCHES),
     "CLIP tower": Host(lambda: hf.CLIPVisionConfig(**TOWER), hf.CLIPVisionModel, tower="vision"),
     "SmolVLM tower": Host(smolvlm, VLM, tower="vision", images=1),
 }
@@ -174,10 +179,6 @@ def make_batch(host: Host, rows: tuple[int, ...] = ROWS, only: int | None = None
     return batch
 
 
-def to_double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: t.double() if t.is_floating_point() else t for key, t in batch.items()}
-
-
 def run(model: hf.PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Logits, or the last hidden state of a tower alone."""
     out = model(**batch)
@@ -212,13 +213,13 @@ def is_cached(host: Host, preset: str, implementation: str) -> bool:
     """Whether decoding with a cache, and a row alone, give the logits of the whole padded batch."""
     model = make_model(host, implementation)
     add_differential(model, config_of(host, preset))
-    stir(model).double()
+    stir(model)
     options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True)
     model.generation_config.eos_token_id = None
 
     def decode(batch: dict[str, Tensor], use_cache: bool) -> Tensor:
         with torch.no_grad():
-            return torch.stack(model.generate(**to_double(batch), use_cache=use_cache, **options).logits)
+            return torch.stack(model.generate(**batch, use_cache=use_cache, **options).logits)
 
     cached = decode(make_batch(host), True)
     found = {"uncached": decode(make_batch(host), False)}
@@ -227,14 +228,14 @@ def is_cached(host: Host, preset: str, implementation: str) -> bool:
 
 
 def is_trained(host: Host, preset: str, implementation: str) -> bool:
-    """Whether every trainable differential parameter moves."""
-    model, batch = make_model(host, implementation).double(), to_double(make_batch(host))
+    """Whether every trainable differential parameter gets a gradient."""
+    model, batch = make_model(host, implementation), make_batch(host)
     model.requires_grad_(False)
     add_differential(model, config_of(host, preset))
     trained = {name: p for name, p in differential_parameters(model) if p.requires_grad}
-    start = copy.deepcopy(trained)
     if not trained:  # lambda_zero
         return True
+    has_gradient = set()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
     for update in range(UPDATES):
         set_progress(model, (update + 1) / UPDATES)
@@ -242,7 +243,8 @@ def is_trained(host: Host, preset: str, implementation: str) -> bool:
         out = run(model, batch)
         out.log_softmax(-1)[..., 5].mean().neg().backward()
         optimizer.step()
-    return all(bool((p != start[name]).any()) for name, p in trained.items())
+        has_gradient |= {name for name, p in trained.items() if 0 < p.grad.abs().max() < torch.inf}
+    return has_gradient == set(trained)
 
 
 def measure(host: Host, preset: str) -> str:
@@ -254,7 +256,9 @@ def measure(host: Host, preset: str) -> str:
     claims = {"E": is_exact, "C": is_cached, "T": is_trained}
     if isinstance(host.make(), hf.CLIPVisionConfig):
         del claims["C"]
-    return "".join(letter for letter, claim in claims.items() if all(claim(host, preset, i) for i in host.implementations))
+    return "".join(
+        letter for letter, claim in claims.items() if all(claim(host, preset, i) for i in host.implementations)
+    )
 
 
 # ---- the table
