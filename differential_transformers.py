@@ -363,10 +363,13 @@ class DifferentialTrainerMixin:
         class DifferentialTrainer(DifferentialTrainerMixin, Trainer): ...
     """
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        unfreeze_differential(self.model)
+
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         if self.optimizer is not None:
             return super().create_optimizer(*args, **options)
-        unfreeze_differential(self.model)
         optimizer = super().create_optimizer(*args, **options)
         added = {p: name for name, p in differential_parameters(self.model) if p.requires_grad}
         for group in optimizer.param_groups:
