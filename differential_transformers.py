@@ -34,10 +34,11 @@ import differential_attention
 from adapters import save_differential, stored_differential
 from checkpoint import (
     DIFFERENTIAL,
+    DIFFERENTIAL_CLASS,
     DIFFERENTIAL_PREFIX,
-    differential_config_json,
     differential_weights,
     locate,
+    mark_differential,
     move_model_files,
 )
 from differential_attention import (
@@ -51,7 +52,7 @@ from differential_attention import (
     trainable_names,
 )
 from errors import UserError
-from files import PathLike, atomic_folder, read_json, write_json
+from files import PathLike, atomic_folder, read_json
 from fused_ops import blend
 
 __all__ = [
@@ -269,6 +270,8 @@ def differential_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramete
 def unfreeze_differential(model: nn.Module) -> list[str]:
     """Make the differential parameters trainable again after `get_peft_model`, which freezes them, and have peft's
     wrapper save them; returns their names."""
+    if differential_config(model) is None:
+        raise UserError(f"{type(model).__name__} has standard attention: call add_differential first")
     keep_when_saved(model)
     return differential_attention.unfreeze_differential(model)
 
@@ -298,24 +301,17 @@ def save_model(
 ) -> None:
     """`save_pretrained` of a model with differential attention: a folder that `from_pretrained` below reads and
     transformers refuses, by its model_type and by the names of its weight files."""
-    if options.pop("push_to_hub", False):
-        raise UserError("save_pretrained(push_to_hub=True): save the folder, then upload it with `hf upload`")
     state = model.state_dict() if state_dict is None else state_dict
-    state = {name: tensor for name, tensor in state.items() if ".differential." not in name}
+    if options.pop("push_to_hub", False) or any(".lora_" in name for name in state):
+        raise UserError("save_pretrained: save peft's wrapper or merge LoRA first; upload the folder with `hf upload`")
     if not is_main_process:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     with atomic_folder(Path(folder, ".saving")) as staged:
+        state = {name: tensor for name, tensor in state.items() if ".differential." not in name}
         type(model).save_pretrained(model, staged, state_dict=state, **options)
-        for file in [*staged.glob("model*.safetensors"), *staged.glob("model*.safetensors.index.json")]:
-            file = file.rename(staged / (DIFFERENTIAL_PREFIX + file.name))
-            if file.suffix == ".json":
-                index = read_json(file)
-                names = {key: DIFFERENTIAL_PREFIX + name for key, name in index["weight_map"].items()}
-                write_json(file, index | {"weight_map": names})
-        config = read_json(staged / "config.json")
-        write_json(staged / "config.json", differential_config_json(config))
         save_differential(model, staged)
+        mark_differential(staged)
         (staged / "README.md").write_text(adapters.differential_card(Path(folder).resolve().name), encoding="utf-8")
     move_model_files(Path(folder, ".saving"), Path(folder))
 
@@ -325,7 +321,7 @@ def from_pretrained(folder: PathLike, **options: Any) -> PreTrainedModel:
     `from_pretrained`. Raises UserError for another kind of folder."""
     folder = locate(folder)
     data = read_json(folder / "config.json")
-    names = [str(name).removeprefix("Differential") for name in data.get("architectures") or ()]
+    names = [str(name).removeprefix(DIFFERENTIAL_CLASS) for name in data.get("architectures") or ()]
     model_class = getattr(transformers, names[0], None) if names else None
     is_ours = str(data.get("model_type")).startswith(DIFFERENTIAL_PREFIX)
     if not is_ours or not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
