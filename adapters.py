@@ -198,7 +198,7 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
 
 
 def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
-    """Write the LoRA of peft's wrapper into `folder` in peft's format, with a model card.
+    """Write the LoRA of peft's wrapper into `folder` in peft's format.
 
     AutoPeftModel loads the folder onto transformers' PaliGemma or Phi3ForCausalLM, but refuses it if the model has
     differential attention.
@@ -211,13 +211,11 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
         base = str(Path(base).resolve())  # "assets/paligemma-nano" would read as a hub id
     else:
         base, _, revision = base.partition("@")
-    differential = differential_config(adapted)
     model = adapted.get_base_model()
     describe_base(folder, model, base_model_name_or_path=base, revision=revision or None)
     if is_phi(model):
         rename_adapter(Path(folder, ADAPTER_WEIGHTS), model.config.model_type)
-    family = "phi3" if is_phi(model) else "paligemma"
-    Path(folder, "README.md").write_text(adapter_card(base, revision, differential, family), encoding="utf-8")
+    Path(folder, "README.md").unlink(missing_ok=True)  # peft's, a form to fill in; see model_card.py
 
 
 def differential_card(name: str) -> str:
@@ -247,25 +245,6 @@ def rename_adapter(file: Path, model_type: str) -> None:
     prefix = "base_model.model."
     tensors = {prefix + hub_key(key.removeprefix(prefix), model_type): t for key, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def adapter_card(base: str, revision: str | None, differential: DifferentialConfig | None, family: str) -> str:
-    """README.md of an adapter folder."""
-    is_local = Path(base).is_absolute()
-    tags = [family, "lora", *(["differential-attention", differential.preset] if differential else [])]
-    metadata = ModelCardData(
-        base_model=None if is_local else base, library_name="peft", pipeline_tag="image-text-to-text", tags=tags
-    )
-    name = Path(base).name if is_local else f"{base}@{revision}" if revision else base
-    text = f"A LoRA adapter for `{name}`"
-    if differential:
-        text += f""" with differential attention of preset `{differential.preset}`, whose parameters are in
-`../{DIFFERENTIAL}`. It works only with them: load the run folder with `from_pretrained` of the Multimodal
-Differential Transformer."""
-    else:
-        text += """. Load it with `AutoPeftModel.from_pretrained` of peft, or the run folder with `from_pretrained` of
-the Multimodal Differential Transformer."""
-    return f"---\n{metadata.to_yaml()}\n---\n\n# LoRA adapter\n\n{text}\n"
 
 
 def merge(model: nn.Module) -> None:
