@@ -213,6 +213,8 @@ class ProjectedQuery(DifferentialAttention):
     trainable = ("second_query",)
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        if not query.weight.is_floating_point():
+            raise UserError(f"differential preset {self.config.preset} copies weights, which are quantized: use split")
         self.second_query = nn.Parameter(query.weight.detach().float().clone())
         if query.bias is not None:  # SigLIP's is part of both queries
             self.register_buffer("second_bias", query.bias.detach().float().clone())

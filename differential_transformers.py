@@ -55,11 +55,6 @@ from errors import UserError
 from files import PathLike, atomic_folder, read_json
 from fused_ops import blend
 
-__all__ = [
-    "DifferentialTrainerMixin", "add_differential", "differential_parameters", "from_pretrained", "load_differential",
-    "save_differential", "unfreeze_differential",
-]  # fmt: skip
-
 BASES = ("eager", "sdpa")  # attention implementations that compute the maps
 VISION_ATTENTION = ("SiglipAttention", "CLIPAttention", "Idefics3VisionAttention", "SmolVLMVisionAttention")
 # how a decoder layer rotates: in every layer, by the function of its Python module, whose other arguments are defaults
@@ -175,9 +170,7 @@ def find_towers(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
             kinds = {tower_of(layer.self_attn) for layer in stack}
             tower = kinds.pop() if len(kinds) == 1 else None
             if tower in towers:
-                raise UserError(
-                    f"{type(model).__name__} has two {tower} towers: give add_differential one of its parts"
-                )
+                raise UserError(f"{type(model).__name__} has two {tower} towers: give one of its parts")
             if tower is not None:
                 towers[tower] = stack
     return towers
@@ -210,18 +203,12 @@ def check_host(config: DifferentialConfig, attention: nn.Module) -> None:
         return
     if config.rotate_halves:
         raise UserError(
-            f"differential preset {config.preset} rotates each half of a head, but models of transformers rotate whole "
-            "heads: use v1_width, or a model of this repository"
+            f"differential preset {config.preset} rotates half heads, and transformers whole ones: use v1_width"
         )
     rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     is_half_split = rotate_half is not None and rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
     if config.second == "halves" and not is_half_split:
         raise UserError(f"differential preset {config.preset} would cut the rotary pairs of {name}: use split")
-    if (
-        config.second == "query"
-        and not differential_attention.query_projection(attention, shape_of(attention)).weight.is_floating_point()
-    ):
-        raise UserError(f"differential preset {config.preset} copies weights, which are quantized here: use split")
 
 
 # ---- models
@@ -229,9 +216,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """The model of transformers inside peft's wrapper. Raises UserError for another kind of model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
-        raise UserError(
-            f"{type(model).__name__} is no model of transformers: use differential_attention.add_differential"
-        )
+        raise UserError(f"{type(model).__name__} is no model of transformers: see differential_attention.py")
     return base
 
 
@@ -371,10 +356,9 @@ class DifferentialTrainerMixin:
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in added]
         lambda_lr = self.args.learning_rate * differential_config(self.model).lambda_lr
-        lambdas = [p for p, name in added.items() if "lambda" in name.rpartition(".")[2]]
-        others = [p for p, name in added.items() if "lambda" not in name.rpartition(".")[2]]
-        optimizer.add_param_group({"params": lambdas, "lr": lambda_lr, "weight_decay": 0.0})
-        optimizer.add_param_group({"params": others, "weight_decay": 0.0})
+        for is_lambda, lr in ((True, lambda_lr), (False, self.args.learning_rate)):
+            params = [p for p, name in added.items() if ("lambda" in name.rpartition(".")[2]) == is_lambda]
+            optimizer.add_param_group({"params": params, "lr": lr, "weight_decay": 0.0})
         return optimizer
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
