@@ -5,11 +5,13 @@ docs/bridge.md.
 
 All in float32, with eager attention and SDPA where the model has both. E: the outputs at step 0 are bit-equal to those
 of the standard model. C: greedy decoding with a KV cache gives the logits of decoding without, and a row padded on the
-left those of the row alone. T: every trainable differential parameter has a gradient within four updates.
+left those of the row alone. T: with LoRA beside it, every trainable parameter has a gradient within four updates. S:
+the folder that `save_pretrained` writes gives the same outputs.
 """
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +21,14 @@ from typing import NamedTuple
 import torch
 import transformers as hf
 import tyro
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from differential_attention import PRESETS, DifferentialConfig, set_progress  # noqa: E402
-from differential_transformers import add_differential, differential_parameters  # noqa: E402
+from differential_transformers import add_differential, differential_parameters, from_pretrained  # noqa: E402
 from errors import UserError  # noqa: E402
 
 IMAGE, SIDE, PATCHES = 90, 16, 4  # id of an image token, pixels, image tokens of an image
@@ -52,6 +55,10 @@ QWEN_TOWER = dict(
     patch_size=8,
     fullatt_block_indexes=[0],
 )
+QWEN3_TOWER = dict(
+    depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64, patch_size=8,
+    deepstack_visual_indexes=[0], num_position_embeddings=16,
+)  # fmt: skip
 
 
 def longrope(frequencies: int, **changes) -> dict:
@@ -120,6 +127,12 @@ HOSTS = {
         ),
         VLM,
     ),
+    "Qwen3-VL": Host(
+        lambda: hf.Qwen3VLConfig(
+            text_config=hf.Qwen3VLTextConfig(**TEXT, rope_parameters=MROPE).to_dict(), vision_config=QWEN3_TOWER
+        ),
+        VLM,
+    ),
     "Phi3": Host(lambda: hf.Phi3Config(**TEXT, rope_parameters=longrope(8), original_max_position_embeddings=128), LM),
     "Phi4Multimodal": Host(phi4, LM, implementations=("eager",)),
     "Gemma 3, text": Host(gemma3, LM),
@@ -148,9 +161,9 @@ def make_model(host: Host, implementation: str = "eager") -> hf.PreTrainedModel:
     model = make(host.make(), attn_implementation=implementation).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and parameter.any():
                 parameter.mul_(AMPLIFY)
-            else:
+            else:  # Gemma 3's projector starts at zero
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -228,23 +241,32 @@ def is_cached(host: Host, preset: str, implementation: str) -> bool:
 
 
 def is_trained(host: Host, preset: str, implementation: str) -> bool:
-    """Whether every trainable differential parameter gets a gradient."""
-    model, batch = make_model(host, implementation), make_batch(host)
-    model.requires_grad_(False)
+    """Whether every trainable parameter, of LoRA and differential, gets a gradient."""
+    base, batch = make_model(host, implementation), make_batch(host)
+    fused = any(name.endswith("qkv_proj") for name, _ in base.named_modules())
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["qkv_proj"] if fused else ["q_proj", "v_proj"]))
     add_differential(model, config_of(host, preset))
-    trained = {name: p for name, p in differential_parameters(model) if p.requires_grad}
-    if not trained:  # lambda_zero
-        return True
-    has_gradient = set()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    has_gradient = set()
     for update in range(UPDATES):
         set_progress(model, (update + 1) / UPDATES)
         optimizer.zero_grad()
-        out = run(model, batch)
-        out.log_softmax(-1)[..., 5].mean().neg().backward()
+        run(base, batch).log_softmax(-1)[..., 5].mean().neg().backward()
         optimizer.step()
         has_gradient |= {name for name, p in trained.items() if 0 < p.grad.abs().max() < torch.inf}
     return has_gradient == set(trained)
+
+
+def is_saved(host: Host, preset: str, implementation: str) -> bool:
+    """Whether the model in a saved folder has the same outputs."""
+    model, batch = make_model(host, implementation), make_batch(host)
+    add_differential(model, config_of(host, preset))
+    stir(model)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        loaded = from_pretrained(folder, attn_implementation=implementation)
+        return bool((run(loaded, batch) - run(model, batch)).abs().max() < TOLERANCE)
 
 
 def measure(host: Host, preset: str) -> str:
@@ -253,7 +275,7 @@ def measure(host: Host, preset: str) -> str:
         add_differential(make_model(host), config_of(host, preset))
     except UserError as error:
         return f"refused: {error}"
-    claims = {"E": is_exact, "C": is_cached, "T": is_trained}
+    claims = {"E": is_exact, "C": is_cached, "T": is_trained, "S": is_saved}
     if isinstance(host.make(), hf.CLIPVisionConfig):
         del claims["C"]
     return "".join(
@@ -280,6 +302,7 @@ def format_table(results: dict[str, dict[str, str]]) -> str:
 def main():
     config = tyro.cli(Config, use_underscores=True)
     hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
     torch.set_num_threads(1)
     results = {}
     for name, host in HOSTS.items():

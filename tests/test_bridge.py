@@ -45,7 +45,7 @@ HOSTS, EVERY_PRESET = bridge.HOSTS, list(PRESETS)
 
 # ---- the table
 def expected_letters(host: str, preset: str) -> str:
-    return "E" * PRESETS[preset].exact + "C" * (host != "CLIP tower") + "T"
+    return "E" * PRESETS[preset].exact + "C" * (host != "CLIP tower") + "TS"
 
 
 def check(host: str, preset: str):
