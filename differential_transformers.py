@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,9 +129,10 @@ class ExtendedCache:
         return self.cache.update(self.extend(key), value, *args, **options)
 
 
-def keep_layer_input(module: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook: keep the input [B, L, C] and the rotation of a layer until its attention function runs."""
-    given = dict(zip(argument_names(type(module)), args, strict=False)) | options
+def keep_layer_input(names: list[str], module: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook: keep the input [B, L, C] and the rotation of a layer until its attention function runs. `names`
+    are those of the arguments."""
+    given = dict(zip(names, args, strict=False)) | options
     x, differential = given["hidden_states"], module.differential
     rotate = partial(rotate_by, type(module), given.get("position_embeddings"))
     module.layer_input = x, rotate
@@ -139,11 +140,6 @@ def keep_layer_input(module: nn.Module, args: tuple, options: dict) -> tuple[tup
         extend = partial(differential.extend_keys, x, rotate=rotate)
         given["past_key_values"] = ExtendedCache(given["past_key_values"], extend)
     return (), given
-
-
-@cache
-def argument_names(attention_class: type) -> list[str]:
-    return list(inspect.signature(attention_class.forward).parameters)[1:]
 
 
 def rotate_by(attention_class: type, tables: tuple[Tensor, Tensor] | None, t: Tensor) -> Tensor:
@@ -237,8 +233,10 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str = 
             )
         check_host(config, towers[tower][0].self_attn)
     for layer in add_to_layers(config, towers, shape_of):
-        if not any(hook is keep_layer_input for hook in layer.self_attn._forward_pre_hooks.values()):
-            layer.self_attn.register_forward_pre_hook(keep_layer_input, with_kwargs=True)
+        hooks = layer.self_attn._forward_pre_hooks.values()
+        if not any(getattr(hook, "func", None) is keep_layer_input for hook in hooks):
+            names = list(inspect.signature(type(layer.self_attn).forward).parameters)[1:]
+            layer.self_attn.register_forward_pre_hook(partial(keep_layer_input, names), with_kwargs=True)
     changed = [id(towers[tower][0].self_attn.config) for tower in config.towers]
     for part in base.modules():
         if isinstance(part, PreTrainedModel) and id(part.config) in changed:
