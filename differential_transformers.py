@@ -260,8 +260,9 @@ def unfreeze_differential(model: nn.Module) -> list[str]:
 
 
 def load_differential(model: nn.Module, folder: PathLike) -> None:
-    """Put the differential attention of `folder`/differential.safetensors into `model`: added, if it has none, and
-    filled. Raises UserError: no such file, or one for another model."""
+    """Put the differential attention of `folder`/differential.safetensors, a local folder or a hub id, into `model`:
+    added, if it has none, and filled. Raises UserError: no such file, or one for another model."""
+    folder = locate(folder)
     if differential_config(model) is None:
         stored = stored_differential(folder)
         if stored is None:

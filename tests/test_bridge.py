@@ -3,8 +3,8 @@ that cannot be mistaken, peft, Trainer."""
 
 import copy
 import functools
-import json
 import sys
+import warnings
 from pathlib import Path
 
 import peft
@@ -15,12 +15,12 @@ import torch
 import transformers as hf
 from refusals import refused
 
+import adapters
 import differential_attention as da
 import finetune_diff
-from adapters import find_differential
 from checkpoint import ROOT
 from data import loader, make_data
-from differential_attention import PRESETS, DifferentialConfig, set_progress
+from differential_attention import PRESETS, DifferentialConfig
 from differential_transformers import (
     DifferentialTrainerMixin,
     add_differential,
@@ -160,7 +160,7 @@ def test_a_run_of_ours_answers_equally_in_transformers_and_back(run, tiny_model,
         peft.AutoPeftModel.from_pretrained(tmp_path)
     (tmp_path / "differential.safetensors").unlink()
     with refused(tmp_path.parent / "differential.safetensors", "missing", tmp_path / "adapter_config.json"):
-        find_differential(tiny_model, tmp_path)
+        adapters.find_differential(tiny_model, tmp_path)
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
@@ -201,9 +201,7 @@ def test_a_phi3_decoder_goes_both_ways(tmp_path):
     bridge.stir(theirs)
     save_differential(theirs, tmp_path / "added")
     da.add_differential(ours, "split")
-    from adapters import load_differential as load_ours
-
-    load_ours(ours, tmp_path / "added")
+    adapters.load_differential(ours, tmp_path / "added")
     batch = tiny_phi.ids_and_mask((9, 5))
     close(logits_of(ours, batch), logits_of(theirs, batch), batch)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -445,5 +443,9 @@ def test_frozen_differential_attention_warns():
     model = adapted("before")
     with pytest.warns(UserWarning, match="unfreeze_differential"):
         model.train()(**words())
-    json.dumps(unfreeze_differential(model))
-    set_progress(model, 1.0)
+    assert set(unfreeze_differential(model)) == {name for name, _ in differential_parameters(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**words())
+    with pytest.raises(UserError, match="call add_differential first"):
+        unfreeze_differential(llama())
