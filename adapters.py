@@ -54,10 +54,6 @@ if TYPE_CHECKING:  # imported where needed: peft takes seconds
     from accelerate import Accelerator
     from peft import PeftModel
 
-# The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
-STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
-
-
 LOAD_IN_TRANSFORMERS = """transformers alone does not know differential attention and refuses this folder. With the
 Multimodal Differential Transformer on the path:
 
@@ -67,6 +63,10 @@ from differential_transformers import from_pretrained
 model = from_pretrained("{name}")  # transformers' class, with differential attention in its layers
 ```
 """
+
+# The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
+STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
+
 
 # peft reads names of modules as regular expressions, which can take forever: only plain names and this pattern pass.
 LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
