@@ -54,6 +54,16 @@ if TYPE_CHECKING:  # imported where needed: peft takes seconds
     from accelerate import Accelerator
     from peft import PeftModel
 
+LOAD_IN_TRANSFORMERS = """transformers alone does not know differential attention and refuses this folder. With the
+Multimodal Differential Transformer on the path:
+
+```python
+from differential_transformers import from_pretrained
+
+model = from_pretrained("{name}")  # transformers' class, with differential attention in its layers
+```
+"""
+
 # The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
 STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
 
@@ -211,7 +221,7 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
 
 
 def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
-    """Write the LoRA of peft's wrapper into `folder` in peft's format, with a model card.
+    """Write the LoRA of peft's wrapper into `folder` in peft's format.
 
     AutoPeftModel loads the folder onto transformers' PaliGemma or Phi3ForCausalLM, but refuses it if the model has
     differential attention.
@@ -224,17 +234,28 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
         base = str(Path(base).resolve())  # "assets/paligemma-nano" would read as a hub id
     else:
         base, _, revision = base.partition("@")
-    differential = differential_config(adapted)
-    config = read_json(Path(folder, ADAPTER_CONFIG))
-    library = DIFFERENTIAL_LIBRARY if differential else STANDARD_LIBRARY
     model = adapted.get_base_model()
-    config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": library}
-    config |= {"base_model_name_or_path": base, "revision": revision or None}
-    write_json(Path(folder, ADAPTER_CONFIG), config)
+    describe_base(folder, model, base_model_name_or_path=base, revision=revision or None)
     if is_phi(model):
         rename_adapter(Path(folder, ADAPTER_WEIGHTS), model.config.model_type)
-    family = "phi3" if is_phi(model) else "paligemma"
-    Path(folder, "README.md").write_text(adapter_card(base, revision, differential, family), encoding="utf-8")
+    Path(folder, "README.md").unlink(missing_ok=True)  # peft's, a form to fill in; see model_card.py
+
+
+def differential_card(name: str) -> str:
+    """README.md of the folder of a model of transformers with differential attention."""
+    metadata = ModelCardData(library_name="transformers", tags=["differential-attention"])
+    return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{LOAD_IN_TRANSFORMERS.format(name=name)}"
+
+
+def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
+    """Write into the adapter_config.json of `folder` the class of the base `model`, and further `fields`. AutoPeftModel
+    loads a standard model, and refuses one with differential attention, which it would leave out."""
+    file, library = (
+        Path(folder, ADAPTER_CONFIG),
+        DIFFERENTIAL_LIBRARY if differential_config(model) else STANDARD_LIBRARY,
+    )
+    mapping = {"base_model_class": type(model).__name__, "parent_library": library}
+    write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | fields)
 
 
 def is_phi(model: nn.Module) -> bool:
@@ -247,25 +268,6 @@ def rename_adapter(file: Path, model_type: str) -> None:
     prefix = "base_model.model."
     tensors = {prefix + hub_key(key.removeprefix(prefix), model_type): t for key, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def adapter_card(base: str, revision: str | None, differential: DifferentialConfig | None, family: str) -> str:
-    """README.md of an adapter folder."""
-    is_local = Path(base).is_absolute()
-    tags = [family, "lora", *(["differential-attention", differential.preset] if differential else [])]
-    metadata = ModelCardData(
-        base_model=None if is_local else base, library_name="peft", pipeline_tag="image-text-to-text", tags=tags
-    )
-    name = Path(base).name if is_local else f"{base}@{revision}" if revision else base
-    text = f"A LoRA adapter for `{name}`"
-    if differential:
-        text += f""" with differential attention of preset `{differential.preset}`, whose parameters are in
-`../{DIFFERENTIAL}`. It works only with them: load the run folder with `from_pretrained` of the Multimodal
-Differential Transformer."""
-    else:
-        text += """. Load it with `AutoPeftModel.from_pretrained` of peft, or the run folder with `from_pretrained` of
-the Multimodal Differential Transformer."""
-    return f"---\n{metadata.to_yaml()}\n---\n\n# LoRA adapter\n\n{text}\n"
 
 
 def merge(model: nn.Module) -> None:
@@ -306,9 +308,12 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
 
 # ---- differential attention
 def differential_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter or buffer of everything that differential attention added to `model`."""
+    """Name -> parameter or buffer of everything that differential attention added to `model`; also for a model of
+    transformers the names are those of the models here."""
     modules = differential_modules(model).items()
-    return {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
+    return {
+        rename_key(f"{name}.{key}"): tensor for name, module in modules for key, tensor in module.state_dict().items()
+    }
 
 
 def save_differential(model: nn.Module, folder: PathLike) -> None:
@@ -336,13 +341,15 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
 
 
 def find_differential(base: Path, adapter: Path | None) -> Path | None:
-    """The folder whose differential.safetensors belongs to a model: that of its adapter folder or its base; None for
-    standard attention.
+    """The folder whose differential.safetensors belongs to a model: its adapter folder, the one around that, or its
+    base; None for standard attention.
 
     Raises UserError if the file is missing although run.json, the adapter's or the model's config.json says that
     attention is differential, and if weights beside the adapter are not those of the manifest there.
     """
     folders = [base] if adapter is None else [adapter.parent, base]
+    if adapter is not None and (adapter / DIFFERENTIAL).is_file():  # saved by differential_transformers.py
+        folders[0] = adapter
     if adapter is not None and (adapter.parent / MANIFEST).is_file():
         verify_manifest(adapter.parent, suffix=".safetensors")
     with reading(folders[0]):

@@ -44,6 +44,7 @@ from errors import UserError
 from files import atomic_folder, write_json, write_manifest, writing
 from fused_ops import cast_lora
 from metrics import check_answers, score_answers
+from model_card import adapter_card
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import wilson
@@ -459,11 +460,17 @@ def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
 
 
 # ---- what is saved
-def save_adapter(adapted: nn.Module, folder: Path, record: dict):
-    """adapter/ in peft's format, differential.safetensors and run.json into `folder`: all that the base model lacks."""
+def save_adapter(run: Run, adapted: nn.Module, folder: Path, state: dict):
+    """adapter/ in peft's format with its card, differential.safetensors and run.json into `folder`: all that the base
+    model lacks."""
     save_lora(adapted, folder / "adapter")
     save_differential(adapted, folder)
+    record = run.record | state
     write_json(folder / "run.json", record)
+    evals = [line["eval"] for line in read_metrics(run.folder) if "eval" in line and line["step"] <= state["step"]]
+    model_type = adapted.get_base_model().config.model_type
+    card = adapter_card(record, evals[-1] if evals else {}, differential_config(adapted), model_type)
+    (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_checkpoint(run: Run, config: "Config", adapted: nn.Module, optimizer: torch.optim.Optimizer, state: dict):
@@ -471,7 +478,7 @@ def save_checkpoint(run: Run, config: "Config", adapted: nn.Module, optimizer: t
     if run.is_main:
         newest = run.folder / "checkpoints" / f"step-{state['step']:06d}"
         with atomic_folder(newest) as folder:
-            save_adapter(adapted, folder, run.record | {"step": state["step"]})
+            save_adapter(run, adapted, folder, {"step": state["step"]})
             save_trainer_state(state | {"optimizer": optimizer.state_dict()}, folder / "trainer.pt")
             write_manifest(folder)
         folders = find_checkpoints(run.folder)
@@ -495,7 +502,7 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
     """`final/` or `best/`: the adapter with its manifest, complete or not at all."""
     if run.is_main:
         with atomic_folder(folder) as new:
-            save_adapter(adapted, new, run.record | record)
+            save_adapter(run, adapted, new, record)
             write_manifest(new)
     run.accelerator.wait_for_everyone()
 
