@@ -4,8 +4,8 @@
     python make_report.py runs/original_seed? runs/diff_seed?      # two arms over seeds
     python make_report.py runs/original_seed0 runs/diff_seed0 --output=report.html
 
-The page is one HTML file that needs no server and no network. All of it comes from the files of the run folders and of the
-evaluations in them, so run eval_mmnih.py on the runs first; no model is loaded. Unfinished runs are shown but not
+The page is one HTML file that needs no server and no network. All of it comes from the files of the run folders and of
+the evaluations in them, so run eval_mmnih.py on the runs first; no model is loaded. Unfinished runs are shown but not
 counted.
 """
 
@@ -13,11 +13,10 @@ import base64
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,16 +25,28 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import plots
+from arms import (
+    NOT_AN_ARM,
+    Arms,
+    Measured,
+    all_runs,
+    answer,
+    contrasts,
+    finished,
+    measure_evaluations,
+    measure_training,
+    percent,
+    read_answers,
+    read_arms,
+)
 from errors import UserError, one_line_errors
 from files import open_image, resolve_inside, writing
-from needle_eval.folder import read_rows
 from needle_eval.mmneedle_build import CACHE
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.mmneedle_rules import parse_lenient
 from needle_eval.plots import (
     STYLE,
     Curve,
-    Difference,
     draw_calibration,
     draw_confusion,
     draw_forest,
@@ -43,310 +54,14 @@ from needle_eval.plots import (
     looks,
 )
 from needle_eval.questions import normalise
-from needle_eval.report import compare_folders, group_of, open_record, prepare_rows, read_attention
-from needle_eval.statistics import (
-    MIN_SEEDS,
-    calibration_error,
-    confidence_bins,
-    holm,
-    mean_over_seeds,
-    paired_t,
-    rate,
-)
-from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_record, read_samples
+from needle_eval.report import open_record, read_attention
+from needle_eval.statistics import MIN_SEEDS, calibration_error, confidence_bins, holm, mean_over_seeds
+from run_folder import comparable
 from study_report import interval, p_text, signed
 
-NOT_AN_ARM = RESUMABLE_FIELDS | {"seed", "differential.seed", "processes"}  # fields that runs of one arm may differ in
-ALPHA = 0.05
 GALLERY_SIDE = 256  # pixels, at most, of an image of the gallery
 SHOWN_FAILURES = 6  # of each kind
-TRAINING = "training"  # the name of the last evaluation of the runs themselves
 NONE = "-"
-
-
-# ---- what is read
-@dataclass
-class Run:
-    """A run folder."""
-
-    folder: Path
-    seed: int
-    record: dict[str, Any]
-    metrics: list[dict]
-    samples: list[dict]
-    arm: str = ""
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its last weights were saved."""
-        return (self.folder / "final" / "run.json").is_file()
-
-    @property
-    def step(self) -> int:
-        """The last update that it logged."""
-        return max((line["step"] for line in self.metrics), default=0)
-
-
-Arms = dict[str, dict[int, Run]]  # by arm and seed
-Rates = dict[str, dict[int, dict[str, dict]]]  # by arm, seed and group of questions: `statistics.rate`
-
-
-def read_run(folder: Path) -> Run:
-    """A run folder, whether finished or not. Raises UserError for a folder that is none, or a damaged file."""
-    record = read_run_record(folder)
-    logs = [
-        read(folder) if (folder / name).exists() else []
-        for name, read in (("metrics.jsonl", read_metrics), ("samples.jsonl", read_samples))
-    ]
-    return Run(folder, record["config"].get("seed", 0), record, *logs)
-
-
-def read_arms(folders: Sequence[Path]) -> Arms:
-    """The runs by arm and seed; the baseline, an arm without differential attention, is first.
-
-    Runs that run.json gives one name are different arms where their hyperparameters differ, which are added to the
-    name. Raises UserError where two runs have the same arm and seed.
-    """
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    settings = [{k: v for k, v in comparable(run.record).items() if k not in NOT_AN_ARM} for run in runs]
-    arms: Arms = {}
-    for run, own in sorted(
-        zip(runs, settings, strict=True), key=lambda pair: "differential" in pair[0].record["config"]
-    ):
-        same = [s for other, s in zip(runs, settings, strict=True) if other.record.get("arm") == run.record.get("arm")]
-        different = [name for name in own if any(s.get(name) != own[name] for s in same)]
-        run.arm = ", ".join([str(run.record.get("arm")), *(f"{name} {own[name]}" for name in different)])
-        if run.seed in arms.setdefault(run.arm, {}):
-            raise UserError(
-                f"{arms[run.arm][run.seed].folder} and {run.folder}: are the same arm at the same seed: leave one out"
-            )
-        arms[run.arm][run.seed] = run
-    return {arm: dict(sorted(arms[arm].items())) for arm in arms}
-
-
-def all_runs(arms: Arms) -> list[Run]:
-    """Every run, arm by arm."""
-    return [run for of_arm in arms.values() for run in of_arm.values()]
-
-
-def finished(arms: Arms) -> Arms:
-    """The arms without their unfinished runs."""
-    found = {arm: {seed: run for seed, run in of_arm.items() if run.is_finished} for arm, of_arm in arms.items()}
-    return {arm: of_arm for arm, of_arm in found.items() if of_arm}
-
-
-# ---- what was measured
-@dataclass
-class Measured:
-    """Answers to one set of questions: of an evaluation, or of the runs' own last evaluation."""
-
-    name: str
-    rates: Rates
-    chance: dict[str, float]  # by group, what a uniform guess reaches
-    headline: list[str]  # the groups whose unweighted mean is the answer: those with the needle
-    compare: Callable[[str, str, int], dict[str, dict]]  # two arms at a seed, as `report.compare_answers` does
-    folders: dict[str, dict[int, Path]] = field(default_factory=dict)  # of an evaluation, by arm and seed
-
-    def mean(self, arm: str, seed: int) -> float:
-        """The headline of a run, a fraction."""
-        return statistics.fmean(self.rates[arm][seed][group]["rate"] for group in self.headline)
-
-
-def measure_training(arms: Arms) -> Measured | None:
-    """The last evaluation of the finished runs themselves, on the sets that all of them have."""
-    last: Rates = {}
-    for arm, of_arm in finished(arms).items():
-        for seed, run in of_arm.items():
-            curves = plots.accuracy_curves(run.metrics)
-            ended = {name: points[-1][1:] for name, points in curves.items()}
-            last.setdefault(arm, {})[seed] = {name: rate(*counts) for name, counts in ended.items()}
-    every = [groups for of_arm in last.values() for groups in of_arm.values()]
-    shared = [name for name in (every[0] if every else ()) if all(name in groups for groups in every)]
-    if not shared:
-        return None
-    samples = [sample for run in all_runs(arms) for sample in run.samples]
-    absent = {s["set"] for s in samples if normalise(s["answer"]) == ABSENT}
-    headline = [name for name in shared if name not in absent] or shared
-    kept = {a: {s: {n: found[n] for n in shared} for s, found in seeds.items()} for a, seeds in last.items()}
-
-    def compare(first: str, second: str, seed: int) -> dict[str, dict]:
-        found = {}
-        for name in shared:
-            a, b = kept[first][seed][name]["rate"], kept[second][seed][name]["rate"]
-            found[name] = {"difference": {"mean": b - a, "low": None, "high": None}}
-        return found
-
-    return Measured(TRAINING, kept, plots.chances(samples), headline, compare)
-
-
-def measure_evaluations(arms: Arms, notes: list[str]) -> list[Measured]:
-    """Every evaluation that all finished runs have; to `notes`, those that were left out and why."""
-    runs = all_runs(finished(arms))
-    names = dict.fromkeys(file.parent.name for run in runs for file in sorted(run.folder.glob("eval/*/eval.json")))
-    found = []
-    for name in names:
-        lacking = [run.folder for run in runs if not (run.folder / "eval" / name / "answers.jsonl").exists()]
-        if lacking:
-            notes.append(f"evaluation {name}: {', '.join(map(str, lacking))} has none")
-            continue
-        folders = {arm: {s: run.folder / "eval" / name for s, run in of.items()} for arm, of in finished(arms).items()}
-        try:
-            found.append(measure_evaluation(name, folders))
-        except UserError as error:
-            notes.append(str(error))
-    # answers that were generated come before ranked ones, which are another metric
-    return sorted(found, key=lambda measured: is_ranked(measured))
-
-
-def measure_evaluation(name: str, folders: dict[str, dict[int, Path]]) -> Measured:
-    """The rates of one evaluation. Raises UserError for incomplete answers."""
-    rates: Rates = {}
-    chance: dict[str, float] = {}
-    for arm, of_arm in folders.items():
-        for seed, folder in of_arm.items():
-            rows, benchmark = read_answers(folder)
-            right: dict[str, list[bool]] = {}
-            for row in rows:
-                right.setdefault(group_of(row), []).append(benchmark.is_correct(row))
-                if row.get("kind") == "positive":
-                    images, grid, needles = row["shape"]
-                    chance[group_of(row)] = (images * grid**2) ** -needles
-            rates.setdefault(arm, {})[seed] = {group: rate(sum(of), len(of)) for group, of in right.items()}
-    groups = list(next(iter(next(iter(rates.values())).values())))
-    headline = [group for group in groups if not group.endswith(" negative")] or groups
-
-    def compare(first: str, second: str, seed: int) -> dict[str, dict]:
-        return compare_folders(folders[first][seed], folders[second][seed])
-
-    return Measured(name, rates, chance, headline, compare, folders)
-
-
-def read_answers(folder: Path) -> tuple[list[dict], Any]:
-    """The answer rows of an evaluation in the form that they are scored in, and its benchmark."""
-    _, benchmark = open_record(folder)
-    return prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark), benchmark
-
-
-def is_ranked(measured: Measured) -> bool:
-    """Whether the answers of an evaluation are the likeliest of given ones."""
-    folder = next(iter(next(iter(measured.folders.values())).values()))
-    return open_record(folder)[0]["decoding"] == "ranked"
-
-
-# ---- one arm against the baseline
-@dataclass
-class Contrast:
-    """Arm `b` minus arm `a`, seed by seed, in points; group "" is the headline, the mean of its groups."""
-
-    a: str
-    b: str
-    seeds: list[int]
-    differences: dict[str, list[Difference]]  # by group, one a seed
-
-    def test(self, group: str) -> dict | None:
-        """The paired t test over the seeds; None for fewer than three."""
-        values = [found.mean for found in self.differences[group]]
-        return paired_t(values) if len(values) >= MIN_SEEDS else None
-
-    def pooled(self, group: str) -> Difference:
-        """The mean over the seeds, with its 95 % interval where there are three."""
-        test = self.test(group)
-        mean = statistics.fmean(found.mean for found in self.differences[group])
-        return Difference("all seeds", mean, *((test["low"], test["high"]) if test else (None, None)))
-
-
-def contrasts(measured: Measured) -> list[Contrast]:
-    """Every arm against the first one, over the seeds that both have."""
-    first, *others = measured.rates
-    found = []
-    for arm in others:
-        seeds = [seed for seed in measured.rates[first] if seed in measured.rates[arm]]
-        differences: dict[str, list[Difference]] = {}
-        for seed in seeds:
-            compared = measured.compare(first, arm, seed)
-            for group, of_group in compared.items():
-                differences.setdefault(group, []).append(to_points(f"seed {seed}", of_group["difference"]))
-            parts = [differences[group][-1] for group in measured.headline]
-            differences.setdefault("", []).append(average(f"seed {seed}", parts))
-        if seeds:
-            found.append(Contrast(first, arm, seeds, differences))
-    return found
-
-
-def to_points(label: str, difference: dict) -> Difference:
-    """A difference of fractions in points."""
-    ends = (None if difference[end] is None else 100 * difference[end] for end in ("low", "high"))
-    return Difference(label, 100 * difference["mean"], *ends)
-
-
-def average(label: str, parts: Sequence[Difference]) -> Difference:
-    """The mean of independent differences; its interval from theirs (Zou and Donner 2008, MOVER)."""
-    mean = statistics.fmean(part.mean for part in parts)
-    if any(part.low is None for part in parts):
-        return Difference(label, mean, None, None)
-    below = math.hypot(*(part.mean - part.low for part in parts)) / len(parts)
-    above = math.hypot(*(part.high - part.mean for part in parts)) / len(parts)
-    return Difference(label, mean, mean - below, mean + above)
-
-
-# ---- the answer
-def answer(arms: Arms, measured: Measured | None) -> str:
-    """What the runs show, in one sentence with its interval."""
-    runs = all_runs(arms)
-    if measured is None:
-        done = sum(run.is_finished for run in runs)
-        return f"No answer yet: {done} of {len(runs)} runs are finished and evaluated."
-    compared = contrasts(measured)
-    if not compared:
-        arm = next(iter(measured.rates))
-        return f"{describe_arm(measured, arm)}; there is no second arm at the same seeds to compare it with."
-    return " ".join(describe_contrast(measured, found) for found in compared)
-
-
-def describe_arm(measured: Measured, arm: str) -> str:
-    """The headline of one arm: the mean over its seeds with its interval, or the rate of its only run."""
-    seeds = list(measured.rates[arm])
-    over = mean_over_seeds([measured.mean(arm, seed) for seed in seeds])
-    text = f"{arm} answers {percent(over['mean'])} of {headline_text(measured)}"
-    if over["low"] is not None:
-        text += f" (95 % interval {percent(over['low'])} to {percent(over['high'])}, {over['n']} seeds)"
-    else:
-        text += f" ({'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))})"
-    known = [measured.chance[group] for group in measured.headline if group in measured.chance]
-    return text + (f", where a uniform guess reaches {percent(statistics.fmean(known))}" if known else "")
-
-
-def describe_contrast(measured: Measured, found: Contrast) -> str:
-    """The difference of two arms, its interval, and what follows from it."""
-    test, pooled = found.test(""), found.pooled("")
-    rates = [statistics.fmean(measured.mean(arm, seed) for seed in found.seeds) for arm in (found.a, found.b)]
-    text = (
-        f"{found.b} answers {signed(pooled.mean)} points of {headline_text(measured)} against {found.a} "
-        f"({percent(rates[0])} to {percent(rates[1])}"
-    )
-    if test:
-        text += f"; {len(found.seeds)} seeds, 95 % interval {signed(test['low'])} to {signed(test['high'])}, "
-        text += f"paired t test p {'' if test['p'] < 0.001 else '= '}{p_text(test['p'])}): "
-        if test["p"] >= ALPHA:
-            return text + "no difference is shown."
-        return text + ("it is better." if test["mean"] > 0 else "it is worse.")
-    (first, *more) = found.differences[""]
-    if not more and first.low is not None:
-        text += f"; 95 % interval {signed(first.low)} to {signed(first.high)} over the questions alone"
-    text += f"): {'seed ' if not more else 'seeds '}{', '.join(map(str, found.seeds))}"
-    return text + f" cannot show a difference of the arms, which needs at least {MIN_SEEDS}."
-
-
-def headline_text(measured: Measured) -> str:
-    """What the headline counts."""
-    count = len(measured.headline)
-    where = "the runs' last evaluation" if measured.name == TRAINING else f"evaluation {measured.name}"
-    mean = "" if count == 1 else f", mean of {count} settings"
-    return f"the questions right ({where}{mean})"
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
 
 
 # ---- sections of the page
@@ -355,76 +70,50 @@ def section_runs(arms: Arms) -> list[str]:
     rows = []
     for run in all_runs(arms):
         losses = [line["loss"] for line in run.metrics if line.get("loss") is not None]
-        steps = run.record["config"].get("max_steps")
         trained = sum(count for count, _ in run.record.get("parameters", {}).values())
-        rows.append(
-            [
-                run.arm,
-                str(run.seed),
-                str(run.folder),
-                "finished" if run.is_finished else f"unfinished, {run.step} of {steps} updates",
-                f"{losses[-1]:.4f}" if losses else NONE,
-                f"{trained:,}" if trained else NONE,
-                str(run.record.get("base_model", NONE)),
-                str(run.record.get("device", NONE)),
-                str(run.record.get("commit") or NONE),
-            ]
-        )
+        of = run.record["config"].get("max_steps")
+        row = [run.arm, str(run.seed), str(run.folder)]
+        row.append("finished" if run.is_finished else f"unfinished, {run.step} of {of} updates")
+        row += [f"{losses[-1]:.4f}" if losses else NONE, f"{trained:,}" if trained else NONE]
+        rows.append(row + [str(run.record.get(name) or NONE) for name in ("base_model", "device", "commit")])
     header = ["arm", "seed", "folder", "state", "last loss", "trained parameters", "base model", "device", "commit"]
     lines = table(header, rows)
-    (_, first), *others = ((arm, comparable(next(iter(of.values())).record)) for arm, of in arms.items())
-    for arm, other in others:
-        different = [
-            f"{name} ({first.get(name)} and {other.get(name)})"
-            for name in dict.fromkeys([*first, *other])
-            if first.get(name) != other.get(name)
-            and name not in NOT_AN_ARM | {"arm"}
-            and not name.startswith("differential")
-        ]
-        text = f"differs from the first arm in {', '.join(different)}" if different else "differs from the first arm"
-        lines.append(paragraph(f"{arm}: {text}{'' if different else ' in differential attention alone'}."))
+    first, *others = (comparable(next(iter(of_arm.values())).record) for of_arm in arms.values())
+    for arm, other in zip(list(arms)[1:], others, strict=True):
+        names = [n for n in dict.fromkeys([*first, *other]) if n not in NOT_AN_ARM and first.get(n) != other.get(n)]
+        names = [n for n in names if n != "arm" and not n.startswith("differential")]
+        different = [f"{name} ({first.get(name)} and {other.get(name)})" for name in names]
+        lines.append(paragraph(f"{next(iter(arms))} and {arm} differ in {', '.join(different) or 'attention alone'}."))
     return lines
 
 
 def section_difference(measured: Measured, style: dict) -> list[str]:
-    """Forest plots and the table of one set of questions."""
-    lines = []
-    compared = contrasts(measured)
-    for found in compared:
-        groups = [*([""] if len(measured.headline) > 1 else []), *(g for g in found.differences if g)]
-        shown = {title_of(group, measured): (found.differences[group], found.pooled(group)) for group in groups}
-        asked = "paired score interval over the questions" if measured.folders else "no interval"
-        figure = draw_forest(
-            shown, style[found.b]["color"], f"{found.b} - {found.a}", "difference of right answers in points"
-        )
-        lines.append(
-            show(
-                figure,
-                f"{found.b} minus {found.a}, in points. Dots: one seed each ({asked}). Diamonds: mean over the seeds, "
-                f"with the 95 % interval of the paired t test where there are at least {MIN_SEEDS}.",
-            )
-        )
+    """Forest plots and the table of one set of questions; group "" is the headline where it has several groups."""
+    groups = list(next(iter(next(iter(measured.rates.values())).values())))
+    groups = ["", *groups] if len(measured.headline) > 1 else groups
     header = ["questions", "n", "chance", *measured.rates]
-    rows = []
-    for group in [
-        *([""] if len(measured.headline) > 1 else []),
-        *next(iter(next(iter(measured.rates.values())).values())),
-    ]:
-        rows.append([title_of(group, measured), *describe_group(measured, group)])
+    rows = {group: [title_of(group, measured), *describe_group(measured, group)] for group in groups}
+    lines, compared = [], contrasts(measured)
     for found in compared:
-        tests = [found.test(group) for group in found.differences]
-        adjusted = iter(
-            holm([test["p"] for group, test in zip(found.differences, tests, strict=True) if group and test])
-        )
-        cells = {}
-        for group, test in zip(found.differences, tests, strict=True):
-            pooled = found.pooled(group)
-            cells[group] = [interval(test) if test else signed(pooled.mean), p_text(test["p"]) if test else NONE]
-            cells[group].append(p_text(next(adjusted)) if group and test else NONE)
+        shown = {title_of(group, measured): (found.differences[group], found.pooled(group)) for group in groups}
+        title = f"{found.b} minus {found.a}"
+        figure = draw_forest(shown, style[found.b]["color"], title, "difference of right answers in points")
+        asked = "score interval over its questions" if measured.folders else "without an interval"
+        text = f"A dot for each seed ({asked})"
+        if len(found.seeds) > 1:
+            text += "; diamond: mean over the seeds"
+            text += ", 95 % interval of the paired t test" if len(found.seeds) >= MIN_SEEDS else ""
+        lines.append(show(figure, f"{title}, in points. {text}."))
+        tests = {group: found.test(group) for group in groups}
+        tested = [group for group in groups if group and tests[group]]
+        adjusted = dict(zip(tested, holm([tests[group]["p"] for group in tested]), strict=True))
         header += [f"{found.b} - {found.a}, points [95 %]", "p", "Holm p"]
-        titles = {title_of(group, measured): of_group for group, of_group in cells.items()}
-        rows = [[*row, *titles[row[0]]] for row in rows]
-    lines += table(header, rows)
+        for group, test in tests.items():
+            rows[group] += [interval(test), p_text(test["p"])] if test else [signed(found.pooled(group).mean), NONE]
+            rows[group].append(p_text(adjusted[group]) if group in adjusted else NONE)
+    lines += table(header, rows.values())
+    if any(found.test(groups[0]) for found in compared):
+        lines.append(paragraph("p: paired t test over seeds. Holm p: adjusted for the number of rows below the mean."))
     return lines
 
 
@@ -492,10 +181,10 @@ def section_lambda(arms: Arms) -> list[str]:
 def section_maps(arms: Arms, notes: list[str]) -> list[str]:
     """Signed maps of the first finished seed of every differential arm."""
     done, lines = finished(arms), []
-    standard = [run for run in all_runs(done) if not run.record["config"].get("differential")]
+    standard = [run for run in all_runs(done) if not run.is_differential]
     for arm, of_arm in done.items():
         for run in list(of_arm.values())[:1]:
-            if not run.record["config"].get("differential") or not (run.folder / "attention.safetensors").exists():
+            if not run.is_differential or not (run.folder / "attention.safetensors").exists():
                 continue
             if not (run.folder / "signed_maps.safetensors").exists():
                 notes.append(f"{run.folder}: stores no second map, as in older runs and in presets that subtract none")
@@ -748,7 +437,7 @@ h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; border-bottom: 1px solid #ccc;
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; list-style: none; padding: 0; }
 a { color: #0072B2; }
-.answer { font-size: 1.15rem; border-left: 4px solid #0072B2; background: #f3f7fa; padding: .75rem 1rem; margin: 1rem 0; }
+.answer { font-size: 1.15rem; border-left: 4px solid #0072B2; background: #f3f7fa; padding: .75rem 1rem; }
 figure { margin: 1.25rem 0; }
 figure > img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .875rem; color: #444; overflow-wrap: anywhere; max-width: 48rem; }

@@ -29,6 +29,7 @@ from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import (
     CHANCE,
     COLOURS,
+    COLUMNS,
     MARKERS,
     PERCENT,
     STYLE,
@@ -49,6 +50,8 @@ RIGHT, WRONG = COLOURS[0], COLOURS[1]  # colours of answers
 # how cells are outlined: the needle's, and another one that was answered
 FOUND, MISSED = dict(edgecolor="#56B4E9", linestyle="solid"), dict(edgecolor="#D55E00", linestyle="dashed")
 SIGNED_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("signed", [COLOURS[0], "white", COLOURS[1]])
+SHOWN_STEPS = 30  # lines in a panel of lambda by depth
+CLIPPED = 0.01  # share of the values of maps that are beyond the scale of colours
 SMOOTHING = 0.5  # weight of the past in a smoothed loss
 SHOWN_SETS = 4  # evaluation sets in answers.png
 ATTENTION_QUESTIONS = 2  # of each grid in attention.png
@@ -373,35 +376,34 @@ def draw_accuracies(
         panel.set_title(wrap_title(name, 32), fontsize=9)
         panel.set(xlabel="update", ylim=(-0.02, 1.02))
         panel.yaxis.set_major_formatter(PERCENT)
-    panels[0].set_ylabel("exact answers")
+    for panel in panels[::COLUMNS]:
+        panel.set_ylabel("exact answers")
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
-    finish(figure, fullest, title, 32 * min(4, len(curves)))
+    finish(figure, fullest, title, 32 * min(COLUMNS, len(curves)))
     return figure
 
 
 def draw_lambda_by_depth(curves: dict[str, list[dict[str, list[tuple[int, float]]]]], title: str) -> Figure:
-    """A panel for each arm: lambda against the layer, a line for every logged update, from its start, dashed, to its
-    end; means over the seeds. `curves` by arm and seed as `lambda_curves` returns them."""
+    """A panel for each arm: lambda against the layer, a line for each of at most `SHOWN_STEPS` logged updates, from its
+    start, dashed, to its end; means over the seeds. `curves` by arm and seed as `lambda_curves` returns them."""
     figure, panels = make_panels(len(curves), 3.6 if len(curves) > 1 else 6.4, 3.3, columns=3)
     last = max(points[-1][0] for seeds in curves.values() for layers in seeds for points in layers.values())
     scale = plt.Normalize(0, last)
     for panel, (arm, seeds) in zip(panels, curves.items(), strict=True):
-        by_step: dict[int, dict[int, list[float]]] = {}  # step -> layer -> lambda of every seed
-        for layers in seeds:
-            for layer, points in enumerate(layers.values()):
-                for step, value in points:
-                    by_step.setdefault(step, {}).setdefault(layer, []).append(value)
-        for step in sorted(by_step):
-            layers = sorted(by_step[step])
-            means = [sum(by_step[step][layer]) / len(by_step[step][layer]) for layer in layers]
-            colour = plt.cm.cividis(scale(step))
-            panel.plot(layers, means, color=colour, linewidth=1.2, marker="o", markersize=3 if step < last else 6)
-            if step == 0:
-                panel.plot(layers, means, color="black", linestyle="dashed", linewidth=1.4, zorder=5, label="start")
-        panel.set_xticks(range(len(next(iter(seeds)))), [short_layer_name(name) for name in next(iter(seeds))])
-        panel.tick_params(axis="x", rotation=90 if len(next(iter(seeds))) > 3 else 0)
+        by_seed = [[dict(points) for points in layers.values()] for layers in seeds]
+        steps = sorted(set.intersection(*(set(points) for layers in by_seed for points in layers)))
+        means = {
+            step: [sum(x[step] for x in layer) / len(seeds) for layer in zip(*by_seed, strict=True)] for step in steps
+        }
+        for step in {*steps[:: math.ceil(len(steps) / SHOWN_STEPS)], steps[-1]}:
+            size = 6 if step == steps[-1] else 2.5
+            panel.plot(means[step], color=plt.cm.cividis(scale(step)), linewidth=1.2, marker="o", markersize=size)
+        panel.plot(means[steps[0]], color="black", linestyle="dashed", linewidth=1.4, zorder=5, label="start")
+        names = [short_layer_name(name) for name in seeds[0]]
+        panel.set_xticks(range(len(names)), [name.rpartition(" ")[2] for name in names], fontsize=8)
+        kinds = dict.fromkeys(name.rpartition(" ")[0] for name in names)
+        panel.set(xlabel=", then ".join(kinds), ylabel="lambda")
         panel.set_title(wrap_title(f"{arm}, mean of {len(seeds)} seeds" if len(seeds) > 1 else arm, 40), fontsize=9)
-        panel.set_ylabel("lambda")
     mappable = plt.cm.ScalarMappable(scale, "cividis")
     figure.colorbar(mappable, ax=panels, label="update").outline.set_visible(False)
     finish(figure, panels[0], title, 40 * min(3, len(curves)) + 20)
@@ -432,7 +434,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
             heads.insert(0, f"standard, A\nlayer {of_layer}")
             for i, sample in enumerate(samples):
                 maps[i].insert(0, square(theirs[sample["set"]][:, i % ATTENTION_QUESTIONS, 0])[of_layer])
-    limit = max(float(m.abs().max()) for row in maps for m in row)
+    limit = float(torch.cat([m.abs().flatten() for row in maps for m in row]).quantile(1 - CLIPPED))
     shape = len(samples), 1 + len(heads)
     size = 1.85 * shape[1] + 0.8, 2.0 * shape[0] + 0.8
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
@@ -442,14 +444,15 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
         panels[0].set_title(textwrap.fill(sample["prompt"].removeprefix("answer en "), 26), fontsize=8)
         outline_cell(panels[0], sample["answer"], sample["grid"], FOUND)
         for panel, m in zip(panels[1:], row, strict=True):
-            shown = panel.imshow(m, cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit)
+            side = len(m)
+            shown = panel.imshow(m, cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
             outline_cell(panel, sample["answer"], sample["grid"], dict(edgecolor="black", linestyle="solid"))
         for panel in panels:
             panel.set(xticks=[], yticks=[])
             panel.grid(visible=False)
     for panel, head in zip(axes[0, 1:], heads, strict=True):
         panel.set_title(head, fontsize=9)
-    bar = figure.colorbar(shown, ax=axes, label="attention on a patch", shrink=0.6)
+    bar = figure.colorbar(shown, ax=axes, label="attention on a patch", shrink=0.6, extend="both")
     bar.outline.set_visible(False)
     figure.suptitle(wrap_title(title, 16 * shape[1]), fontsize=10)
     return figure

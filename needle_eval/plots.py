@@ -31,6 +31,7 @@ PERCENT = matplotlib.ticker.PercentFormatter(1.0)
 RATE_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
 DARK = 0.45  # rates below it are drawn so dark that text on them is white
 CHANCE = dict(colors="0.4", linestyles="dashed", linewidth=1)  # of lines at what a uniform guess reaches
+MIN_ANSWERS = 5  # of a point in a figure of calibration
 TITLE_WIDTH = 48  # characters on a line of a panel's title
 COLUMNS = 4  # panels beside each other
 
@@ -199,21 +200,23 @@ class Difference(NamedTuple):
 
 
 def draw_forest(groups: dict[str, tuple[list[Difference], Difference]], colour: str, title: str, axis: str) -> Figure:
-    """A panel for each group: a row for every seed with the interval over its questions, then the mean over seeds."""
-    longest = max(len(seeds) for seeds, _ in groups.values())
-    figure, panels = make_panels(len(groups), 2.7, 1.25 + 0.24 * (longest + 1), columns=3, sharex=True)
+    """A panel for each group: a row for every seed with the interval over its questions, then the mean of several."""
+    longest = max(len(seeds) + (len(seeds) > 1) for seeds, _ in groups.values())
+    figure, panels = make_panels(len(groups), 2.7, 1.0 + 0.24 * longest, columns=3, sharex=True)
     for panel, (name, (seeds, pooled)) in zip(panels, groups.items(), strict=True):
         panel.axvline(0, color="0.3", linewidth=1, zorder=1)
-        for row, found in enumerate((*seeds, pooled)):
+        rows = [*seeds, pooled] if len(seeds) > 1 else seeds
+        for row, found in enumerate(rows):
             is_pooled = found is pooled
             width, marker, size = (2.6, "D", 7) if is_pooled else (1.2, "o", 4)
             shade = colour if is_pooled else "0.45"
             if found.low is not None:
                 panel.plot([found.low, found.high], [row, row], color=shade, linewidth=width, solid_capstyle="butt")
             panel.plot(found.mean, row, marker, color=shade, markersize=size)
-        panel.axhspan(len(seeds) - 0.5, len(seeds) + 0.5, color="0.95", zorder=0)
-        panel.set_yticks(range(len(seeds) + 1), [found.label for found in (*seeds, pooled)])
-        panel.set_ylim(len(seeds) + 0.5, -0.5)
+        if len(seeds) > 1:
+            panel.axhspan(len(seeds) - 0.5, len(seeds) + 0.5, color="0.95", zorder=0)
+        panel.set_yticks(range(len(rows)), [found.label for found in rows])
+        panel.set_ylim(len(rows) - 0.5, -0.5)
         panel.tick_params(axis="y", length=0)
         panel.tick_params(labelbottom=True)
         panel.grid(axis="y", visible=False)
@@ -255,9 +258,9 @@ def draw_confusion(shares: dict[str, np.ndarray], grid: int, title: str) -> Figu
 
 
 def draw_calibration(bins: dict[str, list[list[dict]]], style: dict[str, dict[str, str]], title: str) -> Figure:
-    """Right answers against the confidence in them: a thin line for every seed of an arm, and how many answers.
+    """Right answers against the confidence in them: a line for every seed of an arm, and how many answers there are.
 
-    `bins` by arm and seed as `statistics.confidence_bins` returns them.
+    Parts of the range with fewer than `MIN_ANSWERS` answers have no point. `bins` by arm and seed as `statistics.confidence_bins` returns them.
     """
     figure, (panel, counts) = plt.subplots(
         2, 1, figsize=(5.6, 4.8), layout="constrained", sharex=True, height_ratios=(3, 1)
@@ -266,7 +269,7 @@ def draw_calibration(bins: dict[str, list[list[dict]]], style: dict[str, dict[st
     for number, arm in enumerate(bins):
         look = style[arm]
         for i, of_seed in enumerate(bins[arm]):
-            shown = [found for found in of_seed if found["n"]]
+            shown = [found for found in of_seed if found["n"] >= MIN_ANSWERS]
             points = [found["confidence"] for found in shown], [found["rate"] for found in shown]
             panel.plot(*points, **look, linewidth=1.2, markersize=4, alpha=0.8, label=arm if i == 0 else None)
         edges = np.linspace(0, 1, len(bins[arm][0]) + 1)
