@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -50,6 +51,7 @@ RIGHT, WRONG = COLOURS[0], COLOURS[1]  # colours of answers
 # how cells are outlined: the needle's, and another one that was answered
 FOUND, MISSED = dict(edgecolor="#56B4E9", linestyle="solid"), dict(edgecolor="#D55E00", linestyle="dashed")
 SIGNED_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("signed", [COLOURS[0], "white", COLOURS[1]])
+DARKEST = 0.75  # opacity of the black over a part of an image that is not attended to
 SHOWN_STEPS = 30  # lines in a panel of lambda by depth
 CLIPPED = 0.01  # share of the values of maps that are beyond the scale of colours
 SMOOTHING = 0.5  # weight of the past in a smoothed loss
@@ -66,7 +68,7 @@ def draw_run(folder: Path):
     Raises UserError when a file of the run cannot be read or the disk is full.
     """
     lines, samples, record = read_metrics(folder), read_samples(folder), read_run_record(folder)
-    title = f"{folder.resolve().name} ({record.get('arm')}, seed {record['config'].get('seed')})"
+    title = run_title(folder, record)
     images = [sample for sample in samples if sample.get("image")]
     if not images:
         print(f"{folder / 'samples.jsonl'}: names no images, as in runs of older versions: answers.png is not drawn")
@@ -79,6 +81,11 @@ def draw_run(folder: Path):
             save(draw_accuracy(evals, chances(samples), title), folder / "plots" / "accuracy.png")
         if updates := [line for line in lines if line.get("loss") is not None]:
             save(draw_loss(updates, title), folder / "plots" / LAST_FIGURE)
+
+
+def run_title(folder: Path, record: dict) -> str:
+    """A run's folder, arm and seed."""
+    return f"{folder.resolve().name} ({record.get('arm')}, seed {record['config'].get('seed')})"
 
 
 def is_drawn(folder: Path) -> bool:
@@ -142,7 +149,7 @@ def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Fi
     """
     curves = accuracy_curves(lines)
     levels = sorted({chance.get(name, 0.0) for name in curves}, reverse=True)
-    figure, panels = make_panels(len(levels), 3.6 if len(levels) > 1 else 6, 3.4, columns=3, sharey=True)
+    figure, panels = make_panels(len(levels), 3.0 if len(levels) > 1 else 6, 3.6, columns=3, sharey=True)
     for panel, level in zip(panels, levels, strict=True):
         names = [name for name in curves if chance.get(name, 0.0) == level]
         for number, name in enumerate(names):
@@ -235,14 +242,17 @@ def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
     ]
     if any(sample.get("grid") for _, answers in shown for sample in answers):
         figure.legend(handles=legend, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-    figure.suptitle(wrap_title(f"{title}, update {last}", 30 * len(shown)), fontsize=9)
+    figure.get_layout_engine().set(h_pad=0.08)
+    figure.suptitle(wrap_title(f"{title}, update {last}", 30 * len(shown)), fontsize=10)
     return figure
 
 
 def answer_title(sample: dict) -> str:
-    """Prompt and response, wrapped."""
+    """Prompt and response, wrapped, and whether it is right."""
     prompt = textwrap.fill(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH)
-    return f"{prompt}\n{textwrap.fill(sample['response'].strip() or '(empty)', TITLE_WIDTH)}"
+    verdict = "right" if normalise(sample["response"]) == normalise(sample["answer"]) else "wrong"
+    response = f"{sample['response'].strip() or '(empty)'} ({verdict})"
+    return f"{prompt}\n{textwrap.fill(response, TITLE_WIDTH)}"
 
 
 def read_sample_image(folder: Path, sample: dict) -> Image.Image:
@@ -283,7 +293,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
         image = read_sample_image(runs[0], sample)
         panels[0].set_title(textwrap.fill(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH), fontsize=9)
         for panel in panels:
-            panel.imshow(image, alpha=1.0 if panel is panels[0] else 0.5)
+            panel.imshow(image)
             panel.axis("off")
             outline_cell(panel, sample["answer"], sample["grid"], FOUND)
     for panels, run, tensors, samples in zip(axes[1:], runs, stored, questions, strict=True):
@@ -291,11 +301,22 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
         shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]  # of each layer
         layer = int(torch.stack(shares).mean(0).argmax())
         for panel, m, share in zip(panels, maps, shares, strict=True):
-            height, width = panel.get_images()[0].get_array().shape[:2]
-            attention = square(m)[layer].clamp(min=0)
-            panel.imshow(attention, cmap="cividis", alpha=0.65, extent=(0, width, height, 0), interpolation="bicubic")
+            darken(panel, square(m)[layer])
             panel.set_title(f"{run.resolve().name}, layer {layer}:\n{share[layer]:.0%} on the needle", fontsize=8)
+    names = ", ".join(run_title(run, read_run_record(run)) for run in runs)
+    title = f"Attention over the image, token {token} of the answer. {names}"
+    figure.get_layout_engine().set(h_pad=0.08)
+    figure.suptitle(wrap_title(title, 32 * shape[1]), fontsize=10)
     return figure
+
+
+def darken(panel: Axes, attention: torch.Tensor):
+    """Darken the image of a panel where a map [side, side] is low, so that it shines where the map is high."""
+    height, width = panel.get_images()[0].get_array().shape[:2]
+    light = attention.clamp(min=0).numpy()
+    shade = DARKEST * (1 - light / light.max()) ** 1.5 if light.max() > 0 else np.full_like(light, DARKEST)
+    extent = (0, width, height, 0)
+    panel.imshow(np.zeros_like(light), cmap="gray", alpha=shade, extent=extent, interpolation="bicubic")
 
 
 def read_attention(run: Path) -> dict[str, torch.Tensor]:
@@ -445,7 +466,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
         outline_cell(panels[0], sample["answer"], sample["grid"], FOUND)
         for panel, m in zip(panels[1:], row, strict=True):
             side = len(m)
-            shown = panel.imshow(m, cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
+            shown = panel.imshow(m.numpy(), cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
             outline_cell(panel, sample["answer"], sample["grid"], dict(edgecolor="black", linestyle="solid"))
         for panel in panels:
             panel.set(xticks=[], yticks=[])

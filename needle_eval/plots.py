@@ -260,7 +260,8 @@ def draw_confusion(shares: dict[str, np.ndarray], grid: int, title: str) -> Figu
 def draw_calibration(bins: dict[str, list[list[dict]]], style: dict[str, dict[str, str]], title: str) -> Figure:
     """Right answers against the confidence in them: a line for every seed of an arm, and how many answers there are.
 
-    Parts of the range with fewer than `MIN_ANSWERS` answers have no point. `bins` by arm and seed as `statistics.confidence_bins` returns them.
+    Parts of the range with fewer than `MIN_ANSWERS` answers have no point. `bins` by arm and seed as
+    `statistics.confidence_bins` returns them.
     """
     figure, (panel, counts) = plt.subplots(
         2, 1, figsize=(5.6, 4.8), layout="constrained", sharex=True, height_ratios=(3, 1)

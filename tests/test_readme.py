@@ -109,7 +109,7 @@ exec {sys.executable} {ROOT}/"$script" "$@"
         list(pool.map(run, [[command] for command in trained]))
         list(pool.map(run, [evaluated, others]))
     scripts = {"finetune_original.py", "finetune_diff.py", "eval_mmnih.py", "generate.py", "plots.py", "export.py"}
-    scripts |= {"study.py"}
+    scripts |= {"study.py", "make_report.py"}
     assert scripts == {command.split()[1] for command in quick}
     assert (tmp_path / "boxes.png").stat().st_size > 1000
     assert (tmp_path / "runs" / "diff_seed0" / "final" / "differential.safetensors").exists()
