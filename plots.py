@@ -19,6 +19,7 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from msgspec import Meta
 from PIL import Image
@@ -465,8 +466,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
         panels[0].set_title(textwrap.fill(sample["prompt"].removeprefix("answer en "), 26), fontsize=8)
         outline_cell(panels[0], sample["answer"], sample["grid"], FOUND)
         for panel, m in zip(panels[1:], row, strict=True):
-            side = len(m)
-            shown = panel.imshow(m.numpy(), cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
+            shown = draw_signed(panel, m, limit)
             outline_cell(panel, sample["answer"], sample["grid"], dict(edgecolor="black", linestyle="solid"))
         for panel in panels:
             panel.set(xticks=[], yticks=[])
@@ -477,6 +477,12 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     bar.outline.set_visible(False)
     figure.suptitle(wrap_title(title, 16 * shape[1]), fontsize=10)
     return figure
+
+
+def draw_signed(panel: Axes, m: torch.Tensor, limit: float) -> AxesImage:
+    """A map [side, side] in colours from -limit to limit, white at 0."""
+    side = len(m)
+    return panel.imshow(m.numpy(), cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
 
 
 def needle_layer(attention: dict[str, torch.Tensor], samples: list[dict]) -> int:
