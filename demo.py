@@ -41,9 +41,10 @@ EMBEDDED = "assets/paligemma-nano"
 TRAINED = ("runs/original_seed0", "runs/diff_seed0")  # what the two fine-tuning scripts write by default
 ACTING = "A"  # the name of the map that acts
 GRIDS = (2, 4)
-EXAMPLES = [["assets/sample/fruit.png", "detect banana"], ["assets/sample/animals.png", "answer en where is penguin?"]]
+SAMPLE = Path(__file__).parent / "assets" / "sample"
+EXAMPLES = [[str(SAMPLE / "fruit.png"), "detect banana"], [str(SAMPLE / "animals.png"), "answer en where is penguin?"]]
 MAX_TOKEN = 11  # of the slider
-CELL = 64  # pixels of a drawing in a haystack
+CELL = 128  # pixels of a drawing in a haystack
 IMAGE_HEIGHT = 360  # pixels of the image on the page
 
 
@@ -82,6 +83,9 @@ class Answer:
 
     text: str
     maps: dict[str, Tensor]
+
+
+Answered = tuple[Image.Image, str, list[Answer]]  # an image, a prompt, and what each model answers
 
 
 def load(config: Config) -> list[Loaded]:
@@ -162,10 +166,11 @@ def draw_answer(image: Image.Image, answer: Answer, maps: dict[str, Tensor], lim
     return Image.open(data)
 
 
-def describe(image: Image.Image, answer: Answer) -> str:
-    """The answer, and whether boxes of it are drawn."""
-    boxes = len(locs_to_boxes(answer.text, *image.size))
-    return f"{answer.text.strip() or '(empty)'}\n{boxes or 'no'} box{'es' * (boxes != 1)} in the answer"
+def describe(image: Image.Image, prompt: str, text: str) -> str:
+    """An answer; where it has boxes or should have them, how many."""
+    boxes = len(locs_to_boxes(text, *image.size))
+    note = f"\n{boxes or 'no'} box{'es' * (boxes != 1)}"
+    return (text.strip() or "(empty)") + note * (boxes > 0 or prompt.startswith(("detect ", "segment ")))
 
 
 def make_haystack(pool: ImagePool, grid: int) -> tuple[Image.Image, str, str]:
@@ -173,7 +178,7 @@ def make_haystack(pool: ImagePool, grid: int) -> tuple[Image.Image, str, str]:
     key = str(random.random())
     haystack = pool.make(key, images=1, grid=grid, positive=True)
     image = pool.stitch(f"{key}/0", haystack.cells[0], CELL)
-    return image, needle_prompt(*haystack.captions), f"The needle is in cell {haystack.answer}: image, row, column."
+    return image, needle_prompt(*haystack.captions), f"Right for the new haystack: {haystack.answer}"
 
 
 # ---- the page
@@ -183,23 +188,25 @@ def build_app(gradio: ModuleType, models: list[Loaded]) -> "gradio.Blocks":
     layers = max(loaded.layers for loaded in models)
     first = make_haystack(pool, GRIDS[0])
 
-    def answer(image: Image.Image | None, prompt: str) -> list[Answer]:
+    def answer(image: Image.Image | None, prompt: str) -> Answered:
         if image is None:
             raise gradio.Error("give an image first")
         try:
-            return [ask(loaded, image, prompt) for loaded in models]
+            return image, prompt, [ask(loaded, image, prompt) for loaded in models]
         except UserError as error:  # a prompt that the processor refuses
             raise gradio.Error(str(error)) from error
 
-    def show(image: Image.Image | None, answers: list[Answer] | None, layer: int, token: int) -> list:
-        if image is None or not answers:
+    def show(answered: Answered | None, layer: int, token: int) -> list:
+        if answered is None:
             return [None] * (2 * len(models))
+        image, prompt, answers = answered
+        texts = [describe(image, prompt, answer.text) for answer in answers]
         figures = draw(image, answers, int(layer), int(token))
-        return [value for a, figure in zip(answers, figures, strict=True) for value in (describe(image, a), figure)]
+        return [value for pair in zip(texts, figures, strict=True) for value in pair]
 
     with gradio.Blocks(title="Differential attention", analytics_enabled=False) as app:
         gradio.Markdown("# Where does the answer look?")
-        answers = gradio.State()
+        answered = gradio.State()
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 image = gradio.Image(first[0], label="image", type="pil", height=IMAGE_HEIGHT)
@@ -217,14 +224,14 @@ def build_app(gradio: ModuleType, models: list[Loaded]) -> "gradio.Blocks":
                     kind = "differential" if differential_modules(loaded.model) else "standard"
                     gradio.Markdown(f"### {loaded.name}\n{kind} attention")
                     outputs.append(gradio.Textbox(label="answer", lines=2))
-                    outputs.append(gradio.Image(label="attention", type="pil", buttons=["fullscreen"]))
-        chosen = [image, answers, layer, token]
-        gradio.on([ask_button.click, prompt.submit], answer, [image, prompt], answers).then(show, chosen, outputs)
-        gradio.on([layer.release, token.release], show, chosen, outputs)
+                    outputs.append(gradio.Image(show_label=False, type="pil", buttons=["fullscreen"]))
+        shown = [answered, layer, token]
+        gradio.on([ask_button.click, prompt.submit], answer, [image, prompt], answered).then(show, shown, outputs)
+        gradio.on([layer.release, token.release], show, shown, outputs)
         new_button.click(lambda side: make_haystack(pool, int(side)), grid, [image, prompt, truth]).then(
-            answer, [image, prompt], answers
-        ).then(show, chosen, outputs)
-        app.load(answer, [image, prompt], answers).then(show, chosen, outputs)
+            answer, [image, prompt], answered
+        ).then(show, shown, outputs)
+        app.load(answer, [image, prompt], answered).then(show, shown, outputs)
     return app
 
 
@@ -238,7 +245,8 @@ def main() -> None:
     except ImportError as error:
         raise UserError("gradio is not installed: pip install gradio") from error
     app = build_app(gradio, load(config))
-    app.launch(server_name="127.0.0.1", server_port=config.port, theme=gradio.themes.Base(), footer_links=[])
+    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    app.launch(server_name="127.0.0.1", server_port=config.port, theme=theme, footer_links=[])
 
 
 if __name__ == "__main__":
