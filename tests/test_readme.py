@@ -26,7 +26,9 @@ PAGES = {"README.md": README} | dict(sorted(PAGES.items()))
 RESULTS = ROOT / "benchmarks" / "results"
 MAX_README_WORDS = 2300
 # a command with one of these needs a licence, a download, another machine or minutes
-NOT_HERE = re.compile(r"study\.py(?! --report)|demo\.py|google/|microsoft/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun")
+NOT_HERE = re.compile(
+    r"study\.py(?! --report)|demo\.py|google/|microsoft/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun"
+)
 # flags of other programs
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
