@@ -23,6 +23,7 @@ from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_reco
 from study_report import ALPHA, p_text, signed
 
 NOT_AN_ARM = RESUMABLE_FIELDS | {"seed", "differential.seed", "processes"}  # fields that runs of one arm may differ in
+ROUNDING = 1e-9  # points; smaller differences between seeds are rounding
 TRAINING = "training"  # the name of the last evaluation of the runs themselves
 
 
@@ -209,9 +210,10 @@ class Contrast:
     differences: dict[str, list[Difference]]  # by group, one a seed
 
     def test(self, group: str) -> dict | None:
-        """The paired t test over the seeds; None for fewer than three."""
+        """The paired t test over the seeds; None for fewer than three, and where all differences are equal: without a
+        spread over the seeds there is nothing to test against."""
         values = [found.mean for found in self.differences[group]]
-        return paired_t(values) if len(values) >= MIN_SEEDS else None
+        return paired_t(values) if len(values) >= MIN_SEEDS and max(values) - min(values) > ROUNDING else None
 
     def pooled(self, group: str) -> Difference:
         """The mean over the seeds, with its 95 % interval where there are three."""
@@ -295,6 +297,8 @@ def describe_contrast(measured: Measured, found: Contrast) -> str:
             text += (
                 f" (95 % interval {signed(seeds[0].low)} to {signed(seeds[0].high)} over the questions of this seed)"
             )
+        if len(seeds) >= MIN_SEEDS:
+            return f"{text} in each of {len(seeds)} seeds, which leaves no spread to test against."
         return f"{text}; {len(seeds)} seed{'s' * (len(seeds) > 1)} cannot show a difference, {MIN_SEEDS} are needed."
     p = f"p {'' if test['p'] < 0.001 else '= '}{p_text(test['p'])}"
     text += (

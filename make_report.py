@@ -60,7 +60,7 @@ from run_folder import comparable
 from study_report import interval, p_text, signed
 
 GALLERY_SIDE = 256  # pixels, at most, of an image of the gallery
-SHOWN_FAILURES = 6  # of each kind
+SHOWN_FAILURES = 5  # of each kind
 NONE = "-"
 
 

@@ -28,6 +28,7 @@ from finetune_original import finetune
 from needle_eval.plots import STYLE, Difference, looks
 
 EVALUATION = "mmneedle-finetuned-haystack-samples_8"
+RIGHT = {"original": 0.25, "diff": 0.5}
 VOID = {"meta", "img", "br"}
 
 
@@ -37,6 +38,7 @@ def trained(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setitem(STYLE, "figure.dpi", 30)  # figures take the time
         flags = dict(max_steps=2, eval_every=1, grids=(2,), tracker="none")
         standard = tiny.quick(finetune_original.Config, tiny_model, folder, **flags)
         finetune(replace(standard, output_dir="runs/original_seed0"), "original")
@@ -56,7 +58,7 @@ def folder(trained, tmp_path, monkeypatch) -> Path:
     """A copy of these runs, which is the current folder."""
     shutil.copytree(trained, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setitem(STYLE, "figure.dpi", 30)  # figures take the time
+    monkeypatch.setitem(STYLE, "figure.dpi", 30)
     return tmp_path / "work"
 
 
@@ -175,6 +177,16 @@ def test_more_questions_do_not_narrow_the_interval_over_seeds():
     assert Contrast("a", "b", [0, 1], {"": [Difference("", m, m, m) for m in (1.0, 2.0)]}).pooled("").low is None
 
 
+def test_equal_differences_leave_no_interval(folder):
+    """Few questions often give every seed the same difference; a t test would call it certain."""
+    equal = Contrast("a", "b", [0, 1, 2], {"": [Difference("", 2.5, 0.0, 5.0)] * 3})
+    assert equal.test("") is None and equal.pooled("") == ("all seeds", 2.5, None, None)
+    runs = [add_seed(f"runs/{arm}_seed0", seed, right) for arm, right in RIGHT.items() for seed in range(3)]
+    arms = read_arms(runs)
+    text = answer(arms, measure_evaluations(arms, [])[0])
+    assert text.endswith("+25.0 points in each of 3 seeds, which leaves no spread to test against.")
+
+
 def test_too_few_seeds_show_no_difference(folder):
     arms = read_arms([Path("runs/original_seed0"), Path("runs/diff_seed0")])
     one = answer(arms, measure_evaluations(arms, [])[0])
@@ -218,10 +230,14 @@ def test_an_unfinished_run_is_shown_and_not_counted(folder):
     assert list(measure_training(arms).rates["diff"]) == [0]
     page = check(make_report.make_page(runs))
     assert "unfinished, 2 of 2 updates" in page.text and "1 seed cannot show a difference" in page.text
-    (run / "metrics.jsonl").unlink()
-    (run / "samples.jsonl").unlink()
-    only = check(make_report.make_page([run]))
-    assert "No answer yet: 0 of 1 runs are finished" in only.text and "unfinished, 0 of 2" in only.text
+
+
+def test_a_run_that_has_logged_nothing_yet(folder):
+    run = Path("runs/started")
+    run.mkdir()
+    shutil.copy("runs/diff_seed0/run.json", run)
+    page = check(make_report.make_page([run]))
+    assert "No answer yet: 0 of 1 runs are finished" in page.text and "unfinished, 0 of 2" in page.text
 
 
 def test_runs_that_were_not_evaluated_are_compared_by_their_last_evaluation(folder):
