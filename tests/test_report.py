@@ -214,10 +214,10 @@ def test_a_page_of_one_run(folder, arm):
 
 
 def test_several_runs_of_one_arm(folder):
-    runs = [Path("runs/original_seed0"), *(add_seed("runs/original_seed0", seed, seed / 4) for seed in (1, 2))]
-    page = check(make_report.make_page(runs))
-    assert "original (3 seeds)" not in page.text  # a legend is part of an image
-    assert re.search(r"original answers [\d.]+ % of .* \(95 % interval [\d.]+ % to [\d.]+ %, 3 seeds\)", page.text)
+    arms = read_arms([Path("runs/original_seed0"), *(add_seed("runs/original_seed0", s, s / 4) for s in (1, 2))])
+    text = answer(arms, measure_evaluations(arms, [])[0])
+    assert re.search(r"original answers [\d.]+ % of .* \(95 % interval [\d.]+ % to [\d.]+ %, 3 seeds\)", text)
+    assert "uniform guess reaches 15.6 %" in text and "no second arm" in text
 
 
 def test_an_unfinished_run_is_shown_and_not_counted(folder):
@@ -248,12 +248,13 @@ def test_runs_that_were_not_evaluated_are_compared_by_their_last_evaluation(fold
 
 
 def test_runs_of_older_versions_lack_the_second_map(folder):
-    Path("runs/diff_seed0/signed_maps.safetensors").unlink()
-    page = check(make_report.make_page([Path("runs/diff_seed0")]))
-    assert "Attention maps" not in page.headings and "stores no second map" in page.text
-    Path("runs/diff_seed0/attention.safetensors").unlink()
-    shutil.rmtree("runs/diff_seed0/eval")
-    assert "Attention on the needle" not in check(make_report.make_page([Path("runs/diff_seed0")])).headings
+    run, notes = Path("runs/diff_seed0"), []
+    (run / "signed_maps.safetensors").unlink()
+    arms = read_arms([run])
+    assert make_report.section_maps(arms, notes) == [] and "stores no second map" in notes[0]
+    assert len(make_report.section_share(arms, [], looks(arms), notes)) == 1  # the map that acts is there
+    (run / "attention.safetensors").unlink()
+    assert make_report.section_maps(arms, notes) == make_report.section_share(arms, [], looks(arms), notes) == []
 
 
 def test_arms_are_told_apart_by_their_hyperparameters(folder):
