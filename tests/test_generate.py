@@ -32,6 +32,15 @@ def test_labels_and_lines_scale_with_the_image(tmp_path):
     assert thickness == [2, 20]
 
 
+def test_a_label_at_the_border_is_whole(tmp_path):
+    corner = "<loc0980><loc0980><loc1020><loc1020> "
+
+    def label_pixels(box: str) -> int:
+        return int((marks(tmp_path, 400, box + "cat") & ~marks(tmp_path, 400, box)).sum())
+
+    assert label_pixels(corner) > 0.9 * label_pixels(BOX)
+
+
 def test_an_answer_without_boxes_says_so(tmp_path, capsys):
     assert not marks(tmp_path, 64, "a cat").any()
     assert "64.png: the answer has no boxes" in capsys.readouterr().err
