@@ -48,8 +48,9 @@ def compute_layer_maps(module: DifferentialAttention, x, q, k, v, rotate, attend
 @torch.no_grad()
 def lambda_values(model: nn.Module) -> dict[str, float]:
     """lambda of every layer that has a single one: all kinds but `token`, whose mean is in `measure_maps`."""
-    modules = differential_modules(model).items()
-    return {name: float(m.current_lambda(None)) for name, m in modules if m.config.lambda_kind != "token"}
+    modules = {name: m for name, m in differential_modules(model).items() if m.config.lambda_kind != "token"}
+    values = [m.current_lambda(None) for m in modules.values()]
+    return dict(zip(modules, torch.cat(values).tolist(), strict=True)) if values else {}  # one transfer to the host
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 ROOT = Path(__file__).resolve().parent
+GPU_WORKERS = 4  # data loading processes of each process on a GPU
 TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed while it started may leave without run.json
 # a run may continue with other values of these fields: they change what is logged and saved, not what is computed
 RESUMABLE_FIELDS = {
@@ -167,8 +168,9 @@ class Run:
 
     def raise_if_stopped(self):
         """Raise Stopped on every process if any of them got a signal, so that none waits for one that has left."""
-        numbers = self.accelerator.gather(torch.tensor([self.signal], device=self.device))
-        number = int(numbers.max())
+        number = self.signal
+        if self.accelerator.num_processes > 1:
+            number = int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
         if number:
             raise Stopped(number)
 
@@ -269,6 +271,20 @@ def read_folder_state(folder: Path) -> FolderState:
         folder / "final" / "adapter" / ADAPTER_CONFIG
     ).is_file()  # the same file as for `checkpoint.resolve_run`
     return FolderState(record, [checkpoint.name for checkpoint in find_checkpoints(folder)], finished)
+
+
+def choose_workers(workers: int, device: torch.device) -> int:
+    """Number of processes that load data beside each process that computes; -1 means none on a CPU, some on a GPU."""
+    return workers if workers >= 0 else GPU_WORKERS * (device.type == "cuda")
+
+
+@contextmanager
+def out_of_memory_as(advice: str) -> Iterator[None]:
+    """Inside the block, a GPU that is out of memory raises a UserError with this advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU is out of memory: {advice} ({one_line(error)[:160]})") from error
 
 
 def make_accelerator() -> accelerate.Accelerator:

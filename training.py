@@ -49,6 +49,7 @@ from differential_attention import (
 )
 from errors import UserError
 from files import atomic_folder, write_json, write_manifest, writing
+from fused_ops import cast_lora
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import wilson
@@ -58,8 +59,10 @@ from run_folder import (
     Run,
     Stopped,
     check_same_data,
+    choose_workers,
     find_checkpoints,
     load_optimizer,
+    out_of_memory_as,
     peak_memory,
     read_metrics,
     read_run_record,
@@ -77,8 +80,10 @@ SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first
 ATTENTION_ROWS = 3  # questions of each grid whose attention is saved
 SHOWN_ANSWERS = 2  # answers of each set in samples.jsonl, with their images
 SAMPLE_SIDE = 512  # pixels, at most, of an image in samples/
-GPU_WORKERS = 4  # data loading processes of each training process on a GPU
-IGNORED = -100  # label of a token that is not learned
+SMALLER_BATCH = (
+    "lower --batch_size and raise --accumulation by the same factor, which keeps the result, or set "
+    "--gradient_checkpointing=True"
+)
 SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # of the dropout seed: seeds, steps and processes do not share masks
 
 
@@ -242,23 +247,24 @@ def train(
                 # ------------------------------------------------------------------
                 optimizer.zero_grad(set_to_none=True)
                 # a batch without examples is a dummy of a process that has no data left: weight 0
-                label_counts = [
-                    (batch["labels"] != IGNORED).sum() * bool(examples) for examples, batch in micro_batches
-                ]
-                total_labels = accelerator.reduce(sum(label_counts).float(), "sum").clamp(min=1)
+                label_counts = [batch["plan"].label_count * bool(examples) for examples, batch in micro_batches]
+                total_labels = torch.full((), float(sum(label_counts)), device=run.device)
+                total_labels = accelerator.reduce(total_labels, "sum").clamp(min=1)
                 loss = torch.zeros((), device=run.device)
-                for i, (_, batch) in enumerate(micro_batches):
-                    is_last = i + 1 == config.accumulation  # gradients are averaged over the processes only then
-                    with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped), run.autocast():
-                        micro_loss = wrapped(**batch).loss * label_counts[i] / total_labels
-                    accelerator.backward(micro_loss * world_size)  # times world_size: a sum instead of an average
-                    loss += micro_loss.detach()
+                with out_of_memory_as(SMALLER_BATCH), cast_lora(model):
+                    for i, (_, batch) in enumerate(micro_batches):
+                        is_last = i + 1 == config.accumulation  # gradients are averaged over the processes only then
+                        with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped), run.autocast():
+                            micro_loss = wrapped(**batch).loss * label_counts[i] / total_labels
+                        accelerator.backward(micro_loss * world_size)  # times world_size: a sum instead of an average
+                        loss += micro_loss.detach()
 
                 # ------------------------------------------------------------------
                 # clip, check, update
                 # ------------------------------------------------------------------
-                grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.clip))
-                loss = accelerator.reduce(loss, "sum").item()
+                grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+                # the one place where an update waits for the device
+                loss, grad_norm = torch.stack((accelerator.reduce(loss, "sum"), grad_norm.to(loss))).tolist()
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     ids = ", ".join(example.id for examples, _ in micro_batches for example in examples)
                     fault = f"loss {loss}, gradient norm {grad_norm}"
@@ -271,7 +277,7 @@ def train(
                 # log
                 # ------------------------------------------------------------------
                 # an estimate: as if every process had as many tokens as this one
-                tokens += sum(int(batch["attention_mask"].sum()) for _, batch in micro_batches) * world_size
+                tokens += sum(batch["plan"].tokens for _, batch in micro_batches) * world_size
                 update_seconds += time.perf_counter() - update_started
                 bar.update()
                 if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
@@ -316,19 +322,14 @@ def training_batches(
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     order = batch_order(len(source), config.batch_size, config.seed, first_step * config.accumulation, lengths)
     shares = (keys[rank::world] for keys in order)  # of a short last batch some processes get nothing
-    workers = worker_count(config, run)
+    workers = choose_workers(config.workers, run.device)
     for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
-        features = {}
+        more = {"plan": model.model.plan(**batch).to(run.device)}  # made before the tensors leave the CPU
         if cache is not None:
             images = {name: batch.pop(name) for name in ("pixel_values", "image_sizes") if name in batch}
             with run.autocast():  # as the forward pass would compute them
-                features = {"pixel_values": None, "image_features": cache.features(**images)}
-        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | features
-
-
-def worker_count(config: "Config", run: Run) -> int:
-    """Number of processes that load data."""
-    return config.workers if config.workers >= 0 else GPU_WORKERS * (run.device.type == "cuda")
+                more |= {"pixel_values": None, "image_features": cache.features(**images)}
+        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | more
 
 
 def max_length(model: nn.Module) -> int:
@@ -361,11 +362,12 @@ def first_rows(
 
 def describe_differential(config: "Config", model: nn.Module, grad_norm: float) -> dict[str, dict[str, float]]:
     """{"lambda", "differential_grad_norm"} of every layer, the norm before clipping; {} for standard attention."""
+    gradients = {name: p.grad for name, p in differential_parameters(model).items() if p.grad is not None}
+    sums = [gradient.float().square().sum() for gradient in gradients.values()]
     squares: dict[str, float] = {}
-    for name, parameter in differential_parameters(model).items():
-        if parameter.grad is not None:
-            layer = name.rpartition(".")[0]
-            squares[layer] = squares.get(layer, 0.0) + parameter.grad.float().square().sum().item()
+    for name, square in zip(gradients, torch.stack(sums).tolist() if sums else (), strict=True):  # one transfer
+        layer = name.rpartition(".")[0]
+        squares[layer] = squares.get(layer, 0.0) + square
     unclip = max(1.0, grad_norm / config.clip)  # the gradients have been clipped by now
     line = {"lambda": lambda_values(model)}
     line["differential_grad_norm"] = {layer: unclip * math.sqrt(square) for layer, square in squares.items()}
@@ -536,10 +538,12 @@ def evaluate(
     (eval_mmnih.py counts it as wrong).
     Raises Stopped, and UserError for a set without a usable row.
     """
-    answerer = Answerer(model, processor, run.accelerator, run.dtype, config.eval_batch_size, worker_count(config, run))
+    answerer = Answerer(
+        model, processor, run.accelerator, run.dtype, config.eval_batch_size, choose_workers(config.workers, run.device)
+    )
     scores = {}
     for name, asked in questions.items():
-        with gathered(model):
+        with gathered(model), out_of_memory_as("lower --eval_batch_size"):
             rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
         answered = [row for row in rows if "error" not in row]
         for row in rows:

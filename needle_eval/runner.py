@@ -151,6 +151,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
         OpenedImages([new for new, _ in plan], answerer.processor),
         batch_size=None,
         num_workers=min(answerer.workers, len(batches)),
+        pin_memory=torch.cuda.is_available(),
     )
     store = FeatureStore(answerer.model)
     faults: dict[ImageReference, str] = {}
@@ -201,13 +202,14 @@ def answer_batch(
     if good:
         images = [image for question in good for image in question.images]
         features = store.encode(images, {}) if images else None
-        device = answerer.model.lm_head.weight.device
-        tensors = {key: tensor.to(device) for key, tensor in answerer.processor.pad(encoded).items()}
+        device, tensors = answerer.model.lm_head.weight.device, answerer.processor.pad(encoded)
+        plan = answerer.model.model.plan(**tensors).to(device)  # made before the tensors leave the CPU
+        tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
         if good[0].candidates:
-            answers = rank_candidates(answerer.model, answerer.processor, tensors, features, good[0].candidates)
+            answers = rank_candidates(answerer.model, answerer.processor, tensors, plan, features, good[0].candidates)
         else:
             ids = answerer.model.generate(
-                **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens
+                **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens, plan=plan
             )
             texts = answerer.processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :])
             answers = [(text, None) for text in texts]
