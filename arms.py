@@ -18,7 +18,7 @@ from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import Difference
 from needle_eval.questions import normalise
 from needle_eval.report import compare_folders, group_of, open_record, prepare_rows
-from needle_eval.statistics import MIN_SEEDS, mean_over_seeds, paired_t, rate
+from needle_eval.statistics import MIN_SEEDS, holm, mean_over_seeds, paired_t, rate
 from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_record, read_samples
 from study_report import ALPHA, p_text, signed
 
@@ -110,8 +110,14 @@ class Measured:
     rates: Rates
     chance: dict[str, float]  # by group, what a uniform guess reaches
     headline: list[str]  # the groups whose unweighted mean is the answer: those with the needle
-    compare: Callable[[str, str, int], dict[str, dict]]  # two arms at a seed, as `report.compare_answers` does
+    # by arm, seed and group, the difference from the first arm at that seed: {"mean", "low", "high"}, fractions
+    differences: dict[str, dict[int, dict[str, dict]]]
     folders: dict[str, dict[int, Path]] = field(default_factory=dict)  # of an evaluation, by arm and seed
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of questions, the same in every run."""
+        return list(next(iter(next(iter(self.rates.values())).values())))
 
     def mean(self, arm: str, seed: int) -> float:
         """The headline of a run, a fraction."""
@@ -121,11 +127,9 @@ class Measured:
 def measure_training(arms: Arms) -> Measured | None:
     """The last evaluation of the finished runs themselves, on the sets that all of them have."""
     last: Rates = {}
-    for arm, of_arm in finished(arms).items():
-        for seed, run in of_arm.items():
-            curves = plots.accuracy_curves(run.metrics)
-            ended = {name: points[-1][1:] for name, points in curves.items()}
-            last.setdefault(arm, {})[seed] = {name: rate(*counts) for name, counts in ended.items()}
+    for run in all_runs(finished(arms)):
+        ended = {name: points[-1][1:] for name, points in plots.accuracy_curves(run.metrics).items()}
+        last.setdefault(run.arm, {})[run.seed] = {name: rate(*counts) for name, counts in ended.items()}
     every = [groups for of_arm in last.values() for groups in of_arm.values()]
     shared = [name for name in (every[0] if every else ()) if all(name in groups for groups in every)]
     if not shared:
@@ -133,16 +137,23 @@ def measure_training(arms: Arms) -> Measured | None:
     samples = [sample for run in all_runs(arms) for sample in run.samples]
     absent = {s["set"] for s in samples if normalise(s["answer"]) == ABSENT}
     headline = [name for name in shared if name not in absent] or shared
-    kept = {a: {s: {n: found[n] for n in shared} for s, found in seeds.items()} for a, seeds in last.items()}
+    rates = {arm: {s: {n: of[n] for n in shared} for s, of in of_arm.items()} for arm, of_arm in last.items()}
 
-    def compare(first: str, second: str, seed: int) -> dict[str, dict]:
-        found = {}
-        for name in shared:
-            a, b = kept[first][seed][name]["rate"], kept[second][seed][name]["rate"]
-            found[name] = {"difference": {"mean": b - a, "low": None, "high": None}}
-        return found
+    def subtract(arm: str, seed: int, baseline: str) -> dict[str, dict]:
+        ours, theirs = rates[arm][seed], rates[baseline][seed]
+        return {n: {"mean": ours[n]["rate"] - theirs[n]["rate"], "low": None, "high": None} for n in shared}
 
-    return Measured(TRAINING, kept, plots.chances(samples), headline, compare)
+    return Measured(TRAINING, rates, plots.chances(samples), headline, compare_with_first(rates, subtract))
+
+
+def compare_with_first(
+    of_runs: dict[str, dict[int, Any]], subtract: Callable[[str, int, str], dict[str, dict]]
+) -> dict[str, dict[int, dict[str, dict]]]:
+    """`subtract(arm, seed, first arm)` for every other arm and the seeds that it shares with the first one."""
+    first, *others = of_runs
+    return {
+        arm: {seed: subtract(arm, seed, first) for seed in of_runs[arm] if seed in of_runs[first]} for arm in others
+    }
 
 
 def measure_evaluations(arms: Arms, notes: list[str]) -> list[Measured]:
@@ -165,7 +176,7 @@ def measure_evaluations(arms: Arms, notes: list[str]) -> list[Measured]:
 
 
 def measure_evaluation(name: str, folders: dict[str, dict[int, Path]]) -> Measured:
-    """The rates of one evaluation. Raises UserError for incomplete answers."""
+    """The rates of one evaluation. Raises UserError for incomplete answers, and for answers to different questions."""
     rates: Rates = {}
     chance: dict[str, float] = {}
     for arm, of_arm in folders.items():
@@ -178,13 +189,16 @@ def measure_evaluation(name: str, folders: dict[str, dict[int, Path]]) -> Measur
                     images, grid, needles = row["shape"]
                     chance[group_of(row)] = (images * grid**2) ** -needles
             rates.setdefault(arm, {})[seed] = {group: rate(sum(of), len(of)) for group, of in right.items()}
-    groups = list(next(iter(next(iter(rates.values())).values())))
-    headline = [group for group in groups if not group.endswith(" negative")] or groups
+    every = [list(groups) for of_arm in rates.values() for groups in of_arm.values()]
+    if not every[0] or any(set(groups) != set(every[0]) for groups in every):
+        raise UserError(f"evaluation {name}: the runs answer different settings: evaluate all with the same flags")
+    headline = [group for group in every[0] if not group.endswith(" negative")] or every[0]
 
-    def compare(first: str, second: str, seed: int) -> dict[str, dict]:
-        return compare_folders(folders[first][seed], folders[second][seed])
+    def subtract(arm: str, seed: int, baseline: str) -> dict[str, dict]:
+        compared = compare_folders(folders[baseline][seed], folders[arm][seed])
+        return {group: of_group["difference"] for group, of_group in compared.items()}
 
-    return Measured(name, rates, chance, headline, compare, folders)
+    return Measured(name, rates, chance, headline, compare_with_first(folders, subtract), folders)
 
 
 def read_answers(folder: Path) -> tuple[list[dict], Any]:
@@ -208,6 +222,7 @@ class Contrast:
     b: str
     seeds: list[int]
     differences: dict[str, list[Difference]]  # by group, one a seed
+    holm_p: float | None = None  # of the headline, adjusted for the number of arms
 
     def test(self, group: str) -> dict | None:
         """The paired t test over the seeds; None for fewer than three, and where all differences are equal: without a
@@ -223,20 +238,22 @@ class Contrast:
 
 
 def contrasts(measured: Measured) -> list[Contrast]:
-    """Every arm against the first one, over the seeds that both have."""
-    first, *others = measured.rates
+    """Every arm against the first one, over the seeds that both have; headlines adjusted by Holm's method."""
+    first = next(iter(measured.rates))
     found = []
-    for arm in others:
-        seeds = [seed for seed in measured.rates[first] if seed in measured.rates[arm]]
+    for arm, of_seeds in measured.differences.items():
         differences: dict[str, list[Difference]] = {}
-        for seed in seeds:
-            compared = measured.compare(first, arm, seed)
-            for group, of_group in compared.items():
-                differences.setdefault(group, []).append(to_points(f"seed {seed}", of_group["difference"]))
-            parts = [differences[group][-1] for group in measured.headline]
-            differences.setdefault("", []).append(average(f"seed {seed}", parts))
-        if seeds:
-            found.append(Contrast(first, arm, seeds, differences))
+        for seed, of_groups in of_seeds.items():
+            label = f"seed {seed}"
+            points = {group: to_points(label, difference) for group, difference in of_groups.items()}
+            points[""] = average(label, [points[group] for group in measured.headline])
+            for group, difference in points.items():
+                differences.setdefault(group, []).append(difference)
+        if of_seeds:
+            found.append(Contrast(first, arm, list(of_seeds), differences))
+    tested = [contrast for contrast in found if contrast.test("")]
+    for contrast, p in zip(tested, holm([contrast.test("")["p"] for contrast in tested]), strict=True):
+        contrast.holm_p = p
     return found
 
 
@@ -301,10 +318,12 @@ def describe_contrast(measured: Measured, found: Contrast) -> str:
             return f"{text} in each of {len(seeds)} seeds, which leaves no spread to test against."
         return f"{text}; {len(seeds)} seed{'s' * (len(seeds) > 1)} cannot show a difference, {MIN_SEEDS} are needed."
     p = f"p {'' if test['p'] < 0.001 else '= '}{p_text(test['p'])}"
+    if found.holm_p != test["p"]:
+        p += f", with {found.holm_p:.3f} by Holm's method over the arms"
     text += (
         f" (95 % interval {signed(test['low'])} to {signed(test['high'])}, paired t test over {test['n']} seeds, {p})"
     )
-    if test["p"] >= ALPHA:
+    if found.holm_p >= ALPHA:
         return f"{text}: no difference is shown."
     return f"{text}: {found.b} is {'better' if test['mean'] > 0 else 'worse'}."
 

@@ -61,6 +61,7 @@ from study_report import interval, p_text, signed
 
 GALLERY_SIDE = 256  # pixels, at most, of an image of the gallery
 SHOWN_FAILURES = 5  # of each kind
+SHOWN_LETTERS = 160  # of a prompt or a response
 NONE = "-"
 
 
@@ -71,9 +72,8 @@ def section_runs(arms: Arms) -> list[str]:
     for run in all_runs(arms):
         losses = [line["loss"] for line in run.metrics if line.get("loss") is not None]
         trained = sum(count for count, _ in run.record.get("parameters", {}).values())
-        of = run.record["config"].get("max_steps")
         row = [run.arm, str(run.seed), str(run.folder)]
-        row.append("finished" if run.is_finished else f"unfinished, {run.step} of {of} updates")
+        row.append("finished" if run.is_finished else f"unfinished after {run.step} updates")
         row += [f"{losses[-1]:.4f}" if losses else NONE, f"{trained:,}" if trained else NONE]
         rows.append(row + [str(run.record.get(name) or NONE) for name in ("base_model", "device", "commit")])
     header = ["arm", "seed", "folder", "state", "last loss", "trained parameters", "base model", "device", "commit"]
@@ -89,8 +89,7 @@ def section_runs(arms: Arms) -> list[str]:
 
 def section_difference(measured: Measured, style: dict) -> list[str]:
     """Forest plots and the table of one set of questions; group "" is the headline where it has several groups."""
-    groups = list(next(iter(next(iter(measured.rates.values())).values())))
-    groups = ["", *groups] if len(measured.headline) > 1 else groups
+    groups = ["", *measured.groups] if len(measured.headline) > 1 else measured.groups
     header = ["questions", "n", "chance", *measured.rates]
     rows = {group: [title_of(group, measured), *describe_group(measured, group)] for group in groups}
     lines, compared = [], contrasts(measured)
@@ -110,10 +109,12 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
         header += [f"{found.b} - {found.a}, points [95 %]", "p", "Holm p"]
         for group, test in tests.items():
             rows[group] += [interval(test), p_text(test["p"])] if test else [signed(found.pooled(group).mean), NONE]
-            rows[group].append(p_text(adjusted[group]) if group in adjusted else NONE)
+            p = adjusted.get(group) if group else found.holm_p
+            rows[group].append(p_text(p) if p is not None else NONE)
     lines += table(header, rows.values())
     if any(found.test(groups[0]) for found in compared):
-        lines.append(paragraph("p: paired t test over seeds. Holm p: adjusted for the number of rows below the mean."))
+        text = "p: paired t test over seeds. Holm p: of the mean adjusted for the number of arms"
+        lines.append(paragraph(f"{text}, of the other rows for their number."))
     return lines
 
 
@@ -139,7 +140,7 @@ def describe_group(measured: Measured, group: str) -> list[str]:
 def title_of(group: str, measured: Measured) -> str:
     """A group's name in words."""
     if not group:
-        return f"mean of the {len(measured.headline)} with the needle"
+        return f"mean of {len(measured.headline)}" + " with the needle" * (measured.headline != measured.groups)
     return group.replace(" positive", ", needle present").replace(" negative", ", needle absent")
 
 
@@ -217,7 +218,8 @@ def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: 
             for setting, values in attention.items():
                 shares.setdefault(setting, {}).setdefault(arm, []).append(values["share"])
                 even[setting] = values["even"]
-        source = f"evaluation {found.name}, n = {values['n']} questions a seed and setting"
+        n = ", ".join(sorted({str(v["n"]) for _, attention in stored for v in attention.values()}, key=int))
+        source = f"evaluation {found.name}, n = {n} questions a seed and setting"
         break
     else:
         for run in all_runs(finished(arms)):
@@ -401,19 +403,24 @@ def card(
         image.thumbnail((GALLERY_SIDE, GALLERY_SIDE))
         data = io.BytesIO()
         image.save(data, "JPEG", quality=88)
-        lines.append(f'<div class="image"><img src="{data_uri(data.getvalue(), "jpeg")}" alt="{escape(prompt)}">')
+        lines.append(f'<div class="image"><img src="{data_uri(data.getvalue(), "jpeg")}" alt="{escape(clip(prompt))}">')
         wrong = {arm: response for arm, (response, is_right) in answers.items() if not is_right}
         boxes = [cell_box(truth, grid, "needle", "")]
         for arm, response in wrong.items():
             boxes.append(cell_box(parse_lenient(response) or "", grid, "missed", style[arm]["color"]))
         lines += [*filter(None, boxes), "</div>"]
-    lines += [f"<figcaption>{escape(prompt.removeprefix('answer en '))}<br>expected: {escape(truth)}"]
+    lines += [f"<figcaption>{escape(clip(prompt.removeprefix('answer en ')))}<br>expected: {escape(truth)}"]
     for arm, (response, is_right) in answers.items():
         mark = "right" if is_right else "wrong"
         shown = "no answer" if response is None else response.strip() or "(empty)"
         swatch = f'<span class="swatch" style="background:{style[arm]["color"]}"></span>'
-        lines.append(f'<br>{swatch}{escape(arm)}: <span class="{mark}">{escape(shown[:120])}</span> ({mark})')
+        lines.append(f'<br>{swatch}{escape(arm)}: <span class="{mark}">{escape(clip(shown))}</span> ({mark})')
     return "\n".join([*lines, "</figcaption></figure>"])
+
+
+def clip(text: str) -> str:
+    """A text, cut where it is long: prompts of some benchmarks are whole documents."""
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} ..."
 
 
 def cell_box(place: str, grid: int | None, kind: str, colour: str) -> str:

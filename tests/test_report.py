@@ -21,7 +21,7 @@ import eval_mmnih
 import finetune_diff
 import finetune_original
 import make_report
-from arms import Contrast, answer, average, contrasts, measure_evaluations, measure_training, read_arms
+from arms import Contrast, Measured, answer, average, contrasts, measure_evaluations, measure_training, read_arms
 from differential_attention import DifferentialConfig
 from files import read_json, write_json
 from finetune_original import finetune
@@ -229,7 +229,7 @@ def test_an_unfinished_run_is_shown_and_not_counted(folder):
     arms = read_arms(runs)
     assert list(measure_training(arms).rates["diff"]) == [0]
     page = check(make_report.make_page(runs))
-    assert "unfinished, 2 of 2 updates" in page.text and "1 seed cannot show a difference" in page.text
+    assert "unfinished after 2 updates" in page.text and "1 seed cannot show a difference" in page.text
 
 
 def test_a_run_that_has_logged_nothing_yet(folder):
@@ -237,7 +237,7 @@ def test_a_run_that_has_logged_nothing_yet(folder):
     run.mkdir()
     shutil.copy("runs/diff_seed0/run.json", run)
     page = check(make_report.make_page([run]))
-    assert "No answer yet: 0 of 1 runs are finished" in page.text and "unfinished, 0 of 2" in page.text
+    assert "No answer yet: 0 of 1 runs are finished" in page.text and "unfinished after 0 updates" in page.text
 
 
 def test_runs_that_were_not_evaluated_are_compared_by_their_last_evaluation(folder):
@@ -316,3 +316,26 @@ def test_every_arm_has_a_look_of_its_own():
     found = looks("abcdefg")
     assert len({(look["color"], look["marker"]) for look in found.values()}) == 7
     assert found["a"]["color"] == "#000000" and arms_.TRAINING
+
+
+def test_several_arms_are_adjusted_by_holm():
+    def rates(differences: list[float]) -> dict:
+        return {seed: {"a": {"mean": d, "low": None, "high": None}} for seed, d in enumerate(differences)}
+
+    of_arms = {"b": rates([0.01, 0.02, 0.015]), "c": rates([0.01, -0.02, 0.01])}
+    measured = Measured("training", {"a": {}, "b": {}, "c": {}}, {}, ["a"], of_arms)
+    found = contrasts(measured)
+    raw = [contrast.test("")["p"] for contrast in found]
+    assert [contrast.holm_p for contrast in found] == [pytest.approx(2 * min(raw)), pytest.approx(max(raw))]
+    assert [contrast.b for contrast in found] == ["b", "c"] and {contrast.a for contrast in found} == {"a"}
+
+
+def test_runs_that_were_asked_other_questions_are_named(folder):
+    """In the notes of the page, which is made of the rest."""
+    file = Path("runs/diff_seed0/eval") / EVALUATION / "eval.json"
+    record = read_json(file)
+    record["config"]["seed"] = 9
+    write_json(file, record)
+    notes = []
+    measured = measure_evaluations(read_arms([Path("runs/original_seed0"), Path("runs/diff_seed0")]), notes)
+    assert EVALUATION not in [found.name for found in measured] and "differ in config, seed" in notes[0]
