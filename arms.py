@@ -319,7 +319,7 @@ def describe_contrast(measured: Measured, found: Contrast) -> str:
         return f"{text}; {len(seeds)} seed{'s' * (len(seeds) > 1)} cannot show a difference, {MIN_SEEDS} are needed."
     p = f"p {'' if test['p'] < 0.001 else '= '}{p_text(test['p'])}"
     if found.holm_p != test["p"]:
-        p += f", with {found.holm_p:.3f} by Holm's method over the arms"
+        p += f", {p_text(found.holm_p)} by Holm's method over the arms"
     text += (
         f" (95 % interval {signed(test['low'])} to {signed(test['high'])}, paired t test over {test['n']} seeds, {p})"
     )

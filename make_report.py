@@ -111,7 +111,7 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
             rows[group] += [interval(test), p_text(test["p"])] if test else [signed(found.pooled(group).mean), NONE]
             p = adjusted.get(group) if group else found.holm_p
             rows[group].append(p_text(p) if p is not None else NONE)
-    lines += table(header, rows.values())
+    lines += table(header, rows.values(), "numbers")
     if any(found.test(groups[0]) for found in compared):
         text = "p: paired t test over seeds. Holm p: of the mean adjusted for the number of arms"
         lines.append(paragraph(f"{text}, of the other rows for their number."))
@@ -451,6 +451,7 @@ figcaption { font-size: .875rem; color: #444; overflow-wrap: anywhere; max-width
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .75rem 0; }
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+.numbers td + td { white-space: nowrap; }
 th { border-bottom-color: #888; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1.25rem; }
 .gallery figure { margin: 0; }
@@ -490,7 +491,7 @@ def make_page(folders: Sequence[Path]) -> str:
     if notes:
         sections["Left out"] = ["<ul>", *(f"<li>{escape(note)}</li>" for note in dict.fromkeys(notes)), "</ul>"]
     shown = {title: lines for title, lines in sections.items() if lines}
-    title = " and ".join(arms)
+    title = ", ".join(arms)
     links = [f'<li><a href="#{anchor(name)}">{escape(name)}</a></li>' for name in shown]
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -513,12 +514,12 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "text") -> list[str]:
     """A table whose first row is the header."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return [
-        '<div class="scroll"><table>',
+        f'<div class="scroll"><table class="{kind}">',
         f"<thead><tr>{head}</tr></thead>",
         "<tbody>",
         *body,
