@@ -33,7 +33,14 @@ from adapters import (
 )
 from checkpoint import locate, resolve_run
 from data import Haystacks, Source, batch_order, encode_row, loader, text_lengths
-from diagnostics import answer_attention, lambda_values, measure_maps, select_heads
+from diagnostics import (
+    answer_attention,
+    first_map,
+    lambda_values,
+    measure_maps,
+    select_heads,
+    subtracted_map,
+)
 from differential_attention import (
     differential_config,
     differential_parameters,
@@ -508,16 +515,23 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
 
 
 def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
-    """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors."""
-    tensors = {}
+    """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors.
+
+    Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors.
+    """
+    tensors, signed = {}, {}
     with gathered(model):
         for name, source in eval_sets.items():
             if run.is_main and source.chance and source.counts_for_best:
                 batch = first_rows(run, max_length(model), processor, source, ATTENTION_ROWS, with_suffix=True)
                 tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
-    if tensors:
-        with writing(run.folder / "attention.safetensors"):
-            safetensors.torch.save_file(tensors, run.folder / "attention.safetensors")
+                parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
+                if bool(parts[1].any()):
+                    signed[name] = parts.float().cpu().contiguous()
+    for file, found in (("attention.safetensors", tensors), ("signed_maps.safetensors", signed)):
+        if found:
+            with writing(run.folder / file):
+                safetensors.torch.save_file(found, run.folder / file)
 
 
 # ---- evaluation
