@@ -21,8 +21,9 @@ def rank_candidates(
     plan: BatchPlan,
     features: ImageFeatures | None,
     candidates: tuple[str, ...],
-) -> list[str]:
-    """The likeliest of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`.
+) -> list[tuple[str, float]]:
+    """The likeliest of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`, and the
+    confidence in it: its probability, given that the answer is one of the candidates.
 
     `batch` holds prompts [B, L], padded on the left, `plan` is its plan; `features` of their images. It is the mean,
     since "-1" is shorter than a cell and a sum would favour it. One pass over the prompts fills the cache, which every
@@ -40,7 +41,8 @@ def rank_candidates(
         valid = batch["attention_mask"][row]
         later = torch.cat([continue_prompt(model, cache, valid, row, part) for part in ids.split(CANDIDATES_AT_ONCE)])
         total = first[row][ids[:, 0]] + (later * is_token[:, 1:]).sum(1)  # [A]
-        best.append(candidates[int((total / is_token.sum(1)).argmax())])
+        chosen = int((total / is_token.sum(1)).argmax())
+        best.append((candidates[chosen], float(total.softmax(0)[chosen])))
     return best
 
 

@@ -331,11 +331,19 @@ def test_factors_cast_once_give_the_same_bits(tiny_model):
     assert not any(hasattr(module, fused_ops.CAST_FACTORS) for module in model.modules())
 
 
-def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("trains", "flags"),
+    [(True, "lower --batch_size.*--accumulation.*--gradient_checkpointing"), (False, "lower --eval_batch_size")],
+)
+def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(tiny_model, tmp_path, monkeypatch, trains, flags):
+    real = PaliGemmaForConditionalGeneration.label_loss
+
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+        if torch.is_grad_enabled() == trains:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(PaliGemmaForConditionalGeneration, "label_loss", full)
-    with pytest.raises(UserError, match="--batch_size.*--accumulation.*--gradient_checkpointing") as caught:
+    with pytest.raises(UserError, match=flags) as caught:
         finetune_original.finetune(tiny.quick(finetune_original.Config, tiny_model, tmp_path, max_steps=1), "original")
     assert "\n" not in str(caught.value)

@@ -104,10 +104,10 @@ def test_cells_of_answers_are_outlined(run, figures):
     figure, _ = figures["answers.png"]
     panels = [axes for axes in figure.axes if axes.get_images()]
     outlines = [[(p.get_xy(), p.get_edgecolor()[:3]) for p in axes.patches] for axes in panels]
-    green, red = (plt.matplotlib.colors.to_rgb(colour) for colour in (plots.FOUND, plots.MISSED))
-    assert outlines[0] == [((0, 64), green)]  # a grid of 2 x 2 cells of 64 pixels
+    found, missed = (plt.matplotlib.colors.to_rgb(style["edgecolor"]) for style in (plots.FOUND, plots.MISSED))
+    assert outlines[0] == [((0, 64), found)]  # a grid of 2 x 2 cells of 64 pixels
     assert sorted(len(o) for o in outlines) == [1] * 4 + [2] * 4
-    assert [((0, 64), green), ((64, 0), red)] in outlines
+    assert [((0, 64), found), ((64, 0), missed)] in outlines
 
 
 def test_long_captions_wrap_and_neither_overlap_nor_leave_the_figure(run, figures):
