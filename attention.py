@@ -91,9 +91,10 @@ class PrefixMask:
         With a `window`, a suffix query sees the last `window` keys only. Keys past `end` count as tokens once `keys`
         is longer than the prompt: they were generated.
         """
-        if (queries, keys, window) not in self._dense:
-            self._dense[queries, keys, window] = self.block((keys - queries, keys), (0, keys), window)
-        return self._dense[queries, keys, window]
+        key = queries == keys, window  # no length is in it, so that compiled code fits all lengths
+        if key not in self._dense or self._dense[key].shape[-2:] != (queries, keys):
+            self._dense[key] = self.block((keys - queries, keys), (0, keys), window)
+        return self._dense[key]
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int], window: int | None = None) -> Tensor:
         """Bool mask [B, 1, queries, keys] of the queries and keys at these (first, one past the last) positions."""
@@ -135,8 +136,8 @@ class PrefixMask:
         the prefix; a second one lets the last queries attend causally, from the lower right corner, to all keys but the
         pads, which is right for the suffix. What the calls compute besides is thrown away: rows need not be moved.
         """
-        key = "segments" if queries == keys else ("segments", queries)  # compiled layers depend on no length
-        if key not in self._dense:
+        key = "segments", queries == keys  # as in `dense`
+        if key not in self._dense or self._dense[key][0] != queries:
             first, (shortest, longest) = keys - queries, self.spans[1]
             tail, device = min(queries, keys - shortest), self.start.device
             row = torch.arange(len(self.start), device=device)[:, None]
@@ -147,14 +148,15 @@ class PrefixMask:
 
             has_prefix = longest > max(first, self.spans[0][0])
             positions = torch.arange(keys - tail, keys, device=device)
-            self._dense[key] = Segments(
+            segments = Segments(
                 offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,
                 offsets(keys, ends),
                 offsets(tail, tail * torch.arange(2, device=device)),
                 offsets(keys, ends[:, ::2]),
                 (positions >= self.prefix_end[:, None])[:, :, None, None],
             )
-        return self._dense[key]
+            self._dense[key] = queries, segments
+        return self._dense[key][1]
 
     def common_prefix_end(self, keys: int) -> int | None:
         """Where the prefix ends, if at the same position in every row and no row has pads; otherwise None."""
@@ -358,7 +360,7 @@ def blended_attention(
     return blend(first, second, weight, normalised).to(q1.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile of torch 2.11 cannot build a frozen one
 class Attend:
     """The attention of one layer with its mask, scale, soft-cap and window bound, as a differential module takes it."""
 
@@ -452,7 +454,8 @@ def flex(
 def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None):
     """The mask as FlexAttention takes it, made once a batch."""
     queries, keys = q.shape[2], k.shape[2]
-    if ("blocks", queries, keys, window) not in mask._dense:
+    key = "blocks", queries == keys, window  # as in `PrefixMask.dense`
+    if key not in mask._dense or mask._dense[key].shape[-2:] != (queries, keys):
         first = keys - queries
 
         def sees(b, h, i, j):
@@ -461,9 +464,9 @@ def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None):
             both_in_prefix = (i < mask.prefix_end[b]) & (j < mask.prefix_end[b])
             return (causal | both_in_prefix) & (j >= mask.start[b]) & (j < mask.end[b])
 
-        made = flex_module().create_block_mask(sees, len(mask.start), None, queries, keys, device=q.device)
-        mask._dense["blocks", queries, keys, window] = made
-    return mask._dense["blocks", queries, keys, window]
+        rows = len(mask.start)
+        mask._dense[key] = flex_module().create_block_mask(sees, rows, None, queries, keys, device=q.device)
+    return mask._dense[key]
 
 
 def flex_module():

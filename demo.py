@@ -1,6 +1,6 @@
 """Ask models about an image in the browser: answers and attention maps of several runs side by side.
 
-    pip install gradio
+    pip install gradio  # with pillow 12, which it needs
     python demo.py                                                     # runs/original_seed0 and runs/diff_seed0
     python demo.py --models runs/original_seed0 runs/diff_v2_seed0     # any runs, model folders or hub ids
 

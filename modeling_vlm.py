@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import PrefixMask, StepMask
-from checkpoint import DIFFERENTIAL_PREFIX, load_weights, locate, resolve_run, save_model_folder
-from differential_attention import DifferentialConfig, add_differential, as_config, differential_config
+from checkpoint import load_weights, locate, resolve_run, save_model_folder
+from differential_attention import DifferentialConfig, add_differential, as_config
 from errors import UserError
 from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
 
@@ -336,10 +336,7 @@ class VisionLanguageModel(nn.Module):
         Differential attention is saved in a file of its own, with a model_type and names of the weight files that make
         transformers refuse the folder instead of loading it as a standard model.
         """
-        config = self.config.to_dict()
-        if differential_config(self) is not None:
-            config |= {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": None}
-        save_model_folder(self.state_dict(), config, folder, partial(save_differential, self))
+        save_model_folder(self.state_dict(), self.config.to_dict(), folder, partial(save_differential, self))
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""

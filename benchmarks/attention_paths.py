@@ -65,7 +65,7 @@ def work(shape, length: int, dtype, path: str):
 def main():
     config = tyro.cli(Config, use_underscores=True)
     torch.set_num_threads(1)
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), "torch": torch.__version__}
+    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__}
     result |= {"rounds": config.rounds, "rows": []}
     print("| shape | S | dtype | taken | maps | chunks | sdpa |\n|---|---|---|---|---|---|---|")
     chosen = attention.choose_path

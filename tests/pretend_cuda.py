@@ -5,19 +5,30 @@ B batch, N packed rows, H query heads, K key/value heads, D head dim.
 """
 
 import contextlib
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
+import finetune_diff
+import finetune_original
 import fused_ops
+import plots
+import training
+from differential_attention import DifferentialConfig
+from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaModel
 
+LABEL_ROWS, VOCABULARY = 512, 257_216  # of PaliGemma 3b in a batch of 8, 64 label tokens each
 FLASH_BACKWARD = 3  # kernels of flash attention's backward pass: dot products, the gradients, a conversion
 GROUPED_SUMS = 2  # more, where query heads share keys: sums of the gradients of keys and values
 # aten ops that launch nothing: they make a view, or memory that is not written
@@ -206,3 +217,54 @@ def has_bool_index(indices) -> bool:
 def count(name: str, times: int = 1):
     if Counts.active is not None and not Counts.active.is_paused:
         Counts.active.launches[name] += times
+
+
+# ---- updates of a deep model
+def write_deep_model(source: Path, folder: Path):
+    """A model folder with as many layers and heads as PaliGemma 3b, otherwise of the sizes of `source`."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = PaliGemmaConfig.from_pretrained(source)
+    text = replace(config.text_config, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1)
+    config = replace(config, text_config=text, vision_config=replace(config.vision_config, num_hidden_layers=27))
+    torch.manual_seed(0)
+    PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def count_updates(
+    model: Path, folder: Path, preset: str | None, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, int]]:
+    """(launches, waits) of the second update of the training loop and of the third, which is logged: ragged batches of
+    8 needle questions in bfloat16, the tiles of the loss as many as at the size of PaliGemma 3b."""
+    base = finetune_original if preset is None else finetune_diff
+    options = dict(batch_size=8, max_steps=4, log_every=3, dtype="bfloat16", grids=(2,), negatives=0.5)
+    config = tiny.quick(base.Config, model, folder, save_every=100, **options)
+    counts, taken = Counts(), []
+    force(monkeypatch)
+    tiles = -(-VOCABULARY // fused_ops.tile_size(LABEL_ROWS, ""))
+    vocabulary = PaliGemmaConfig.from_pretrained(config.model).text_config.vocab_size
+    monkeypatch.setattr(fused_ops, "PLAIN_LOSS_MAX_LOGITS", 0)
+    monkeypatch.setattr(fused_ops, "tile_size", lambda *_: -(-vocabulary // tiles))
+    real_loader, real_plan, real_progress = training.loader, PaliGemmaModel.plan, training.set_progress
+
+    def loader(*args, **kwargs):  # in processes of its own
+        batches = real_loader(*args, **kwargs)
+        while True:
+            with counts.paused():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def plan(*args, **kwargs):  # of tensors on the CPU
+        with counts.paused():
+            return real_plan(*args, **kwargs)
+
+    monkeypatch.setattr(training, "loader", loader)
+    monkeypatch.setattr(PaliGemmaModel, "plan", plan)
+    monkeypatch.setattr(training, "set_progress", lambda *args: taken.append(counts.take()) or real_progress(*args))
+    for module, name in ((plots, "draw_run"), (training, "evaluate"), (training, "evaluate_and_log")):
+        monkeypatch.setattr(module, name, lambda *args: None)
+    monkeypatch.setattr(training, "format_results", lambda *args: [])
+    with counts:
+        finetune_original.finetune(config, "arm", preset and DifferentialConfig(preset).resolve())
+    return [taken[2], taken[3]]

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -12,18 +11,17 @@ import pretend_cuda
 import pytest
 import tiny
 import torch
+from runs import logged
 
 import attention
-import finetune_diff
 import finetune_original
 import fused_ops
 import modeling_vlm
-import plots
 import training
 from attention import PrefixMask, attention_reference, blended_reference, choose_path
-from differential_attention import DifferentialConfig, add_differential, unfreeze_differential
+from differential_attention import PRESETS, add_differential, unfreeze_differential
 from errors import UserError
-from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaModel
+from modeling_gemma import PaliGemmaForConditionalGeneration
 from modeling_vlm import choose_step_decoder
 
 RAGGED = {  # rows of (prefix, suffix) tokens, padded on the left to nine
@@ -130,63 +128,17 @@ def test_paths_of_a_gpu():
 
 
 # ---- one update of 18 + 27 layers: launches and waits
-LABEL_ROWS, VOCABULARY = 512, 257_216  # of PaliGemma 3b in a batch of 8, 64 label tokens each
-
-
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory, tiny_model):
-    """A model folder with as many layers and heads as PaliGemma 3b, of toy width."""
     folder = tmp_path_factory.mktemp("deep-model")
-    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
-    config = PaliGemmaConfig.from_pretrained(folder)
-    text = replace(config.text_config, num_hidden_layers=18, num_attention_heads=8)
-    config = replace(config, text_config=text, vision_config=replace(config.vision_config, num_hidden_layers=27))
-    torch.manual_seed(0)
-    PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
+    pretend_cuda.write_deep_model(tiny_model, folder)
     return folder
-
-
-def counted_updates(config, preset: str | None, monkeypatch) -> list[tuple[int, int]]:
-    """(launches, syncs) of the second update of a run and of the third, which is logged."""
-    counts, taken = pretend_cuda.Counts(), []
-    pretend_cuda.force(monkeypatch)
-    tiles = -(-VOCABULARY // fused_ops.tile_size(LABEL_ROWS, ""))
-    vocabulary = PaliGemmaConfig.from_pretrained(config.model).text_config.vocab_size
-    monkeypatch.setattr(fused_ops, "PLAIN_LOSS_MAX_LOGITS", 0)
-    monkeypatch.setattr(fused_ops, "tile_size", lambda *_: -(-vocabulary // tiles))
-    real_loader, real_plan, real_progress = training.loader, PaliGemmaModel.plan, training.set_progress
-
-    def loader(*args, **kwargs):  # in processes of its own
-        batches = real_loader(*args, **kwargs)
-        while True:
-            with counts.paused():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    def plan(*args, **kwargs):  # of tensors on the CPU
-        with counts.paused():
-            return real_plan(*args, **kwargs)
-
-    monkeypatch.setattr(training, "loader", loader)
-    monkeypatch.setattr(PaliGemmaModel, "plan", plan)
-    monkeypatch.setattr(training, "set_progress", lambda *args: taken.append(counts.take()) or real_progress(*args))
-    for module, name in ((plots, "draw_run"), (training, "evaluate"), (training, "evaluate_and_log")):
-        monkeypatch.setattr(module, name, lambda *args: None)
-    monkeypatch.setattr(training, "format_results", lambda *args: [])
-    with counts:
-        finetune_original.finetune(config, "arm", preset and DifferentialConfig(preset).resolve())
-    return [taken[2], taken[3]]
 
 
 @pytest.mark.parametrize(("preset", "launches"), [(None, 3200), ("split", 4300)])
 def test_launches_and_waits_of_an_update(preset, launches, deep_model, tmp_path, monkeypatch):
     """The training loop on a ragged batch of 8 in bfloat16; logging may wait twice more."""
-    base = finetune_original if preset is None else finetune_diff
-    options = dict(batch_size=8, max_steps=4, log_every=3, dtype="bfloat16", grids=(2,), negatives=0.5)
-    config = tiny.quick(base.Config, deep_model, tmp_path, save_every=100, **options)
-    plain, logged = counted_updates(config, preset, monkeypatch)
+    plain, logged = pretend_cuda.count_updates(deep_model, tmp_path, preset, monkeypatch)
     print(f"{preset or 'standard'}: {plain[0]:,} launches, {plain[1]} waits; logged {logged[0]:,}, {logged[1]}")
     assert launches // 2 < plain[0] <= launches
     assert plain[1] <= 1 and logged[1] <= 3
@@ -194,9 +146,10 @@ def test_launches_and_waits_of_an_update(preset, launches, deep_model, tmp_path,
 
 def test_the_head_loss_of_a_large_vocabulary_takes_few_launches():
     """Counted on the meta device, at full size."""
-    hidden = torch.empty(LABEL_ROWS, 2048, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    head = torch.nn.Linear(2048, VOCABULARY, bias=False, dtype=torch.bfloat16, device="meta").requires_grad_(False)
-    labels = torch.empty(LABEL_ROWS, dtype=torch.long, device="meta")
+    options, rows = dict(dtype=torch.bfloat16, device="meta"), pretend_cuda.LABEL_ROWS
+    hidden = torch.empty(rows, 2048, requires_grad=True, **options)
+    head = torch.nn.Linear(2048, pretend_cuda.VOCABULARY, bias=False, **options).requires_grad_(False)
+    labels = torch.empty(rows, dtype=torch.long, device="meta")
     with pretend_cuda.Counts() as counts:
         fused_ops.head_loss(hidden, head, labels, None).backward()
     launches, syncs = counts.take()
@@ -274,6 +227,91 @@ def test_a_decoder_layer_is_one_graph_for_ragged_batches(preset, monkeypatch):
     torch._dynamo.reset()
 
 
+FAST_TO_TRACE = ("v2", "v1_width")  # another test traces `split`
+PRESETS_TO_TRACE = [pytest.param(p, marks=() if p in FAST_TO_TRACE else pytest.mark.slow) for p in PRESETS]
+
+
+@pytest.mark.parametrize("preset", PRESETS_TO_TRACE)
+def test_a_layer_of_every_preset_is_one_graph(preset, monkeypatch):
+    """Without a graph break, on the paths of a GPU: variable-length attention, and explicit maps of wide values."""
+    pretend_cuda.force(monkeypatch)
+    model = tiny.ours_like(tiny.hf_model("gemma", num_key_value_heads=2))
+    add_differential(model, preset)
+    model = model.to(torch.bfloat16)
+    training.new_lora(finetune_original.Config(), model.requires_grad_(False))
+    unfreeze_differential(model.train())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.model.language_model.layers[1].compile(backend="eager", fullgraph=True, dynamic=True)
+    batch = tiny.batch(side="left")
+    with torch.autocast("cpu", torch.bfloat16), fused_ops.cast_lora(model):
+        loss = model(**batch).loss
+    assert loss.isfinite() and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def losses_and_gradients(model, batches: list[dict]) -> list[list[torch.Tensor]]:
+    results = []
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        pixels = batch["pixel_values"].double()
+        with fused_ops.cast_lora(model):
+            loss = model(**batch | dict(pixel_values=pixels), plan=model.model.plan(**batch)).loss
+            loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("preset", [None, "split"])
+def test_compiled_layers_are_the_model_in_float64(preset, backend, monkeypatch):
+    """Losses and gradients of ragged batches of four lengths, by variable-length attention; what is compiled for the
+    first one serves the others."""
+    monkeypatch.setattr(attention, "choose_path", lambda q, k, v, mask, *_: "sdpa" if mask is None else "varlen")
+    model = tiny.ours_like(tiny.hf_model("gemma", amplify=1.0))
+    if preset:
+        add_differential(model, preset)
+    adapted = training.new_lora(finetune_original.Config(), model.requires_grad_(False))
+    adapted.double()
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name or "second_up" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    unfreeze_differential(model.train())
+    batches = [tiny.batch(prefixes=(5, n), suffixes=(3, 1 + n), side="left", seed=n) for n in range(1, 5)]
+    expected = losses_and_gradients(model, batches)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    training.compile_layers(model, backend)
+    found = losses_and_gradients(model, batches[:1])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found += losses_and_gradients(model, batches[1:])
+    for a, b in zip(sum(found, []), sum(expected, []), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+    # the tower, the first decoder layer, whose input has no gradient, the middle one and the last
+    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_the_flag_compile_changes_no_result(tiny_model, tmp_path, monkeypatch):
+    """A run in bfloat16 on the paths of a GPU: the same losses and answers, one graph for batches of all lengths; the
+    evaluations compile nothing."""
+    pretend_cuda.force(monkeypatch)
+    compile_layers, compiled = training.compile_layers, []
+    monkeypatch.setattr(training, "compile_layers", lambda model: compiled.append(compile_layers(model, "eager")))
+    lines = []
+    for name, value in (("plain", False), ("compiled", True)):
+        config = tiny.quick(finetune_original.Config, tiny_model, tmp_path / name, max_steps=4, dtype="bfloat16")
+        torch._dynamo.utils.counters.clear()
+        finetune_original.finetune(replace(config, compile=value), "original")
+        lines.append([logged(config), logged(config, "eval")])
+    assert lines[0] == lines[1] and len(lines[0][0]) == 4 and len(compiled) == 1
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 + 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
 def test_factors_cast_once_give_the_same_bits(tiny_model):
     model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.bfloat16)
     adapted = training.new_lora(finetune_original.Config(), model)
@@ -293,11 +331,19 @@ def test_factors_cast_once_give_the_same_bits(tiny_model):
     assert not any(hasattr(module, fused_ops.CAST_FACTORS) for module in model.modules())
 
 
-def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("trains", "flags"),
+    [(True, "lower --batch_size.*--accumulation.*--gradient_checkpointing"), (False, "lower --eval_batch_size")],
+)
+def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(tiny_model, tmp_path, monkeypatch, trains, flags):
+    real = PaliGemmaForConditionalGeneration.label_loss
+
     def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+        if torch.is_grad_enabled() == trains:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(PaliGemmaForConditionalGeneration, "label_loss", full)
-    with pytest.raises(UserError, match="--batch_size.*--accumulation.*--gradient_checkpointing") as caught:
+    with pytest.raises(UserError, match=flags) as caught:
         finetune_original.finetune(tiny.quick(finetune_original.Config, tiny_model, tmp_path, max_steps=1), "original")
     assert "\n" not in str(caught.value)

@@ -230,6 +230,12 @@ def test_the_speed_table_is_what_was_measured():
     assert f"{lora:.1f} x under a LoRA adapter" in PAGES["docs/speed.md"]
 
 
+@pytest.mark.parametrize(("name", "page"), [("launches", "docs/speed.md"), ("memory", "docs/memory.md")])
+def test_the_counted_tables_are_those_of_the_results(name, page):
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    assert "\n".join(load(f"benchmarks/{name}.py").table(rows)) in PAGES[page]
+
+
 def test_the_loading_table_is_what_was_measured():
     measured = json.loads((RESULTS / "full_size.json").read_text())
     for name, side in (("here", "ours"), ("transformers", "transformers")):
