@@ -29,6 +29,7 @@ from arms import (
     NOT_AN_ARM,
     Arms,
     Measured,
+    Run,
     all_runs,
     answer,
     contrasts,
@@ -146,25 +147,44 @@ def title_of(group: str, measured: Measured) -> str:
 
 
 def section_curves(arms: Arms, style: dict) -> list[str]:
-    """Loss and accuracy over training."""
+    """Loss, and by evaluation set exact answers, loss and the metric of the runs, over training."""
     losses: dict[str, list[Curve]] = {}
-    rates: dict[str, dict[str, list[Curve]]] = {}
+    by_set: dict[str, dict[str, dict[str, list[Curve]]]] = {}  # quantity -> set -> arm
     for run in all_runs(arms):
         logged = [(line["step"], line["loss"]) for line in run.metrics if line.get("loss") is not None]
         if logged:
             losses.setdefault(run.arm, []).append(Curve(*zip(*logged, strict=True), run.is_finished))
-        for name, points in plots.accuracy_curves(run.metrics).items():
-            curve = Curve([step for step, *_ in points], [right / n for _, right, n in points], run.is_finished)
-            rates.setdefault(name, {}).setdefault(run.arm, []).append(curve)
+        for quantity in ("exact answers", "eval_loss", "metric"):
+            for name, points in set_curves(run, quantity).items():
+                curve = Curve(*zip(*points, strict=True), run.is_finished)
+                by_set.setdefault(quantity, {}).setdefault(name, {}).setdefault(run.arm, []).append(curve)
     chance = plots.chances([sample for run in all_runs(arms) for sample in run.samples])
     lines, band = [], "Line: mean over the seeds; band: from the lowest to the highest seed. "
     if losses:
         lines.append(show(plots.draw_losses(losses, style, "Training loss"), f"{band}Dotted: an unfinished run."))
-    if rates:
-        figure = plots.draw_accuracies(rates, chance, style, "Exact answers during training")
-        text = f"{band}Between the first and the last evaluation only the first questions of each set are asked."
-        lines.append(show(figure, text))
+    metric = next(iter(all_runs(arms))).record["config"].get("metric", "metric")
+    titles = {
+        "exact answers": ("Exact answers during training", "exact answers", chance),
+        "eval_loss": ("Loss of the evaluation sets during training", "loss per label token", None),
+        "metric": (f"{metric} during training", metric, {}),
+    }
+    text = f"{band}Between the first and the last evaluation only the first questions of each set are asked."
+    for quantity, curves in by_set.items():
+        title, label, guess = titles[quantity]
+        lines.append(show(plots.draw_sets(curves, style, title, label, guess), text))
     return lines
+
+
+def set_curves(run: Run, quantity: str) -> dict[str, list[tuple[int, float]]]:
+    """{evaluation set: [(step, value)]} of one quantity of a run; {} where it was not logged."""
+    if quantity == "exact answers":
+        curves = plots.accuracy_curves(run.metrics)
+        return {name: [(step, right / n) for step, right, n in points] for name, points in curves.items()}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in run.metrics:
+        for name, value in (line.get(quantity) or {}).items():
+            found.setdefault(name, []).append((line["step"], value))
+    return found
 
 
 def section_lambda(arms: Arms) -> list[str]:
