@@ -37,6 +37,8 @@ print(len(read_pool()))
 
 WITHOUT_POSIX = """
 import importlib, sys
+import transformers
+transformers.AttentionInterface  # transformers asks for the platform, not for these modules
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None  # importing it fails, as on Windows
 for name in sys.argv[1:]:

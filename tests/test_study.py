@@ -160,7 +160,8 @@ def test_a_second_map_costs_one_more_product_of_queries_and_keys(tiny_model):
     for preset in ("sharpen", "split"):
         differential = DifferentialConfig(preset=preset)
         configs.append(finetune_diff.Config(model=str(tiny_model), differential=differential))
-    standard, sharpen, split = (study_conversion.count_flops(config, question) for config in configs)
+    images = [image.open() for image in question.images]
+    standard, sharpen, split = (study_conversion.count_flops(config, images, question.prompt) for config in configs)
     model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
     processor = study_conversion.PaliGemmaProcessor.from_pretrained(tiny_model)
     length = len(processor.encode(question.prompt)[0])
