@@ -232,16 +232,20 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str = 
                 f"({', '.join(names)}): give another tower or model"
             )
         check_host(config, towers[tower][0].self_attn)
+    hosted = [id(towers[tower][0].self_attn.config) for tower in config.towers]
+    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel) and id(part.config) in hosted]
+    if {id(part.config) for part in parts if part._can_set_attn_implementation()} != set(hosted):
+        raise UserError(
+            f"{type(base).__name__} does not let its attention implementation be changed: give another model"
+        )
     for layer in add_to_layers(config, towers, shape_of):
         hooks = layer.self_attn._forward_pre_hooks.values()
         if not any(getattr(hook, "func", None) is keep_layer_input for hook in hooks):
             names = list(inspect.signature(type(layer.self_attn).forward).parameters)[1:]
             layer.self_attn.register_forward_pre_hook(partial(keep_layer_input, names), with_kwargs=True)
-    changed = [id(towers[tower][0].self_attn.config) for tower in config.towers]
-    for part in base.modules():
-        if isinstance(part, PreTrainedModel) and id(part.config) in changed:
-            name = part.config._attn_implementation.removeprefix(DIFFERENTIAL_PREFIX)
-            part.set_attn_implementation({"": DIFFERENTIAL_PREFIX + name})  # of this part only
+    for part in parts:
+        name = part.config._attn_implementation.removeprefix(DIFFERENTIAL_PREFIX)
+        part.set_attn_implementation({"": DIFFERENTIAL_PREFIX + name})  # of this part only
     keep_when_saved(model)
 
 

@@ -335,6 +335,10 @@ def test_what_does_not_fit_is_refused_by_name():
     capped.config.text_config._attn_implementation_internal = "sdpa"
     assert "attn_implementation='eager'" in refusal(capped)
     assert "src_gemma_split" in refusal(llama(), "src_gemma_split")
+    apart = llama()
+    for layer in apart.model.layers:  # a configuration that no part of the model owns: nothing could be registered
+        layer.self_attn.config = copy.deepcopy(apart.config)
+    assert "does not let its attention implementation be changed" in refusal(apart)
     assert "v1" in refusal(llama(num_key_value_heads=1), "v1")
     assert "Linear is no model of transformers" in refusal(torch.nn.Linear(2, 2))
     two = bridge.make_model(HOSTS["Llama"])
