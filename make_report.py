@@ -29,13 +29,13 @@ from arms import (
     NOT_AN_ARM,
     Arms,
     Measured,
+    Run,
     all_runs,
     answer,
     contrasts,
     finished,
     measure_evaluations,
     measure_training,
-    percent,
     read_answers,
     read_arms,
 )
@@ -57,7 +57,7 @@ from needle_eval.questions import normalise
 from needle_eval.report import open_record, read_attention
 from needle_eval.statistics import MIN_SEEDS, calibration_error, confidence_bins, holm, mean_over_seeds
 from run_folder import comparable
-from study_report import interval, p_text, signed
+from study_report import interval, p_text
 
 GALLERY_SIDE = 256  # pixels, at most, of an image of the gallery
 SHOWN_FAILURES = 5  # of each kind
@@ -88,13 +88,16 @@ def section_runs(arms: Arms) -> list[str]:
 
 
 def section_difference(measured: Measured, style: dict) -> list[str]:
-    """Forest plots and the table of one set of questions; group "" is the headline where it has several groups."""
+    """Rates of every arm, then a forest plot and a table for each arm against the first one.
+
+    Group "" is the headline where it has several groups.
+    """
     groups = ["", *measured.groups] if len(measured.headline) > 1 else measured.groups
-    header = ["questions", "n", "chance", *measured.rates]
-    rows = {group: [title_of(group, measured), *describe_group(measured, group)] for group in groups}
-    lines, compared = [], contrasts(measured)
-    for found in compared:
-        shown = {title_of(group, measured): (found.differences[group], found.pooled(group)) for group in groups}
+    titles = {group: title_of(group, measured) for group in groups}
+    header = ["questions", "n", "chance, %", *(f"{arm}, % [95 %]" for arm in measured.rates)]
+    lines = table(header, [[titles[group], *describe_group(measured, group)] for group in groups], "numbers")
+    for found in contrasts(measured):
+        shown = {titles[group]: (found.differences[group], found.pooled(group)) for group in groups}
         title = f"{found.b} minus {found.a}"
         figure = draw_forest(shown, style[found.b]["color"], title, "difference of right answers in points")
         asked = "score interval over its questions" if measured.folders else "without an interval"
@@ -103,18 +106,17 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
             text += "; diamond: mean over the seeds"
             text += ", 95 % interval of the paired t test" if len(found.seeds) >= MIN_SEEDS else ""
         lines.append(show(figure, f"{title}, in points. {text}."))
-        tests = {group: found.test(group) for group in groups}
-        tested = [group for group in groups if group and tests[group]]
-        adjusted = dict(zip(tested, holm([tests[group]["p"] for group in tested]), strict=True))
-        header += [f"{found.b} - {found.a}, points [95 %]", "p", "Holm p"]
-        for group, test in tests.items():
-            rows[group] += [interval(test), p_text(test["p"])] if test else [signed(found.pooled(group).mean), NONE]
-            p = adjusted.get(group) if group else found.holm_p
-            rows[group].append(p_text(p) if p is not None else NONE)
-    lines += table(header, rows.values(), "numbers")
-    if any(found.test(groups[0]) for found in compared):
-        text = "p: paired t test over seeds. Holm p: of the mean adjusted for the number of arms"
-        lines.append(paragraph(f"{text}, of the other rows for their number."))
+        tests = {group: test for group in groups if (test := found.test(group))}
+        tested = [group for group in tests if group]
+        adjusted = dict(zip(tested, holm([tests[group]["p"] for group in tested]), strict=True)) | {"": found.holm_p}
+        if tests:
+            rows = [
+                [titles[group], interval(test), p_text(test["p"]), p_text(adjusted[group])]
+                for group, test in tests.items()
+            ]
+            lines += table(["questions", f"{title}, points [95 %]", "p", "Holm p"], rows, "numbers")
+            text = "p: paired t test over seeds. Holm p: of the mean adjusted for the number of arms"
+            lines.append(paragraph(f"{text}, of the other rows for their number."))
     return lines
 
 
@@ -122,7 +124,7 @@ def describe_group(measured: Measured, group: str) -> list[str]:
     """Cells of the table: number of questions, chance, and every arm's mean over seeds with its interval."""
     groups = [group] if group else measured.headline
     known = [measured.chance[name] for name in groups if name in measured.chance]
-    chance = percent(statistics.fmean(known)) if len(known) == len(groups) else NONE
+    chance = f"{100 * statistics.fmean(known):.1f}" if len(known) == len(groups) else NONE
     counts, cells = set(), []
     for of_arm in measured.rates.values():
         rates = [statistics.fmean(found[name]["rate"] for name in groups) for found in of_arm.values()]
@@ -145,25 +147,44 @@ def title_of(group: str, measured: Measured) -> str:
 
 
 def section_curves(arms: Arms, style: dict) -> list[str]:
-    """Loss and accuracy over training."""
+    """Loss, and by evaluation set exact answers, loss and the metric of the runs, over training."""
     losses: dict[str, list[Curve]] = {}
-    rates: dict[str, dict[str, list[Curve]]] = {}
+    by_set: dict[str, dict[str, dict[str, list[Curve]]]] = {}  # quantity -> set -> arm
     for run in all_runs(arms):
         logged = [(line["step"], line["loss"]) for line in run.metrics if line.get("loss") is not None]
         if logged:
             losses.setdefault(run.arm, []).append(Curve(*zip(*logged, strict=True), run.is_finished))
-        for name, points in plots.accuracy_curves(run.metrics).items():
-            curve = Curve([step for step, *_ in points], [right / n for _, right, n in points], run.is_finished)
-            rates.setdefault(name, {}).setdefault(run.arm, []).append(curve)
+        for quantity in ("exact answers", "eval_loss", "metric"):
+            for name, points in set_curves(run, quantity).items():
+                curve = Curve(*zip(*points, strict=True), run.is_finished)
+                by_set.setdefault(quantity, {}).setdefault(name, {}).setdefault(run.arm, []).append(curve)
     chance = plots.chances([sample for run in all_runs(arms) for sample in run.samples])
     lines, band = [], "Line: mean over the seeds; band: from the lowest to the highest seed. "
     if losses:
         lines.append(show(plots.draw_losses(losses, style, "Training loss"), f"{band}Dotted: an unfinished run."))
-    if rates:
-        figure = plots.draw_accuracies(rates, chance, style, "Exact answers during training")
-        text = f"{band}Between the first and the last evaluation only the first questions of each set are asked."
-        lines.append(show(figure, text))
+    metric = next(iter(all_runs(arms))).record["config"].get("metric", "metric")
+    titles = {
+        "exact answers": ("Exact answers during training", "exact answers", chance),
+        "eval_loss": ("Loss of the evaluation sets during training", "loss per label token", None),
+        "metric": (f"{metric} during training", metric, {}),
+    }
+    text = f"{band}Between the first and the last evaluation only the first questions of each set are asked."
+    for quantity, curves in by_set.items():
+        title, label, guess = titles[quantity]
+        lines.append(show(plots.draw_sets(curves, style, title, label, guess), text))
     return lines
+
+
+def set_curves(run: Run, quantity: str) -> dict[str, list[tuple[int, float]]]:
+    """{evaluation set: [(step, value)]} of one quantity of a run; {} where it was not logged."""
+    if quantity == "exact answers":
+        curves = plots.accuracy_curves(run.metrics)
+        return {name: [(step, right / n) for step, right, n in points] for name, points in curves.items()}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in run.metrics:
+        for name, value in (line.get(quantity) or {}).items():
+            found.setdefault(name, []).append((line["step"], value))
+    return found
 
 
 def section_lambda(arms: Arms) -> list[str]:

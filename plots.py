@@ -9,6 +9,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import matplotlib
@@ -80,8 +81,8 @@ def draw_run(folder: Path):
             save(draw_lambda(curves, title), folder / "plots" / "lambda.png")
         if evals := [line for line in lines if line.get("eval")]:
             save(draw_accuracy(evals, chances(samples), title), folder / "plots" / "accuracy.png")
-        if updates := [line for line in lines if line.get("loss") is not None]:
-            save(draw_loss(updates, title), folder / "plots" / LAST_FIGURE)
+        if any(line.get("loss") is not None for line in lines):
+            save(draw_loss(lines, title), folder / "plots" / LAST_FIGURE)
 
 
 def run_title(folder: Path, record: dict) -> str:
@@ -109,11 +110,16 @@ def save(figure: Figure, path: Path):
 
 # ---- curves of one run
 def draw_loss(lines: list[dict], title: str) -> Figure:
-    """Loss of the logged updates, as it is and smoothed."""
+    """Loss of the logged updates, as it is and smoothed; where it was measured, the mean over the evaluation sets."""
     figure, axes = plt.subplots(layout="constrained")
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    updates = [line for line in lines if line.get("loss") is not None]
+    steps, losses = [line["step"] for line in updates], [line["loss"] for line in updates]
     axes.plot(steps, losses, color=COLOURS[0], alpha=0.35, linewidth=1, label="each logged update")
     axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=1.8, label="smoothed")
+    held_out = [(line["step"], fmean(line["eval_loss"].values())) for line in lines if line.get("eval_loss")]
+    if held_out:
+        style = dict(color=COLOURS[1], marker=MARKERS[1], markersize=4, linewidth=1.4)
+        axes.plot(*zip(*held_out, strict=True), **style, label="evaluation sets, mean")
     axes.set(title=wrap_title(title, 80), xlabel="update", ylabel="loss per label token", yscale="log")
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
@@ -385,21 +391,28 @@ def draw_losses(curves: dict[str, list[Curve]], style: Style, title: str) -> Fig
     return figure
 
 
-def draw_accuracies(
-    curves: dict[str, dict[str, list[Curve]]], chance: dict[str, float], style: Style, title: str
+def draw_sets(
+    curves: dict[str, dict[str, list[Curve]]], style: Style, title: str, label: str, chance: dict[str, float] | None
 ) -> Figure:
-    """A panel for each evaluation set: exact answers of every arm over training, as in `draw_losses`."""
+    """A panel for each evaluation set: a quantity of every arm over training, as in `draw_losses`.
+
+    `chance` by set, of rates, whose axis goes from 0 to 100 %; None: any quantity, on a logarithmic axis.
+    """
     figure, panels = make_panels(len(curves), 2.5, 2.3, sharey=True, sharex=True)
     for panel, (name, of_set) in zip(panels, curves.items(), strict=True):
         for arm, of_seeds in of_set.items():
             draw_seeds(panel, of_seeds, style[arm], arm)
-        if name in chance:
+        if chance and name in chance:
             panel.axhline(chance[name], color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="uniform guess")
         panel.set_title(wrap_title(name, 32), fontsize=9)
-        panel.set(xlabel="update", ylim=(-0.02, 1.02))
-        panel.yaxis.set_major_formatter(PERCENT)
+        panel.set(xlabel="update")
+        if chance is None:
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(-0.02, 1.02)
+            panel.yaxis.set_major_formatter(PERCENT)
     for panel in panels[::COLUMNS]:
-        panel.set_ylabel("exact answers")
+        panel.set_ylabel(label)
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
     finish(figure, fullest, title, 32 * min(COLUMNS, len(curves)))
     return figure

@@ -73,6 +73,8 @@ def test_all_figures_come_from_the_run_folder_alone(run, figures):
         assert titles[0].startswith("run (diff, seed 0)")
     accuracy, _ = figures["accuracy.png"]
     assert list(accuracy.axes[0].lines[0].get_xdata()) == [0, 2, 4]
+    loss, _ = figures["loss.png"]
+    assert list(loss.axes[0].lines[2].get_xdata()) == [0, 2, 4]  # of the evaluation sets, from before the first update
     curve, _ = figures["lambda.png"]
     assert list(curve.axes[0].lines[0].get_xdata()) == [0, 1, 2, 3, 4]
     assert curve.axes[0].lines[0].get_ydata()[0] == 0.5
