@@ -11,7 +11,7 @@ are medians over rounds of the ratio within a round. The sides:
     HF-default           logits of every row, the vision tower at every step, peft's float32 adapters
     HF-default, autocast the same under bfloat16 autocast, as transformers' Trainer runs it
     HF-tuned             logits of label rows, vision features kept, adapters in bfloat16; also with FlexAttention
-    ours, split          standard and differential attention as training.py runs them, vision features kept
+    ours, a preset       standard or differential attention as training.py runs it, vision features kept
     ours, vision         the same with the vision tower at every step
 
 B batch, L sequence, H query heads, K key/value heads, D head dim.
@@ -93,6 +93,28 @@ def paligemma_3b(config: Config, image_size: int = 224):
     return hf_config(257216, 2048, 18, 16384, 8, 256, vision_config(1152, 27, 4304, 16, image_size))
 
 
+def paligemma2_3b(config: Config, image_size: int):
+    import transformers
+
+    if config.size == "tiny":
+        made, sizes = mid_size(config), dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, head_dim=8)
+    else:
+        made = paligemma_3b(config, image_size)
+        sizes = dict(hidden_size=2304, num_hidden_layers=26, intermediate_size=9216, head_dim=256)
+    text = transformers.Gemma2Config(
+        vocab_size=made.text_config.vocab_size, num_attention_heads=8, num_key_value_heads=4,
+        query_pre_attn_scalar=sizes["head_dim"], attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+        sliding_window=4096, **sizes,
+    )  # fmt: skip
+    return transformers.PaliGemmaConfig(
+        text_config=text,
+        vision_config=made.vision_config,
+        image_token_index=made.image_token_index,
+        projection_dim=text.hidden_size,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+
+
 def make_step_batch(hf, device: str, ragged: bool) -> dict[str, Tensor]:
     """BATCH rows of an image, a prompt and an answer; `ragged`: shorter ones too, padded on the left to one length."""
     batch = make_batch(hf, torch.bfloat16, BATCH, PROMPT, LABELS)
@@ -169,7 +191,8 @@ def make_variants(hf, batch: dict[str, Tensor], names: tuple[str, ...], device: 
                 model.set_attn_implementation("flex_attention")
             adapted = with_lora(model, own_dtype=tuned)
         else:
-            adapted = with_lora(our_model(hf, weights, "split" if "split" in name else None).to(device))
+            preset = name.partition(",")[0]
+            adapted = with_lora(our_model(hf, weights, None if preset == "ours" else preset).to(device))
         if "compiled" in name and is_hf:
             for layer in adapted.base_model.model.model.language_model.layers:
                 layer.compile(dynamic=True)
@@ -271,20 +294,27 @@ def run_tests(names: str) -> dict:
 
 def steps_224(config: Config) -> Rows:
     names = ("HF-default", "HF-default, autocast", "HF-tuned", "HF-tuned, flex", "ours", "ours, vision", "split")
-    yield from step_rows(config, 224, names)
+    yield from step_rows(config, "224 px", paligemma_3b(config), names)
 
 
 def steps_448(config: Config) -> Rows:
-    yield from step_rows(config, 448, ("HF-tuned", "ours", "ours, vision", "split"))
+    names = ("HF-tuned", "ours", "ours, vision", "split", "v1_width")
+    yield from step_rows(config, "448 px", paligemma_3b(config, 448), names)
+
+
+def steps_gemma2(config: Config) -> Rows:
+    """Soft-capped scores, which flash attention lacks."""
+    yield from step_rows(config, "PaliGemma 2, 448 px", paligemma2_3b(config, 448), ("HF-tuned", "ours", "split"))
 
 
 def compiled(config: Config) -> Rows:
-    yield from step_rows(config, 224, ("HF-tuned, compiled", "ours", "ours, compiled", "split, compiled"))
+    names = ("HF-tuned, compiled", "ours", "ours, compiled", "split, compiled")
+    yield from step_rows(config, "224 px", paligemma_3b(config), names)
 
 
-def step_rows(config: Config, image_size: int, names: tuple[str, ...]) -> Rows:
+def step_rows(config: Config, label: str, hf, names: tuple[str, ...]) -> Rows:
     """Uniform and ragged batches: milliseconds, peak memory and rates of every variant, then ratios."""
-    hf, medians = paligemma_3b(config, image_size), {}
+    medians = {}
     names = tuple(name for name in names if config.device == "cuda" or "flex" not in name)  # a CPU cannot train with it
     for kind in ("uniform", "ragged"):
         batch = make_step_batch(hf, config.device, ragged=kind == "ragged")
@@ -294,7 +324,7 @@ def step_rows(config: Config, image_size: int, names: tuple[str, ...]) -> Rows:
                 losses[name], peaks[name] = first_update(variant, config.device)
             except torch.OutOfMemoryError:
                 del variants[name]
-                yield f"step, {image_size} px, {kind}: {name}", {"error": "out of memory"}
+                yield f"step, {label}, {kind}: {name}", {"error": "out of memory"}
         check_losses(losses, 0.05)
         work = {name: variant.update for name, variant in variants.items()}
         times = interleaved(work, config.rounds, config.device, config.warmups)
@@ -303,15 +333,15 @@ def step_rows(config: Config, image_size: int, names: tuple[str, ...]) -> Rows:
             rate = step_flops(hf, batch, variants[name].with_vision) / seconds / 1e12
             row = {"ms": round(1e3 * seconds, 1), "tflops": round(rate, 1), "peak_gb": peaks[name]}
             sheet = datasheet_tflops(config)
-            yield f"step, {image_size} px, {kind}: {name}", row | ({"mfu": round(rate / sheet, 3)} if sheet else {})
+            yield f"step, {label}, {kind}: {name}", row | ({"mfu": round(rate / sheet, 3)} if sheet else {})
         for first, second in ratios_of(times):
-            yield f"step, {image_size} px, {kind}: {first} / {second}", ratio(times[first], times[second])
+            yield f"step, {label}, {kind}: {first} / {second}", ratio(times[first], times[second])
         del variants, work, variant
         free()
     for name in names:
         if (name, "uniform") in medians and (name, "ragged") in medians:
             share = round(medians[name, "ragged"] / medians[name, "uniform"], 3)
-            yield f"step, {image_size} px, ragged / uniform: {name}", {"ratio": share}
+            yield f"step, {label}, ragged / uniform: {name}", {"ratio": share}
 
 
 def first_update(variant: Variant, device: str) -> tuple[float, float]:
@@ -330,7 +360,7 @@ def first_update(variant: Variant, device: str) -> tuple[float, float]:
 def ratios_of(times: dict) -> list[tuple[str, str]]:
     """The pairs that are compared."""
     pairs = [("ours, vision", "HF-default"), ("ours, vision", "HF-default, autocast"), ("ours", "HF-tuned")]
-    pairs += [("ours", "HF-tuned, flex"), ("split", "ours"), ("ours, compiled", "ours")]
+    pairs += [("ours", "HF-tuned, flex"), ("split", "ours"), ("v1_width", "ours"), ("ours, compiled", "ours")]
     pairs += [("split, compiled", "ours, compiled"), ("ours, compiled", "HF-tuned, compiled")]
     return [pair for pair in pairs if set(pair) <= set(times)]
 
@@ -546,6 +576,7 @@ SECTIONS: dict[str, tuple[Callable[[Config], Rows], int]] = {  # with the most s
     "decode": (decode, 90),
     "profiles": (profiles, 40),
     "compiled": (compiled, 180),
+    "steps_gemma2": (steps_gemma2, 120),
     "kernels": (kernels, 60),
     "resume": (resume, 90),
     "answers": (answer_rows, 60),

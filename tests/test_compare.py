@@ -87,7 +87,7 @@ def run_gpu(gpu, monkeypatch, folder: Path, *flags: str) -> dict:
 
 
 def test_the_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
-    sections = ["ceilings", "backends", "steps_224", "decode", "profiles", "kernels"]
+    sections = ["ceilings", "backends", "steps_224", "decode", "profiles", "steps_gemma2", "kernels"]
     result = run_gpu(gpu, monkeypatch, tmp_path, "--sections", *sections)
     assert not result["faults"] and list(result["seconds"]) == sections
     rows = result["rows"]
@@ -95,6 +95,7 @@ def test_the_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
         for name in ("HF-default", "HF-default, autocast", "HF-tuned", "ours", "ours, vision", "split"):
             assert rows[f"step, 224 px, {kind}: {name}"]["ms"] > 0
         assert rows[f"step, 224 px, {kind}: split / ours"]["ratio"] > 0
+    assert rows["step, PaliGemma 2, 448 px, ragged: split / ours"]["ratio"] > 0
     assert sum(name.startswith("decode, batch 8") for name in rows) == 6 + 3
     assert all("flash" in op for op in rows["SDPA backend: Gemma, no mask"]["ops"])
     assert rows["attention, 24 keys, soft-cap: maps"]["taken"]
