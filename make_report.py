@@ -247,7 +247,7 @@ def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: 
             if not (run.folder / "attention.safetensors").exists():
                 continue
             try:
-                attention = plots.read_attention(run.folder)
+                attention = plots.read_attention_of_one_image(run.folder)
                 for name, share, grid in plots.needle_shares(run.folder, attention):
                     shares.setdefault(name, {}).setdefault(run.arm, []).append(share)
                     even[name] = 1 / grid**2

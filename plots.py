@@ -285,7 +285,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
     `diagnostics.answer_attention` in the runs' attention.safetensors. Raises UserError for runs without them, and for
     runs that were evaluated on different questions.
     """
-    stored = [read_attention(run) for run in runs]
+    stored = [read_attention_of_one_image(run) for run in runs]
     questions = [attention_questions(run, list(maps)) for run, maps in zip(runs, stored, strict=True)]
     if any([sample["id"] for sample in found] != [sample["id"] for sample in questions[0]] for found in questions):
         raise UserError(
@@ -336,6 +336,14 @@ def read_attention(run: Path) -> dict[str, torch.Tensor]:
     if any(maps.ndim != 4 or maps.shape[1] < ATTENTION_QUESTIONS for maps in tensors.values()):
         raise UserError(f"{file}: holds other tensors than a run saves: restore it")
     return tensors
+
+
+def read_attention_of_one_image(run: Path) -> dict[str, torch.Tensor]:
+    """`read_attention` of the sets whose haystacks are one image, in which the needle's cell is known; all sets where
+    samples.jsonl names no such haystack."""
+    tensors, samples = read_attention(run), read_samples(run)
+    names = {sample["set"] for sample in samples if sample.get("grid")}
+    return {name: maps for name, maps in tensors.items() if name in names} or tensors
 
 
 def attention_questions(run: Path, sets: list[str]) -> list[dict]:
@@ -449,7 +457,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     """A row for each stored haystack: the image, the map of the standard run, and A1, lambda A2 and their difference of
     the differential run. One scale of colours for all maps, white at 0; of each run the layer that attends most to the
     needle, first token of the answer, heads averaged. Raises UserError as `draw_attention` does."""
-    attention, parts = read_attention(run), read_signed_maps(run)
+    attention, parts = read_attention_of_one_image(run), read_signed_maps(run)
     samples = attention_questions(run, list(attention))
     columns = {
         "A1": lambda m: m[0],
@@ -463,7 +471,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     ]
     heads = [f"{name}\nlayer {layer}" for name in columns]
     if baseline is not None:
-        theirs = read_attention(baseline)
+        theirs = read_attention_of_one_image(baseline)
         if [s["id"] for s in attention_questions(baseline, list(theirs))] == [s["id"] for s in samples]:
             of_layer = needle_layer(theirs, samples)
             heads.insert(0, f"standard, A\nlayer {of_layer}")

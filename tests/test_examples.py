@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,12 @@ def test_what_comes_before_training_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_in_ten_minutes(tmp_path):
-    done = run("\n".join(code_cells()), tmp_path, MINUTES * 60)
+def test_the_notebook_runs_in_ten_minutes_of_one_core(tmp_path):
+    """Minutes of the processor, since other work on the machine takes time as well."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run("\n".join(code_cells()), tmp_path, 6 * MINUTES * 60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < MINUTES * 60
     assert "1 seed cannot show a difference" in done
     page = (tmp_path / "checkout" / "runs" / "example" / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "Attention maps" in page
@@ -59,7 +64,8 @@ def run(code: str, folder: Path, seconds: int = 300) -> str:
     """What code prints in a checkout of its own."""
     checkout = make_checkout(folder / "checkout")
     (folder / "code.py").write_text(code)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "code.py")]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env=os.environ, timeout=seconds)
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env=environment, timeout=seconds)
     assert done.returncode == 0, done.stderr
     return done.stdout

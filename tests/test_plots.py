@@ -223,3 +223,11 @@ def test_an_image_outside_of_the_run_is_not_opened(run, image):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with refused(tmp_path / "metrics.jsonl"):
         plots.draw_run(tmp_path)
+
+
+def test_haystacks_of_several_images_are_left_out_of_the_attention(run, figures):
+    """Their samples name no grid: the cell of the needle is not known."""
+    sets = sorted(plots.read_attention(run))
+    edit_samples(run, lambda line: line | ({"grid": None} if line["set"] == sets[0] else {}))
+    assert sorted(plots.read_attention_of_one_image(run)) == sets[1:]
+    plots.draw_attention([run], 0)
