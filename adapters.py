@@ -54,13 +54,35 @@ if TYPE_CHECKING:  # imported where needed: peft takes seconds
     from accelerate import Accelerator
     from peft import PeftModel
 
+LOAD_IN_TRANSFORMERS = """transformers alone does not know differential attention and refuses this folder. With the
+Multimodal Differential Transformer on the path:
+
+```python
+from differential_transformers import from_pretrained
+
+model = from_pretrained("{name}")  # transformers' class, with differential attention in its layers
+```
+"""
+
 # The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
 STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
 
 
-# peft reads names of modules as regular expressions, which can take forever: only plain names and this pattern pass.
+# The parts beside the language model that can be trained, and their linear layers.
+PARTS = {
+    "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "multi_modal_projector": ("linear", "linear_1", "linear_2"),  # PaliGemma's, and Phi's two
+}
+# peft reads names of modules as regular expressions, which can take forever: only plain names and these patterns pass.
 LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
-ALLOWED_PATTERN = re.compile(re.escape(LORA_PATTERN).replace(r"\{targets\}", r"\w+(\|\w+)*"))
+PART_PATTERNS = {
+    "vision_tower": r".*vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+    "multi_modal_projector": r".*multi_modal_projector\.linear",
+}
+ALLOWED_PATTERN = re.compile(
+    re.escape(LORA_PATTERN).replace(r"\{targets\}", r"\w+(\|\w+)*")
+    + "".join(rf"(\|{re.escape(pattern)})?" for pattern in PART_PATTERNS.values())
+)
 PlainName = Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+$", max_length=256)]
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 UNSUPPORTED = (  # fields of LoraConfig that change the function of the adapter and are not handled here
@@ -115,10 +137,11 @@ def read_adapter_config(folder: Path) -> AdapterFields:
 
 # ---- LoRA
 def new_lora(config: Any, model: nn.Module) -> "PeftModel":
-    """Put new LoRA into the language model of `model`, in place; returns peft's wrapper.
+    """Put new LoRA into the language model of `model`, in place, and into the vision tower and the projector where
+    `config` says so, or a copy of these that trains as a whole; returns peft's wrapper.
 
-    `config` has seed, lora_rank, lora_alpha, lora_dropout and lora_targets, empty for those of the family. Raises
-    UserError for targets without layer.
+    `config` has seed, the lora_* fields, lora_targets empty for those of the family, use_dora, use_rslora, train_vision
+    and train_projector. Raises UserError for targets without layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -131,13 +154,23 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
         raise UserError(
             f"--lora_targets: {unknown[0]!r} is no layer of the language model: give some of {' '.join(names)}"
         )
+    trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
+    with_lora = [part for part, how in trained.items() if how == "lora"]
+    if is_phi(model):  # its names, which its tower lacks, also fit transformers' decoder, whose layers are elsewhere
+        names = [*targets, *(name for part in with_lora for name in PARTS[part])]
+    else:
+        names = "|".join(
+            [LORA_PATTERN.replace("{targets}", "|".join(targets)), *(PART_PATTERNS[part] for part in with_lora)]
+        )
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        # Phi's names, which its tower lacks, also fit transformers' decoder, whose layers are elsewhere
-        target_modules=list(targets) if is_phi(model) else LORA_PATTERN.replace("{targets}", "|".join(targets)),
+        target_modules=names,
+        modules_to_save=[part for part, how in trained.items() if how == "full"] or None,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
     )
     return get_peft_model(model, lora)
 
@@ -188,7 +221,7 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
 
 
 def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
-    """Write the LoRA of peft's wrapper into `folder` in peft's format, with a model card.
+    """Write the LoRA of peft's wrapper into `folder` in peft's format.
 
     AutoPeftModel loads the folder onto transformers' PaliGemma or Phi3ForCausalLM, but refuses it if the model has
     differential attention.
@@ -201,17 +234,28 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
         base = str(Path(base).resolve())  # "assets/paligemma-nano" would read as a hub id
     else:
         base, _, revision = base.partition("@")
-    differential = differential_config(adapted)
-    config = read_json(Path(folder, ADAPTER_CONFIG))
-    library = DIFFERENTIAL_LIBRARY if differential else STANDARD_LIBRARY
     model = adapted.get_base_model()
-    config["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": library}
-    config |= {"base_model_name_or_path": base, "revision": revision or None}
-    write_json(Path(folder, ADAPTER_CONFIG), config)
+    describe_base(folder, model, base_model_name_or_path=base, revision=revision or None)
     if is_phi(model):
         rename_adapter(Path(folder, ADAPTER_WEIGHTS), model.config.model_type)
-    family = "phi3" if is_phi(model) else "paligemma"
-    Path(folder, "README.md").write_text(adapter_card(base, revision, differential, family), encoding="utf-8")
+    Path(folder, "README.md").unlink(missing_ok=True)  # peft's, a form to fill in; see model_card.py
+
+
+def differential_card(name: str) -> str:
+    """README.md of the folder of a model of transformers with differential attention."""
+    metadata = ModelCardData(library_name="transformers", tags=["differential-attention"])
+    return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{LOAD_IN_TRANSFORMERS.format(name=name)}"
+
+
+def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
+    """Write into the adapter_config.json of `folder` the class of the base `model`, and further `fields`. AutoPeftModel
+    loads a standard model, and refuses one with differential attention, which it would leave out."""
+    file, library = (
+        Path(folder, ADAPTER_CONFIG),
+        DIFFERENTIAL_LIBRARY if differential_config(model) else STANDARD_LIBRARY,
+    )
+    mapping = {"base_model_class": type(model).__name__, "parent_library": library}
+    write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | fields)
 
 
 def is_phi(model: nn.Module) -> bool:
@@ -226,36 +270,19 @@ def rename_adapter(file: Path, model_type: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def adapter_card(base: str, revision: str | None, differential: DifferentialConfig | None, family: str) -> str:
-    """README.md of an adapter folder."""
-    is_local = Path(base).is_absolute()
-    tags = [family, "lora", *(["differential-attention", differential.preset] if differential else [])]
-    metadata = ModelCardData(
-        base_model=None if is_local else base, library_name="peft", pipeline_tag="image-text-to-text", tags=tags
-    )
-    name = Path(base).name if is_local else f"{base}@{revision}" if revision else base
-    text = f"A LoRA adapter for `{name}`"
-    if differential:
-        text += f""" with differential attention of preset `{differential.preset}`, whose parameters are in
-`../{DIFFERENTIAL}`. It works only with them: load the run folder with `from_pretrained` of the Multimodal
-Differential Transformer."""
-    else:
-        text += """. Load it with `AutoPeftModel.from_pretrained` of peft, or the run folder with `from_pretrained` of
-the Multimodal Differential Transformer."""
-    return f"---\n{metadata.to_yaml()}\n---\n\n# LoRA adapter\n\n{text}\n"
-
-
 def merge(model: nn.Module) -> None:
     """Add every LoRA update to its weight and replace the layers of peft by plain ones, in place.
 
-    Raises UserError where a merged weight would not be finite, and for modules_to_save, which replace whole layers.
+    Raises UserError where a merged weight would not be finite, and for modules_to_save other than the vision tower and
+    the projector: the embedding, for one, is tied to the head.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
-    replaced = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    if replaced:
-        raise UserError(f"{replaced[0]}: trained as a whole (modules_to_save), which cannot be merged: train LoRA only")
+    for name, wrapper in [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]:
+        if name.rpartition(".")[2] not in PARTS:
+            raise UserError(f"{name}: trained as a whole (modules_to_save), which cannot be merged: train LoRA only")
+        model.set_submodule(name, wrapper.modules_to_save[wrapper.active_adapters[0]])
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         try:
             layer.merge(safe_merge=True)
@@ -269,7 +296,9 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
     """Number of parameters by tower: [trainable, all]."""
     counts: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
-        tower = next((t for t in ("vision_tower", "multi_modal_projector", "language_model") if t in name), "lm_head")
+        if ".original_module." in name:  # of a part that trains as a whole, whose copy is counted
+            continue
+        tower = next((t for t in (*PARTS, "language_model") if t in name), "lm_head")
         kind = " lora" if "lora_" in name else " differential" if ".differential." in name else ""
         entry = counts.setdefault(tower + kind, [0, 0])
         entry[0] += p.numel() if p.requires_grad else 0
@@ -279,9 +308,12 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
 
 # ---- differential attention
 def differential_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter or buffer of everything that differential attention added to `model`."""
+    """Name -> parameter or buffer of everything that differential attention added to `model`; also for a model of
+    transformers the names are those of the models here."""
     modules = differential_modules(model).items()
-    return {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
+    return {
+        rename_key(f"{name}.{key}"): tensor for name, module in modules for key, tensor in module.state_dict().items()
+    }
 
 
 def save_differential(model: nn.Module, folder: PathLike) -> None:
@@ -309,13 +341,15 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
 
 
 def find_differential(base: Path, adapter: Path | None) -> Path | None:
-    """The folder whose differential.safetensors belongs to a model: that of its adapter folder or its base; None for
-    standard attention.
+    """The folder whose differential.safetensors belongs to a model: its adapter folder, the one around that, or its
+    base; None for standard attention.
 
     Raises UserError if the file is missing although run.json, the adapter's or the model's config.json says that
     attention is differential, and if weights beside the adapter are not those of the manifest there.
     """
     folders = [base] if adapter is None else [adapter.parent, base]
+    if adapter is not None and (adapter / DIFFERENTIAL).is_file():  # saved by differential_transformers.py
+        folders[0] = adapter
     if adapter is not None and (adapter.parent / MANIFEST).is_file():
         verify_manifest(adapter.parent, suffix=".safetensors")
     with reading(folders[0]):

@@ -4,7 +4,9 @@ B batch, L queries, S keys, H query heads, K key/value heads, D head dim, Dv val
 fewer, each shared by H / R heads).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -12,12 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UserError
-from fused_ops import BlendedAttention, ChunkedAttention, apply_maps, attention_scores, blend, softmax_maps
+from fused_ops import (
+    BlendedAttention,
+    ChunkedAttention,
+    PrefixFlashAttention,
+    Segments,
+    apply_maps,
+    attention_scores,
+    blend,
+    softmax_maps,
+)
 
 # On a CPU the forward + backward of differential attention is faster with explicit maps than with SDPA up to this many
 # keys (in bfloat16 with shared keys: below it); above it their memory costs more. Standard attention would be faster
 # with SDPA, by up to a third; it takes the same path so that both arms start bit-equal (benchmarks/attention_paths.py).
 EXPLICIT_MAX_KEYS = 512
+FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: multiples of the step
+SMALL_SHARED_MEMORY = 160 << 10  # bytes a block may use on cards that need smaller tiles (sm86, sm89, sm12x: 99 KB)
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,10 @@ class PrefixMask:
         With a `window`, a suffix query sees the last `window` keys only. Keys past `end` count as tokens once `keys`
         is longer than the prompt: they were generated.
         """
-        if (queries, keys, window) not in self._dense:
-            self._dense[queries, keys, window] = self.block((keys - queries, keys), (0, keys), window)
-        return self._dense[queries, keys, window]
+        key = queries == keys, window  # no length is in it, so that compiled code fits all lengths
+        if key not in self._dense or self._dense[key].shape[-2:] != (queries, keys):
+            self._dense[key] = self.block((keys - queries, keys), (0, keys), window)
+        return self._dense[key]
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int], window: int | None = None) -> Tensor:
         """Bool mask [B, 1, queries, keys] of the queries and keys at these (first, one past the last) positions."""
@@ -106,13 +120,71 @@ class PrefixMask:
         spans = (start, prefix_end, (low + tokens, high + tokens))
         return PrefixMask(self.start, self.prefix_end, self.end + tokens, sees_all=self.sees_all, spans=spans)
 
+    def to(self, device: torch.device | str) -> "PrefixMask":
+        """The same mask on another device; the host is not made to wait."""
+        start, prefix_end, end = torch.stack((self.start, self.prefix_end, self.end)).to(device, non_blocking=True)
+        return PrefixMask(start, prefix_end, end, sees_all=self.sees_all, spans=self.spans)
+
+    def is_padded_left_only(self, keys: int) -> bool:
+        """Whether every row ends at the last of the keys."""
+        return self.spans[2] == (keys, keys)
+
+    def segments(self, queries: int, keys: int) -> Segments:
+        """The offsets for `varlen`: the last `queries` of `keys` positions, which are all, of rows padded on the left.
+
+        A first call lets pads, prefix and suffix of a row each attend to themselves without a mask, which is right for
+        the prefix; a second one lets the last queries attend causally, from the lower right corner, to all keys but the
+        pads, which is right for the suffix. What the calls compute besides is thrown away: rows need not be moved.
+        """
+        key = "segments", queries == keys  # as in `dense`
+        if key not in self._dense or self._dense[key][0] != queries:
+            first, (shortest, longest) = keys - queries, self.spans[1]
+            tail, device = min(queries, keys - shortest), self.start.device
+            row = torch.arange(len(self.start), device=device)[:, None]
+            ends = torch.stack((self.start, self.prefix_end, torch.full_like(self.start, keys)), dim=1)
+
+            def offsets(length: int, ends: Tensor) -> Tensor:
+                return F.pad((row * length + ends).flatten(), (1, 0)).int()
+
+            has_prefix = longest > max(first, self.spans[0][0])
+            positions = torch.arange(keys - tail, keys, device=device)
+            segments = Segments(
+                offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,
+                offsets(keys, ends),
+                offsets(tail, tail * torch.arange(2, device=device)),
+                offsets(keys, ends[:, ::2]),
+                (positions >= self.prefix_end[:, None])[:, :, None, None],
+            )
+            self._dense[key] = queries, segments
+        return self._dense[key][1]
+
     def common_prefix_end(self, keys: int) -> int | None:
         """Where the prefix ends, if at the same position in every row and no row has pads; otherwise None."""
         (low, high), ends = self.spans[1], self.spans[2]
         return low if low == high and self.spans[0] == (0, 0) and ends == (keys, keys) else None
 
 
-def dense_mask(mask: PrefixMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
+class StepMask:
+    """The mask of one new token of every row, padded on the left, at a place that is a tensor: code that was recorded
+    once runs for every place."""
+
+    sees_all = False
+
+    def __init__(self, start: Tensor, place: Tensor):
+        self.start, self.place = start, place  # [B], the first token of each row; [1], the place of the new token
+        self._dense: dict = {}
+
+    def dense(self, queries: int, keys: int, window: int | None = None) -> Tensor:
+        """Bool mask [B, 1, 1, keys]; nothing is seen beyond the new token."""
+        if (keys, window) not in self._dense:
+            k = torch.arange(keys, device=self.start.device)
+            seen = (k >= self.start[:, None]) & (k <= self.place)
+            seen = seen if window is None else seen & (k > self.place - window)
+            self._dense[keys, window] = seen[:, None, None]
+        return self._dense[keys, window]
+
+
+def dense_mask(mask: PrefixMask | StepMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
     """`mask.dense(...)`, or None where every query sees every key."""
     if mask is None or (mask.sees_all and window is None):
         return None
@@ -179,17 +251,56 @@ def blended_reference(
 
 
 # ---- the paths
-def choose_path(k: Tensor, v: Tensor, softcap: float | None) -> Literal["maps", "chunks", "sdpa"]:
-    """How attention to the keys k [B, K, S, D] and values v [B, K, S, Dv] is computed, in both arms alike.
+Path = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
 
-    "maps": explicit maps, kept for the backward pass: few keys on a CPU, or where SDPA has no kernel.
+
+def choose_path(
+    q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, softcap: float | None, window: int | None, device: str
+) -> Path:
+    """How attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] is computed on a type of `device`, in both
+    arms alike.
+
+    "maps": explicit maps, kept for the backward pass: few keys on a CPU or where nothing else fits, one query on a GPU.
     "chunks": explicit maps of a few queries at a time, computed again in the backward pass.
     "sdpa": torch's fused kernels, which have no soft-cap; for values wider than the keys they fall back to a slow one.
+    "varlen": flash attention of rows of uneven length, for a prefix-LM mask in half precision on a GPU.
+    "flex": FlexAttention, for what flash attention lacks (soft-cap, wide values, a window), on a GPU as well.
     """
     has_kernel = softcap is None and k.shape[-1] == v.shape[-1]
-    if k.shape[2] <= EXPLICIT_MAX_KEYS:
-        return "maps" if k.device.type == "cpu" or not has_kernel else "sdpa"
-    return "sdpa" if has_kernel else "chunks"
+    is_short = k.shape[2] <= EXPLICIT_MAX_KEYS
+    if device == "cpu":
+        return "maps" if is_short else "sdpa" if has_kernel else "chunks"
+    is_half = k.dtype in (torch.bfloat16, torch.float16)
+    if q.shape[2] == 1 or (is_short and not has_kernel):
+        return "maps"
+    if has_kernel and (mask is None or window is None):
+        fits_flash = is_half and k.shape[-1] <= FLASH_MAX_DIM and k.shape[-1] % FLASH_DIM_STEP == 0
+        needs_mask = mask is not None and not mask.sees_all
+        return "varlen" if fits_flash and needs_mask and mask.is_padded_left_only(k.shape[2]) else "sdpa"
+    return "flex" if is_half else "sdpa" if has_kernel else "chunks"
+
+
+def fused_attention(
+    path: Path,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PrefixMask | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention by one of torch's kernels; arguments as those of `attention`."""
+    if path == "varlen":
+        return varlen(q, k, v, mask, scale)
+    if path == "flex":
+        return flex(q, k, v, mask, scale, softcap, window)
+    return sdpa(q, k, v, mask, scale, window)
+
+
+def useful_window(window: int | None, keys: int) -> int | None:
+    """None for a window that hides none of the keys."""
+    return None if window is None or window >= keys else window
 
 
 def attention(
@@ -202,12 +313,13 @@ def attention(
     window: int | None = None,
 ) -> Tensor:
     """Standard attention -> [B, H, L, D] of q [B, H, L, D] and k, v [B, K, S, D]; without a mask all keys are seen."""
-    path = choose_path(k, v, softcap)
+    window = useful_window(window, k.shape[2])
+    path = choose_path(q, k, v, mask, softcap, window, k.device.type)
     if path == "maps":
         return attention_reference(q, k, v, dense_mask(mask, q.shape[2], k.shape[2], window), scale, softcap)
     if path == "chunks":
         return ChunkedAttention.apply(q, None, k, v, None, mask, scale, False, softcap, window)
-    return sdpa(q, k, v, mask, scale, window)
+    return fused_attention(path, q, k, v, mask, scale, softcap, window)
 
 
 def blended_attention(
@@ -228,26 +340,27 @@ def blended_attention(
     q1 [B, H, L, D], q2 [B, R, L, D], v [B, K, S, Dv]; k [B, K, S, D] serves both maps, k [B, 2K, S, D] holds the heads
     of the first map and then those of the second; weight [1] or [B, H, L, 1].
     """
-    path = choose_path(k, v, softcap)
+    window = useful_window(window, k.shape[2])
+    path = choose_path(q1, k, v, mask, softcap, window, k.device.type)
     if path == "maps":
         dense = dense_mask(mask, q1.shape[2], k.shape[2], window)
         return BlendedAttention.apply(q1, q2, k, v, weight, dense, scale, normalised, softcap)
     if path == "chunks":
         return ChunkedAttention.apply(q1, q2, k, v, weight, mask, scale, normalised, softcap, window)
-    # one SDPA call on the heads of both maps, then the outputs are blended
+    # one call on the heads of both maps, then the outputs are blended
     if k.shape[1] == v.shape[1]:  # both queries of a head are in one key/value group
         groups = [q.unflatten(1, (k.shape[1], -1)) for q in (q1, q2)]
     else:
         groups = [q[:, None] for q in (q1, q2)]
         v = torch.cat((v, v), dim=1)
-    out = sdpa(torch.cat(groups, dim=2).flatten(1, 2), k, v, mask, scale, window)
+    out = fused_attention(path, torch.cat(groups, dim=2).flatten(1, 2), k, v, mask, scale, softcap, window)
     out = out.unflatten(1, (groups[0].shape[1], -1)).split([group.shape[2] for group in groups], dim=2)
     wide = torch.promote_types(q1.dtype, torch.float32)  # for the difference of two close outputs
     first, second = (part.flatten(1, 2).to(wide) for part in out)
     return blend(first, second, weight, normalised).to(q1.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile of torch 2.11 cannot build a frozen one
 class Attend:
     """The attention of one layer with its mask, scale, soft-cap and window bound, as a differential module takes it."""
 
@@ -274,13 +387,13 @@ class Attend:
         return attention_maps(q, k, dense, self.scale, self.softcap).flatten(1, 2)
 
 
-# ---- SDPA
+# ---- torch's kernels
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float, window: int | None) -> Tensor:
     """torch's scaled_dot_product_attention under a prefix-LM mask -> [B, H, L, D]; arguments as those of `attention`.
 
     Where the prefix ends at the same position in every row and no row is padded, in two calls: prefix queries on prefix
-    keys without a mask, suffix queries on all keys, causal from the lower right corner. A dense mask would rule out
-    CUDA's flash kernels; it remains for ragged or padded rows, for a window and for decoding.
+    keys without a mask, suffix queries on all keys. A single call with a dense mask remains for ragged or padded rows,
+    for a window and for decoding.
     """
     queries, keys = q.shape[2], k.shape[2]
     prefix_end = None if mask is None or window is not None else mask.common_prefix_end(keys)
@@ -288,12 +401,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
     if prefix_end is None or prefix_end == keys:
         return call_sdpa(q, k, v, dense_mask(mask, queries, keys, window), scale)
     prefix_end = max(prefix_end, first)  # position of the first suffix query
-    if q.device.type == "cuda" and q.dtype != torch.float32:
-        from torch.nn.attention.bias import causal_lower_right  # imports torch.compile, which takes a second
-
-        causal = causal_lower_right(keys - prefix_end, keys)
-    else:
-        causal = mask.dense(keys - prefix_end, keys)
+    causal = mask.dense(keys - prefix_end, keys)
     if prefix_end == first:  # without a prefix query: a causal mask, or decoding
         return call_sdpa(q, k, v, causal, scale)
     prefix = call_sdpa(q[:, :, : prefix_end - first], k[:, :, :prefix_end], v[:, :, :prefix_end], None, scale)
@@ -301,11 +409,82 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
 
 
 def call_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """One SDPA call; `mask`: dense, a torch.nn.attention.bias, or None.
+    """One SDPA call with a dense mask or None.
 
-    Off the CPU the fused kernel that takes a dense mask needs keys and values for every query head; with shared ones
-    torch falls back to its slow formula silently (`use_gqa_in_sdpa` of transformers avoids the same).
+    Off the CPU only the flash kernel takes shared keys and values, and it takes neither a mask nor float32; for the
+    others they are repeated for every query head, since torch would fall back to its slow formula silently.
     """
-    if type(mask) is Tensor and q.device.type != "cpu":
-        k, v = (t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).flatten(1, 2) for t in (k, v))
+    if q.device.type != "cpu" and (mask is not None or q.dtype == torch.float32):
+        k, v = repeat_heads(q.shape[1], k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def repeat_heads(heads: int, *tensors: Tensor) -> list[Tensor]:
+    """Key or value tensors [B, K, ...] with each head repeated to make `heads`; a single head is not copied."""
+    return [t[:, :, None].expand(-1, -1, heads // t.shape[1], *t.shape[2:]).flatten(1, 2) for t in tensors]
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask, scale: float) -> Tensor:
+    """Flash attention under a prefix-LM mask of rows padded on the left; arguments as those of `attention`.
+
+    Two calls without a mask, as `PrefixMask.segments` explains: a dense mask would rule out flash attention.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return PrefixFlashAttention.apply(q, k, v, mask.segments(q.shape[1], k.shape[1]), scale).transpose(1, 2)
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PrefixMask | None,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """FlexAttention under a prefix-LM mask; arguments as those of `attention`, v may be wider than k."""
+    blocks = None if mask is None or (mask.sees_all and window is None) else block_mask(mask, q, k, window)
+    cap = None if softcap is None else lambda score, *_: softcap * torch.tanh(score / softcap)
+    run = compiled_flex() if q.device.type != "cpu" else flex_module().flex_attention
+    shared = q.shape[1] != k.shape[1]
+    tiles = flex_tiles(q)
+    return run(q, k, v, score_mod=cap, block_mask=blocks, scale=scale, enable_gqa=shared, kernel_options=tiles)
+
+
+def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None):
+    """The mask as FlexAttention takes it, made once a batch."""
+    queries, keys = q.shape[2], k.shape[2]
+    key = "blocks", queries == keys, window  # as in `PrefixMask.dense`
+    if key not in mask._dense or mask._dense[key].shape[-2:] != (queries, keys):
+        first = keys - queries
+
+        def sees(b, h, i, j):
+            i = i + first
+            causal = j <= i if window is None else (j <= i) & (j > i - window)
+            both_in_prefix = (i < mask.prefix_end[b]) & (j < mask.prefix_end[b])
+            return (causal | both_in_prefix) & (j >= mask.start[b]) & (j < mask.end[b])
+
+        rows = len(mask.start)
+        mask._dense[key] = flex_module().create_block_mask(sees, rows, None, queries, keys, device=q.device)
+    return mask._dense[key]
+
+
+def flex_module():
+    import torch.nn.attention.flex_attention as module  # takes a second
+
+    return module
+
+
+@cache
+def compiled_flex() -> Callable:
+    return torch.compile(flex_module().flex_attention, dynamic=True)
+
+
+def flex_tiles(q: Tensor) -> dict | None:
+    """Tiles of FlexAttention's kernel where the default ones need more memory than a block of the card has."""
+    if q.device.type == "cpu" or q.shape[-1] <= 128:
+        return None
+    memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    if memory > SMALL_SHARED_MEMORY:
+        return None
+    return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32)

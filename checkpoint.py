@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from errors import UserError
-from files import PathLike, atomic_folder, check_regular, one_line, read_typed, reading, write_json, writing
+from files import PathLike, atomic_folder, check_regular, one_line, read_json, read_typed, reading, write_json, writing
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -33,9 +33,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT_BYTES = 1 << 20  # at each end of a file
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
-# Starts the model_type and the names of the weight files of a whole model with differential attention, which therefore
-# does not load as a standard model in transformers.
-DIFFERENTIAL_PREFIX = "differential_"
+# They start the model_type and the names of the weight files, and the name of the class, of a whole model with
+# differential attention, which therefore does not load as a standard model in transformers.
+DIFFERENTIAL_PREFIX, DIFFERENTIAL_CLASS = "differential_", "Differential"
 MODEL_FILE = re.compile(r"(differential_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|differential\.safetensors")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # all that is fetched from the hub
 PIECE = 8 << 20  # bytes converted at a time: bounds the memory of a change of dtype beyond its result
@@ -261,6 +261,12 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
             yield handle
 
 
+def differential_weights(folder: Path) -> Path | None:
+    """The weights, or the index of their shards, of a whole model with differential attention; None for another."""
+    files = (folder / (DIFFERENTIAL_PREFIX + name) for name in (SINGLE, INDEX))
+    return next((file for file in files if file.is_file()), None)
+
+
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """The weight files of a folder, each with its keys in the index; an empty list means all keys of the file."""
     names = [prefix + name for prefix in ("", DIFFERENTIAL_PREFIX) for name in (SINGLE, INDEX)]
@@ -399,12 +405,11 @@ def save_weights(
     state_dict: dict[str, Tensor],
     folder: PathLike,
     max_shard_size: int | str = "5GB",
-    prefix: str = "",
     model_type: str = "paligemma",
 ) -> None:
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
 
-    `prefix` starts the names of the files; `model_type`: of the family whose names are written.
+    `model_type`: of the family whose names are written.
 
     Raises UserError when the disk is full or a permission is missing. Inside `atomic_folder` it is all or nothing.
     """
@@ -414,9 +419,7 @@ def save_weights(
         del tensors[hub_key(HEAD, model_type)]
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        huggingface_hub.save_torch_state_dict(
-            tensors, folder, filename_pattern=prefix + "model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
+        huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
 
 
 def save_model_folder(
@@ -424,27 +427,48 @@ def save_model_folder(
 ) -> None:
     """Write weights and config.json into `folder`, which is created if missing; its other files stay.
 
-    `write_more(folder)` adds further files, such as those of differential attention. The names of the weight files
-    start with DIFFERENTIAL_PREFIX if the model_type of `config` does.
+    `write_more(folder)` adds further files. With those of differential attention among them, the model_type and the
+    names of the weight files become those of `mark_differential`.
 
     The new files are written into a temporary folder inside it and moved at the end, so a failure leaves an older model
     unchanged, and a model that is memory-mapped from the same folder keeps its pages.
     """
     folder = Path(folder)
-    prefix = DIFFERENTIAL_PREFIX if config["model_type"].startswith(DIFFERENTIAL_PREFIX) else ""
     weights = {key: value for key, value in state_dict.items() if ".differential." not in key}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / ".saving") as staged:
-        save_weights(weights, staged, prefix=prefix, model_type=config["model_type"])
+        save_weights(weights, staged, model_type=config["model_type"])
+        write_json(staged / "config.json", config)
         if write_more is not None:
             write_more(staged)
-        write_json(staged / "config.json", config)
-    new = list((folder / ".saving").iterdir())
+        if (staged / DIFFERENTIAL).is_file():
+            mark_differential(staged)
+    move_model_files(folder / ".saving", folder)
+
+
+def mark_differential(folder: Path) -> None:
+    """Give a folder with weights, config.json and differential.safetensors a model_type, a class and names of weight
+    files that transformers does not know: it would load a standard model, which answers differently."""
+    for file in sorted(folder.glob("model*.safetensors*")):
+        file = file.rename(folder / (DIFFERENTIAL_PREFIX + file.name))
+        if file.suffix == ".json":
+            index = read_json(file)
+            names = {key: DIFFERENTIAL_PREFIX + name for key, name in index["weight_map"].items()}
+            write_json(file, index | {"weight_map": names})
+    config = read_json(folder / "config.json")
+    names = [DIFFERENTIAL_CLASS + name for name in config.get("architectures") or ()]
+    changes = {"model_type": DIFFERENTIAL_PREFIX + config["model_type"], "architectures": names}
+    write_json(folder / "config.json", config | changes)
+
+
+def move_model_files(staged: Path, folder: Path) -> None:
+    """Move the files of a saved model into `folder` in the place of an older one, and delete the folder `staged`."""
+    new = list(staged.iterdir())
     with writing(folder):
         for old in folder.iterdir():  # from an older save
             if MODEL_FILE.fullmatch(old.name) and old.name not in {file.name for file in new}:
                 old.unlink()
         for file in new:
             os.replace(file, folder / file.name)
-        (folder / ".saving").rmdir()
+        staged.rmdir()

@@ -1,7 +1,7 @@
 """Datasets to examples, and examples to batches.
 
 An example is a pure function of (seed, epoch, index): workers have no state, and a run resumes at any batch. Sources:
-haystacks made of captioned images, jsonl rows of {image, prefix, suffix} as in big_vision and maestro, VQAv2 from its
+haystacks made of captioned images, jsonl rows of {image, prefix, suffix} or of {messages, images}, VQAv2 from its
 official json files beside a COCO folder, and a parquet copy of it on the hub. Every source has `name`, `skipped` (why
 rows were left out), `counts_for_best` (whether `best/` may be chosen by it), `chance` (exact accuracy of a guess, or
 None), `fingerprint()`, `get(epoch, index)`, and `id(index)` and `text(index)` of epoch 0, which open no image.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import msgspec
 import torch
@@ -39,6 +39,7 @@ HAYSTACKS_PER_EPOCH = 1 << 16  # what counts as one epoch of generated data
 TEST_SHARE = 5  # a fifth of one's own captions is for testing, see haystack.read_captioned_images
 HASHED_IMAGES = 20_000  # up to so many images, files of equal size are compared by content
 EPOCH_SEED_STRIDE = 1_000_003  # epochs of neighbouring seeds have orders of their own
+IMAGE_PLACE = "<image>"  # in the text of a conversation
 BUCKET = 50  # batches whose rows are sorted by length together
 T = TypeVar("T")
 
@@ -118,13 +119,41 @@ class Haystacks:
 
 
 # ---- rows of a file
+class VqaAnswer(msgspec.Struct):
+    """The answer of one annotator, as VQAv2's files write it."""
+
+    answer: str
+
+
 class JsonRow(msgspec.Struct):
     """A line of a jsonl file: `image` is a path, a list of paths for several images in one prompt, or null for text
-    alone, which a decoder without a tower learns."""
+    alone, which a decoder without a tower learns. `answers`: all accepted answers, for --metric."""
 
     image: str | list[str] | None
     prefix: str
     suffix: str
+    answers: list[str | VqaAnswer] = []
+
+
+class ChatPart(msgspec.Struct):
+    """A part of a message; an image without a path is the next one of the row's `images`."""
+
+    type: Literal["text", "image"]
+    text: str = ""
+    image: str | None = None
+
+
+class ChatMessage(msgspec.Struct):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[ChatPart]  # in a string, <image> stands where an image is
+
+
+class ChatRow(msgspec.Struct):
+    """A conversation in a line of a jsonl file; its last message is the answer to learn."""
+
+    messages: list[ChatMessage]
+    images: list[str] = []
+    answers: list[str | VqaAnswer] = []
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -135,6 +164,7 @@ class Row(msgspec.Struct, frozen=True):
     prefix: str
     suffix: str
     is_list: bool = False  # the file had a list of images, which the fingerprint of older runs shows
+    answers: tuple[str, ...] = ()  # accepted ones, for --metric; empty: the suffix alone
 
 
 @dataclass
@@ -176,6 +206,10 @@ class Rows:
         """Prefix, suffix and number of images."""
         row = self.rows[index]
         return row.prefix, row.suffix, len(row.images)
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """All accepted answers, which no fingerprint shows: nothing is trained on them."""
+        return self.rows[index].answers or (self.rows[index].suffix,)
 
 
 def sha256_of(data: object) -> str:
@@ -242,7 +276,10 @@ def filter_rows(check: Callable[[T], Row], items: Iterable[T], strict: bool) -> 
 
 def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
     """The row of a line. Raises UserError, starting with `name`, for anything but a row whose images exist."""
-    row = decode_typed(line, JsonRow, name, "a row is {image, prefix, suffix}")
+    if is_chat(line):
+        row = read_chat(name, decode_typed(line, ChatRow, name, "a row is {messages, images}"))
+    else:
+        row = decode_typed(line, JsonRow, name, "a row is {image, prefix, suffix}")
     images = row.image if isinstance(row.image, list) else [] if row.image is None else [row.image]
     if row.image == [] or not all(images):
         raise UserError(f"{name}: image must be a path or a list of paths")
@@ -250,7 +287,45 @@ def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
         raise UserError(f"{name}: suffix is empty, but it is what the model learns to answer")
     for image in images:
         files.check(image, name)
-    return Row(name, tuple(images), row.prefix, row.suffix, isinstance(row.image, list))
+    answers = tuple(entry if isinstance(entry, str) else entry.answer for entry in row.answers)
+    return Row(name, tuple(images), row.prefix, row.suffix, isinstance(row.image, list), answers)
+
+
+def is_chat(line: bytes) -> bool:
+    """Whether a line has the key of a conversation; False where it is no JSON."""
+    try:
+        return b'"messages"' in line and "messages" in msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def read_chat(name: str, chat: ChatRow) -> JsonRow:
+    """A conversation as one prompt and its answer: the texts before the last message, one a line, and that message.
+
+    All images stand in front of the prompt, in their order. Raises UserError, starting with `name`, if the last message
+    is not an answer to one of a user, or if images and their places differ in number.
+    """
+    roles = [message.role for message in chat.messages]
+    if roles[-1:] != ["assistant"] or "user" not in roles[:-1]:
+        raise UserError(f"{name}: messages must end with one of the assistant, after one of the user")
+    texts, places, paths = [], 0, []
+    for message in chat.messages:
+        parts = message.content
+        if isinstance(parts, str):
+            places += parts.count(IMAGE_PLACE)
+            texts.append(parts.replace(IMAGE_PLACE, "").strip())
+        else:
+            images = [part for part in parts if part.type == "image"]
+            places += len(images)
+            paths += [part.image for part in images if part.image is not None]
+            texts.append("\n".join(part.text.strip() for part in parts if part.type == "text"))
+    if paths and chat.images:
+        raise UserError(f"{name}: images are given twice: as `images`, or in the messages")
+    images = paths or chat.images
+    if places and places != len(images):
+        raise UserError(f"{name}: messages have places for {places} images, but there are {len(images)}")
+    prefix = "\n".join(text for text in texts[:-1] if text)
+    return JsonRow(images or None, prefix, texts[-1], chat.answers)
 
 
 class FileIndex:
@@ -296,6 +371,7 @@ class VqaQuestion(msgspec.Struct):
 class VqaAnnotation(msgspec.Struct):
     question_id: int
     multiple_choice_answer: str
+    answers: list[VqaAnswer] = []
 
 
 class VqaQuestions(msgspec.Struct):
@@ -316,18 +392,21 @@ def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
     questions_file = folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json"
     questions = read_typed(questions_file, VqaQuestions, fix).questions
     annotations = read_typed(folder / f"v2_mscoco_{split}2014_annotations.json", VqaAnnotations, fix).annotations
-    answers = {annotation.question_id: annotation.multiple_choice_answer for annotation in annotations}
+    annotation_of = {annotation.question_id: annotation for annotation in annotations}
     files = FileIndex(folder)
 
     def check(item: tuple[int, msgspec.Raw]) -> Row:
         place, raw = item
         question = decode_typed(bytes(raw), VqaQuestion, f"{questions_file}: question {place}", fix)
         name = f"vqav2/{split}/{question.question_id}"
-        if not answers.get(question.question_id, "").strip():
+        annotation = annotation_of.get(question.question_id)
+        if annotation is None or not annotation.multiple_choice_answer.strip():
             raise UserError(f"{name}: question {question.question_id} has no annotation: use files of one release")
         image = f"{split}2014/COCO_{split}2014_{question.image_id:012d}.jpg"
         files.check(image, name)
-        return Row(name, (image,), f"answer en {question.question}", answers[question.question_id])
+        answers = tuple(answer.answer for answer in annotation.answers)
+        prefix, suffix = f"answer en {question.question}", annotation.multiple_choice_answer
+        return Row(name, (image,), prefix, suffix, answers=answers)
 
     rows, skipped = filter_rows(check, enumerate(questions, 1), strict)
     if not rows:
@@ -378,6 +457,13 @@ class HubRows:
         """Prefix, suffix and number of images."""
         row = self.rows.select_columns(["question", "multiple_choice_answer"])[index]
         return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}, where there is one."""
+        if "answers" not in self.rows.column_names:
+            return (self.text(index)[1],)
+        stored = self.rows.select_columns(["answers"])[index]["answers"] or []
+        return tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored)
 
 
 def stored_image(value: object, name: str) -> Image.Image:
@@ -445,6 +531,10 @@ class Subset:
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
         return self.source.text(self.indices[index])
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """All accepted answers."""
+        return self.source.answers(self.indices[index])
 
 
 Source = Haystacks | Rows | HubRows | Subset

@@ -24,7 +24,7 @@ class LayerMaps(NamedTuple):
     map2: Tensor | None
     out1: Tensor  # [B, H, L, Dv]
     out2: Tensor | None
-    lambda_: Tensor  # [1] or [B, H, L, 1]
+    lambda_: Tensor | None  # [1] or [B, H, L, 1]
 
 
 Visit = Callable[[str, DifferentialAttention, LayerMaps, Tensor], None]
@@ -48,8 +48,9 @@ def compute_layer_maps(module: DifferentialAttention, x, q, k, v, rotate, attend
 @torch.no_grad()
 def lambda_values(model: nn.Module) -> dict[str, float]:
     """lambda of every layer that has a single one: all kinds but `token`, whose mean is in `measure_maps`."""
-    modules = differential_modules(model).items()
-    return {name: float(m.current_lambda(None)) for name, m in modules if m.config.lambda_kind != "token"}
+    modules = {name: m for name, m in differential_modules(model).items() if m.config.lambda_kind != "token"}
+    values = [m.current_lambda(None) for m in modules.values()]
+    return dict(zip(modules, torch.cat(values).tolist(), strict=True)) if values else {}  # one transfer to the host
 
 
 @torch.no_grad()
@@ -124,13 +125,47 @@ def select_heads(model: nn.Module, batch: dict):
 
 
 # ---- attention on the needle
+def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
+    """The map [B, H, L, S] that a decoder layer's attention applies to its values; arguments as in its forward."""
+    module, maps = decoder_maps(layer_attention, x, rotary, mask)
+    if maps.map2 is None or module.config.combine == "replace":
+        return maps.map1 if maps.map2 is None else maps.map2
+    is_normalised = module.config.combine == "normalised"
+    weight = maps.lambda_ / (1 - maps.lambda_) if is_normalised else maps.lambda_
+    return blend(maps.map1, maps.map2, weight, is_normalised)
+
+
+def first_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
+    """A1 [B, H, L, S], the only map of standard attention; arguments as in `acting_map`."""
+    return decoder_maps(layer_attention, x, rotary, mask)[1].map1
+
+
+def subtracted_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
+    """lambda A2 [B, H, L, S]; zeros where nothing is subtracted. Arguments as in `acting_map`."""
+    module, maps = decoder_maps(layer_attention, x, rotary, mask)
+    if maps.map2 is None or module.config.combine == "replace":
+        return torch.zeros_like(maps.map1)
+    return maps.map1 - blend(maps.map1, maps.map2, maps.lambda_, False)
+
+
+def decoder_maps(
+    layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask
+) -> tuple[DifferentialAttention | None, LayerMaps]:
+    """The differential module of a decoder layer, if any, and its maps; standard attention has map1 alone."""
+    q, k, v, rotate, attend = layer_attention.attention_inputs(x, rotary, mask, None, None)
+    module = layer_attention.differential
+    if module is None:
+        return None, LayerMaps(attend.maps(q, k), None, None, None, None)
+    return module, compute_layer_maps(module, x, q, k, v, rotate, attend)
+
+
 @torch.no_grad()
-def answer_attention(model: nn.Module, batch: dict) -> Tensor:
+def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor] = acting_map) -> Tensor:
     """Attention of the answer tokens to the image patches, heads averaged: [layers, B, T, N of all images].
 
-    The map that acts: A in standard attention, A1 + gamma (A1 - A2) or A1 - lambda A2 in differential attention.
-    `batch` has labels of T tokens in every row, and the same number of image tokens in every prompt; entry t is the
-    attention that predicts token t.
+    `map_of`: `acting_map`, the map that acts: A in standard attention, A1 + gamma (A1 - A2) or A1 - lambda A2 in
+    differential attention; or one of its parts, `first_map` and `subtracted_map`. `batch` has labels of T tokens in
+    every row, and the same number of image tokens in every prompt; entry t is the attention that predicts token t.
     """
     predicts = batch["labels"][:, 1:] != -100
     is_patch = model.model.patch_tokens(batch["input_ids"], batch.get("image_sizes"))
@@ -138,7 +173,7 @@ def answer_attention(model: nn.Module, batch: dict) -> Tensor:
     found = []
 
     def hook(layer_attention, args, _):
-        to_all = acting_map(layer_attention, *args[:3]).mean(1)[:, :-1][predicts].unflatten(0, (count, -1))  # [B, T, S]
+        to_all = map_of(layer_attention, *args[:3]).mean(1)[:, :-1][predicts].unflatten(0, (count, -1))  # [B, T, S]
         found.append(to_all.transpose(1, 2)[is_patch].unflatten(0, (count, -1)).transpose(1, 2))
 
     handles = [layer.self_attn.register_forward_hook(hook) for layer in layers]
@@ -161,17 +196,3 @@ def needle_share(attention: Tensor, needle: tuple[int, int, int], images: int, g
     cell = ((torch.arange(side, device=attention.device) + 0.5) * grid / side).long()
     inside = (cell[:, None] == needle[1]) & (cell[None, :] == needle[2])
     return maps[..., needle[0], :][..., inside.flatten()].sum(-1) / maps.sum((-1, -2))
-
-
-def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-    """The map [B, H, L, S] that a decoder layer's attention applies to its values; arguments as in its forward."""
-    q, k, v, rotate, attend = layer_attention.attention_inputs(x, rotary, mask, None, None)
-    module = layer_attention.differential
-    if module is None:
-        return attend.maps(q, k)
-    maps = compute_layer_maps(module, x, q, k, v, rotate, attend)
-    if maps.map2 is None or module.config.combine == "replace":
-        return maps.map1 if maps.map2 is None else maps.map2
-    is_normalised = module.config.combine == "normalised"
-    weight = maps.lambda_ / (1 - maps.lambda_) if is_normalised else maps.lambda_
-    return blend(maps.map1, maps.map2, weight, is_normalised)

@@ -8,7 +8,7 @@ B batch, L queries, S keys, H query heads, K key/value heads, D head dim, C hidd
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -213,6 +213,8 @@ class ProjectedQuery(DifferentialAttention):
     trainable = ("second_query",)
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
+        if not query.weight.is_floating_point():
+            raise UserError(f"differential preset {self.config.preset} copies weights, which are quantized: use split")
         self.second_query = nn.Parameter(query.weight.detach().float().clone())
         if query.bias is not None:  # SigLIP's is part of both queries
             self.register_buffer("second_bias", query.bias.detach().float().clone())
@@ -714,11 +716,24 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
     Call it on a model with loaded weights that peft has not wrapped: second queries start as copies. The global random
     state does not change. Raises UserError where configuration and model do not fit.
     """
-    config = as_config(differential).resolve()
     towers = {"text": model.model.language_model.layers}
     if model.model.vision_tower is not None:
         encoder = model.model.vision_tower.encoder
         towers["vision"] = encoder.layers[: encoder.num_run]
+    add_to_layers(differential, towers, lambda attention: attention.shape)
+
+
+def add_to_layers(
+    differential: DifferentialConfig | str,
+    towers: dict[str, Sequence[nn.Module]],
+    shape_of: Callable[[nn.Module], AttentionShape],
+) -> list[nn.Module]:
+    """Give the layers of each tower that the configuration names their `self_attn.differential`; returns these layers.
+
+    Raises UserError where configuration and layers do not fit; then nothing has changed.
+    """
+    config = as_config(differential).resolve()
+    made = []
     for tower in config.towers:
         if tower not in towers:
             raise UserError("differential.towers vision: the model is a decoder alone: give towers=text")
@@ -728,20 +743,24 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
             raise UserError(f"differential.layers {config.layers}: the {tower} tower has layers 0 to {count - 1}")
         for index in chosen:
             layer = towers[tower][index]
-            attention = layer.self_attn
-            attention.differential = make_differential(
-                config, attention.shape, tower, index, query_projection(attention)
-            )
-            if config.fresh_layer_norms and tower == "vision":
-                layer.layer_norm1 = UngainedRMSNorm.replacing(layer.layer_norm1)
-                layer.layer_norm2 = UngainedRMSNorm.replacing(layer.layer_norm2)
+            shape = shape_of(layer.self_attn)
+            query = query_projection(layer.self_attn, shape)
+            made.append((layer, make_differential(config, shape, tower, index, query)))
+    for layer, module in made:
+        layer.self_attn.differential = module
+        if config.fresh_layer_norms and module.tower == "vision":
+            layer.layer_norm1 = UngainedRMSNorm.replacing(layer.layer_norm1)
+            layer.layer_norm2 = UngainedRMSNorm.replacing(layer.layer_norm2)
+    return [layer for layer, _ in made]
 
 
-def query_projection(attention: nn.Module) -> nn.Linear:
-    """The query projection of an attention layer; of a fused `qkv_proj` its first H D rows, as a view."""
+def query_projection(attention: nn.Module, shape: AttentionShape) -> nn.Linear:
+    """The query projection of an attention layer, under peft's LoRA the pretrained one; of a fused `qkv_proj` its first
+    H D rows, as a view."""
     if hasattr(attention, "q_proj"):
-        return attention.q_proj
-    fused, width = attention.qkv_proj, attention.shape.num_heads * attention.shape.head_dim
+        return getattr(attention.q_proj, "base_layer", attention.q_proj)
+    fused = getattr(attention.qkv_proj, "base_layer", attention.qkv_proj)
+    width = shape.num_heads * shape.head_dim
     query = nn.Linear(fused.in_features, width, bias=False, device="meta")
     query.weight = nn.Parameter(fused.weight.detach()[:width], requires_grad=False)
     return query

@@ -30,7 +30,7 @@ from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question
 from needle_eval.report import BENCHMARKS, compare, report
 from needle_eval.runner import Answerer, answer_questions, mark_too_long
-from run_folder import choose_dtype, make_accelerator
+from run_folder import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 
 Whole, Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
 Side = Annotated[int, Meta(ge=1, le=1000)]
@@ -42,7 +42,7 @@ class Config:
     model: tuple[str, ...] = ("assets/paligemma-nano",)  # hub ids, model folders or run folders, side by side
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
     batch_size: Count = 64  # questions answered at once
-    workers: Whole = 0  # processes that read images
+    workers: Annotated[int, Meta(ge=-1)] = -1  # processes that read images; -1: none on a CPU, 4 on a GPU
     knockout: bool = False  # set lambda to 0 in every differential layer: what does the trained second map do?
     # --- what is asked
     benchmark: Literal["mmneedle", "pope", "mm-niah"] = "mmneedle"  # MMNeedle 2406.11230, POPE, MM-NIAH 2406.07230
@@ -112,8 +112,10 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     accelerator.wait_for_everyone()
 
     # --- answer
-    answerer = Answerer(model, processor, accelerator, dtype, config.batch_size, config.workers)
-    answer_questions(answerer, marked, folder / "answers.jsonl", benchmark.is_correct, progress=folder.name)
+    workers = choose_workers(config.workers, accelerator.device)
+    answerer = Answerer(model, processor, accelerator, dtype, config.batch_size, workers)
+    with out_of_memory_as("lower --batch_size"):
+        answer_questions(answerer, marked, folder / "answers.jsonl", benchmark.is_correct, progress=folder.name)
     if accelerator.is_main_process and config.attention:
         write_json(folder / "attention.json", measure_needle_attention(answerer, marked, config.attention))
     accelerator.wait_for_everyone()

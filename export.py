@@ -4,10 +4,10 @@
     python export.py --model=runs/diff_seed0 --output=exported/diff --push_to_hub=you/paligemma-diff
 
 LoRA is merged into the weights. With standard attention the folder is a model in the hub's layout; differential
-attention is beside the weights in differential.safetensors, which `from_pretrained` of this repository reads.
+attention is beside the weights in differential.safetensors, which `from_pretrained` of this repository reads, and
+`differential_transformers.from_pretrained` for the model of transformers.
 """
 
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ import torch
 import tyro
 from huggingface_hub.errors import HTTPError
 
-from adapters import merge
+from adapters import LOAD_IN_TRANSFORMERS, merge
 from checkpoint import ROOT, is_hub_id, locate, resolve_run
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
 from files import atomic_folder, check_ranges, one_line, read_json, read_json_lines
+from model_card import SCORES_HEAD, TASK, datasets_of, eval_results, hide_folders, score_rows, tags_of
 from models import classes_of
-from needle_eval.statistics import wilson
 from run_folder import comparable
 
 PROCESSOR_FILES = (  # copied from the base model
@@ -41,12 +41,6 @@ PROCESSOR_FILES = (  # copied from the base model
 
 LOAD_STANDARD = "Load it with `{name}.from_pretrained` of transformers."
 LOAD_HERE = "Load it with `{name}.from_pretrained` of the repository named below."
-LOAD_DIFFERENTIAL = (
-    LOAD_HERE.removesuffix(".")
-    + """:
-transformers does not know differential attention (`differential.safetensors`) and refuses the folder."""
-)
-
 Result = TypeVar("Result")
 
 
@@ -67,38 +61,30 @@ def write_card(
     evals: dict[str, list[int]],
     differential: DifferentialConfig | None,
     model_class: str = "PaliGemmaForConditionalGeneration",
+    model_type: str = "paligemma",
 ) -> str:
     """README.md: metadata that the hub reads, then what was trained on what, how, and how well it answered.
 
     `record` is the run.json of the run, `evals` name -> [exact answers, rows].
     """
-    is_phi = model_class.startswith("Phi")
-    load = LOAD_HERE if model_class == "Phi3VForCausalLM" else LOAD_STANDARD  # transformers has no class for it
-    load = (LOAD_DIFFERENTIAL if differential else load).format(name=model_class)
     base, data, name = record["base_model"], hide_folders(record["config"]["data"]), Path(config.output).name
+    is_in_transformers = model_type != "phi3_v"
+    load = (LOAD_HERE if differential or not is_in_transformers else LOAD_STANDARD).format(name=model_class)
+    if differential and is_in_transformers:
+        load += "\n\n" + LOAD_IN_TRANSFORMERS.format(name=name)
     metadata = huggingface_hub.ModelCardData(
         base_model=base if is_hub_id(base) else None,
         license=config.license or known_license(base),
-        datasets=[data.removeprefix("hub:")] if data.startswith("hub:") else None,
+        datasets=datasets_of(data),
         library_name=None if differential else "transformers",
-        pipeline_tag="image-text-to-text",
-        tags=[
-            "phi3" if is_phi else "paligemma",
-            "lora",
-            *(["differential-attention", differential.preset] if differential else []),
-        ],
+        pipeline_tag=TASK,
+        tags=tags_of(model_type, differential),
         model_name=name,
-        eval_results=[
-            huggingface_hub.EvalResult(
-                "image-text-to-text", data, data, "exact_match", 100 * right / n, dataset_config=rows
-            )
-            for rows, (right, n) in evals.items()
-        ],
+        eval_results=eval_results(data, evals),
     )
     commit = f"@{record['base_revision']}" if record.get("base_revision") else ""
     versions = ", ".join(f"{package} {version}" for package, version in record.get("versions", {}).items())
     fields = [(key, value) for key, value in comparable(record).items() if value is not None and key != "output_dir"]
-    scores = "\n".join(score_row(rows, right, n) for rows, (right, n) in evals.items())
     hyperparameters = "\n".join(f"| {key} | `{hide_folders(str(value))}` |" for key, value in fields)
     return f"""---
 {metadata.to_yaml()}
@@ -109,9 +95,8 @@ def write_card(
 `{hide_folders(base)}{commit}` with LoRA, fine-tuned on `{data}` and merged;
 arm `{record["arm"]}`, step {record.get("step")}. {load}
 
-| held-out rows | exact answers, % | 95 % Wilson interval | n |
-|---|---|---|---|
-{scores}
+{SCORES_HEAD}
+{score_rows(evals)}
 
 | hyperparameter | value |
 |---|---|
@@ -120,17 +105,6 @@ arm `{record["arm"]}`, step {record.get("step")}. {load}
 Made by the Multimodal Differential Transformer, commit {record.get("commit")}, with {versions}. The license of the
 base model applies to its weights.
 """
-
-
-def hide_folders(path: str) -> str:
-    """A path without the folders of this machine; other text unchanged."""
-    return re.sub(r"(^|:)/\S*/", r"\1", path)
-
-
-def score_row(rows: str, right: int, n: int) -> str:
-    """A line of the card's table, in percent."""
-    low, high = wilson(right, n)
-    return f"| {rows} | {100 * right / n:.1f} | {100 * low:.1f} to {100 * high:.1f} | {n} |"
 
 
 def known_license(base: str) -> str | None:
@@ -189,7 +163,9 @@ def main() -> None:
         for file in (locate(base) / file for file in PROCESSOR_FILES):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-        text = write_card(config, record, evals, differential_config(model), type(model).__name__)
+        text = write_card(
+            config, record, evals, differential_config(model), type(model).__name__, model.config.model_type
+        )
         (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"{output}: {sum(file.stat().st_size for file in output.iterdir()) / 1e6:.1f} MB")
     if name:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,8 +72,11 @@ def one_line(error: Exception) -> str:
 
 
 def sync(path: PathLike) -> None:
-    """Flush a file or the entries of a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or the entries of a folder to the disk; on Windows, which opens no folders, a file alone."""
+    is_windows = sys.platform == "win32"
+    if is_windows and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)  # Windows flushes what can be written
     try:
         os.fsync(descriptor)
     finally:

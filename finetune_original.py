@@ -10,8 +10,9 @@ Edit Config in this file, or give any of its fields as a flag. A killed run cont
 again.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -24,10 +25,12 @@ from checkpoint import resolve_run
 from data import make_data
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
+from metrics import Metric, check_installed
 from models import classes_of
 from run_folder import check_config, open_run
 
 C = TypeVar("C", bound="Config")
+SECTIONS = {"model": "model", "data": "data", "optimisation": "seed", "evaluation": "metric"}  # title -> first field
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Rank = Annotated[int, Meta(ge=1, le=65_536)]
 Side = Annotated[int, Meta(ge=1, le=32)]
@@ -45,10 +48,15 @@ class Config:
     lora_alpha: Positive = 32  # the update is scaled by alpha / rank
     lora_dropout: BelowOne = 0.0  # share of LoRA inputs dropped in training
     lora_targets: tuple[str, ...] = ()  # linear layers of the language model that get LoRA; empty: all of a layer
+    use_dora: bool = False  # DoRA: direction and magnitude of a weight train apart (arXiv 2402.09353)
+    use_rslora: bool = False  # rsLoRA: the update is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)
+    train_vision: Literal["no", "lora", "full"] = "no"  # the vision tower trains too: LoRA, or all of its weights
+    train_projector: Literal["no", "lora", "full"] = "no"  # the projector between tower and language model trains too
     # of the frozen base; adapters are always float32; nf4: 4-bit (QLoRA), on a CUDA card, with bitsandbytes installed
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
     shard: bool = False  # FSDP2: the processes of torchrun share the weights of the frozen layers
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
+    compile: bool = False  # torch.compile of the layers in training: minutes at the start, faster steps on a GPU
     # --- data
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
     eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out
@@ -65,22 +73,26 @@ class Config:
     # --- optimisation
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # of adapters, data order and dropout
     max_steps: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 400  # updates
-    epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = (
-        0.0  # above 0: this many passes over the data instead of max_steps
-    )
+    # above 0: this many passes over the data instead of max_steps
+    epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
     batch_size: Count = 32  # examples per micro-batch, over all processes
     accumulation: Count = 1  # micro-batches per update
     # peak learning rate of AdamW; None: 2e-3 for PaliGemma (1e-4 suits 3b); for Phi-3 that of config.json, else 4e-5
     lr: Annotated[float, Meta(gt=0, le=10)] | None = None
+    vision_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_vision; None: lr
+    projector_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_projector; None: lr
     warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 30  # updates of linear warm-up; a cosine to zero follows
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0  # of adapters
     beta2: BelowOne = 0.99  # decay of AdamW's second moment
     clip: Positive = 1.0  # largest gradient norm
     average_last: BelowOne = 0.0  # share of the updates, at the end, whose weights are averaged into final/
-    # --- evaluation and logging
+    # --- evaluation, logging and files
+    metric: Metric = "exact"  # what best/ is chosen by: exact answers, or for one's own data vqa, anls, rouge or map
     eval_samples: Count = 500  # rows of each evaluation set, before and after training
     eval_batch_size: Count = 64  # prompts answered at once
     eval_every: Count = 200  # updates between evaluations on two batches of each set
+    # evaluations without a better score than that of best/ after which training stops; 0: it never does
+    patience: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     max_new_tokens: Count = 12  # longest answer
     eval_only: bool = False  # print held-out accuracy of `model` and stop
     log_every: Count = 10  # updates
@@ -94,6 +106,7 @@ class Config:
 def finetune(config: Config, arm: str, differential: DifferentialConfig | None = None):
     """Both arms: `differential` is all that the other one adds."""
     # --- defaults of the family, run folder, device, precision
+    check_installed(config.metric)
     model_class, processor_class = classes_of(config.model)
     model_config = model_class.config_class.from_pretrained(config.model)
     targets, lr = config.lora_targets or model_class.lora_targets, config.lr or model_config.learning_rate
@@ -122,7 +135,7 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
     # --- train, or only evaluate
     if config.eval_only:
         questions = training.make_questions(config, model, processor, eval_sets)
-        training.print_scores(run, training.evaluate(run, config, model, processor, questions))
+        training.print_scores(run, config, training.evaluate(run, config, model, processor, questions))
     else:
         training.train(run, config, model, adapted, processor, source, eval_sets)
         if run.is_main:
@@ -132,10 +145,35 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
 def parse_config(config_class: type[C], description: str | None, args: Sequence[str] | None = None) -> C:
     """The configuration of the command line. Exits with code 2 for unknown and ill-typed flags; raises UserError for
     values out of range."""
+    args = sys.argv[1:] if args is None else list(args)
+    asks_for_help = {"-h", "--help"} & set(args)
+    flags = group_flags(config_class) if asks_for_help else config_class
     options = (tyro.conf.FlagConversionOff,)
-    config = tyro.cli(config_class, description=description, args=args, config=options, use_underscores=True)
+    config = tyro.cli(flags, description=description, args=args, config=options, use_underscores=True)
     check_config(config)
     return config
+
+
+def group_flags(config_class: type[C]) -> type:
+    """A dataclass with the same flags, in one nested dataclass for each section of `Config`: --help lists them apart.
+
+    A field that is a dataclass is a group of its own.
+    """
+    from tyro._docstrings import get_field_docstring  # has no public name, so only --help depends on it
+
+    plain = [f for f in fields(config_class) if not is_dataclass(f.type)]
+    nested = [(f.name, f.type) for f in fields(config_class) if is_dataclass(f.type)]
+    first = [[f.name for f in plain].index(name) for name in SECTIONS.values()]
+    groups = []
+    for title, start, end in zip(SECTIONS, first, [*first[1:], len(plain)], strict=True):
+        flags = []
+        for f in plain[start:end]:
+            comment = tyro.conf.arg(help=get_field_docstring(config_class, f.name, ()))
+            flags.append((f.name, Annotated[f.type, comment], field(default=f.default)))
+        group = make_dataclass(title, flags)
+        group.__doc__ = None  # the signature, which --help would show
+        groups.append((title, tyro.conf.OmitArgPrefixes[group]))
+    return make_dataclass("Flags", groups + nested)
 
 
 @one_line_errors

@@ -7,7 +7,9 @@ B batch, L queries, S keys, H query heads, K key/value heads, G = H / K, D head 
 queries (H, or fewer, each shared by H / R heads), n rows, C hidden size, V vocabulary, r rank.
 """
 
+import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK = 64  # queries whose maps exist at a time: they stay in a core's cache
+GPU_CHUNK = 512  # on a GPU, where every chunk costs launches
 TILE = 4096  # tokens of the vocabulary whose logits exist at a time: n x TILE logits stay in a core's cache
+GPU_TILE_LOGITS = 1 << 25  # logits of a tile on a GPU: few launches, 128 MB in float32
 PLAIN_LOSS_MAX_LOGITS = 1 << 22  # up to this many logits the plain loss is as fast as the tiled one
 
 
@@ -111,7 +115,7 @@ class ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(q1, q2, k, v, weight)
         ctx.options = mask, scale, normalised, softcap, window
         out = v.new_empty(*q1.shape[:3], v.shape[-1])
-        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window):
+        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window, k.device.type):
             k_seen, v_seen = k[:, :, keys], v[:, :, keys]
             computed = compute_maps(select_rows(q1, rows), select_rows(q2, rows), k_seen, v_seen, dense, scale, softcap)
             maps = blend_maps(computed, select_rows(weight, rows), normalised)
@@ -126,7 +130,7 @@ class ChunkedAttention(torch.autograd.Function):
         wide = torch.promote_types(k.dtype, torch.float32)  # for sums over chunks
         d_q1, d_q2 = (None if q is None else torch.empty_like(q) for q in (q1, q2))
         d_k, d_v, d_weight = (None if t is None else torch.zeros_like(t, dtype=wide) for t in (k, v, weight))
-        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window):
+        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window, k.device.type):
             inputs = [select_rows(q1, rows), select_rows(q2, rows), k[:, :, keys], v[:, :, keys]]
             computed = compute_maps(*inputs, dense, scale, softcap)
             chunk_weight = select_rows(weight, rows)
@@ -141,12 +145,14 @@ class ChunkedAttention(torch.autograd.Function):
         return d_q1, d_q2, d_k.to(k.dtype), d_v.to(v.dtype), d_weight, *[None] * 5
 
 
-def query_chunks(mask, queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """(rows, keys, dense): CHUNK queries at a time, the keys that any of them sees, and their mask, None where every
-    query sees all of these keys. `mask`: a PrefixMask or None."""
-    offset = keys - queries
-    for first in range(0, queries, CHUNK):
-        last = min(first + CHUNK, queries)
+def query_chunks(
+    mask, queries: int, keys: int, window: int | None, device: str = "cpu"
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """(rows, keys, dense): a chunk of queries at a time, the keys that any of them sees, and their mask, None where
+    every query sees all of these keys. `mask`: a PrefixMask or None; `device`: a type, on which the size depends."""
+    offset, size = keys - queries, CHUNK if device == "cpu" else GPU_CHUNK
+    for first in range(0, queries, size):
+        last = min(first + size, queries)
         if mask is None:
             low, high, dense = 0, keys, None
         else:
@@ -224,6 +230,93 @@ def softmax_gradients(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor,
     return d_q.to(q.dtype), d_scores.mT @ scaled
 
 
+# ---- flash attention of ragged rows
+class Segments(NamedTuple):
+    """How two calls of variable-length attention serve a batch, see `attention.PrefixMask.segments`; ends are int32."""
+
+    head_queries: Tensor | None  # [3 B + 1] ends of the pads, the prefix and the suffix of every row; None: no prefix
+    head_keys: Tensor  # [3 B + 1] the same among the keys
+    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail, the last queries
+    tail_keys: Tensor  # [2 B + 1] ends of the pads and of the rest of every row
+    in_suffix: Tensor  # [B, tail, 1, 1] whether a query of the tail is in the suffix
+
+
+class PrefixFlashAttention(torch.autograd.Function):
+    """Attention of q [B, L, H, D] to k, v [B, S, K, D] under a prefix-LM mask -> [B, L, H, D], by two calls of flash
+    attention, on all queries as if they were prefix and on the last ones as if they were suffix.
+
+    Equals `attention.attention_reference`: tests/test_cuda_path.py,
+    test_two_calls_of_flash_attention_are_the_prefix_mask.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments: Segments, scale: float) -> Tensor:
+        """`segments` of the mask for these numbers of queries and keys."""
+        head, tail, saved, count = None, None, [q, k, v], segments.in_suffix.shape[1]
+        if segments.head_queries is not None:
+            head, *more = flash(q, k, v, segments.head_queries, segments.head_keys, scale, causal=False)
+            saved += [head, *more]
+        if count:
+            q_tail = q[:, -count:]
+            tail, *more = flash(q_tail, k, v, segments.tail_queries, segments.tail_keys, scale, causal=True)
+            saved += [tail, *more]
+        ctx.save_for_backward(*saved)
+        ctx.segments, ctx.scale = segments, scale
+        if head is None or tail is None:
+            return tail if head is None else head
+        taken = torch.where(segments.in_suffix, tail, head[:, -count:])
+        return torch.cat((head[:, :-count], taken), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        q, k, v, *saved = ctx.saved_tensors
+        segments, count = ctx.segments, ctx.segments.in_suffix.shape[1]
+        found, has_both = [], segments.head_queries is not None and count > 0
+        if segments.head_queries is not None:
+            g_head = g
+            if has_both:  # nothing flows into a result that was not taken
+                g_head = g.clone(memory_format=torch.contiguous_format)
+                g_head[:, -count:].masked_fill_(segments.in_suffix, 0)
+            ends = segments.head_queries, segments.head_keys
+            found.append(flash_backward(g_head, q, k, v, *saved[:3], *ends, ctx.scale, causal=False))
+        if count:
+            g_tail = g[:, -count:].masked_fill(~segments.in_suffix, 0) if has_both else g
+            ends = segments.tail_queries, segments.tail_keys
+            found.append(flash_backward(g_tail, q[:, -count:], k, v, *saved[-3:], *ends, ctx.scale, causal=True))
+        d_q, d_k, d_v = found[0]
+        if has_both:
+            d_q[:, -count:] += found[1][0]
+            d_k, d_v = d_k.add_(found[1][1]), d_v.add_(found[1][2])
+        return d_q, d_k, d_v, None, None
+
+
+def flash(q, k, v, ends_q, ends_k, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(output [B, L, H, D], log-sum-exp, unused) of one call of torch's variable-length flash attention on the rows of
+    q, k, v [B, L or S, heads, D], one after another.
+
+    Segment i of the queries, which ends at ends_q[i + 1], attends to segment i of the keys: to all of it, or causally
+    from the lower right corner.
+    """
+    out, lse, rng, *_ = torch.ops.aten._flash_attention_forward(
+        pack(q), pack(k), pack(v), ends_q, ends_k, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+    )
+    return out.view(q.shape), lse, rng
+
+
+def flash_backward(g, q, k, v, out, lse, rng, ends_q, ends_k, scale: float, causal: bool) -> list[Tensor]:
+    """Gradients of q, k and v; arguments as those and the results of `flash`."""
+    found = torch.ops.aten._flash_attention_backward(
+        *map(pack, (g, q, k, v, out)), lse, ends_q, ends_k, q.shape[1], k.shape[1], 0.0, causal, rng, rng, scale=scale
+    )
+    return [d.view(t.shape) for d, t in zip(found, (q, k, v), strict=True)]
+
+
+def pack(t: Tensor) -> Tensor:
+    """[B, L, heads, D] as rows [B L, heads, D]."""
+    return t.reshape(-1, *t.shape[2:])
+
+
 # ---- the loss of a frozen head
 def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None) -> Tensor:
     """Mean cross entropy, float32, of hidden [n, C] against labels [n]; the logits are head(hidden), soft-capped.
@@ -234,6 +327,11 @@ def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | 
     if is_plain and not head.weight.requires_grad and len(labels) * head.out_features > PLAIN_LOSS_MAX_LOGITS:
         return TiledHeadLoss.apply(hidden, head.weight, labels, softcap)
     return F.cross_entropy(apply_softcap(head(hidden), softcap).float(), labels)
+
+
+def tile_size(rows: int, device_type: str) -> int:
+    """Tokens of the vocabulary in one tile of the logits of this many rows."""
+    return TILE if device_type == "cpu" else max(TILE, GPU_TILE_LOGITS // max(rows, 1))
 
 
 class TiledHeadLoss(torch.autograd.Function):
@@ -252,7 +350,8 @@ class TiledHeadLoss(torch.autograd.Function):
         top = torch.full((len(rows), 1), -torch.inf, dtype=wide, device=rows.device)
         total, target, target_slope = torch.zeros_like(top), torch.zeros_like(top), torch.ones_like(top)
         mean = torch.zeros(rows.shape, dtype=wide, device=rows.device)  # sum_v exp(l_v - top) W_v
-        for start, tile in zip(range(0, len(weight), TILE), weight.split(TILE), strict=True):
+        size = tile_size(len(rows), rows.device.type)
+        for start, tile in zip(range(0, len(weight), size), weight.split(size), strict=True):
             logits = apply_softcap(rows @ tile.T, softcap).to(wide)
             at = (column - start).clamp(0, len(tile) - 1)
             is_here = (column >= start) & (column < start + len(tile))
@@ -299,6 +398,7 @@ def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     return LowRankLinears.apply(
         x,
         [module.scaling[name] for module, name in pairs],
+        [getattr(module, CAST_FACTORS, None) for module in modules],
         *(module.base_layer.weight for module in modules),
         *(module.lora_A[name].weight for module, name in pairs),
         *(module.lora_B[name].weight for module, name in pairs),
@@ -345,44 +445,94 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
+CAST_FACTORS = "cast_factors"  # attribute of a LoRA layer inside `cast_lora`: (s A, B) in the dtype of its base
+
+
+@contextlib.contextmanager
+def cast_lora(model: nn.Module) -> Iterator[None]:
+    """Scale and cast the LoRA factors of every layer of `model` once for the block, in a few launches for all layers.
+
+    Outside such a block `apply_linears` casts them at every call, to the same values. The masters must not change
+    inside it: it is for the forward and backward passes of one update, or for the tokens of one answer.
+    """
+    found = [module for module in model.modules() if has_one_adapter(module)]
+    names = [module.active_adapters[0] for module in found]
+    pairs = list(zip(found, names, strict=True))
+    downs, ups = ([getattr(m, part)[n].weight for m, n in pairs] for part in ("lora_A", "lora_B"))
+    if found:
+        with torch.no_grad():
+            scaled = torch._foreach_mul(downs, [module.scaling[name] for module, name in pairs])
+            dtypes = [module.base_layer.weight.dtype for module in found]
+            for module, *factors in zip(found, cast_all(scaled, dtypes), cast_all(ups, dtypes), strict=True):
+                setattr(module, CAST_FACTORS, factors)
+    try:
+        yield
+    finally:
+        for module in found:
+            delattr(module, CAST_FACTORS)
+
+
+def has_one_adapter(module: nn.Module) -> bool:
+    """Whether `module` is a peft LoRA layer with one active adapter on an nn.Linear."""
+    is_lora = type(getattr(module, "base_layer", None)) is nn.Linear and hasattr(module, "lora_A")
+    return is_lora and len(module.active_adapters) == 1 and module.active_adapters[0] in module.lora_A
+
+
+def cast_all(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Copies of `tensors` in these dtypes, in one launch where the device has one for all of them."""
+    copies = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
 class LowRankLinears(torch.autograd.Function):
-    """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; only x and the rank-r products are saved.
+    """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; saved are x, the rank-r products and the factors
+    in the dtype of x.
 
     Equals peft's layers: tests/test_speed_paths.py, test_lora_equals_peft_in_float64.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scales: list[float], *weights: Tensor) -> tuple[Tensor, ...]:
-        """`weights`: every W_i, then every A_i, then every B_i."""
+    def forward(ctx, x: Tensor, scales: list[float], casts: list, *weights: Tensor) -> tuple[Tensor, ...]:
+        """`casts`: for every layer (s_i A_i, B_i) in the dtype of x, or None. `weights`: every W_i, then every A_i,
+        then every B_i."""
         bases, downs, ups = split_weights(weights)
+        ctx.scales, ctx.shape, ctx.dtypes = scales, x.shape, (downs[0].dtype, ups[0].dtype)
+        if all(cast is not None for cast in casts):
+            parts, ups = zip(*casts, strict=True)
+            stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            stacked, ups = stack_scaled(downs, scales, x.dtype), [up.to(x.dtype) for up in ups]
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ stack_scaled(downs, scales, x.dtype).T
-        ctx.save_for_backward(rows, low, *weights)
-        ctx.scales, ctx.shape = scales, x.shape
+        low = rows @ stacked.T
+        ctx.save_for_backward(rows, low, stacked, *bases, *ups)
         outs = []
-        for base, up, h in zip(bases, ups, low.split([a.shape[0] for a in downs], dim=1), strict=True):
-            out = (rows @ base.T).addmm_(h, up.to(x.dtype).T)
+        for base, up, h in zip(bases, ups, low.split([up.shape[1] for up in ups], dim=1), strict=True):
+            out = (rows @ base.T).addmm_(h, up.T)
             outs.append(out.view(*x.shape[:-1], -1))
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
-        rows, low, *weights = ctx.saved_tensors
-        bases, downs, ups = split_weights(weights)
-        ranks = [a.shape[0] for a in downs]
+        rows, low, stacked, *saved = ctx.saved_tensors
+        bases, ups = saved[: len(ctx.scales)], saved[len(ctx.scales) :]
+        ranks, (down_dtype, up_dtype) = [up.shape[1] for up in ups], ctx.dtypes
         gradients = [g.reshape(-1, g.shape[-1]) for g in gradients]
-        d_ups = [(h.T @ g).T.to(up.dtype) for h, g, up in zip(low.split(ranks, dim=1), gradients, ups, strict=True)]
-        d_low = torch.cat([g @ up.to(g.dtype) for g, up in zip(gradients, ups, strict=True)], dim=1)
-        d_stacked = (d_low.T @ rows).split(ranks)
-        d_downs = [scale * d.to(a.dtype) for scale, d, a in zip(ctx.scales, d_stacked, downs, strict=True)]
+        d_ups = [
+            torch.empty_like(up, dtype=up_dtype, memory_format=torch.contiguous_format).copy_((h.T @ g).T)
+            for h, g, up in zip(low.split(ranks, dim=1), gradients, ups, strict=True)
+        ]
+        d_lows = [g @ up for g, up in zip(gradients, ups, strict=True)]
+        d_low = d_lows[0] if len(d_lows) == 1 else torch.cat(d_lows, dim=1)
+        d_downs = torch._foreach_mul(list((d_low.T @ rows).to(down_dtype).split(ranks)), ctx.scales)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = d_low @ stack_scaled(downs, ctx.scales, rows.dtype)
+            d_x = d_low @ stacked
             for g, base in zip(gradients, bases, strict=True):
                 d_x.addmm_(g, base)
             d_x = d_x.view(ctx.shape)
-        return d_x, None, *[None for _ in bases], *d_downs, *d_ups
+        return d_x, None, None, *[None for _ in bases], *d_downs, *d_ups
 
 
 def split_weights(weights: tuple[Tensor, ...]) -> tuple[tuple, tuple, tuple]:

@@ -39,24 +39,32 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
 
 
-def draw_boxes(image: Image.Image, answer: str, path: str) -> None:
-    """Write the image with the boxes and labels of a detection answer; lines and labels scale with the image.
-
-    Raises UserError if it cannot be written.
-    """
-    image = to_rgb(image)
-    boxes = locs_to_boxes(answer, *image.size)
-    if not boxes:
-        print(f"{path}: the answer has no boxes, the image is written without marks", file=sys.stderr)
+def mark_boxes(image: Image.Image, answer: str) -> Image.Image:
+    """A copy of the image with the boxes and labels of a detection answer; lines and labels scale with the image."""
+    image = to_rgb(image).copy()
     side = max(image.size)
     draw, width = ImageDraw.Draw(image), max(1, side // 200)
     font = ImageFont.load_default(size=max(10, side // 25))
-    for box, label in boxes:
+    for box, label in locs_to_boxes(answer, *image.size):
         draw.rectangle(box, outline=BOX_COLOR, width=width)
-        place = (box[0] + 2 * width, box[1] + width)
-        draw.text(place, label, fill=BOX_COLOR, font=font, stroke_width=max(1, width // 2), stroke_fill="white")
+        stroke = max(1, width // 2)
+        _, _, right, bottom = draw.textbbox((0, 0), label, font=font, stroke_width=stroke)
+        # in the box's upper left corner, moved as far as it needs to be whole
+        x, y = min(box[0] + 2 * width, image.width - right), min(box[1] + width, image.height - bottom)
+        place = (max(0, x), max(0, y))
+        draw.text(place, label, fill=BOX_COLOR, font=font, stroke_width=stroke, stroke_fill="white")
+    return image
+
+
+def draw_boxes(image: Image.Image, answer: str, path: str) -> None:
+    """Write the image with the boxes of an answer, see `mark_boxes`; say so where the answer has none.
+
+    Raises UserError if it cannot be written.
+    """
+    if not locs_to_boxes(answer, *image.size):
+        print(f"{path}: the answer has no boxes, the image is written without marks", file=sys.stderr)
     try:
-        image.save(path)
+        mark_boxes(image, answer).save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written ({error}): give a .png or .jpg in a folder that exists") from error
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -322,12 +322,18 @@ class GemmaDecoderLayer(nn.Module):
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C], or the last `rows` positions [B, rows, C]."""
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, rows)
-        x = x[:, -attended.shape[1] :]
+        x = x if rows is None else x[:, -rows:]
         if not self.has_four_norms:  # here post_attention_layernorm is the norm before the MLP
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
         x = x + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+@cache
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """The nearest number that `dtype` has."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 class GemmaModel(nn.Module):
@@ -342,7 +348,7 @@ class GemmaModel(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings [B, L, C] times sqrt(C), the factor rounded to their dtype as in transformers."""
         x = self.embed_tokens(input_ids)
-        return x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
+        return x * rounded(math.sqrt(self.config.hidden_size), x.dtype)
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, rows: int | None = None

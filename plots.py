@@ -9,15 +9,18 @@ import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import matplotlib
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from msgspec import Meta
 from PIL import Image
@@ -25,7 +28,20 @@ from PIL import Image
 from diagnostics import needle_share
 from errors import UserError, one_line_errors
 from files import check_ranges, open_image, reading, resolve_inside, writing
-from needle_eval.plots import COLOURS, PERCENT, STYLE
+from needle_eval.mmneedle_prompts import ABSENT
+from needle_eval.plots import (
+    CHANCE,
+    COLOURS,
+    COLUMNS,
+    MARKERS,
+    PERCENT,
+    STYLE,
+    Curve,
+    draw_seeds,
+    finish,
+    make_panels,
+    wrap_title,
+)
 from needle_eval.questions import normalise
 from needle_eval.statistics import wilson
 from run_folder import read_metrics, read_run_record, read_samples
@@ -33,8 +49,14 @@ from run_folder import read_metrics, read_run_record, read_samples
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
-RIGHT, WRONG = "#1b7837", "#b2182b"  # colours of answers
-FOUND, MISSED = "#35d04b", "#e0213a"  # colours of cells: the needle's, and another one that was answered
+RIGHT, WRONG = COLOURS[0], COLOURS[1]  # colours of answers
+# how cells are outlined: the needle's, and another one that was answered
+FOUND, MISSED = dict(edgecolor="#56B4E9", linestyle="solid"), dict(edgecolor="#D55E00", linestyle="dashed")
+SIGNED_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("signed", [COLOURS[0], "white", COLOURS[1]])
+DARKEST = 0.75  # opacity of the black over a part of an image that is not attended to
+SHOWN_STEPS = 30  # lines in a panel of lambda by depth
+CLIPPED = 0.01  # share of the values of maps that are beyond the scale of colours
+SMOOTHING = 0.5  # weight of the past in a smoothed loss
 SHOWN_SETS = 4  # evaluation sets in answers.png
 ATTENTION_QUESTIONS = 2  # of each grid in attention.png
 PANEL, LINE = 2.2, 0.14  # inches: the side of an image, the height of a line of its title
@@ -48,7 +70,7 @@ def draw_run(folder: Path):
     Raises UserError when a file of the run cannot be read or the disk is full.
     """
     lines, samples, record = read_metrics(folder), read_samples(folder), read_run_record(folder)
-    title = f"{folder.resolve().name} ({record.get('arm')}, seed {record['config'].get('seed')})"
+    title = run_title(folder, record)
     images = [sample for sample in samples if sample.get("image")]
     if not images:
         print(f"{folder / 'samples.jsonl'}: names no images, as in runs of older versions: answers.png is not drawn")
@@ -58,9 +80,14 @@ def draw_run(folder: Path):
         if curves := lambda_curves(lines):
             save(draw_lambda(curves, title), folder / "plots" / "lambda.png")
         if evals := [line for line in lines if line.get("eval")]:
-            save(draw_accuracy(evals, title), folder / "plots" / "accuracy.png")
-        if updates := [line for line in lines if line.get("loss") is not None]:
-            save(draw_loss(updates, title), folder / "plots" / LAST_FIGURE)
+            save(draw_accuracy(evals, chances(samples), title), folder / "plots" / "accuracy.png")
+        if any(line.get("loss") is not None for line in lines):
+            save(draw_loss(lines, title), folder / "plots" / LAST_FIGURE)
+
+
+def run_title(folder: Path, record: dict) -> str:
+    """A run's folder, arm and seed."""
+    return f"{folder.resolve().name} ({record.get('arm')}, seed {record['config'].get('seed')})"
 
 
 def is_drawn(folder: Path) -> bool:
@@ -83,40 +110,72 @@ def save(figure: Figure, path: Path):
 
 # ---- curves of one run
 def draw_loss(lines: list[dict], title: str) -> Figure:
-    """Loss of the logged updates, as it is and smoothed."""
+    """Loss of the logged updates, as it is and smoothed; where it was measured, the mean over the evaluation sets."""
     figure, axes = plt.subplots(layout="constrained")
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-    axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=1)
-    average, curve = losses[0], []
-    for loss in losses:
-        average = 0.5 * average + 0.5 * loss
-        curve.append(average)
-    axes.plot(steps, curve, color=COLOURS[0], linewidth=1.8, label="smoothed")
-    axes.set(title=title, xlabel="update", ylabel="loss per label token", yscale="log")
+    updates = [line for line in lines if line.get("loss") is not None]
+    steps, losses = [line["step"] for line in updates], [line["loss"] for line in updates]
+    axes.plot(steps, losses, color=COLOURS[0], alpha=0.35, linewidth=1, label="each logged update")
+    axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=1.8, label="smoothed")
+    held_out = [(line["step"], fmean(line["eval_loss"].values())) for line in lines if line.get("eval_loss")]
+    if held_out:
+        style = dict(color=COLOURS[1], marker=MARKERS[1], markersize=4, linewidth=1.4)
+        axes.plot(*zip(*held_out, strict=True), **style, label="evaluation sets, mean")
+    axes.set(title=wrap_title(title, 80), xlabel="update", ylabel="loss per label token", yscale="log")
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return figure
 
 
-def draw_accuracy(lines: list[dict], title: str) -> Figure:
-    """Exact accuracy of each set over training, from before the first update, with 95 % Wilson intervals."""
-    figure, axes = plt.subplots(layout="constrained")
-    for number, name in enumerate(lines[0]["eval"]):
-        line_style = ("-", "--", ":")[number // len(COLOURS) % 3]
-        style = dict(color=COLOURS[number % len(COLOURS)], linestyle=line_style, marker="o", markersize=4, capsize=2)
-        steps, rates, below, above = [], [], [], []
-        for line in lines:
-            if name in line["eval"]:
-                right, n = line["eval"][name]
-                low, high = wilson(right, n)
-                steps.append(line["step"])
-                rates.append(right / n)
-                below.append(right / n - low)
-                above.append(high - right / n)
-        axes.errorbar(steps, rates, yerr=[below, above], label=name, **style)
-    axes.set(title=title, xlabel="update", ylabel="exact answers", ylim=(-0.02, 1.02))
-    axes.yaxis.set_major_formatter(PERCENT)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def smooth(losses: list[float]) -> list[float]:
+    """The exponential moving average of losses."""
+    average, curve = losses[0], []
+    for loss in losses:
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        curve.append(average)
+    return curve
+
+
+def chances(samples: list[dict]) -> dict[str, float]:
+    """By evaluation set, what a uniform guess of a cell reaches: of haystacks of one image whose needle is present."""
+    return {s["set"]: 1 / s["grid"] ** 2 for s in samples if s.get("grid") and normalise(s["answer"]) != ABSENT}
+
+
+def accuracy_curves(lines: list[dict]) -> dict[str, list[tuple[int, int, int]]]:
+    """{set: [(step, right answers, of n)]} of every evaluation."""
+    curves: dict[str, list[tuple[int, int, int]]] = {}
+    for line in lines:
+        for name, counts in (line.get("eval") or {}).items():
+            curves.setdefault(name, []).append((line["step"], *counts))
+    return curves
+
+
+def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Figure:
+    """Exact accuracy of each set over training, from before the first update, with 95 % Wilson intervals.
+
+    A panel for each chance of a uniform guess, which is dashed; one for the sets without it.
+    """
+    curves = accuracy_curves(lines)
+    levels = sorted({chance.get(name, 0.0) for name in curves}, reverse=True)
+    figure, panels = make_panels(len(levels), 3.0 if len(levels) > 1 else 6, 3.6, columns=3, sharey=True)
+    for panel, level in zip(panels, levels, strict=True):
+        names = [name for name in curves if chance.get(name, 0.0) == level]
+        for number, name in enumerate(names):
+            line_style = ("-", "--", ":")[number // len(COLOURS) % 3]
+            marker = MARKERS[number % len(MARKERS)]
+            style = dict(color=COLOURS[number % len(COLOURS)], linestyle=line_style, marker=marker, markersize=4)
+            rates = [right / n for _, right, n in curves[name]]
+            ends = [wilson(right, n) for _, right, n in curves[name]]
+            below = [rate - low for rate, (low, _) in zip(rates, ends, strict=True)]
+            above = [high - rate for rate, (_, high) in zip(rates, ends, strict=True)]
+            steps = [step for step, *_ in curves[name]]
+            panel.errorbar(steps, rates, yerr=[below, above], label=name, capsize=2, linewidth=1.4, **style)
+        if level:
+            panel.axhline(level, color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="uniform guess")
+        panel.set(xlabel="update", ylim=(-0.02, 1.02))
+        panel.yaxis.set_major_formatter(PERCENT)
+        panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    panels[0].set_ylabel("exact answers")
+    figure.suptitle(wrap_title(title, 40 * min(3, len(levels)) + 20), fontsize=10)
     return figure
 
 
@@ -139,9 +198,13 @@ def draw_lambda(curves: dict[str, list[tuple[int, float]]], title: str) -> Figur
     """lambda of every layer over training, early layers dark, late layers light."""
     figure, axes = plt.subplots(layout="constrained")
     for i, (name, points) in enumerate(curves.items()):
-        colour = plt.cm.viridis(0.9 * i / max(1, len(curves) - 1))
+        colour = plt.cm.cividis(0.9 * i / max(1, len(curves) - 1))
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=short_layer_name(name))
-    axes.set(title=title, xlabel="update", ylabel="lambda")
+    starts = {points[0][1] for points in curves.values() if points[0][0] == 0}
+    if len(starts) == 1:
+        axes.axhline(*starts, color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="start")
+    axes.set(title=wrap_title(title, 80), xlabel="update", ylabel="lambda")
+    axes.set_xlim(left=0)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -154,8 +217,8 @@ def short_layer_name(name: str) -> str:
 
 # ---- images with answers
 def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
-    """The last answers of the first sets on their images, a column a set. In haystacks the needle's cell is outlined
-    in green, and a wrong answer's cell in red."""
+    """The last answers of the first sets on their images, a column a set. In haystacks the needle's cell has a solid
+    outline, and a wrong answer's cell a dashed one."""
     last = max(sample["step"] for sample in samples)
     by_set: dict[str, list[dict]] = {}
     for sample in samples:
@@ -180,14 +243,23 @@ def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
         panels[-1].annotate(
             name, (0.5, 0), (0, -10), "axes fraction", "offset points", fontsize=8, ha="center", va="top"
         )
-    figure.suptitle(f"{title}, update {last}", fontsize=9)
+    legend = [
+        Rectangle((0, 0), 1, 1, fill=False, linewidth=2, label=label, **style)
+        for style, label in ((FOUND, "needle"), (MISSED, "wrong answer"))
+    ]
+    if any(sample.get("grid") for _, answers in shown for sample in answers):
+        figure.legend(handles=legend, frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    figure.get_layout_engine().set(h_pad=0.08)
+    figure.suptitle(wrap_title(f"{title}, update {last}", 30 * len(shown)), fontsize=10)
     return figure
 
 
 def answer_title(sample: dict) -> str:
-    """Prompt and response, wrapped."""
+    """Prompt and response, wrapped, and whether it is right."""
     prompt = textwrap.fill(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH)
-    return f"{prompt}\n{textwrap.fill(sample['response'].strip() or '(empty)', TITLE_WIDTH)}"
+    verdict = "right" if normalise(sample["response"]) == normalise(sample["answer"]) else "wrong"
+    response = f"{sample['response'].strip() or '(empty)'} ({verdict})"
+    return f"{prompt}\n{textwrap.fill(response, TITLE_WIDTH)}"
 
 
 def read_sample_image(folder: Path, sample: dict) -> Image.Image:
@@ -195,14 +267,14 @@ def read_sample_image(folder: Path, sample: dict) -> Image.Image:
     return open_image(resolve_inside(folder, sample["image"]))
 
 
-def outline_cell(panel: Axes, answer: str, grid: int | None, colour: str):
+def outline_cell(panel: Axes, answer: str, grid: int | None, style: dict[str, str]):
     """Frame the cell of an answer "1, row, column" in a haystack; nothing for other answers and other images."""
     match = re.fullmatch(r"1, (\d{1,3}), (\d{1,3})", answer)
     if match and grid:
         height, width = panel.get_images()[0].get_array().shape[:2]
         cell_height, cell_width = height / grid, width / grid
         corner = (int(match[2]) - 1) * cell_width, (int(match[1]) - 1) * cell_height
-        panel.add_patch(Rectangle(corner, cell_width, cell_height, fill=False, edgecolor=colour, linewidth=3))
+        panel.add_patch(Rectangle(corner, cell_width, cell_height, fill=False, linewidth=3, **style))
 
 
 # ---- attention of several runs
@@ -213,7 +285,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
     `diagnostics.answer_attention` in the runs' attention.safetensors. Raises UserError for runs without them, and for
     runs that were evaluated on different questions.
     """
-    stored = [read_attention(run) for run in runs]
+    stored = [read_attention_of_one_image(run) for run in runs]
     questions = [attention_questions(run, list(maps)) for run, maps in zip(runs, stored, strict=True)]
     if any([sample["id"] for sample in found] != [sample["id"] for sample in questions[0]] for found in questions):
         raise UserError(
@@ -228,7 +300,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
         image = read_sample_image(runs[0], sample)
         panels[0].set_title(textwrap.fill(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH), fontsize=9)
         for panel in panels:
-            panel.imshow(image, alpha=1.0 if panel is panels[0] else 0.5)
+            panel.imshow(image)
             panel.axis("off")
             outline_cell(panel, sample["answer"], sample["grid"], FOUND)
     for panels, run, tensors, samples in zip(axes[1:], runs, stored, questions, strict=True):
@@ -236,11 +308,22 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
         shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]  # of each layer
         layer = int(torch.stack(shares).mean(0).argmax())
         for panel, m, share in zip(panels, maps, shares, strict=True):
-            height, width = panel.get_images()[0].get_array().shape[:2]
-            attention = square(m)[layer].clamp(min=0)
-            panel.imshow(attention, cmap="inferno", alpha=0.65, extent=(0, width, height, 0), interpolation="bicubic")
+            darken(panel, square(m)[layer])
             panel.set_title(f"{run.resolve().name}, layer {layer}:\n{share[layer]:.0%} on the needle", fontsize=8)
+    names = ", ".join(run_title(run, read_run_record(run)) for run in runs)
+    title = f"Attention over the image, token {token} of the answer. {names}"
+    figure.get_layout_engine().set(h_pad=0.08)
+    figure.suptitle(wrap_title(title, 32 * shape[1]), fontsize=10)
     return figure
+
+
+def darken(panel: Axes, attention: torch.Tensor):
+    """Darken the image of a panel where a map [side, side] is low, so that it shines where the map is high."""
+    height, width = panel.get_images()[0].get_array().shape[:2]
+    light = attention.clamp(min=0).numpy()
+    shade = DARKEST * (1 - light / light.max()) ** 1.5 if light.max() > 0 else np.full_like(light, DARKEST)
+    extent = (0, width, height, 0)
+    panel.imshow(np.zeros_like(light), cmap="gray", alpha=shade, extent=extent, interpolation="bicubic")
 
 
 def read_attention(run: Path) -> dict[str, torch.Tensor]:
@@ -253,6 +336,14 @@ def read_attention(run: Path) -> dict[str, torch.Tensor]:
     if any(maps.ndim != 4 or maps.shape[1] < ATTENTION_QUESTIONS for maps in tensors.values()):
         raise UserError(f"{file}: holds other tensors than a run saves: restore it")
     return tensors
+
+
+def read_attention_of_one_image(run: Path) -> dict[str, torch.Tensor]:
+    """`read_attention` of the sets whose haystacks are one image, in which the needle's cell is known; all sets where
+    samples.jsonl names no such haystack."""
+    tensors, samples = read_attention(run), read_samples(run)
+    names = {sample["set"] for sample in samples if sample.get("grid")}
+    return {name: maps for name, maps in tensors.items() if name in names} or tensors
 
 
 def attention_questions(run: Path, sets: list[str]) -> list[dict]:
@@ -268,6 +359,18 @@ def attention_questions(run: Path, sets: list[str]) -> list[dict]:
     return found
 
 
+def needle_shares(run: Path, attention: dict[str, torch.Tensor]) -> list[tuple[str, list[float], int]]:
+    """(evaluation set, the needle's share of the attention by layer, grid) of every set; the mean over its questions,
+    first token of the answer."""
+    samples = attention_questions(run, list(attention))
+    found = []
+    for name, maps in attention.items():
+        of_set = [sample for sample in samples if sample["set"] == name]
+        shares = [share_on_needle(maps[:, i, 0], sample) for i, sample in enumerate(of_set)]
+        found.append((name, torch.stack(shares).mean(0).tolist(), of_set[0]["grid"]))
+    return found
+
+
 def share_on_needle(maps: torch.Tensor, sample: dict) -> torch.Tensor:
     """Share of the attention [layers, image tokens] on the cell of a sample's needle: [layers]."""
     needle = tuple(int(number) - 1 for number in sample["answer"].split(", "))
@@ -278,6 +381,146 @@ def square(maps: torch.Tensor) -> torch.Tensor:
     """[layers, N] -> [layers, side, side]."""
     side = math.isqrt(maps.shape[-1])
     return maps.unflatten(-1, (side, side))
+
+
+# ---- several runs of several arms
+Style = dict[str, dict[str, str]]  # colour and marker by arm, as `looks` gives them
+
+
+def draw_losses(curves: dict[str, list[Curve]], style: Style, title: str) -> Figure:
+    """Smoothed loss of every arm: the mean over its seeds, and a band from the lowest to the highest."""
+    figure, panel = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    for arm, of_seeds in curves.items():
+        smoothed = [curve._replace(y=smooth(curve.y)) for curve in of_seeds]
+        draw_seeds(panel, smoothed, style[arm] | {"marker": ""}, arm)
+    panel.set(xlabel="update", ylabel="loss per label token, smoothed", yscale="log")
+    panel.set_xlim(left=0)
+    finish(figure, panel, title, 90)
+    return figure
+
+
+def draw_sets(
+    curves: dict[str, dict[str, list[Curve]]], style: Style, title: str, label: str, chance: dict[str, float] | None
+) -> Figure:
+    """A panel for each evaluation set: a quantity of every arm over training, as in `draw_losses`.
+
+    `chance` by set, of rates, whose axis goes from 0 to 100 %; None: any quantity, on a logarithmic axis.
+    """
+    figure, panels = make_panels(len(curves), 2.5, 2.3, sharey=True, sharex=True)
+    for panel, (name, of_set) in zip(panels, curves.items(), strict=True):
+        for arm, of_seeds in of_set.items():
+            draw_seeds(panel, of_seeds, style[arm], arm)
+        if chance and name in chance:
+            panel.axhline(chance[name], color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="uniform guess")
+        panel.set_title(wrap_title(name, 32), fontsize=9)
+        panel.set(xlabel="update")
+        if chance is None:
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(-0.02, 1.02)
+            panel.yaxis.set_major_formatter(PERCENT)
+    for panel in panels[::COLUMNS]:
+        panel.set_ylabel(label)
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+    finish(figure, fullest, title, 32 * min(COLUMNS, len(curves)))
+    return figure
+
+
+def draw_lambda_by_depth(curves: dict[str, list[dict[str, list[tuple[int, float]]]]], title: str) -> Figure:
+    """A panel for each arm: lambda against the layer, a line for each of at most `SHOWN_STEPS` logged updates, from its
+    start, dashed, to its end; means over the seeds. `curves` by arm and seed as `lambda_curves` returns them."""
+    figure, panels = make_panels(len(curves), 3.6 if len(curves) > 1 else 6.4, 3.3, columns=3)
+    last = max(points[-1][0] for seeds in curves.values() for layers in seeds for points in layers.values())
+    scale = plt.Normalize(0, last)
+    for panel, (arm, seeds) in zip(panels, curves.items(), strict=True):
+        by_seed = [[dict(points) for points in layers.values()] for layers in seeds]
+        steps = sorted(set.intersection(*(set(points) for layers in by_seed for points in layers)))
+        means = {
+            step: [sum(x[step] for x in layer) / len(seeds) for layer in zip(*by_seed, strict=True)] for step in steps
+        }
+        for step in {*steps[:: math.ceil(len(steps) / SHOWN_STEPS)], steps[-1]}:
+            size = 6 if step == steps[-1] else 2.5
+            panel.plot(means[step], color=plt.cm.cividis(scale(step)), linewidth=1.2, marker="o", markersize=size)
+        panel.plot(means[steps[0]], color="black", linestyle="dashed", linewidth=1.4, zorder=5, label="start")
+        names = [short_layer_name(name) for name in seeds[0]]
+        panel.set_xticks(range(len(names)), [name.rpartition(" ")[2] for name in names], fontsize=8)
+        kinds = dict.fromkeys(name.rpartition(" ")[0] for name in names)
+        panel.set(xlabel=", then ".join(kinds), ylabel="lambda")
+        panel.set_title(wrap_title(f"{arm}, mean of {len(seeds)} seeds" if len(seeds) > 1 else arm, 40), fontsize=9)
+    mappable = plt.cm.ScalarMappable(scale, "cividis")
+    figure.colorbar(mappable, ax=panels, label="update").outline.set_visible(False)
+    finish(figure, panels[0], title, 40 * min(3, len(curves)) + 20)
+    return figure
+
+
+def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
+    """A row for each stored haystack: the image, the map of the standard run, and A1, lambda A2 and their difference of
+    the differential run. One scale of colours for all maps, white at 0; of each run the layer that attends most to the
+    needle, first token of the answer, heads averaged. Raises UserError as `draw_attention` does."""
+    attention, parts = read_attention_of_one_image(run), read_signed_maps(run)
+    samples = attention_questions(run, list(attention))
+    columns = {
+        "A1": lambda m: m[0],
+        "lambda A2": lambda m: m[1],
+        "A1 - lambda A2": lambda m: m[0] - m[1],
+    }
+    layer = needle_layer(attention, samples)
+    maps = [
+        [square(column(parts[sample["set"]][:, :, i % ATTENTION_QUESTIONS, 0]))[layer] for column in columns.values()]
+        for i, sample in enumerate(samples)
+    ]
+    heads = [f"{name}\nlayer {layer}" for name in columns]
+    if baseline is not None:
+        theirs = read_attention_of_one_image(baseline)
+        if [s["id"] for s in attention_questions(baseline, list(theirs))] == [s["id"] for s in samples]:
+            of_layer = needle_layer(theirs, samples)
+            heads.insert(0, f"standard, A\nlayer {of_layer}")
+            for i, sample in enumerate(samples):
+                maps[i].insert(0, square(theirs[sample["set"]][:, i % ATTENTION_QUESTIONS, 0])[of_layer])
+    limit = float(torch.cat([m.abs().flatten() for row in maps for m in row]).quantile(1 - CLIPPED))
+    shape = len(samples), 1 + len(heads)
+    size = 1.85 * shape[1] + 0.8, 2.0 * shape[0] + 0.8
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for panels, sample, row in zip(axes, samples, maps, strict=True):
+        image = read_sample_image(run, sample)
+        panels[0].imshow(image)
+        panels[0].set_title(textwrap.fill(sample["prompt"].removeprefix("answer en "), 26), fontsize=8)
+        outline_cell(panels[0], sample["answer"], sample["grid"], FOUND)
+        for panel, m in zip(panels[1:], row, strict=True):
+            shown = draw_signed(panel, m, limit)
+            outline_cell(panel, sample["answer"], sample["grid"], dict(edgecolor="black", linestyle="solid"))
+        for panel in panels:
+            panel.set(xticks=[], yticks=[])
+            panel.grid(visible=False)
+    for panel, head in zip(axes[0, 1:], heads, strict=True):
+        panel.set_title(head, fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, label="attention on a patch", shrink=0.6, extend="both")
+    bar.outline.set_visible(False)
+    figure.suptitle(wrap_title(title, 16 * shape[1]), fontsize=10)
+    return figure
+
+
+def draw_signed(panel: Axes, m: torch.Tensor, limit: float) -> AxesImage:
+    """A map [side, side] in colours from -limit to limit, white at 0."""
+    side = len(m)
+    return panel.imshow(m.numpy(), cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
+
+
+def needle_layer(attention: dict[str, torch.Tensor], samples: list[dict]) -> int:
+    """The layer with the most attention on the needle over these haystacks, at the first token of the answer."""
+    maps = [attention[sample["set"]][:, i % ATTENTION_QUESTIONS, 0] for i, sample in enumerate(samples)]
+    shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]
+    return int(torch.stack(shares).mean(0).argmax())
+
+
+def read_signed_maps(run: Path) -> dict[str, torch.Tensor]:
+    """{evaluation set: A1 and lambda A2 [2, layers, questions, answer tokens, image tokens]} of a finished run."""
+    file = run / "signed_maps.safetensors"
+    with reading(file):
+        tensors = safetensors.torch.load_file(file)
+    if any(maps.ndim != 5 or len(maps) != 2 for maps in tensors.values()):
+        raise UserError(f"{file}: holds other tensors than a run saves: restore it")
+    return tensors
 
 
 @dataclass

@@ -13,17 +13,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import accelerate
 import filelock
 import msgspec
+import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run, weights_fingerprint
@@ -37,6 +41,7 @@ from files import (
     read_bytes,
     read_json,
     read_json_lines,
+    read_typed,
     reading,
     remove,
     verify_manifest,
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 ROOT = Path(__file__).resolve().parent
+GPU_WORKERS = 4  # data loading processes of each process on a GPU
 TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed while it started may leave without run.json
 # a run may continue with other values of these fields: they change what is logged and saved, not what is computed
 RESUMABLE_FIELDS = {
@@ -62,6 +68,7 @@ RESUMABLE_FIELDS = {
     "keep_checkpoints",
     "workers",
     "gradient_checkpointing",
+    "compile",
     "shard",
     "strict_data",
     "tracker",
@@ -71,6 +78,7 @@ RESUMABLE_FIELDS = {
 # why other fields cannot change; those in neither set changed the steps made so far
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
 DATA_ORDER |= {"group_by_length"}
+LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger one
 RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # beside the configuration
 SAVED_SHAPES = {
     "model",
@@ -80,9 +88,24 @@ SAVED_SHAPES = {
     "arm",
     "lora_rank",
     "lora_targets",
+    "use_dora",
+    "train_vision",
+    "train_projector",
     "differential",
 }
-ADDED_FIELDS = {"shapes": [], "recolour": False, "average_last": 0.0}  # the values of runs of before they existed
+ADDED_FIELDS = {  # the values of runs of before they existed
+    "shapes": [],
+    "recolour": False,
+    "average_last": 0.0,
+    "metric": "exact",
+    "patience": 0,
+    "use_dora": False,
+    "use_rslora": False,
+    "train_vision": "no",
+    "train_projector": "no",
+    "vision_lr": None,
+    "projector_lr": None,
+}
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
     "ACCELERATE_USE_FSDP": "false",
@@ -130,6 +153,11 @@ class Run:
     def arm(self) -> str:
         return self.record["arm"]
 
+    @property
+    def extended_at(self) -> list[int]:
+        """The steps after which the run was finished and then extended."""
+        return [start["step"] for start in self.record.get("starts", []) if start["extended"]]
+
     def print(self, *lines: str):
         """Print on the main process, above the progress bar."""
         if self.is_main and lines:
@@ -150,7 +178,19 @@ class Run:
         """Pass every number in `values`, nested ones under their path, to TensorBoard or wandb."""
         if self.tracker:
             with writing(self.folder / self.tracker.name):
-                self.tracker.log(flatten_numbers(values), step=step)
+                numbers = flatten_numbers(values)
+                self.tracker.log({readable_tag(path): number for path, number in numbers.items()}, step=step)
+
+    def track_sample(self, place: int, sample: dict):
+        """Pass an answer, a line of samples.jsonl, to TensorBoard, and before training its image, which stays."""
+        if self.tracker and self.tracker.name == "tensorboard":
+            tag, writer = f"samples {sample['set']}/{place}", self.tracker.writer
+            lines = [f"{key}: {sample[key]!r}" for key in ("prompt", "answer", "response")]
+            with writing(self.folder / self.tracker.name):
+                writer.add_text(tag, "  \n".join(lines), sample["step"])
+                if sample["step"] == 0 and sample["image"]:
+                    pixels = np.asarray(Image.open(self.folder / sample["image"]))
+                    writer.add_image(tag, pixels, sample["step"], dataformats="HWC")
 
     def skip(self, error: UserError):
         """Report a row that cannot be used, once, on the terminal and in skipped.log; with `strict` raise the error."""
@@ -167,8 +207,9 @@ class Run:
 
     def raise_if_stopped(self):
         """Raise Stopped on every process if any of them got a signal, so that none waits for one that has left."""
-        numbers = self.accelerator.gather(torch.tensor([self.signal], device=self.device))
-        number = int(numbers.max())
+        number = self.signal
+        if self.accelerator.num_processes > 1:
+            number = int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
         if number:
             raise Stopped(number)
 
@@ -211,12 +252,34 @@ def flatten_numbers(values: dict, prefix: str = "") -> dict[str, float]:
     return flat
 
 
+TAGS = {  # first part of a path in `Run.track` -> title of its chart; any other is a metric of an evaluation
+    "loss": "train/loss",
+    "lr": "train/learning rate",
+    "grad_norm": "train/gradient norm",
+    "lambda": "lambda",
+    "differential_grad_norm": "differential gradient norm",
+    "eval_loss": "eval loss",
+}
+LAYER = re.compile(r"model\.(language|vision)_[\w.]*?layers\.(\d+)\.self_attn\.differential")
+
+
+def readable_tag(path: str) -> str:
+    """A path of `flatten_numbers` as the title of a chart and, after a slash, of its curve: layers by their number,
+    sorted by name as by depth."""
+    path = LAYER.sub(lambda match: f"{match[1].replace('language', 'text')} layer {int(match[2]):02d}", path)
+    kind, slash, rest = path.partition("/")
+    if kind == "inside":  # layer / quantity
+        layer, _, quantity = rest.partition("/")
+        return f"maps {quantity}/{layer}"
+    return TAGS.get(kind, f"eval {kind}") + slash + rest
+
+
 # ---- opening a run
 def open_run(config: "Config", arm: str) -> Run:
     """Check the configuration, the device and the run folder; nothing is written yet.
 
-    An unfinished run of the same configuration continues from its newest complete checkpoint; `overwrite` starts again.
-    Raises UserError when the folder holds a run of another configuration.
+    An unfinished run of the same configuration continues from its newest complete checkpoint, a finished one if it is
+    to be longer; `overwrite` starts again. Raises UserError when the folder holds a run of another configuration.
     """
     check_config(config)
     accelerator = make_accelerator()
@@ -238,15 +301,27 @@ def open_run(config: "Config", arm: str) -> Run:
     run = Run(folder, accelerator, dtype, record, strict=config.strict_data)
     if not config.eval_only:
         run.found = read_folder_state(folder)
+    is_longer, stored = False, {}
     if run.found and run.found.record is not None and not config.overwrite:
-        check_same_config(run)
-        run.finished = run.found.finished
+        stored = read_run_record(run.folder)
+        is_longer = check_same_config(run, stored)
+        run.finished = run.found.finished and not is_longer
         run.resume = None if run.finished else newest_checkpoint(run)
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
+    start |= {"extended": is_longer} | {key: record[key] for key in ("processes", "device", "versions", "commit")}
+    record["starts"] = [*stored.get("starts", []), start]
+    record["id"] = stored.get("id", folder.resolve().name if stored else uuid.uuid4().hex)
     if len(set(gather_object([(run.finished, str(run.resume))]))) > 1:
         raise UserError(f"{run.folder}: differs between nodes: give an --output_dir on a disk that all of them share")
     if run.finished:
         run.print(f"{run.folder} is finished: use {run.folder / 'final'}, or start again with --overwrite=True")
         return run
+    if is_longer:
+        check_last_checkpoint(run)
+        run.print(
+            f"{folder} was finished after {step_of(run.resume)} updates and goes on from there; its learning rate is "
+            "from now on that of the longer run, so it rises and falls to zero again"
+        )
     run.print(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
     run.print(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {reason}")
     return run
@@ -265,10 +340,51 @@ def read_folder_state(folder: Path) -> FolderState:
     file = folder / "run.json"
     with reading(file):
         record = read_bytes(file) if file.exists() else None
-    finished = (
-        folder / "final" / "adapter" / ADAPTER_CONFIG
-    ).is_file()  # the same file as for `checkpoint.resolve_run`
-    return FolderState(record, [checkpoint.name for checkpoint in find_checkpoints(folder)], finished)
+    return FolderState(
+        record, [checkpoint.name for checkpoint in find_checkpoints(folder)], is_finished(folder, record)
+    )
+
+
+class Length(msgspec.Struct):
+    """How long the configuration in a run.json trains."""
+
+    max_steps: int | None = None
+    epochs: float | None = None
+
+
+class RunLength(msgspec.Struct):
+    """A run.json, of which only the length matters."""
+
+    config: Length
+
+
+def is_finished(folder: Path, record: bytes | None) -> bool:
+    """Whether final/ is what run.json, of this content, asks for: while a run is extended, final/ is of the shorter
+    run. A damaged run.json is reported where it is compared."""
+    final = folder / "final"
+    if not (final / "adapter" / ADAPTER_CONFIG).is_file():  # the same file as for `checkpoint.resolve_run`
+        return False
+    if record is None or not (final / "run.json").is_file():
+        return True
+    try:
+        asked, made = (msgspec.json.decode(raw, type=RunLength) for raw in (record, read_bytes(final / "run.json")))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return True
+    return asked == made
+
+
+def choose_workers(workers: int, device: torch.device) -> int:
+    """Number of processes that load data beside each process that computes; -1 means none on a CPU, some on a GPU."""
+    return workers if workers >= 0 else GPU_WORKERS * (device.type == "cuda")
+
+
+@contextmanager
+def out_of_memory_as(advice: str) -> Iterator[None]:
+    """Inside the block, a GPU that is out of memory raises a UserError with this advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU is out of memory: {advice} ({one_line(error)[:160]})") from error
 
 
 def make_accelerator() -> accelerate.Accelerator:
@@ -291,8 +407,14 @@ def check_config(config: "Config"):
     check_ranges(config)
     if config.shard and config.dtype == "nf4":
         raise UserError("--shard=True --dtype=nf4: 4-bit layers cannot be sharded: use one of the two")
+    if config.shard and "full" in (config.train_vision, config.train_projector):
+        raise UserError("--shard=True --train_vision=full, --train_projector=full: only LoRA trains on a sharded base")
     if config.shard and (config.vision_cache_gb or config.vision_cache_dir):  # a process with a miss would gather alone
         raise UserError("--shard=True --vision_cache_gb: all processes must run a sharded tower: use one of the two")
+    if config.metric != "exact" and config.data.partition(":")[0] == "haystack":
+        raise UserError(f"--metric={config.metric}: haystacks are scored by exact answers: leave it out")
+    if config.patience and config.average_last:  # of the last updates, whose number is not known
+        raise UserError("--patience --average_last: training may stop before the average begins: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
 
@@ -357,18 +479,30 @@ def log_skipped(run: Run, faults: list[str]):
             file.write_text("".join(f"{reason}\n" for reason in sorted(run.skipped)), encoding="utf-8")
 
 
-def start_tracker(run: Run, config: "Config"):
-    """TensorBoard in the run folder, or wandb by name: copies of metrics.jsonl, which is what everything else reads."""
+def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
+    """TensorBoard in the run folder, or wandb by name: copies of metrics.jsonl, which is what everything else reads.
+
+    TensorBoard's table of hyperparameters has beside them the last scores on the evaluation sets, by these names.
+    """
     from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from torch.utils.tensorboard.summary import hparams
 
     if not run.is_main or config.tracker == "none":
         return
     if config.tracker == "tensorboard":
         run.tracker = TensorBoardTracker("tensorboard", run.folder, purge_step=step_of(run.resume) + 1)
     else:
-        name = run.folder.resolve().name  # also the id: a run that continues goes on there
-        run.tracker = WandBTracker("diff-transformer", name=name, id=name, resume="allow", config=run.record["config"])
+        name, number = run.folder.resolve().name, run.record["id"]  # a run that continues goes on under its id
+        run.tracker = WandBTracker(
+            "diff-transformer", name=name, id=number, resume="allow", config=run.record["config"]
+        )
     run.tracker.start()
+    if config.tracker == "tensorboard":
+        values = {key: v if isinstance(v, int | float) else str(v) for key, v in comparable(run.record).items()}
+        scores = [readable_tag(f"{kind}/{name}") for name in eval_sets for kind in (config.metric, "eval_loss")]
+        start_summaries = hparams(values, dict.fromkeys(["train/loss", *scores], 0))[:2]  # the third ends a session
+        for summary in start_summaries:
+            run.tracker.writer.file_writer.add_summary(summary)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -385,6 +519,13 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 # ---- comparing a run with what is asked
+class Start(msgspec.Struct):
+    """When and where the command was started; `step`: of the checkpoint that it continued from."""
+
+    step: Natural
+    extended: bool
+
+
 class RunRecord(msgspec.Struct):
     """The fields of run.json that are read back."""
 
@@ -396,6 +537,8 @@ class RunRecord(msgspec.Struct):
     dtype: str | None = None
     processes: int | None = None
     data: dict[str, dict[str, Any]] = {}
+    starts: list[Start] = []
+    id: str = ""  # for trackers
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
@@ -409,14 +552,19 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_same_config(run: Run):
-    """Print what changed since the run began. Raises UserError, with the reason, if it cannot continue with that."""
-    stored = read_run_record(run.folder)
+def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
+    """Print what changed since the run of this run.json began; returns whether it is finished and is to be extended.
+
+    Raises UserError, with the reason, if it cannot continue with that.
+    """
     old, new = comparable(stored), comparable(run.record)
     if stored.get("base_weights") is None:  # of before it was recorded
         new["base_weights"] = old["base_weights"]
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
-    refused = {k: change for k, change in changed.items() if k not in RESUMABLE_FIELDS and k != "processes"}
+    grown = {k for k in LENGTH & set(changed) if type(old.get(k)) in (int, float) and new[k] > old[k]}
+    is_longer = run.found.finished and bool(grown)
+    allowed = {"processes", *RESUMABLE_FIELDS, *(grown if is_longer else ())}
+    refused = {k: change for k, change in changed.items() if k not in allowed}
     if refused:
         reasons = {"order of the data": DATA_ORDER, "shapes of what is saved": SAVED_SHAPES}
         lines = []
@@ -429,6 +577,19 @@ def check_same_config(run: Run):
             "or start again with --overwrite=True"
         )
     run.print(*(f"changed since: {text}" for k, text in changed.items() if k not in ("output_dir", "overwrite")))
+    return is_longer
+
+
+def check_last_checkpoint(run: Run):
+    """Raise UserError unless a finished run continues from the very last of its updates."""
+    last = read_typed(run.folder / "final" / "run.json", LogLine).step
+    if step_of(run.resume) != last:
+        raise UserError(
+            f"{run.folder}: its checkpoint of step {last} is missing or damaged, so it cannot be extended: restore it, "
+            "or start again with --overwrite=True"
+        )
+    if run.record["config"]["average_last"]:
+        raise UserError(f"{run.folder}: --average_last ended it with a mean of weights, so it cannot be extended")
 
 
 def comparable(record: dict) -> dict:
@@ -468,6 +629,7 @@ class TrainerState(msgspec.Struct):
     best: float
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
+    stale: Natural = 0  # evaluations since the best one
     average: dict[str, Any] = {}  # see training.update_average
     averaged: Natural = 0
 
@@ -504,7 +666,8 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """{"step", "best", "seconds", "optimizer"} of a checkpoint, and where weights are averaged {"average", "averaged"}.
+    """{"step", "best", "stale", "seconds", "optimizer"} of a checkpoint, and where weights are averaged {"average",
+    "averaged"}.
 
     Raises UserError for a damaged file.
     """
@@ -558,6 +721,8 @@ class MetricsLine(LogLine, rename={"lambda_": "lambda"}):
 
     loss: float | None = None
     eval: dict[str, tuple[Natural, Natural]] | None = None  # by set: right answers, of n
+    eval_loss: dict[str, float] | None = None  # by set: of a label token
+    metric: dict[str, float] | None = None  # by set: the one of --metric, unless it is exact
     lambda_: dict[str, float] | None = None
     inside: dict[str, dict[str, float]] | None = None
 
@@ -660,7 +825,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """`git describe` of the repository, None outside of one."""
+    """`git describe` of the repository, None outside of one, as where the package is installed."""
+    if not (ROOT / ".git").exists():
+        return None
     try:
         git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     except OSError:  # git is not installed

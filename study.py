@@ -2,6 +2,7 @@
 
     python study.py                      # run what is missing of the conversion study (A) and print its state
     python study.py --study=B1           # from scratch, on symbols: which arm forms the retrieval circuit first?
+    python study.py --study=C            # the conversion of a pretrained language model, exploratory
     python study.py --quick=True         # 2 arms, 2 seeds, fewer steps and questions: ten minutes, not the study
     python study.py --report=True        # the table, the verdicts and the figure, from the records alone
 
@@ -33,9 +34,15 @@ from files import check_ranges, read_json, write_json, writing
 ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "study.json"
 RECORDS = ROOT / "results" / "study"
-Name = Literal["A", "A-pilot", "B1"]
+Name = Literal["A", "A-pilot", "B1", "C-pilot", "C"]
 REPORT, FIGURE = RECORDS / "report.md", RECORDS / "figure.png"
-RUNNERS = {"A": "study_conversion", "A-pilot": "study_conversion", "B1": "study_symbolic"}
+RUNNERS = {
+    "A": "study_conversion",
+    "A-pilot": "study_conversion",
+    "B1": "study_symbolic",
+    "C": "study_decoder",
+    "C-pilot": "study_decoder",
+}
 NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # of the calibration
 POLL_SECONDS = 1.0
 QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
@@ -216,7 +223,7 @@ def run_job(study: str, section: dict, records: Path, config: Config):
         "seed": job.seed,
         "commit": git_commit() or "",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "dtype": "float32",
+        "dtype": section.get("dtype", "float32"),
         "threads": section["threads"],
         "fingerprint": config.fingerprint,
         "versions": versions(),
@@ -234,20 +241,22 @@ def print_grid(section: dict, records: Path):
 
 def write_report():
     """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone."""
-    plan = {study: read_section(study) for study in ("A", "B1") if study in read_json(PLAN)}
+    import study_figure
+
+    plan = {study: read_section(study) for study in ("A", "B1", "C") if study in read_json(PLAN)}
     records = [record for study in plan for record in study_report.read_records(RECORDS / study, study)]
     lines = study_report.format_report(plan, records)
     print(*lines, sep="\n")
     with writing(REPORT):
         REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    study_report.draw_figure(plan, records, FIGURE)
+    study_figure.draw_figure(plan, records, FIGURE)
 
 
 @one_line_errors
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     check_ranges(config)
-    if config.report and not config.quick and config.study != "A-pilot":
+    if config.report and not config.quick and not config.study.endswith("-pilot"):
         write_report()
         return
     records = RECORDS / config.study

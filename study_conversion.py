@@ -19,18 +19,21 @@ import msgspec
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_diff
 import finetune_original
 from checkpoint import weights_fingerprint
 from diagnostics import lambda_values
-from differential_attention import DifferentialConfig, differential_parameters, knock_out
+from differential_attention import DifferentialConfig, differential_config, knock_out
 from errors import UserError
 from files import read_bytes, read_json, read_typed
 from haystack import ImagePool, add_noise, needle_prompt, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
+from modeling_vlm import IGNORED_LABEL, VisionLanguageModel
+from models import classes_of
 from needle_eval.needle_attention import measure_needle_attention
-from needle_eval.questions import Question, is_exact
+from needle_eval.questions import Question, is_exact, open_reference
 from needle_eval.runner import Answerer, answer_questions
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import find_checkpoints, make_accelerator
@@ -142,13 +145,18 @@ def make_questions(
 
 
 def pack_answers(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
-    """By condition {"n", "right"}: one bit for each question in order, as hexadecimal digits of numpy.packbits."""
+    """By condition {"n", "right"}: a bit for each question in order, as hexadecimal digits of numpy.packbits."""
     packed = {}
     for name in names:
         right = [row["response"] is not None and is_exact(row["response"], row["ground_truth"])
                  for row in rows if row["setting"] == name]  # fmt: skip
-        packed[name] = {"n": len(right), "right": np.packbits(np.array(right, bool)).tobytes().hex()}
+        packed[name] = pack_bits(right)
     return packed
+
+
+def pack_bits(right: Sequence[bool]) -> dict[str, Any]:
+    """{"n", "right"}, see `pack_answers`."""
+    return {"n": len(right), "right": np.packbits(np.array(right, bool)).tobytes().hex()}
 
 
 # ---- one run
@@ -197,27 +205,68 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
     rows = answer_questions(answerer, questions, progress=f"{arm} seed {seed}")
+    names = endpoint_conditions(section)
     attention = measure_needle_attention(answerer, questions, section["attention_questions"])
-    shares = [attention[condition]["share"] for condition in endpoint_conditions(section)]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = read_json(folder / "run.json")["parameters"]
-    record = {
-        "status": status,
-        "trained_parameters": sum(count for count, _ in trained.values()),
-        "final_loss": [line["loss"] for line in lines if "loss" in line][-1],
-        "lambdas": [],
+    shares = [attention[condition]["share"] for condition in names]
+    likelihoods = {
+        condition: log_likelihood(
+            answerer, [q for q in questions if q.setting == condition][: section["likelihood_questions"]]
+        )
+        for condition in (names if section.get("likelihood_questions") else ())
+    }
+    record = describe_training(model, folder, status) | {
         "num_concepts": len(look_alikes),
         "answers": pack_answers(rows, list(conditions)),
         "needle_shares": [float(share) for share in np.mean(shares, axis=0)],
+        "log_likelihoods": likelihoods,
+        "forward_flops": count_flops(config, [image.open() for image in questions[0].images], questions[0].prompt),
         "knockout": {},
     }
-    if differential_parameters(model) and has_lambda(config.differential):
-        record["lambdas"] = list(lambda_values(model).values())
+    if has_lambda(model):
         knock_out(model)
-        names = endpoint_conditions(section)
         asked = [question for question in questions if question.setting in names]
         record["knockout"] = pack_answers(answer_questions(answerer, asked), names)
     return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def describe_training(model: VisionLanguageModel, folder: Path, status: str) -> dict[str, Any]:
+    """The fields of a record that follow from a trained model and its run folder."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = read_json(folder / "run.json")["parameters"]
+    return {
+        "status": status,
+        "trained_parameters": sum(count for count, _ in trained.values()),
+        "final_loss": [line["loss"] for line in lines if "loss" in line][-1],
+        "lambdas": list(lambda_values(model).values()) if has_lambda(model) else [],
+    }
+
+
+@torch.inference_mode()
+def log_likelihood(answerer: Answerer, questions: Sequence[Question]) -> float:
+    """Mean over the questions of the log-probability, in nats, of the right answer and `<eos>`."""
+    total = 0.0
+    for start in range(0, len(questions), BATCH_SIZE):
+        asked = questions[start : start + BATCH_SIZE]
+        images = [[open_reference(image) for image in question.images] for question in asked]
+        answers = [question.ground_truth for question in asked]
+        batch = answerer.processor(images=images, text=[question.prompt for question in asked], suffix=answers)
+        batch = {key: tensor.to(answerer.accelerator.device) for key, tensor in batch.items()}
+        loss = answerer.model(**batch).loss.item()  # the mean over all tokens of the answers
+        total -= loss * int((batch["labels"] != IGNORED_LABEL).sum())
+    return total / len(questions)
+
+
+def count_flops(config: finetune_original.Config, images: list[Image.Image], prompt: str) -> int:
+    """Floating point operations of the base model with the arm's attention, forward, on one prompt.
+
+    LoRA, which all arms have alike, is not counted.
+    """
+    model_class, processor_class = classes_of(config.model)
+    model = model_class.from_pretrained(config.model, differential=getattr(config, "differential", None))
+    batch = processor_class.from_pretrained(config.model)([images] if images else None, [prompt])
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(**batch)
+    return counter.get_total_flops()
 
 
 def check_weights(section: dict):
@@ -233,9 +282,10 @@ def endpoint_conditions(section: dict) -> list[str]:
     return [f"{cells} {kind}" for cells in endpoint["cells"] for kind in endpoint["kinds"]]
 
 
-def has_lambda(config: DifferentialConfig) -> bool:
-    """Whether a preset has a lambda that can be set to 0."""
-    return config.combine != "replace" and config.second != "none"
+def has_lambda(model: VisionLanguageModel) -> bool:
+    """Whether a model has differential attention with a lambda that can be set to 0."""
+    config = differential_config(model)
+    return config is not None and config.combine != "replace" and config.second != "none"
 
 
 # ---- the pilot
@@ -291,10 +341,10 @@ def fingerprint_of(losses: list[float]) -> str:
     return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
 
 
-def measure_fingerprint(section: dict, folder: Path) -> str:
-    """`fingerprint_of` the first ten losses of the standard arm at the first pilot seed, trained into `folder`."""
+def measure_fingerprint(section: dict, folder: Path, steps: int = 10) -> str:
+    """`fingerprint_of` the first losses of the standard arm at the first pilot seed, trained into `folder`."""
     config = make_config(section, next(iter(section["arms"])), section["fingerprint_seed"], folder)
-    config = replace(config, max_steps=10, log_every=1, save_every=10, eval_samples=1, overwrite=True)
+    config = replace(config, max_steps=steps, log_every=1, save_every=steps, eval_samples=1, overwrite=True)
     train(config, "fingerprint")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return fingerprint_of([line["loss"] for line in lines if "loss" in line])

@@ -1,7 +1,8 @@
-"""The answer of the study, its table and its figure, from the plan and the committed records alone.
+"""The answer of the study and its tables, from the plan and the committed records alone; study_figure.py draws them.
 
 Study A fine-tunes a pretrained model with every attention arm and compares endpoint N, the accuracy in finding a
-needle among many cells; study B1 trains small decoders from scratch and compares how many steps they need to retrieve.
+needle among many cells; study C does the same with a language model and codes in text; study B1 trains small decoders
+from scratch and compares how many steps they need to retrieve.
 All differences are paired over seeds. In text and tables they are points, hundredths of the accuracy.
 """
 
@@ -15,16 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import matplotlib
 import msgspec
 import numpy as np
-from matplotlib.axes import Axes
 from msgspec import Meta
 from scipy import stats
 
 from errors import UserError
-from files import read_typed, writing
-from needle_eval.plots import PERCENT, STYLE
+from files import read_typed
 from needle_eval.statistics import (
     MIN_SEEDS,
     bootstrap_seeds_and_items,
@@ -33,18 +31,15 @@ from needle_eval.statistics import (
     holm,
     log_rank,
     logistic_threshold,
-    mean_over_seeds,
+    mcnemar_exact,
     paired_t,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
 ALPHA = 0.05
 MARGIN = 3.0  # points: the smallest effect of interest and the margin of equivalence
 NARROW_MARGIN = 2.0  # reported beside it
 HYPOTHESES = (("split", "standard"), ("split", "additive"), ("split", "flipped"))
-KINDS = ("look-alike", "noise")  # of what makes a condition with the needle hard
+KINDS = ("look-alike", "noise", "pairs")  # of what makes a condition with the needle hard
 # B1: the first is the primary contrast, the others form one secondary family
 CONTRASTS = (
     ("v1", "double_width_norm"),
@@ -100,20 +95,23 @@ class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ConversionRecord(Record, kw_only=True):
-    """A run of study A. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
+    """A run of study A or C. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
 
     Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
     i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
-    the attention, by layer.
+    the attention, by layer. `log_likelihoods`: mean log-probability, in nats, of the right answer, by condition of the
+    endpoint. `forward_flops`: of the prompt of one question, see `study_conversion.count_flops`.
     """
 
-    study: Literal["A"]
+    study: Literal["A", "C"]
     num_concepts: Positive
     final_loss: float | None  # None: not finite
     lambdas: list[float]  # of the layers, in order
     answers: dict[str, Answers]
     needle_shares: list[float]
     knockout: dict[str, Answers]
+    log_likelihoods: dict[str, float]
+    forward_flops: Count
 
 
 class SymbolicRecord(Record, kw_only=True):
@@ -133,14 +131,14 @@ def hash_plan(section: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
 
-def read_records(folder: Path, study: Literal["A", "B1"]) -> list[Record]:
+def read_records(folder: Path, study: Literal["A", "B1", "C"]) -> list[Record]:
     """The records of one study, <arm>/seedNN.json or <arm>/<pairs>pairs-seedNN.json in `folder`, in order of path.
 
     Raises UserError for a file that is no record, or that lies where another run's belongs.
     """
     records = []
     for path in sorted(Path(folder).glob("*/*.json")):
-        record = read_typed(path, {"A": ConversionRecord, "B1": SymbolicRecord}[study], "delete it and run it again")
+        record = read_typed(path, SymbolicRecord if study == "B1" else ConversionRecord, "delete it and run it again")
         if path.relative_to(folder) != record_path(record):
             raise UserError(f"{path}: holds the record of {record_path(record)}: move it there")
         records.append(record)
@@ -230,7 +228,9 @@ def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
     """Unweighted mean accuracy of these conditions. Raises UserError if one was not asked."""
     missing = [condition for condition in conditions if condition not in record.answers]
     if missing:
-        raise UserError(f"A/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again")
+        raise UserError(
+            f"{record.study}/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again"
+        )
     return 100 * statistics.fmean(record.answers[condition].rate() for condition in conditions)
 
 
@@ -245,6 +245,11 @@ def false_alarms(record: ConversionRecord) -> float | None:
     """Mean rate, in points, at which a cell was named although the caption is in none."""
     rates = [1 - answers.rate() for condition, answers in record.answers.items() if condition.endswith(" absent")]
     return 100 * statistics.fmean(rates) if rates else None
+
+
+def likelihood(record: ConversionRecord) -> float | None:
+    """Mean log-probability of the right answer, in nats, over the conditions of the endpoint; None if not measured."""
+    return statistics.fmean(record.log_likelihoods.values()) if record.log_likelihoods else None
 
 
 def accuracy_by_cells(record: ConversionRecord) -> dict[int, float]:
@@ -352,10 +357,15 @@ def core_verdict(hypotheses: Sequence[Contrast]) -> str:
     return "helps (and it is the subtraction)" if set(verdicts) == {"helps"} else verdicts[0]
 
 
+def hypotheses_of(section: dict[str, Any]) -> list[tuple[str, str]]:
+    """The hypotheses whose arms are in the plan: all three in study A."""
+    return [pair for pair in HYPOTHESES if set(pair) <= set(section["arms"])]
+
+
 def core_contrasts(group: Group) -> list[Contrast]:
-    """The three hypotheses with their Holm p values. Call it when all core runs are in."""
+    """The hypotheses with their Holm p values. Call it when all core runs are in."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
-    found = [contrast(group, a, b, measure) for a, b in HYPOTHESES]
+    found = [contrast(group, a, b, measure) for a, b in hypotheses_of(group.section)]
     adjust(found)
     return found
 
@@ -395,7 +405,8 @@ def core_arms(section: dict[str, Any]) -> list[str]:
     return [arm for arm, planned in section["arms"].items() if planned["family"] == "core"]
 
 
-FINE_ENDPOINTS = ("d'", "points per doubling of cells", "log2 of cells at 50 %")  # reported with two decimals
+# reported with two decimals
+FINE_ENDPOINTS = ("d'", "points per doubling of cells", "log2 of cells at 50 %", "log-likelihood of the answer")
 
 
 def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | None]]:
@@ -406,6 +417,7 @@ def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | No
     measures["d'"] = sensitivity
     measures["points per doubling of cells"] = slope
     measures["log2 of cells at 50 %"] = cells_at_half
+    measures["log-likelihood of the answer"] = likelihood
     measures["attention on the needle"] = partial(needle_share, layer=group.section.get("attention_layer"))
     return measures
 
@@ -496,7 +508,7 @@ WOULD_CHANGE = {
 
 
 def answer(group: Group) -> str:
-    """The answer of study A in one sentence: difference, interval, verdict, and what would change it."""
+    """The answer of study A or C in one sentence: difference, interval, verdict, and what would change it."""
     core = core_arms(group.section)
     missing = group.missing(core)
     if missing:
@@ -540,14 +552,16 @@ def planned_symbolic(section: dict[str, Any]) -> int:
 
 
 def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) -> list[str]:
-    """The report as lines of markdown: both studies, replications under headings of their own.
+    """The report as lines of markdown: all studies, replications under headings of their own.
 
-    `plan`: study.json, {"A": section, "B1": section}. Raises UserError for records of another plan.
+    `plan`: sections of study.json, {"A": section, "B1": section, "C": section}. Raises UserError for records of another
+    plan.
     """
     lines = []
     for study, title, write in (
         ("A", "Study A: fitted into a pretrained model", format_conversion),
         ("B1", "Study B1: trained from scratch", format_symbolic),
+        ("C", "Study C, exploratory: fitted into a pretrained language model", format_conversion),
     ):
         if study not in plan:
             continue
@@ -566,7 +580,7 @@ def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) ->
 
 
 def format_conversion(group: Group) -> list[str]:
-    """Study A: the answer, the three hypotheses, a row for every arm, the secondary endpoints."""
+    """Study A or C: the answer, the hypotheses, a row for every arm, the secondary endpoints."""
     if group.section.get("quick"):
         return [QUICK_NOTE, "", *format_arms(group, [], [])]
     lines = [answer(group), ""]
@@ -577,7 +591,12 @@ def format_conversion(group: Group) -> list[str]:
     lines += ["All arms. The verdicts of all but split are secondary, one Holm family against standard:", ""]
     lines += [*format_arms(group, hypotheses, secondary), ""]
     lines += ["Secondary endpoints, points unless named otherwise; Holm over each column:", ""]
-    return lines + format_secondary(group)
+    lines += [*format_secondary(group), ""]
+    lines += [
+        "Description: the endpoint's questions in every seed, split against standard, McNemar's exact test:",
+        "",
+    ]
+    return lines + format_seeds(group, *HYPOTHESES[0])
 
 
 def format_spread(group: Group) -> list[str]:
@@ -592,7 +611,7 @@ def format_spread(group: Group) -> list[str]:
 
 
 def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]:
-    """A row for each of the three hypotheses."""
+    """A row for each of the hypotheses."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
     rows = []
     for found in hypotheses:
@@ -627,7 +646,8 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         records = list(group.of_arm(arm).values())
         planned = group.section["arms"][arm]
         against = contrast(group, arm, "additive", measure) if arm not in ("standard", "additive") else None
-        row = [arm, planned["family"], f"{records[0].trained_parameters:,}", mean_text(r.seconds / 60 for r in records)]
+        row = [arm, planned["family"], f"{records[0].trained_parameters:,}"]
+        row += [f"{records[0].forward_flops / 1e6:,.0f}", mean_text(r.seconds / 60 for r in records)]
         row += [f"{len(records)} of {len(planned['seeds'])}", mean_text(measure(r) for r in records)]
         versus = found.get(arm)
         row += [interval(versus.t) if versus else NO_VALUE, interval(against.t) if against else NO_VALUE]
@@ -638,8 +658,8 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         if versus:
             shown = core_verdict(hypotheses) if arm == "split" else verdict(versus)
         rows.append([*row, shown])
-    header = ["arm", "family", "trained parameters", "minutes", "seeds", "N", "- standard [95 %]", "- additive [95 %]"]
-    header += ["Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
+    header = ["arm", "family", "trained parameters", "MFLOPs", "minutes", "seeds", "N", "- standard [95 %]"]
+    header += ["- additive [95 %]", "Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
     return table(header, rows)
 
 
@@ -647,7 +667,7 @@ def format_secondary(group: Group) -> list[str]:
     """A row for each secondary endpoint, a column for each hypothesis; a star where Holm's p is below 0.05."""
     measures = secondary_endpoints(group)
     columns = []
-    for a, b in HYPOTHESES:
+    for a, b in hypotheses_of(group.section):
         found = {name: c for name, measure in measures.items() if (c := contrast(group, a, b, measure))}
         adjust(list(found.values()))
         columns.append(found)
@@ -657,7 +677,21 @@ def format_secondary(group: Group) -> list[str]:
         if any(found):
             digits = 2 if name in FINE_ENDPOINTS else 1
             rows.append([name, *(interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)])
-    return table(["endpoint", *(f"{a} - {b}" for a, b in HYPOTHESES)], rows)
+    return table(["endpoint", *(f"{a} - {b}" for a, b in hypotheses_of(group.section))], rows)
+
+
+def format_seeds(group: Group, a: str, b: str) -> list[str]:
+    """A row for each seed: how many questions of the endpoint each arm alone answers, and McNemar's exact p."""
+    conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(a), group.of_arm(b)
+    rows = []
+    for seed in (seed for seed in of_a if seed in of_b):
+        right_a, right_b = (
+            np.concatenate([arm[seed].answers[condition].bits() for condition in conditions]) for arm in (of_a, of_b)
+        )
+        only_a, only_b = int((right_a > right_b).sum()), int((right_b > right_a).sum())
+        p = p_text(mcnemar_exact(only_a, only_b))
+        rows.append([str(seed), str(len(right_a)), *map(str, (right_a.sum(), right_b.sum(), only_a, only_b)), p])
+    return table(["seed", "questions", f"{a} right", f"{b} right", f"only {a}", f"only {b}", "p"], rows)
 
 
 def format_symbolic(group: Group) -> list[str]:
@@ -693,194 +727,3 @@ def format_symbolic(group: Group) -> list[str]:
             rows.append([*row, steps_verdict(found)])
     header = ["pairs", "contrast", "seeds", "steps [95 %]", "p", "Holm p", "log-rank p", "verdict"]
     return lines + table(header, rows)
-
-
-# ---- figure
-# Okabe and Ito's colours, which colour-blind readers tell apart; every arm has a marker of its own as well
-LOOKS = {
-    "standard": ("#000000", "o"),
-    "split": ("#0072B2", "s"),
-    "additive": ("#E69F00", "^"),
-    "flipped": ("#D55E00", "v"),
-    "v1": ("#0072B2", "s"),
-    "double_width": ("#E69F00", "^"),
-    "double_width_norm": ("#D55E00", "v"),
-    "v2": ("#009E73", "D"),
-}
-OTHER_LOOK = ("#009E73", "D")
-LABELS = {
-    "double_width": "double width",
-    "double_width_norm": "double width, norm",
-    "v1": "V1",
-    "v2": "V2",
-}
-SURVIVAL_ARMS = ("standard", "v1", "double_width_norm")
-SINGLE_PANEL = (6.4, 4.2)  # inches
-NOTE = dict(ha="center", va="center", color="0.5", fontsize=9, wrap=True)
-FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.titlesize": 10, "axes.titleweight": "bold",
-                        "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
-
-
-def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path: Path) -> None:
-    """The study in four panels, as a PNG of equal bytes for equal records and versions. Replications are not drawn.
-
-    A panel whose runs are not all finished says so instead of showing differences. While the plan has no section A,
-    there is panel c alone.
-    """
-    groups = {study: group_records(plan[study], study, records)[:1] for study in plan}
-    with plt.rc_context(FIGURE_STYLE):
-        if "A" in plan:
-            figure, axes = plt.subplots(2, 2, layout="constrained")
-            places = dict(zip("abcd", axes.flat, strict=True))
-        else:
-            figure, axes = plt.subplots(figsize=SINGLE_PANEL, layout="constrained")
-            places = {"c": axes}
-        panels = {
-            "A": [
-                ("a  Needles found: difference from standard", draw_forest),
-                ("b  Accuracy against the number of cells", draw_cells),
-                ("d  Attention on the needle and accuracy", draw_share),
-            ],
-            "B1": [("c  From scratch: runs that do not yet retrieve", draw_survival)],
-        }
-        for study, panels_of_study in panels.items():
-            for title, draw in panels_of_study if study in plan else ():
-                panel = places[title[0]]
-                panel.set_title(title)
-                note = draw(panel, groups[study][0]) if groups.get(study) else "no run is finished"
-                if note:
-                    panel.axis("off")
-                    panel.text(0.5, 0.5, note, transform=panel.transAxes, **NOTE)
-        with writing(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            # matplotlib's own entry names its version
-            figure.savefig(path, format="png", metadata={"Software": None})
-        plt.close(figure)
-
-
-def look(arm: str) -> dict[str, str]:
-    """Colour and marker of an arm."""
-    colour, marker = LOOKS.get(arm, OTHER_LOOK)
-    return dict(color=colour, marker=marker)
-
-
-def unfinished(group: Group) -> str | None:
-    """What a panel of study A says before all core runs are in; None afterwards."""
-    return answer(group) if group.missing(core_arms(group.section)) else None
-
-
-def draw_forest(panel: Axes, group: Group) -> str | None:
-    """A row for each arm: dots are seeds, the bar is the 95 % interval, the open diamond is against additive."""
-    if note := unfinished(group):
-        return note
-    measure = partial(points, conditions=endpoint_conditions(group.section))
-    found = {c.a: c for c in (core_contrasts(group)[0], *secondary_contrasts(group))}
-    arms = [arm for arm in group.arms() if arm in found]
-    panel.axvspan(-MARGIN, MARGIN, color="0.93", zorder=0)
-    panel.axvline(0, color="0.4", linewidth=1, zorder=1)
-    for row, arm in enumerate(arms):
-        t, colour = found[arm].t, look(arm)["color"]
-        panel.plot(found[arm].differences, np.full(t["n"], row + 0.2), ".", color=colour, alpha=0.35, markersize=5)
-        panel.plot([t["low"], t["high"]], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
-        panel.plot(t["mean"], row, **look(arm), markersize=6)
-        against = contrast(group, arm, "additive", measure) if arm != "additive" else None
-        if against:
-            t = against.t
-            panel.plot([t["low"], t["high"]], [row - 0.22] * 2, color="0.55", linewidth=1)
-            panel.plot(t["mean"], row - 0.22, "d", color="0.45", markerfacecolor="white", markersize=4.5)
-    families = [group.section["arms"][arm]["family"] for arm in arms]
-    for row in range(1, len(arms)):
-        if families[row] != families[row - 1]:
-            panel.axhline(row - 0.5, color="0.8", linewidth=0.8)
-    panel.set_yticks(range(len(arms)), arms)
-    panel.set(ylim=(len(arms) - 0.4, -0.6))
-    panel.set_xlabel(
-        f"points of endpoint N, 95 % intervals; dots: seeds\nopen diamonds: against additive; band: ±{MARGIN:g}"
-    )
-    panel.grid(axis="y", visible=False)
-    return None
-
-
-def draw_cells(panel: Axes, group: Group) -> str | None:
-    """Mean accuracy of the core arms with the 95 % interval over seeds, against log2 of the cells."""
-    if note := unfinished(group):
-        return note
-    cells = []
-    for arm in core_arms(group.section):
-        curves = [accuracy_by_cells(record) for record in group.of_arm(arm).values()]
-        cells = sorted(set.intersection(*map(set, curves)))
-        over = [mean_over_seeds([curve[count] for curve in curves]) for count in cells]
-        panel.fill_between(cells, [o["low"] for o in over], [o["high"] for o in over], color=look(arm)["color"],
-                           alpha=0.15, linewidth=0)  # fmt: skip
-        panel.plot(cells, [o["mean"] for o in over], **look(arm), markersize=4.5, linewidth=1.6, label=arm)
-    panel.plot(cells, [1 / count for count in cells], color="0.6", linewidth=1, linestyle="dotted")
-    panel.text(cells[0], 1 / cells[0], " chance", fontsize=8, color="0.4", va="bottom", ha="left")
-    shapes = group.section.get("train", {}).get("shapes", [])
-    if shapes:
-        trained = max(images * side**2 for images, side in shapes)
-        panel.axvline(trained, color="0.6", linewidth=1, linestyle="dashed")
-        panel.text(trained, 1.0, " trained up to here", fontsize=8, color="0.4", va="top", ha="left")
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(cells, map(str, cells))
-    panel.set(xlabel="cells among which the needle is", ylabel="exact answers", ylim=(0, 1.02))
-    panel.yaxis.set_major_formatter(PERCENT)
-    panel.legend(loc="lower left", bbox_to_anchor=(0, 0.3))
-    return None
-
-
-def draw_survival(panel: Axes, group: Group) -> str | None:
-    """Share of the runs below 75 % accuracy after so many steps; a line style for each number of pairs."""
-    planned = planned_symbolic(group.section)
-    if len(group.records) < planned:
-        return symbolic_answer(group)
-    numbers = sorted({record.pairs for record in group.records})
-    for pairs, style in zip(numbers, ("solid", "dashed", "dotted"), strict=False):
-        first = math.inf
-        for arm in SURVIVAL_ARMS:
-            records = list(group.with_pairs(pairs).of_arm(arm).values())
-            steps = stats.CensoredData.right_censored([r.steps for r in records], [r.censored for r in records])
-            curve = stats.ecdf(steps).sf
-            first = min(first, *curve.quantiles)
-            label = LABELS.get(arm, arm) if pairs == numbers[0] else None
-            panel.step([1, *curve.quantiles], [1, *curve.probabilities], where="post", color=look(arm)["color"],
-                       linestyle=style, linewidth=1.6, label=label)  # fmt: skip
-        panel.text(first, 0.97, f"{pairs} pairs ", fontsize=8, color="0.4", va="top", ha="right")
-    steps = [record.steps for record in group.records if record.arm in SURVIVAL_ARMS]
-    panel.set_xscale("log")
-    panel.set(xlabel="steps", xlim=(min(steps) / 3, max(steps) * 1.1))
-    panel.set(ylabel=f"runs below {SYMBOLIC_THRESHOLD:.0%} accuracy", ylim=(-0.02, 1.04))
-    panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
-    panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    panel.yaxis.set_major_formatter(PERCENT)
-    panel.legend(loc="lower left")
-    return None
-
-
-def draw_share(panel: Axes, group: Group) -> str | None:
-    """A point for each seed of the core arms; an arrow leads to the accuracy without the second map."""
-    if note := unfinished(group):
-        return note
-    conditions, layer = endpoint_conditions(group.section), group.section.get("attention_layer")
-    runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
-    runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]
-    if not runs:
-        return "attention on the needle was not measured"
-    for arm in dict.fromkeys(arm for arm, _ in runs):
-        found = [record for of, record in runs if of == arm]
-        shares = [needle_share(record, layer) / 100 for record in found]
-        rates = [points(record, conditions) / 100 for record in found]
-        panel.plot(shares, rates, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)
-        for x, y, record in zip(shares, rates, found, strict=True):
-            if (without := knocked_out(record, conditions)) is not None:
-                arrow = dict(arrowstyle="->", color=look(arm)["color"], alpha=0.4, linewidth=0.8, shrinkA=3, shrinkB=0)
-                panel.annotate("", (x, without / 100), (x, y), arrowprops=arrow)
-    panel.set_xlabel(
-        "share of the attention on the needle; a point for each seed\narrows: the same run, second map switched off"
-    )
-    panel.set_ylabel("endpoint N")
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(PERCENT)
-    panel.legend()
-    return None

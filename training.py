@@ -33,7 +33,14 @@ from adapters import (
 )
 from checkpoint import locate, resolve_run
 from data import Haystacks, Source, batch_order, encode_row, loader, text_lengths
-from diagnostics import answer_attention, lambda_values, measure_maps, select_heads
+from diagnostics import (
+    answer_attention,
+    first_map,
+    lambda_values,
+    measure_maps,
+    select_heads,
+    subtracted_map,
+)
 from differential_attention import (
     differential_config,
     differential_parameters,
@@ -42,17 +49,23 @@ from differential_attention import (
 )
 from errors import UserError
 from files import atomic_folder, write_json, write_manifest, writing
+from fused_ops import cast_lora
+from metrics import check_answers, score_answers
+from model_card import adapter_card
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import wilson
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import (
+    ADDED_FIELDS,
     RESUMABLE_FIELDS,
     Run,
     Stopped,
     check_same_data,
+    choose_workers,
     find_checkpoints,
     load_optimizer,
+    out_of_memory_as,
     peak_memory,
     read_metrics,
     read_run_record,
@@ -70,20 +83,25 @@ SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first
 ATTENTION_ROWS = 3  # questions of each grid whose attention is saved
 SHOWN_ANSWERS = 2  # answers of each set in samples.jsonl, with their images
 SAMPLE_SIDE = 512  # pixels, at most, of an image in samples/
-GPU_WORKERS = 4  # data loading processes of each training process on a GPU
-IGNORED = -100  # label of a token that is not learned
+SMALLER_BATCH = (
+    "lower --batch_size and raise --accumulation by the same factor, which keeps the result, or set "
+    "--gradient_checkpointing=True"
+)
 SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # of the dropout seed: seeds, steps and processes do not share masks
 
 
 # ---- the model and its optimizer
 def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
-    """Freeze `model`, add LoRA to its language model, and unfreeze what differential attention added.
+    """Freeze `model`, add LoRA to its language model, to its tower and projector if they train, and unfreeze what
+    differential attention added.
 
     A resumed run takes the weights of its checkpoint. A new run starts from those of `config.model` where that is a run
     folder. Returns peft's wrapper; `model` itself changes in place. Also records the LoRA settings in `run.record` and
-    the initial differential parameters in `run.initial_differential`.
+    the initial differential parameters in `run.initial_differential`. Raises UserError for parts that cannot train.
     """
     model.requires_grad_(False)
+    trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
+    prepare_parts(config, model, trained)
     _, learned = resolve_run(config.model)
     folder = run.resume / "adapter" if run.resume else learned
     adapted = new_lora(config, model) if folder is None else attach_adapter(model, folder, trainable=True)
@@ -93,9 +111,26 @@ def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
     if run.resume and run.initial_differential:
         load_differential(model, run.resume)
     unfreeze_differential(model)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad and ".differential." not in name]
+    for part, how in trained.items():
+        if how != "no" and not any(part in name for name in names):
+            raise UserError(f"{config.model}: its adapter does not train the {part}: start from its base model")
     lora = adapted.peft_config["default"]  # the one in effect: a run folder brings its own
     run.record["lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout}
+    run.record["lora"] |= {"dora": lora.use_dora, "rslora": lora.use_rslora}
     return adapted
+
+
+def prepare_parts(config: "Config", model: nn.Module, trained: dict[str, str]):
+    """Make the parts that train as a whole float32, as adapters are. Raises UserError for parts that cannot train."""
+    for part, how in trained.items():
+        module = getattr(model.model, part)
+        if how != "no" and module is None:
+            raise UserError(f"--train_vision, --train_projector: {config.model} is a decoder alone: leave them out")
+        if how == "full":
+            if differential_parameters(module):  # peft would copy and save them with the part
+                raise UserError("--train_vision=full: the tower has differential attention: take --train_vision=lora")
+            module.float()
 
 
 def stored_differential_folder(config: "Config") -> Path | None:
@@ -106,7 +141,7 @@ def stored_differential_folder(config: "Config") -> Path | None:
 
 def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
     """AdamW on the trainable parameters. Those of differential attention take no weight decay, which would move them
-    without a gradient; lambda has a learning rate of its own."""
+    without a gradient; lambda, the vision tower and the projector have learning rates of their own."""
     differential = differential_config(adapted)
     groups: dict[tuple, dict] = {}
     for name, parameter in adapted.named_parameters():
@@ -114,19 +149,39 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
             is_differential = ".differential." in name
             is_lambda = is_differential and "lambda" in name.rpartition(".")[2]
             scale = differential.lambda_lr if is_lambda else 1.0  # of the learning rate
+            for part, rate in (("vision_tower", config.vision_lr), ("multi_modal_projector", config.projector_lr)):
+                if part in name and rate and not is_differential:
+                    scale = rate / config.lr
             decay = 0.0 if is_differential else config.weight_decay
             group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
             group["params"].append(parameter)
     return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
+def compile_layers(model: nn.Module, backend: str = "inductor"):
+    """Compile every decoder and vision layer by itself, in place: the layers of a tower share their graphs, which serve
+    rows of all lengths."""
+    tower = model.model.vision_tower
+    for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
+        layer.compile(dynamic=True, backend=backend)
+
+
+def without_compiling(config: "Config") -> contextlib.AbstractContextManager:
+    """Inside the block, compiled layers run as they are written: an evaluation would compile again for its KV cache."""
+    return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
+
+
 def init_or_resume_optimizer(run: Run, config: "Config", adapted: nn.Module) -> tuple[torch.optim.AdamW, dict]:
-    """The optimizer and the state of the loop (step, best score, seconds): new, or those of the checkpoint."""
+    """The optimizer and the state of the loop (step, best score, evaluations since it, seconds): new, or those of the
+    checkpoint."""
     optimizer = make_optimizer(config, adapted)
+    state = {"step": 0, "best": -1.0, "stale": 0, "seconds": 0.0}
     if run.resume is None:
-        return optimizer, {"step": 0, "best": -1.0, "seconds": 0.0}
-    state = read_trainer_state(run.resume)
+        return optimizer, state
+    state |= read_trainer_state(run.resume)
     load_optimizer(optimizer, state.pop("optimizer"), run.resume)
+    if state["step"] in run.extended_at:
+        state["stale"] = 0
     return optimizer, state
 
 
@@ -180,7 +235,7 @@ def train(
     check_same_data(run, {"train": source, **eval_sets})
     questions = make_questions(config, model, processor, eval_sets)
     start_folder(run, [fault for rows in (source, *eval_sets.values()) for fault in rows.skipped])
-    start_tracker(run, config)
+    start_tracker(run, config, eval_sets)
     limit = prompt_limit(config, model)
     probe = first_rows(run, limit, processor, next(iter(eval_sets.values())), PROBE_ROWS, with_suffix=False)
     if state["step"] == 0 and stored_differential_folder(config) is None:  # stored parameters include the selection
@@ -190,13 +245,16 @@ def train(
     started = time.perf_counter() - state["seconds"]
     update_seconds, tokens = 0.0, 0  # since the last line of the log
     batches = training_batches(run, config, model, processor, source, first_step, lengths, cache)
+    if config.compile:
+        compile_layers(model)
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
             # a broken evaluation fails now, not after hours
             evaluate(run, config, model, processor, questions, SHORT_EVALUATION * config.eval_batch_size)
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
-                last_step = step == total_steps  # no update follows: only checkpoint and evaluation
+                is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
+                last_step = step == total_steps or is_stale  # no update follows: only checkpoint and evaluation
                 state |= {"step": step, "seconds": time.perf_counter() - started}
                 run.raise_if_stopped()
 
@@ -209,11 +267,13 @@ def train(
                     last_saved = step
                 if last_step:
                     load_average(adapted, state)
-                    check_lambda_moved(run, model, total_steps)
-                if step % config.eval_every == 0 or last_step:
+                    check_lambda_moved(run, model, step)
+                if step % config.eval_every == 0 or last_step or step in run.extended_at:
                     evaluate_and_log(
-                        run, config, model, adapted, processor, eval_sets, questions, probe, state, total_steps
+                        run, config, model, adapted, processor, eval_sets, questions, probe, state, last_step
                     )
+                if is_stale and step < total_steps:
+                    run.print(f"stopped after step {step}: no better score in {config.patience} evaluations")
                 if last_step:
                     break
 
@@ -235,23 +295,24 @@ def train(
                 # ------------------------------------------------------------------
                 optimizer.zero_grad(set_to_none=True)
                 # a batch without examples is a dummy of a process that has no data left: weight 0
-                label_counts = [
-                    (batch["labels"] != IGNORED).sum() * bool(examples) for examples, batch in micro_batches
-                ]
-                total_labels = accelerator.reduce(sum(label_counts).float(), "sum").clamp(min=1)
+                label_counts = [batch["plan"].label_count * bool(examples) for examples, batch in micro_batches]
+                total_labels = torch.full((), float(sum(label_counts)), device=run.device)
+                total_labels = accelerator.reduce(total_labels, "sum").clamp(min=1)
                 loss = torch.zeros((), device=run.device)
-                for i, (_, batch) in enumerate(micro_batches):
-                    is_last = i + 1 == config.accumulation  # gradients are averaged over the processes only then
-                    with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped), run.autocast():
-                        micro_loss = wrapped(**batch).loss * label_counts[i] / total_labels
-                    accelerator.backward(micro_loss * world_size)  # times world_size: a sum instead of an average
-                    loss += micro_loss.detach()
+                with out_of_memory_as(SMALLER_BATCH), cast_lora(model):
+                    for i, (_, batch) in enumerate(micro_batches):
+                        is_last = i + 1 == config.accumulation  # gradients are averaged over the processes only then
+                        with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped), run.autocast():
+                            micro_loss = wrapped(**batch).loss * label_counts[i] / total_labels
+                        accelerator.backward(micro_loss * world_size)  # times world_size: a sum instead of an average
+                        loss += micro_loss.detach()
 
                 # ------------------------------------------------------------------
                 # clip, check, update
                 # ------------------------------------------------------------------
-                grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.clip))
-                loss = accelerator.reduce(loss, "sum").item()
+                grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+                # the one place where an update waits for the device
+                loss, grad_norm = torch.stack((accelerator.reduce(loss, "sum"), grad_norm.to(loss))).tolist()
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     ids = ", ".join(example.id for examples, _ in micro_batches for example in examples)
                     fault = f"loss {loss}, gradient norm {grad_norm}"
@@ -264,13 +325,13 @@ def train(
                 # log
                 # ------------------------------------------------------------------
                 # an estimate: as if every process had as many tokens as this one
-                tokens += sum(int(batch["attention_mask"].sum()) for _, batch in micro_batches) * world_size
+                tokens += sum(batch["plan"].tokens for _, batch in micro_batches) * world_size
                 update_seconds += time.perf_counter() - update_started
                 bar.update()
                 if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                     line = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
                     line |= describe_differential(config, model, grad_norm)
-                    run.track(step + 1, line)
+                    run.track(step + 1, {key: value for key, value in line.items() if key != "step"})
                     run.log(line | {"tokens_per_second": round(tokens / update_seconds)})
                     bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / update_seconds:.0f}")
                     update_seconds, tokens = 0.0, 0
@@ -283,9 +344,10 @@ def train(
     # ------------------------------------------------------------------
     # final adapter and results
     # ------------------------------------------------------------------
-    save_attention(run, model, processor, eval_sets)
+    with without_compiling(config):
+        save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
-    save_snapshot(run, adapted, run.folder / "final", {"step": total_steps, "seconds": round(seconds, 1)})
+    save_snapshot(run, adapted, run.folder / "final", {"step": state["step"], "seconds": round(seconds, 1)})
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
     run.print(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder} --image=...")
     run.finish()
@@ -309,19 +371,14 @@ def training_batches(
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     order = batch_order(len(source), config.batch_size, config.seed, first_step * config.accumulation, lengths)
     shares = (keys[rank::world] for keys in order)  # of a short last batch some processes get nothing
-    workers = worker_count(config, run)
+    workers = choose_workers(config.workers, run.device)
     for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
-        features = {}
+        more = {"plan": model.model.plan(**batch).to(run.device)}  # made before the tensors leave the CPU
         if cache is not None:
             images = {name: batch.pop(name) for name in ("pixel_values", "image_sizes") if name in batch}
             with run.autocast():  # as the forward pass would compute them
-                features = {"pixel_values": None, "image_features": cache.features(**images)}
-        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | features
-
-
-def worker_count(config: "Config", run: Run) -> int:
-    """Number of processes that load data."""
-    return config.workers if config.workers >= 0 else GPU_WORKERS * (run.device.type == "cuda")
+                more |= {"pixel_values": None, "image_features": cache.features(**images)}
+        yield examples, {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()} | more
 
 
 def max_length(model: nn.Module) -> int:
@@ -354,11 +411,12 @@ def first_rows(
 
 def describe_differential(config: "Config", model: nn.Module, grad_norm: float) -> dict[str, dict[str, float]]:
     """{"lambda", "differential_grad_norm"} of every layer, the norm before clipping; {} for standard attention."""
+    gradients = {name: p.grad for name, p in differential_parameters(model).items() if p.grad is not None}
+    sums = [gradient.float().square().sum() for gradient in gradients.values()]
     squares: dict[str, float] = {}
-    for name, parameter in differential_parameters(model).items():
-        if parameter.grad is not None:
-            layer = name.rpartition(".")[0]
-            squares[layer] = squares.get(layer, 0.0) + parameter.grad.float().square().sum().item()
+    for name, square in zip(gradients, torch.stack(sums).tolist() if sums else (), strict=True):  # one transfer
+        layer = name.rpartition(".")[0]
+        squares[layer] = squares.get(layer, 0.0) + square
     unclip = max(1.0, grad_norm / config.clip)  # the gradients have been clipped by now
     line = {"lambda": lambda_values(model)}
     line["differential_grad_norm"] = {layer: unclip * math.sqrt(square) for layer, square in squares.items()}
@@ -409,11 +467,17 @@ def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
 
 
 # ---- what is saved
-def save_adapter(adapted: nn.Module, folder: Path, record: dict):
-    """adapter/ in peft's format, differential.safetensors and run.json into `folder`: all that the base model lacks."""
+def save_adapter(run: Run, adapted: nn.Module, folder: Path, state: dict):
+    """adapter/ in peft's format with its card, differential.safetensors and run.json into `folder`: all that the base
+    model lacks."""
     save_lora(adapted, folder / "adapter")
     save_differential(adapted, folder)
+    record = run.record | state
     write_json(folder / "run.json", record)
+    evals = [line["eval"] for line in read_metrics(run.folder) if "eval" in line and line["step"] <= state["step"]]
+    model_type = adapted.get_base_model().config.model_type
+    card = adapter_card(record, evals[-1] if evals else {}, differential_config(adapted), model_type)
+    (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_checkpoint(run: Run, config: "Config", adapted: nn.Module, optimizer: torch.optim.Optimizer, state: dict):
@@ -421,7 +485,7 @@ def save_checkpoint(run: Run, config: "Config", adapted: nn.Module, optimizer: t
     if run.is_main:
         newest = run.folder / "checkpoints" / f"step-{state['step']:06d}"
         with atomic_folder(newest) as folder:
-            save_adapter(adapted, folder, run.record | {"step": state["step"]})
+            save_adapter(run, adapted, folder, {"step": state["step"]})
             save_trainer_state(state | {"optimizer": optimizer.state_dict()}, folder / "trainer.pt")
             write_manifest(folder)
         folders = find_checkpoints(run.folder)
@@ -445,22 +509,29 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
     """`final/` or `best/`: the adapter with its manifest, complete or not at all."""
     if run.is_main:
         with atomic_folder(folder) as new:
-            save_adapter(adapted, new, run.record | record)
+            save_adapter(run, adapted, new, record)
             write_manifest(new)
     run.accelerator.wait_for_everyone()
 
 
 def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
-    """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors."""
-    tensors = {}
+    """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors.
+
+    Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors.
+    """
+    tensors, signed = {}, {}
     with gathered(model):
         for name, source in eval_sets.items():
             if run.is_main and source.chance and source.counts_for_best:
                 batch = first_rows(run, max_length(model), processor, source, ATTENTION_ROWS, with_suffix=True)
                 tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
-    if tensors:
-        with writing(run.folder / "attention.safetensors"):
-            safetensors.torch.save_file(tensors, run.folder / "attention.safetensors")
+                parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
+                if bool(parts[1].any()):
+                    signed[name] = parts.float().cpu().contiguous()
+    for file, found in (("attention.safetensors", tensors), ("signed_maps.safetensors", signed)):
+        if found:
+            with writing(run.folder / file):
+                safetensors.torch.save_file(found, run.folder / file)
 
 
 # ---- evaluation
@@ -490,7 +561,10 @@ class Score(NamedTuple):
 def make_questions(
     config: "Config", model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]
 ) -> dict[str, list[Question]]:
-    """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error."""
+    """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error.
+
+    Raises UserError for a row that --metric cannot score.
+    """
     questions: dict[str, list[Question]] = {}
     for name, source in eval_sets.items():
         questions[name] = []
@@ -503,6 +577,10 @@ def make_questions(
                 error = str(fault)
             images = tuple(SourceImage(source, row, place) for place in range(n_images))
             fields = dict(setting=name, images=images, prompt=prefix, ground_truth=suffix)
+            if config.metric != "exact":
+                answers = source.answers(row)
+                check_answers(config.metric, source.id(row), answers)
+                fields["fields"] = {"answers": answers}  # of the answer row
             question = Question(id=source.id(row), max_new_tokens=config.max_new_tokens, error=error, **fields)
             questions[name].append(question)
     return questions
@@ -522,10 +600,12 @@ def evaluate(
     (eval_mmnih.py counts it as wrong).
     Raises Stopped, and UserError for a set without a usable row.
     """
-    answerer = Answerer(model, processor, run.accelerator, run.dtype, config.eval_batch_size, worker_count(config, run))
+    answerer = Answerer(
+        model, processor, run.accelerator, run.dtype, config.eval_batch_size, choose_workers(config.workers, run.device)
+    )
     scores = {}
     for name, asked in questions.items():
-        with gathered(model):
+        with gathered(model), without_compiling(config), out_of_memory_as("lower --eval_batch_size"):
             rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
         answered = [row for row in rows if "error" not in row]
         for row in rows:
@@ -539,6 +619,52 @@ def evaluate(
     return scores
 
 
+@torch.inference_mode()
+def evaluation_losses(
+    run: Run,
+    config: "Config",
+    model: nn.Module,
+    processor: PaliGemmaProcessor,
+    eval_sets: dict[str, Source],
+    questions: dict[str, list[Question]],
+) -> dict[str, float]:
+    """Mean loss of a label token of each evaluation set, on the rows that every evaluation answers.
+
+    The same rows at every evaluation, so that the losses make a curve. A row that cannot be used is left out. Raises
+    Stopped, and UserError for a set without a usable row.
+    """
+    model.eval()
+    rank, world, size = run.accelerator.process_index, run.accelerator.num_processes, config.eval_batch_size
+    losses = {}
+    for name, source in eval_sets.items():
+        run.raise_if_stopped()
+        first = enumerate(questions[name][: SHORT_EVALUATION * size])
+        rows = [(0, row) for row, question in first if not question.error][rank::world]
+        total = torch.zeros(2, device=run.device)  # loss of all label tokens, their number
+        batches = loader(
+            source,
+            processor,
+            [rows[start : start + size] for start in range(0, len(rows), size)],
+            with_suffix=True,
+            workers=choose_workers(config.workers, run.device),
+            skip=run.skip,
+            max_length=max_length(model),
+        )
+        with gathered(model), out_of_memory_as("lower --eval_batch_size"):
+            for examples, batch in batches:
+                plan = model.model.plan(**batch).to(run.device)  # made before the tensors leave the CPU
+                batch = {key: tensor.to(run.device, non_blocking=True) for key, tensor in batch.items()}
+                with run.autocast():
+                    loss = model(**batch, plan=plan).loss
+                labels = plan.label_count * bool(examples)  # a batch without examples has the tensors of another row
+                total += torch.stack((loss * labels, torch.full_like(loss, labels)))
+        loss, labels = run.accelerator.reduce(total, "sum").tolist()
+        if not labels:
+            raise UserError(f"{name}: none of its first rows can be used: check its images and answers")
+        losses[name] = loss / labels
+    return losses
+
+
 def evaluate_and_log(
     run: Run,
     config: "Config",
@@ -549,18 +675,25 @@ def evaluate_and_log(
     questions: dict[str, list[Question]],
     probe: dict[str, Tensor],
     state: dict,
-    total_steps: int,
+    last_step: bool,
 ):
     """Evaluate, on all rows before and after training and on a few batches of each set in between; log; save best/."""
     step = state["step"]
-    count = None if step in (0, total_steps) else SHORT_EVALUATION * config.eval_batch_size
+    is_full = last_step or step in (0, *run.extended_at)
+    count = None if is_full else SHORT_EVALUATION * config.eval_batch_size
     scores = evaluate(run, config, model, processor, questions, count)
-    maps = measure_maps(model, probe)
+    with without_compiling(config):
+        losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
+        maps = measure_maps(model, probe)
 
     line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
+    line |= {"eval_loss": losses}
+    if config.metric != "exact":
+        line["metric"] = {name: score_answers(config.metric, score.rows) for name, score in scores.items()}
     run.log(line | ({"inside": maps} if maps else {}))
     rates = {name: score.right / score.n for name, score in scores.items()}
-    run.track(step, {"exact": rates, "inside": maps})
+    tracked = {"exact": rates, config.metric: line.get("metric", rates), "eval_loss": losses, "inside": maps}
+    run.track(step, tracked)
     for number, (name, score) in enumerate(scores.items()):
         asked = {question.id: question for question in questions[name]}
         for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
@@ -569,11 +702,15 @@ def evaluate_and_log(
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
             sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}
             run.log(sample | haystack_grid(eval_sets[name]), "samples.jsonl")
-    run.print(f"step {step}: " + ", ".join(f"{name} {score.right}/{score.n}" for name, score in scores.items()))
+            run.track_sample(place, sample)
+    results = [f"{name} {score.right}/{score.n}, loss {losses[name]:.3f}" for name, score in scores.items()]
+    run.print(f"step {step}: " + "; ".join(results))
 
     rate = headline_rate(scores, eval_sets, questions, config)
+    if step > 0:
+        state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
     # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts
-    if step > 0 and (rate > state["best"] or (step == total_steps and rate == state["best"])):
+    if step > 0 and (rate > state["best"] or (last_step and rate == state["best"])):
         state["best"] = rate
         raise_if_not_finite(run, adapted, step)
         save_snapshot(run, adapted, run.folder / "best", {"step": step})
@@ -605,18 +742,16 @@ def haystack_grid(source: Source) -> dict[str, int]:
 def headline_rate(
     scores: dict[str, Score], eval_sets: dict[str, Source], questions: dict[str, list[Question]], config: "Config"
 ) -> float:
-    """What `best/` is chosen by: exact answers on the first batches of the sets that count for it.
+    """What `best/` is chosen by: --metric on the first batches of the sets that count for it.
 
     The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
     """
-    right = total = 0
+    rows = []
     for name, score in scores.items():
         if eval_sets[name].counts_for_best:
             first = {question.id for question in questions[name][: SHORT_EVALUATION * config.eval_batch_size]}
-            rows = [row for row in score.rows if row["id"] in first]
-            right += sum(is_exact(row["response"], row["ground_truth"]) for row in rows)
-            total += len(rows)
-    return right / max(1, total)
+            rows += [row for row in score.rows if row["id"] in first]
+    return score_answers(config.metric, rows)
 
 
 # ---- what is printed
@@ -646,10 +781,13 @@ def print_setup(
         run.print(f"{example.id}: {text!r}, {int(batch['attention_mask'][i].sum())} tokens, labels {labels!r}")
 
 
-def print_scores(run: Run, scores: dict[str, Score]):
-    """Print the accuracy of every evaluation set."""
+def print_scores(run: Run, config: "Config", scores: dict[str, Score]):
+    """Print the accuracy of every evaluation set, and --metric beside it."""
     for name, score in scores.items():
-        run.print(f"{name:28}{percent_with_interval(score.right, score.n):>22}  n = {score.n}")
+        line = f"{name:28}{percent_with_interval(score.right, score.n):>22}  n = {score.n}"
+        if config.metric != "exact":
+            line += f"  {config.metric} {100 * score_answers(config.metric, score.rows):.1f}"
+        run.print(line)
 
 
 def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
@@ -664,6 +802,10 @@ def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
         )
         chance = "" if source.chance is None else f"{100 * source.chance:.2f}"
         lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{chance:>9}")
+    metric = [line["metric"] for line in run.metrics if "metric" in line]
+    for name in metric[-1] if metric else ():
+        cells = "".join(f"{100 * values[name]:>22.1f}" for values in (metric[0], metric[-1]))
+        lines.append(f"{f'{name}, ' + run.record['config']['metric']:28}{cells}")
     return lines
 
 
@@ -679,6 +821,7 @@ def baseline_column(run: Run) -> dict[str, dict]:
         run.print(f"{folder}: not shown beside this run ({error})")
         return {}
     ours = run.record["config"]
+    theirs = ADDED_FIELDS | theirs
     different = [k for k in ours if k not in {"differential", *RESUMABLE_FIELDS} and ours[k] != theirs.get(k)]
     if different or not evals:
         run.print(f"{folder}: not shown beside this run, which differs in {', '.join(different) or 'its evaluations'}")

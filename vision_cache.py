@@ -52,7 +52,8 @@ class FeatureStore:
             size, encoded = batch_size or len(missing), []
             for start in range(0, len(missing), size):
                 inputs = stack_inputs([pixels[name] for name in missing[start : start + size]])
-                encoded += self.model.model.image_features(**{key: part.to(device) for key, part in inputs.items()})
+                inputs = {key: part.to(device, non_blocking=True) for key, part in inputs.items()}
+                encoded += self.model.model.image_features(**inputs)
             for name, row in zip(missing, encoded, strict=True):
                 rows[name] = row
                 self.store(name, row)

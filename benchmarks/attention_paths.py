@@ -65,7 +65,7 @@ def work(shape, length: int, dtype, path: str):
 def main():
     config = tyro.cli(Config, use_underscores=True)
     torch.set_num_threads(1)
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), "torch": torch.__version__}
+    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__}
     result |= {"rounds": config.rounds, "rows": []}
     print("| shape | S | dtype | taken | maps | chunks | sdpa |\n|---|---|---|---|---|---|---|")
     chosen = attention.choose_path
@@ -85,7 +85,8 @@ def main():
                 p: round(statistics.median(a / b for a, b in zip(times[p][1:], times["base"][1:], strict=True)), 2)
                 for p in ("maps", "chunks", "sdpa")
             }
-            taken = chosen(torch.empty(1, 1, length, width), torch.empty(1, 1, length, value_width), None)
+            keys, values = (torch.empty(1, 1, length, d) for d in (width, value_width))
+            taken = chosen(keys, keys, values, None, None, None, "cpu")
             result["rows"].append(dict(shape=name, length=length, dtype=str(dtype), taken=taken, **ratios))
             print(f"| {name} | {length} | {dtype} | {taken} | {' | '.join(map(str, ratios.values()))} |", flush=True)
     Path(config.output).write_text(json.dumps(result, indent=2) + "\n")

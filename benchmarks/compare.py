@@ -1,12 +1,11 @@
 """Ours against transformers + peft, and differential against standard attention: same weights, same work, one process.
 
-    python benchmarks/compare.py                 # CPU, one thread
+    python benchmarks/compare.py                 # CPU, one thread; benchmarks/gpu.py is for a GPU
     python benchmarks/compare.py --compiled=True # also both sides under torch.compile, with minutes of warm-up
-    python benchmarks/compare.py --device=cuda   # PaliGemma 3b with random weights, bf16
 
 Every ratio is the median over rounds of the ratio within a round, with quartiles; all variants of a row are interleaved
-in one process, and the first round is dropped. On a CPU seconds are process time of one thread. Losses (1e-5 in
-float32) and greedy tokens are compared before anything is timed. The two baselines:
+in one process, and the first round is dropped. Seconds are process time of one thread. Losses (1e-5 in float32) and
+greedy tokens are compared before anything is timed. The two baselines:
 
     HF-default  what people run: logits of every row, the vision tower at every step, peft's float32 adapters
     HF-tuned    what an expert runs: logits of label rows, vision features reused, adapters in the model's dtype
@@ -62,13 +61,10 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class Config:
-    device: Literal["cpu", "cuda"] = "cpu"
     size: Literal["full", "tiny"] = "full"  # tiny: does the code run?
     rounds: int = 5  # timed, after one that is not
     compiled: bool = False  # time both sides under torch.compile as well
-    peak_tflops: float = 989.0  # of the card, dense bf16: an H100's
-    bandwidth_tb: float = 3.35  # of the card, TB/s: an H100's
-    output: str = ""  # empty: benchmarks/results/compare_{device}.json
+    output: str = str(ROOT / "benchmarks" / "results" / "compare_cpu.json")
     child: str = ""  # internal: whose step this process measures the memory of
     dtype: str = "float32"  # internal: in which type
 
@@ -102,12 +98,6 @@ def mid_size(config: Config, vocabulary: int = 257216):
     if config.size == "tiny":
         return hf_config(512, 32, 2, 64, 4, 8, vision_config(24, 2, 32, 2, image_size=28))
     return hf_config(vocabulary, 512, 6, 4096, 8, 64, vision_config(384, 6, 1536, 6))
-
-
-def paligemma_3b(config: Config, image_size: int = 224):
-    if config.size == "tiny":
-        return mid_size(config)
-    return hf_config(257216, 2048, 18, 16384, 8, 256, vision_config(1152, 27, 4304, 16, image_size))
 
 
 def hf_model(hf, dtype, device="cpu", weights=None):
@@ -172,14 +162,23 @@ def default_loss(adapted, batch):
     return adapted(**batch).loss
 
 
-def tuned_loss(adapted, batch, features):
+def tuned_loss(adapted, batch, features, labelled):
+    """`labelled` [n]: the positions that have a label in any row."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    labelled = (batch["labels"][0] != -100).nonzero().squeeze(1)  # the same columns in every row
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
     seen = {"image": BaseModelOutputWithPooling(pooler_output=features)}
     logits = adapted(**inputs, mm_encoder_outputs=seen, logits_to_keep=labelled - 1).logits
     return F.cross_entropy(logits.float().flatten(0, 1), batch["labels"][:, labelled].flatten())
+
+
+def make_tuned_loss(adapted, batch, features) -> Callable:
+    """`tuned_loss` of a batch, after checking that transformers uses the features: 5.17 ignores them silently."""
+    labelled = (batch["labels"] != -100).any(0).nonzero().squeeze(1)
+    with torch.no_grad():
+        losses = [tuned_loss(adapted, batch, t, labelled).item() for t in (features, torch.zeros_like(features))]
+    assert losses[0] != losses[1], "transformers ignores mm_encoder_outputs: use 5.23, as in requirements.txt"
+    return lambda: tuned_loss(adapted, batch, features, labelled)
 
 
 def our_loss(adapted, batch, features):
@@ -203,9 +202,10 @@ def training_variants(hf, dtype, batch, device="cpu", which=("HF-default", "HF-t
             adapted = with_lora(our_model(hf, weights, "split" if kind == "split" else None))
         if kind == "HF-default":
             loss = lambda adapted=adapted: default_loss(adapted, batch)  # noqa: E731
+        elif kind == "HF-tuned":
+            loss = make_tuned_loss(adapted, batch, features)
         else:
-            of = tuned_loss if kind == "HF-tuned" else our_loss
-            loss = lambda adapted=adapted, of=of: of(adapted, batch, features)  # noqa: E731
+            loss = lambda adapted=adapted: our_loss(adapted, batch, features)  # noqa: E731
         if name != kind:
             for layer in adapted.base_model.model.model.language_model.layers:
                 layer.compile()
@@ -235,13 +235,13 @@ def seconds(work: Callable, device="cpu") -> float:
     return time.perf_counter() - began
 
 
-def interleaved(variants: dict[str, Callable], rounds: int, device="cpu") -> dict[str, list[float]]:
-    """Seconds of every variant, interleaved round by round; the first round is dropped."""
+def interleaved(variants: dict[str, Callable], rounds: int, device="cpu", warmups: int = 1) -> dict[str, list[float]]:
+    """Seconds of every variant, interleaved round by round; the first rounds are dropped."""
     times = {name: [] for name in variants}
-    for _ in range(rounds + 1):
+    for _ in range(warmups + rounds):
         for name, work in variants.items():
             times[name].append(seconds(work, device))
-    return {name: spent[1:] for name, spent in times.items()}
+    return {name: spent[warmups:] for name, spent in times.items()}
 
 
 def ratio(first: list[float], second: list[float]) -> dict:
@@ -258,7 +258,8 @@ def step_rows(config: Config, vocabulary: int, dtype: str):
     which = ("HF-default", "HF-tuned", "ours", "split")
     which += ("HF-tuned, compiled", "ours, compiled") if config.compiled else ()
     variants = training_variants(hf, DTYPES[dtype], batch, which=which)
-    check_losses({name: loss() for name, (loss, _) in variants.items()}, 1e-5 if dtype == "float32" else 0.05)
+    losses = {name: loss().item() for name, (loss, _) in variants.items()}  # one graph at a time
+    check_losses(losses, 1e-5 if dtype == "float32" else 0.05)
     times = interleaved({name: lambda v=v: step(*v) for name, v in variants.items()}, config.rounds)
     name = f"step, vocabulary {vocabulary:,}, {dtype}"
     yield f"{name}: ours / HF-default", ratio(times["ours"], times["HF-default"])
@@ -269,9 +270,8 @@ def step_rows(config: Config, vocabulary: int, dtype: str):
         yield f"{name}: ours compiled / ours", ratio(times["ours, compiled"], times["ours"])
 
 
-def check_losses(losses: dict, tolerance: float):
-    values = {name: loss.item() for name, loss in losses.items()}
-    assert max(values.values()) - min(values.values()) < tolerance, f"losses differ: {values}"
+def check_losses(losses: dict[str, float], tolerance: float):
+    assert max(losses.values()) - min(losses.values()) < tolerance, f"losses differ: {losses}"
 
 
 def layer_rows(config: Config, dtype: str, length: int):
@@ -360,7 +360,8 @@ def decode_times(sides: dict, prompt: dict, new: int, rounds: int, device="cpu")
     answers = {}
 
     def call(name: str, count: int):
-        more = dict(do_sample=False) if name == "HF" else {}
+        more = dict(do_sample=False) if name.startswith("HF") else {}
+        more |= dict(cache_implementation="static") if "static" in name else {}
         answers[name] = sides[name].generate(**prompt, max_new_tokens=count, **more).tolist()
 
     many = {name: lambda name=name: call(name, new) for name in sides}
@@ -431,70 +432,6 @@ print(json.dumps([done - imported, done - began]))
 """
 
 
-# ---- rows of the table on a GPU
-def cuda_rows(config: Config):
-    """PaliGemma 3b, random weights, bf16: 8 rows of an image, 64 prompt and 64 label tokens; decoding at batch 1."""
-    device, dtype = config.device, torch.bfloat16
-    for size in (224, 448):
-        hf = paligemma_3b(config, size)
-        batch = make_batch(hf, dtype, 8, 64, 64, device)
-        which = ("HF-default", "HF-tuned", "ours", "split") if size == 224 else ("ours", "split")
-        variants = training_variants(hf, dtype, batch, device, which)
-        check_losses({name: loss() for name, (loss, _) in variants.items()}, 0.05)
-        work = {name: lambda v=v: step(*v) for name, v in variants.items()}
-        times = interleaved(work, config.rounds, device)
-        name = f"step, {size} px, bf16"
-        for other in which[:-2]:
-            yield f"{name}: ours / {other}", ratio(times["ours"], times[other])
-        yield f"{name}: split / standard", ratio(times["split"], times["ours"])
-        tokens, flops = batch["input_ids"].numel(), step_flops(hf, batch)
-        for who, spent in times.items():
-            seconds = statistics.median(spent)
-            row = {"ms": round(1e3 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
-            row |= {"mfu": round(flops / seconds / config.peak_tflops / 1e12, 3)}
-            yield f"{name}: {who}", row | {"peak_gb": peak_gb(work[who], device)}
-        del variants, work
-    yield from cuda_decode_rows(config, paligemma_3b(config))
-
-
-def cuda_decode_rows(config: Config, hf):
-    """Tokens a second beside what reading every decoder weight once a token would allow."""
-    prompt = make_batch(hf, torch.bfloat16, 1, 64, 0, config.device)
-    source = hf_model(hf, torch.bfloat16, config.device)
-    source.generation_config.eos_token_id = None
-    sides = {"HF": source, "ours": our_model(hf, source.state_dict())}
-    sides["ours"].config.eos_token_id = -1
-    new = 65 if config.size == "full" else 5
-    times, _ = decode_times(sides, prompt, new, config.rounds, config.device)
-    read = sum(p.numel() for p in sides["ours"].model.language_model.parameters()) * 2  # the head is the embedding
-    floor = read / config.bandwidth_tb / 1e12
-    yield "decode, batch 1, bf16: HF / ours", ratio(times["HF"], times["ours"])
-    speed = (new - 1) / statistics.median(times["ours"])
-    yield (
-        "decode, batch 1, bf16: ours",
-        {"tokens_per_s": round(speed), "of_the_bandwidth_floor": round(speed * floor, 3)},
-    )
-
-
-def step_flops(hf, batch: dict) -> float:
-    """Of one step: forward and the gradients of activations (weights are frozen, LoRA is left out), the head at label
-    rows, attention as dense squares."""
-    text, (rows, length) = hf.text_config, batch["input_ids"].shape
-    width = text.num_attention_heads * text.head_dim
-    layer = 2 * text.hidden_size * (width + text.head_dim) + 3 * text.hidden_size * text.intermediate_size
-    decoder = 4 * text.num_hidden_layers * layer * rows * length
-    head = 4 * text.hidden_size * text.vocab_size * int((batch["labels"] != -100).sum())
-    return decoder + head + 12 * text.num_hidden_layers * rows * length**2 * width
-
-
-def peak_gb(work: Callable, device: str) -> float:
-    if device == "cpu":
-        return 0.0
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-
-
 def cpu_rows(config: Config):
     for vocabulary in (257216, 32000):
         for dtype in DTYPES:
@@ -530,30 +467,25 @@ def summary(rows: dict[str, dict]) -> list[str]:
     return head + [f"| {name} | " + " | ".join(row.get(d, "") for d in DTYPES) + " |" for name, row in cells.items()]
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+def machine() -> str:
     names = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
     return f"{names[0].partition(': ')[2]}, 1 thread of {os.cpu_count()}"
 
 
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    if config.device == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     if config.child:
         print(json.dumps(step_memory(config)))
         return
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(config.device), "rounds": config.rounds}
+    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "rounds": config.rounds}
     result |= {name: version(name) for name in ("torch", "transformers", "peft")} | {"rows": {}}
     print("| work | ratio | quartiles |\n|---|---|---|")
-    for name, row in (cuda_rows if config.device == "cuda" else cpu_rows)(config):
+    for name, row in cpu_rows(config):
         result["rows"][name] = row
         print(line(name, row), flush=True)
-    if config.device == "cpu":
-        print("\n", *summary(result["rows"]), sep="\n")
-    output = Path(config.output or ROOT / "benchmarks" / "results" / f"compare_{config.device}.json")
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    print("\n", *summary(result["rows"]), sep="\n")
+    Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

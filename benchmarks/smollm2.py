@@ -14,8 +14,6 @@ import json
 import math
 import platform
 import pydoc_data.topics
-import random
-import re
 import struct
 import sys
 import time
@@ -37,9 +35,9 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import save_model_folder  # noqa: E402
 from differential_attention import PRESETS, DifferentialConfig, add_differential  # noqa: E402
 from errors import UserError, one_line_errors  # noqa: E402
-from haystack import read_pool  # noqa: E402
 from modeling_phi3 import Phi3Config, Phi3ForCausalLM, Phi3TextConfig  # noqa: E402
 from processing_phi3v import Phi3Processor  # noqa: E402
+from study_decoder import CODE, key_value_prompt  # noqa: E402
 
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
@@ -50,7 +48,6 @@ ALIGNMENT = 32  # of the tensors in the file
 CONTROL = 3  # type of a special token
 WINDOW = 512  # tokens of a text whose perplexity is measured at once
 PAIRS = (8, 32, 90)  # key-value pairs of a needle question
-CODE = re.compile(r"\d{4}")
 
 
 @dataclass
@@ -297,17 +294,6 @@ def measure_presets(folder: Path, windows: Tensor) -> dict[str, dict[str, Any]]:
     return results
 
 
-def needle_question(pairs: int, number: int) -> tuple[str, str, list[str]]:
-    """(prompt, code, all codes) of a question: one line for each pair, then which code one noun has."""
-    rng = random.Random(f"needle/{pairs}/{number}")
-    nouns = sorted({image.caption for image in read_pool()})
-    chosen, codes = rng.sample(nouns, pairs), rng.sample(range(1000, 10000), pairs)
-    lines = [f"The code of the {noun} is {code}." for noun, code in zip(chosen, codes, strict=True)]
-    asked = rng.randrange(pairs)
-    question = f"What is the code of the {chosen[asked]}? Answer with the code alone."
-    return "\n".join([*lines, question]), str(codes[asked]), [str(code) for code in codes]
-
-
 def measure_needle(folder: Path, questions: int) -> dict[int, dict[str, int]]:
     """By number of pairs: tokens of a prompt, right answers, answers that are a code of the list."""
     processor, model = Phi3Processor.from_pretrained(folder), Phi3ForCausalLM.from_pretrained(folder)
@@ -315,7 +301,7 @@ def measure_needle(folder: Path, questions: int) -> dict[int, dict[str, int]]:
     for pairs in PAIRS:
         right = listed = tokens = 0
         for number in range(questions):
-            prompt, code, codes = needle_question(pairs, number)
+            prompt, (code,), codes = key_value_prompt(pairs, f"needle/{pairs}/{number}")
             batch = processor(None, [prompt])
             tokens = batch["input_ids"].shape[1]
             answer = processor.decode(model.generate(**batch, max_new_tokens=12)[0, tokens:])

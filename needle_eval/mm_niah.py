@@ -255,7 +255,7 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
-def vqa_normalise(text: str) -> str:
+def vqa_normalise(text: str, numbers: dict[str, str] = NUMBERS) -> str:
     """An answer as the VQA evaluation compares it: no articles, punctuation or capitals, numbers to twenty and tens as
     digits, apostrophes put back into contractions (vqaEval.py of GT-Vision-Lab/VQA, in MM-NIAH's copy).
     """
@@ -266,7 +266,7 @@ def vqa_normalise(text: str) -> str:
         glued = has_thousands or f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if glued else " ")
     plain = re.sub(r"\.(?!\d)", "", plain, count=32)  # the official code passes a flag, 32, where the count belongs
-    words = [NUMBERS.get(word, word) for word in plain.lower().split()]
+    words = [numbers.get(word, word) for word in plain.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 

@@ -1,11 +1,15 @@
 """Figures of an evaluation, from its scores alone."""
 
 import math
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 matplotlib.use("Agg")
@@ -20,43 +24,70 @@ STYLE = {
     "grid.alpha": 0.3,
     "font.size": 9,
 }
-COLOURS = ["#1f5aa6", "#d1495b", "#2e8b57", "#8a5fb0", "#c77d1a", "#4a4a4a"]
+# Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["s", "^", "D", "v", "P", "X", "o"]
 PERCENT = matplotlib.ticker.PercentFormatter(1.0)
-NEEDLE_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list(
-    "needle", ["#F0496E", "#EBB839", "#0CD79F"], bad="0.85"
-)
+RATE_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
+DARK = 0.45  # rates below it are drawn so dark that text on them is white
+CHANCE = dict(colors="0.4", linestyles="dashed", linewidth=1)  # of lines at what a uniform guess reaches
+MIN_ANSWERS = 5  # of a point in a figure of calibration
+TITLE_WIDTH = 48  # characters on a line of a panel's title
+COLUMNS = 4  # panels beside each other
 
 
-def draw_haystacks(scores: dict[str, dict], folder: Path):
+def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of every arm: black circles for the first one, the baseline."""
+    styles = list(zip(COLOURS[-1:] + COLOURS[:-1], MARKERS[-1:] + MARKERS[:-1], strict=True))
+    chosen = {name: styles[number % len(styles)] for number, name in enumerate(names)}
+    return {name: dict(color=colour, marker=marker) for name, (colour, marker) in chosen.items()}
+
+
+def make_panels(
+    count: int, width: float, height: float, columns: int = COLUMNS, **options
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels of this size in inches, row by row, at most `columns` beside each other."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    size = width * columns, height * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+    for panel in axes.flat[count:]:
+        panel.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def draw_haystacks(scores: dict[str, dict], folder: Path, title: str):
     """cells.png, needles found by their cell; with several images depths.png, by their image."""
     positives = {name: found["positive"] for name, found in scores.items() if "positive" in found}
     if not positives:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE | {"axes.grid": False}):
-        draw_cells(positives, folder / "cells.png")
+        draw_cells(positives, folder / "cells.png", title)
         deep = {name: found for name, found in positives.items() if len(found["depths"]) > 1}
         if deep:
-            draw_depths(deep, folder / "depths.png")
+            draw_depths(deep, folder / "depths.png", title)
 
 
-def draw_cells(positives: dict[str, dict], path: Path):
+def draw_cells(positives: dict[str, dict], path: Path, title: str):
     """One map a setting: a square for every cell of the grid, in it the percentage of its needles that were found."""
-    columns = min(4, len(positives))
-    rows = math.ceil(len(positives) / columns)
-    size = (3.1 * columns + 0.7, 3.2 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for panel in axes.flat[len(positives) :]:
-        panel.axis("off")
-    for panel, (name, found) in zip(axes.flat, positives.items(), strict=False):
+    figure, panels = make_panels(len(positives), 3.1, 3.1)
+    for panel, (name, found) in zip(panels, positives.items(), strict=True):
         side = math.isqrt(len(found["cells"]))
         rates = np.array([cell["rate"] if cell["n"] else math.nan for cell in found["cells"]]).reshape(side, side)
         image = draw_heat_map(panel, rates)
         panel.set(xlabel="column", ylabel="row")
         panel.set_title(cells_title(name, found), fontsize=9)
-    figure.colorbar(image, ax=axes, label=needles_label(positives), format=PERCENT)
+    bar = figure.colorbar(image, ax=panels, label=needles_label(positives), format=PERCENT)
+    bar.outline.set_visible(False)
+    figure.suptitle(wrap_title(title, 38 * min(COLUMNS, len(positives))), fontsize=9)
     figure.savefig(path)
     plt.close(figure)
+
+
+def wrap_title(text: str, width: int = TITLE_WIDTH) -> str:
+    """A title on lines of at most `width` characters; long names are broken."""
+    return textwrap.fill(text, width)
 
 
 def cells_title(name: str, found: dict) -> str:
@@ -72,7 +103,7 @@ def needles_label(positives: dict[str, dict]) -> str:
     return "needles found, each counted for itself" if several else "exact answers"
 
 
-def draw_depths(positives: dict[str, dict], path: Path):
+def draw_depths(positives: dict[str, dict], path: Path, title: str):
     """Which of the images holds the needle, downwards, against the setting, to the right."""
     deepest = max(len(found["depths"]) for found in positives.values())
     rates = np.full((deepest, len(positives)), math.nan)
@@ -84,18 +115,20 @@ def draw_depths(positives: dict[str, dict], path: Path):
     image = draw_heat_map(panel, rates)
     panel.set(xlabel="images x cells", ylabel="needle in image")
     panel.set_xticks(range(len(positives)), list(positives))
-    figure.colorbar(image, ax=panel, label=needles_label(positives), format=PERCENT)
+    figure.colorbar(image, ax=panel, label=needles_label(positives), format=PERCENT).outline.set_visible(False)
+    figure.suptitle(wrap_title(title, round(12 * size[0])), fontsize=9)
     figure.savefig(path)
     plt.close(figure)
 
 
 def draw_heat_map(panel: Axes, rates: np.ndarray) -> AxesImage:
-    """Rates [rows, columns] in the benchmark's colours from 0 to 1, numbers in the cells, grey where there is none."""
-    image = panel.imshow(rates, cmap=NEEDLE_COLOURS, vmin=0, vmax=1, aspect="auto")
+    """Rates [rows, columns] in colours from 0 to 1, percentages in the cells, grey where there is none."""
+    image = panel.imshow(rates, cmap=RATE_COLOURS, vmin=0, vmax=1, aspect="auto")
     size = 10 if max(rates.shape) <= 4 else 7
     for (row, column), value in np.ndenumerate(rates):
         text = "-" if math.isnan(value) else f"{100 * value:.0f}"
-        panel.text(column, row, text, ha="center", va="center", fontsize=size, color="black")
+        colour = "white" if value < DARK else "black"
+        panel.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     panel.set_yticks(range(rates.shape[0]), range(1, rates.shape[0] + 1))
     panel.set_xticks(range(rates.shape[1]), range(1, rates.shape[1] + 1))
     panel.tick_params(length=0)
@@ -128,14 +161,13 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
             if kind == "positive":
                 chance = [first[setting]["baselines"]["uniform"]["exact"] for setting in settings]
                 span = [s - 0.38 for s in range(len(settings))], [s + 0.38 for s in range(len(settings))]
-                panel.hlines(chance, *span, colors="0.4", linestyles="dashed", linewidth=1, label="uniform guess")
+                panel.hlines(chance, *span, **CHANCE, label="uniform guess")
             counts = sorted({first[s][kind]["n"] for s in settings if kind in first[s]})
-            panel.set_title(f"{panel_title} (n = {', '.join(f'{n:,}' for n in counts)})", fontsize=9)
+            panel.set_title(f"{panel_title}\nn = {', '.join(f'{n:,}' for n in counts)}", fontsize=9)
             panel.set(xlabel="images x cells", xlim=(-0.5, len(settings) - 0.5), ylim=(-0.02, 1.02))
             panel.set_xticks(range(len(settings)), settings)
             panel.yaxis.set_major_formatter(PERCENT)
-        figure.suptitle(title, fontsize=9)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
+        finish(figure, axes[0, 0], title, round(13 * width))
         figure.savefig(path)
         plt.close(figure)
 
@@ -150,8 +182,163 @@ def draw_rates(panel: Axes, rates_by_model: dict[str, list[dict | None]]):
             [rate["rate"] for _, rate in shown],
             yerr=np.array([[rate["rate"] - rate["low"], rate["high"] - rate["rate"]] for _, rate in shown]).T,
             color=COLOURS[number % len(COLOURS)],
-            fmt="o",
+            fmt=MARKERS[number % len(MARKERS)],
             markersize=5,
             capsize=3,
             label=name,
         )
+
+
+# ---- figures of several runs
+class Difference(NamedTuple):
+    """A row of a forest plot, in points; without an interval where none is known."""
+
+    label: str
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def draw_forest(groups: dict[str, tuple[list[Difference], Difference]], colour: str, title: str, axis: str) -> Figure:
+    """A panel for each group: a row for every seed with the interval over its questions, then the mean of several."""
+    longest = max(len(seeds) + (len(seeds) > 1) for seeds, _ in groups.values())
+    figure, panels = make_panels(len(groups), 2.7, 1.0 + 0.24 * longest, columns=3, sharex=True)
+    for panel, (name, (seeds, pooled)) in zip(panels, groups.items(), strict=True):
+        panel.axvline(0, color="0.3", linewidth=1, zorder=1)
+        rows = [*seeds, pooled] if len(seeds) > 1 else seeds
+        for row, found in enumerate(rows):
+            is_pooled = found is pooled
+            width, marker, size = (2.6, "D", 7) if is_pooled else (1.2, "o", 4)
+            shade = colour if is_pooled else "0.45"
+            if found.low is not None:
+                panel.plot([found.low, found.high], [row, row], color=shade, linewidth=width, solid_capstyle="butt")
+            panel.plot(found.mean, row, marker, color=shade, markersize=size)
+        if len(seeds) > 1:
+            panel.axhspan(len(seeds) - 0.5, len(seeds) + 0.5, color="0.95", zorder=0)
+        panel.set_yticks(range(len(rows)), [found.label for found in rows])
+        panel.set_ylim(len(rows) - 0.5, -0.5)
+        panel.tick_params(axis="y", length=0)
+        panel.tick_params(labelbottom=True)
+        panel.grid(axis="y", visible=False)
+        panel.set_title(wrap_title(name, 36), fontsize=9)
+    figure.suptitle(wrap_title(title, 40 * min(3, len(groups))), fontsize=10)
+    figure.supxlabel(wrap_title(axis, 40 * min(3, len(groups))), fontsize=9)
+    return figure
+
+
+def draw_confusion(shares: dict[str, np.ndarray], grid: int, title: str) -> Figure:
+    """A panel for each arm: the share of the answers [truth, answer] to needles in a cell, cells row by row, then
+    absent needles and "-1"; the last column holds everything else that was answered."""
+    cells = [f"{row},{column}" for row in range(1, grid + 1) for column in range(1, grid + 1)]
+    side = 3.9 if grid > 2 else 3.1
+    figure, panels = make_panels(len(shares), side, side * 0.95, columns=3)
+    for panel, (arm, matrix) in zip(panels, shares.items(), strict=True):
+        image = panel.imshow(matrix, cmap=RATE_COLOURS, vmin=0, vmax=1)
+        every = 1 if grid <= 4 else grid  # ticks at the first cell of each row
+        for axis, labels in ((panel.xaxis, [*cells, "absent", "other"]), (panel.yaxis, [*cells, "absent"])):
+            places = [i for i in range(len(labels)) if i >= grid**2 or i % every == 0]
+            axis.set_ticks(places, [labels[i] for i in places], fontsize=8 if grid <= 2 else 7)
+        panel.tick_params(axis="x", rotation=90)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+        panel.grid(visible=False)
+        for (row, column), value in np.ndenumerate(matrix):
+            if grid <= 2 and not math.isnan(value):
+                colour = "white" if value < DARK else "black"
+                panel.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        for place in range(grid, grid**2 + 1, grid):  # rows of the grid
+            panel.axhline(place - 0.5, color="white", linewidth=0.8)
+            panel.axvline(place - 0.5, color="white", linewidth=0.8)
+        panel.set(xlabel="answered cell (row,column)", ylabel="needle's cell")
+        panel.set_title(arm, fontsize=9)
+    bar = figure.colorbar(image, ax=panels, label="share of the answers", format=PERCENT, shrink=0.8)
+    bar.outline.set_visible(False)
+    figure.suptitle(wrap_title(title, 40 * min(3, len(shares))), fontsize=10)
+    return figure
+
+
+def draw_calibration(bins: dict[str, list[list[dict]]], style: dict[str, dict[str, str]], title: str) -> Figure:
+    """Right answers against the confidence in them: a line for every seed of an arm, and how many answers there are.
+
+    Parts of the range with fewer than `MIN_ANSWERS` answers have no point. `bins` by arm and seed as
+    `statistics.confidence_bins` returns them.
+    """
+    figure, (panel, counts) = plt.subplots(
+        2, 1, figsize=(5.6, 4.8), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    panel.plot([0, 1], [0, 1], color="0.4", linestyle="dashed", linewidth=1, label="calibrated")
+    for number, arm in enumerate(bins):
+        look = style[arm]
+        for i, of_seed in enumerate(bins[arm]):
+            shown = [found for found in of_seed if found["n"] >= MIN_ANSWERS]
+            points = [found["confidence"] for found in shown], [found["rate"] for found in shown]
+            panel.plot(*points, **look, linewidth=1.2, markersize=4, alpha=0.8, label=arm if i == 0 else None)
+        edges = np.linspace(0, 1, len(bins[arm][0]) + 1)
+        mean = np.mean([[found["n"] for found in of_seed] for of_seed in bins[arm]], axis=0)
+        width = (edges[1] - edges[0]) * 0.8 / len(bins)
+        counts.bar(edges[:-1] + edges[1] * 0.1 + width * (number + 0.5), mean, width, color=look["color"])
+    panel.set(ylabel="right answers", ylim=(-0.02, 1.02), xlim=(0, 1))
+    counts.set(xlabel="confidence", ylabel="answers a seed")
+    panel.yaxis.set_major_formatter(PERCENT)
+    counts.xaxis.set_major_formatter(PERCENT)
+    panel.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.suptitle(wrap_title(title, 70), fontsize=10)
+    return figure
+
+
+def draw_needle_share(
+    shares: dict[str, dict[str, list[Sequence[float]]]],
+    even: dict[str, float],
+    style: dict[str, dict[str, str]],
+    title: str,
+) -> Figure:
+    """A panel for each setting: the needle's share of the attention by layer, mean and band over the seeds of an arm;
+    dashed: what a layer that looks everywhere alike pays."""
+    figure, panels = make_panels(len(shares), 3.0, 2.7, sharey=True)
+    for panel, (setting, of_setting) in zip(panels, shares.items(), strict=True):
+        panel.axhline(even[setting], color="0.4", linestyle="dashed", linewidth=1, label="even attention")
+        for arm, of_seeds in of_setting.items():
+            draw_seeds(panel, [Curve(range(len(share)), share) for share in of_seeds], style[arm], arm)
+        panel.set_title(wrap_title(setting, 30), fontsize=9)
+        panel.set(xlabel="decoder layer")
+        panel.set_ylim(bottom=0)
+        panel.yaxis.set_major_formatter(PERCENT)
+        panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    panels[0].set_ylabel("on the needle")
+    finish(figure, panels[0], title, 38 * min(COLUMNS, len(shares)))
+    return figure
+
+
+class Curve(NamedTuple):
+    """A quantity of one run; that of an unfinished run is drawn apart."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    is_finished: bool = True
+
+
+def draw_seeds(panel: Axes, curves: Sequence[Curve], look: dict[str, str], label: str):
+    """The mean of the finished runs over the x that all have, and a band from the lowest to the highest of them.
+
+    An unfinished run is a thin dotted line.
+    """
+    for number, curve in enumerate(curve for curve in curves if not curve.is_finished):
+        name = f"{label}, unfinished" if number == 0 else None
+        panel.plot(curve.x, curve.y, color=look["color"], linestyle="dotted", linewidth=1.2, label=name)
+    points = [dict(zip(curve.x, curve.y, strict=True)) for curve in curves if curve.is_finished]
+    if not points:
+        return
+    shared = sorted(set.intersection(*map(set, points)))
+    values = np.array([[curve[x] for x in shared] for curve in points])  # [seeds, x]
+    label = f"{label} ({len(points)} seeds)" if len(points) > 1 else label
+    panel.plot(shared, values.mean(0), **look, markersize=3.5, linewidth=1.6, label=label)
+    if len(points) > 1:
+        panel.fill_between(shared, values.min(0), values.max(0), color=look["color"], alpha=0.18, linewidth=0)
+
+
+def finish(figure: Figure, panel: Axes, title: str, width: int):
+    """The figure's title, and one legend below all panels with the entries of this one."""
+    handles, labels = panel.get_legend_handles_labels()
+    columns = max(1, min(len(labels), width // (max(map(len, labels)) + 8)))
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
+    figure.suptitle(wrap_title(title, width), fontsize=10)

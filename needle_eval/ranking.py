@@ -7,7 +7,7 @@ image, C hidden size.
 import torch
 from torch import Tensor
 
-from modeling_vlm import ImageFeatures, KVCache
+from modeling_vlm import BatchPlan, ImageFeatures, KVCache
 from processing_paligemma import PaliGemmaProcessor
 
 CANDIDATES_AT_ONCE = 64  # rows of one forward pass
@@ -18,19 +18,22 @@ def rank_candidates(
     model: torch.nn.Module,
     processor: PaliGemmaProcessor,
     batch: dict[str, Tensor],
+    plan: BatchPlan,
     features: ImageFeatures | None,
     candidates: tuple[str, ...],
-) -> list[str]:
-    """The likeliest of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`.
+) -> list[tuple[str, float]]:
+    """The likeliest of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`, and the
+    confidence in it: its probability, given that the answer is one of the candidates.
 
-    `batch` holds prompts [B, L], padded on the left; `features` of their images. It is the mean, since "-1" is shorter
-    than a cell and a sum would favour it. One pass over the prompts fills the cache, which every candidate continues.
+    `batch` holds prompts [B, L], padded on the left, `plan` is its plan; `features` of their images. It is the mean,
+    since "-1" is shorter than a cell and a sum would favour it. One pass over the prompts fills the cache, which every
+    candidate continues.
     """
     language = model.model.language_model
     count, length = batch["input_ids"].shape
     ids, is_token = candidate_tensors(processor, candidates, batch["input_ids"].device)
-    mask, positions = model.model.mask(batch["attention_mask"]), model.model.positions(batch["attention_mask"])
-    x = model.model.embed(batch["input_ids"], features)
+    mask, positions = plan.mask, model.model.positions(batch["attention_mask"])
+    x = model.model.embed(batch["input_ids"], features, plan.image_tokens)
     cache = KVCache(language, count, length, x.dtype, x.device)
     first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
     best = []
@@ -38,7 +41,8 @@ def rank_candidates(
         valid = batch["attention_mask"][row]
         later = torch.cat([continue_prompt(model, cache, valid, row, part) for part in ids.split(CANDIDATES_AT_ONCE)])
         total = first[row][ids[:, 0]] + (later * is_token[:, 1:]).sum(1)  # [A]
-        best.append(candidates[int((total / is_token.sum(1)).argmax())])
+        chosen = int((total / is_token.sum(1)).argmax())
+        best.append((candidates[chosen], float(total.softmax(0)[chosen])))
     return best
 
 

@@ -1,5 +1,6 @@
 """Scores, tables, figures and comparisons of evaluations, from the files in their folders and nothing else."""
 
+import contextlib
 import glob
 from collections import Counter
 from pathlib import Path
@@ -49,13 +50,23 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     scores = benchmark.score([row for row in rows if not (skip_none and row["response"] is None)])
     benchmark.write_official(rows, folder / "response", slug(record["model"]))
     if hasattr(benchmark, "HAS_CELLS"):
-        plots.draw_haystacks(scores, folder / "plots")
+        plots.draw_haystacks(scores, folder / "plots", figure_title(folder, record))
     attention = read_attention(folder / "attention.json")
     broken = [f"{row['id']}: {row['error']}" for row in raw if "error" in row]
     written = {key: value for key, value in record.items() if key not in MACHINE} | {"skip_none": skip_none}
     written |= {"broken": broken, "scores": scores} | ({"attention on the needle": attention} if attention else {})
     write_json(folder / "scores.json", written)
     return record, scores | {"decoding": record["decoding"]} | ({"attention": attention} if attention else {})
+
+
+def figure_title(folder: Path, record: dict) -> str:
+    """The model, the training seed where it is known, and what was asked."""
+    config, seed = record["config"], ""
+    with contextlib.suppress(UserError):
+        seed = f" (seed {seed_of(folder)})"
+    return (
+        f"{record['model']}{seed}: {record['benchmark']}, protocol {config.get('protocol')}, {config.get('data', '')}"
+    )
 
 
 class NeedleAttention(msgspec.Struct):
@@ -94,8 +105,9 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
     lines = [line, *benchmark.format_table(scores_by_model)]
     if hasattr(benchmark, "HAS_CELLS"):
         title = f"MMNeedle's questions, protocol {config.get('protocol')}, data {config.get('data', '')}"
-        for folder, (name, scores) in zip(folders, scores_by_model.items(), strict=True):
-            plots.draw_side_by_side({name: scores}, folder / "plots" / "accuracy.png", title)
+        for folder, (name, scores), (other, _) in zip(folders, scores_by_model.items(), scored, strict=True):
+            figure = folder / "plots" / "accuracy.png"
+            plots.draw_side_by_side({name: scores}, figure, figure_title(folder, other))
         if len(folders) > 1:
             figure = comparisons / f"{'-'.join(slug(name) for name in names)[:NAME_LENGTH]}-accuracy.png"
             plots.draw_side_by_side(scores_by_model, figure, title)
@@ -107,14 +119,7 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
 def compare(first: str, second: str) -> list[str]:
     """Two runs, or two patterns of runs over the same seeds, on the same questions; also into comparison-*.json."""
     pairs = pair_folders(first, second)
-    compared = []
-    for folders in pairs:
-        (record, benchmark), (other, _) = map(open_record, folders)
-        changed = changed_fields(record, other, ("benchmark", "config", "decoding"))
-        if changed:
-            raise UserError(f"{folders[0]} and {folders[1]}: differ in {', '.join(changed)} and cannot be compared")
-        rows = [prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark) for folder in folders]
-        compared.append(compare_answers(*rows, benchmark))
+    compared = [compare_folders(*folders) for folders in pairs]
     lines = []
     for (one, other), groups in zip(pairs, compared, strict=True):
         lines.append(
@@ -131,6 +136,16 @@ def compare(first: str, second: str) -> list[str]:
     file = pairs[-1][1] / f"comparison-{slug(first)}.json"
     write_json(file, written)
     return [*lines, f"\nwritten: {file}"]
+
+
+def compare_folders(first: Path, second: Path) -> dict[str, dict]:
+    """`compare_answers` of two folders. Raises UserError where they answer different questions."""
+    (record, benchmark), (other, _) = map(open_record, (first, second))
+    changed = changed_fields(record, other, ("benchmark", "config", "decoding"))
+    if changed:
+        raise UserError(f"{first} and {second}: differ in {', '.join(changed)} and cannot be compared")
+    rows = [prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark) for folder in (first, second)]
+    return compare_answers(*rows, benchmark)
 
 
 def compare_answers(first: list[dict], second: list[dict], benchmark: ModuleType) -> dict[str, dict]:
@@ -153,9 +168,13 @@ def compare_answers(first: list[dict], second: list[dict], benchmark: ModuleType
         )
     groups: dict[str, list[tuple[bool, bool]]] = {}
     for name, row in first.items():
-        group = f"{row['setting']} {row['kind']}" if "kind" in row else row["setting"]
-        groups.setdefault(group, []).append((benchmark.is_correct(row), benchmark.is_correct(second[name])))
+        groups.setdefault(group_of(row), []).append((benchmark.is_correct(row), benchmark.is_correct(second[name])))
     return {name: compare_pairs(pairs) for name, pairs in groups.items()}
+
+
+def group_of(row: dict) -> str:
+    """The name under which an answer row is compared: its setting and whether the needle is present."""
+    return f"{row['setting']} {row['kind']}" if "kind" in row else row["setting"]
 
 
 def compare_pairs(pairs: list[tuple[bool, bool]]) -> dict:

@@ -151,6 +151,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
         OpenedImages([new for new, _ in plan], answerer.processor),
         batch_size=None,
         num_workers=min(answerer.workers, len(batches)),
+        pin_memory=torch.cuda.is_available(),
     )
     store = FeatureStore(answerer.model)
     faults: dict[ImageReference, str] = {}
@@ -201,22 +202,24 @@ def answer_batch(
     if good:
         images = [image for question in good for image in question.images]
         features = store.encode(images, {}) if images else None
-        device = answerer.model.lm_head.weight.device
-        tensors = {key: tensor.to(device) for key, tensor in answerer.processor.pad(encoded).items()}
+        device, tensors = answerer.model.lm_head.weight.device, answerer.processor.pad(encoded)
+        plan = answerer.model.model.plan(**tensors).to(device)  # made before the tensors leave the CPU
+        tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
         if good[0].candidates:
-            texts = rank_candidates(answerer.model, answerer.processor, tensors, features, good[0].candidates)
+            answers = rank_candidates(answerer.model, answerer.processor, tensors, plan, features, good[0].candidates)
         else:
             ids = answerer.model.generate(
-                **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens
+                **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens, plan=plan
             )
             texts = answerer.processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :])
+            answers = [(text, None) for text in texts]
         seconds = (time.perf_counter() - started) / len(good)
-        rows |= {q.id: make_row(q, text, seconds) for q, text in zip(good, texts, strict=True)}
+        rows |= {q.id: make_row(q, text, seconds, sure) for q, (text, sure) in zip(good, answers, strict=True)}
     return [rows[question.id] for question in batch]
 
 
-def make_row(question: Question, response: str | None, seconds: float) -> dict:
-    """The answer row of a question."""
+def make_row(question: Question, response: str | None, seconds: float, confidence: float | None = None) -> dict:
+    """The answer row of a question; `confidence` of an answer that was ranked."""
     row = {
         "id": question.id,
         "setting": question.setting,
@@ -227,6 +230,7 @@ def make_row(question: Question, response: str | None, seconds: float) -> dict:
         "seconds": round(seconds, 4),
         **question.fields,
     }
+    row |= {} if confidence is None else {"confidence": round(confidence, 6)}
     return row | ({"error": question.error} if question.error else {})
 
 
@@ -240,6 +244,7 @@ class StoredAnswer(msgspec.Struct):
     ground_truth: Any
     response: str | None
     seconds: Annotated[float, msgspec.Meta(ge=0)]
+    confidence: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     error: str = ""
 
 
@@ -271,7 +276,7 @@ def read_answers(file: Path, questions: list[Question], cut_last_line: bool = Fa
                 "start again with --overwrite=True"
             )
         if not stored.error:
-            found[stored.id] = make_row(question, stored.response, stored.seconds)
+            found[stored.id] = make_row(question, stored.response, stored.seconds, stored.confidence)
     return {question.id: found[question.id] for question in questions if question.id in found}
 
 

@@ -207,3 +207,22 @@ def logistic_threshold(levels: Sequence[float], right: Sequence[int], total: Seq
     # bounds: counts that a step separates have no finite slope
     intercept, slope = optimize.minimize(loss, (0.0, 0.0), bounds=[(-50, 50)] * 2).x
     return float(centre - scale * intercept / slope)
+
+
+# ---- calibration
+def confidence_bins(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[dict]:
+    """{"n", "confidence", "rate"} of the answers in each of `bins` equal parts of [0, 1]; means, None for no answer."""
+    found = [[] for _ in range(bins)]
+    for confidence, is_right in zip(confidences, right, strict=True):
+        found[min(int(confidence * bins), bins - 1)].append((confidence, is_right))
+    described = []
+    for part in found:
+        confidence, rate_ = map(statistics.fmean, zip(*part, strict=True)) if part else (None, None)
+        described.append({"n": len(part), "confidence": confidence, "rate": rate_})
+    return described
+
+
+def calibration_error(bins: Sequence[dict]) -> float:
+    """Expected calibration error: mean |rate - confidence| of the bins, weighted by their answers (Naeini 2015)."""
+    total = sum(found["n"] for found in bins)
+    return sum(found["n"] * abs(found["rate"] - found["confidence"]) for found in bins if found["n"]) / total

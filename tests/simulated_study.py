@@ -62,7 +62,8 @@ def simulate_conversion(
             records.append(ConversionRecord(
                 study="A", plan=hash_plan(section), arm=arm, seed=seed, trained_parameters=43_008,
                 num_concepts=CONCEPTS, final_loss=0.02, lambdas=[], answers=answers, needle_shares=[0.01, share],
-                knockout=knockout, **ENVIRONMENT,
+                knockout=knockout, log_likelihoods={"16 noise": float(np.log(0.5 + shift))}, forward_flops=10**9,
+                **ENVIRONMENT,
             ))  # fmt: skip
     return records
 

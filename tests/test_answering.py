@@ -1,6 +1,7 @@
 """Answers: the plan, images encoded once, broken ones kept apart, ranking against a full forward pass, continuing."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -118,12 +119,15 @@ def test_ranking_is_the_likelihood_of_a_full_forward_pass(answerer, questions, t
     asked = [replace(q, candidates=options[q.setting]) for q in asked]
     rows = answer_questions(answerer, asked, tmp_path / "answers.jsonl", is_correct)
     for question, row in zip(asked, rows, strict=True):
-        images, result = [open_image(path) for path in question.images], {}
+        images, result, log_likelihood = [open_image(path) for path in question.images], {}, {}
         for text in question.candidates:
             batch = answerer.processor([images], [question.prompt], [text])
             with torch.no_grad():
                 result[text] = -answerer.model(**batch).loss.item()
+            log_likelihood[text] = result[text] * int((batch["labels"] != -100).sum())
         assert row["response"] == max(result, key=result.get)
+        weights = {text: math.exp(value) for text, value in log_likelihood.items()}
+        assert row["confidence"] == pytest.approx(weights[row["response"]] / sum(weights.values()), rel=1e-3)
     assert len({row["response"] for row in rows}) > 1
 
 

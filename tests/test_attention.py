@@ -260,7 +260,8 @@ def test_sdpa_uses_no_mask_where_every_row_has_the_same_prefix(monkeypatch):
 
 
 def test_dense_masks_get_expanded_keys_off_the_cpu(monkeypatch):
-    """Where key heads stay shared, CUDA has no fused kernel for a mask. Of one key head no copy is made."""
+    """Where key heads stay shared, CUDA has no fused kernel for a mask or for float32. Of one key head no copy is
+    made."""
     q, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
     valid = torch.ones(2, 9)
     valid[1, 0] = 0
@@ -272,22 +273,22 @@ def test_dense_masks_get_expanded_keys_off_the_cpu(monkeypatch):
         "attention.F.scaled_dot_product_attention", lambda *a, **o: calls.append((a, o)) or real(*a, **o)
     )
     assert sdpa(q.to("meta"), v.to("meta"), v.to("meta"), padded, 0.5, None).shape == q.shape
-    sdpa(q.to("meta"), v.to("meta"), v.to("meta"), None, 0.5, None)
+    for dtype in (torch.float32, torch.bfloat16):
+        sdpa(*(t.to("meta", dtype) for t in (q, v, v)), None, 0.5, None)
     sdpa(q.to("meta"), v[:, :1].to("meta"), v[:, :1].to("meta"), padded, 0.5, None)
-    assert [(a[1].shape[1], o["enable_gqa"]) for a, o in calls] == [(4, False), (2, True), (4, False)]
-    assert calls[2][0][1].stride(1) == 0
+    assert [(a[1].shape[1], o["enable_gqa"]) for a, o in calls] == [(4, False), (4, False), (2, True), (4, False)]
+    assert calls[3][0][1].stride(1) == 0
     spread = v[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
     torch.testing.assert_close(real(q, spread, spread), real(q, v, v, enable_gqa=True))
 
 
-def test_paths():
-    def keys(length, width=8):
-        return torch.empty(1, 1, length, width, device="meta"), torch.empty(1, 1, length, 8, device="meta")
+def test_paths_of_a_cpu():
+    def path(length, width=8, softcap=None):
+        q, k, v = (torch.empty(1, 1, length, d, device="meta") for d in (width, width, 8))
+        return choose_path(q, k, v, None, softcap, None, "cpu")
 
-    assert choose_path(torch.empty(1, 1, EXPLICIT_MAX_KEYS, 8), torch.empty(1, 1, EXPLICIT_MAX_KEYS, 8), None) == "maps"
-    assert choose_path(*keys(300), None) == "sdpa" and choose_path(*keys(300), 50.0) == "maps"
-    assert choose_path(*keys(LONG), None) == "sdpa" and choose_path(*keys(LONG), 50.0) == "chunks"
-    assert choose_path(*keys(300, 4), None) == "maps" and choose_path(*keys(LONG, 4), None) == "chunks"
+    assert path(EXPLICIT_MAX_KEYS) == path(300, width=4) == path(300, softcap=50.0) == "maps"
+    assert path(LONG) == "sdpa" and path(LONG, softcap=50.0) == path(LONG, width=4) == "chunks"
 
 
 def test_chunks_save_no_maps_for_the_backward_pass():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from data import (
     Haystacks,
@@ -606,3 +607,64 @@ def test_parquet_texts_that_are_not_strings_are_named(tmp_path, monkeypatch, col
     rows = read_hub(str(parquet(tmp_path / "set", images=1, **{column: [1, 2]})), "train")
     with pytest.raises(UserError, match="must be strings"):
         rows.get(0, 1)
+
+
+# ---- conversations
+def chat(*messages: tuple, **fields) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in messages], **fields}
+
+
+def test_conversations_are_the_rows_of_their_prompt_and_last_answer(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    parts = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "What is it?"}]
+    rows = [
+        chat(("user", "<image>\nWhat is it?"), ("assistant", "a cat"), images=["a.png"]),
+        {"image": "a.png", "prefix": "What is it?", "suffix": "a cat"},
+        chat(("user", parts), ("assistant", [{"type": "text", "text": "a dog"}])),
+        chat(
+            ("system", "Be brief."),
+            ("user", "<image><image> Which?"),
+            ("assistant", "the second"),
+            ("user", "Why?"),
+            ("assistant", "it barks"),
+            images=["a.png", "b.png"],
+            answers=["it barks", "barking"],
+        ),
+        chat(("user", "Hello"), ("assistant", "Hi")),
+        {"image": "a.png", "prefix": "messages", "suffix": 'a row that says "messages"'},
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    read = read_jsonl(file)
+    assert [read.text(row) for row in range(6)] == [
+        ("What is it?", "a cat", 1),
+        ("What is it?", "a cat", 1),
+        ("What is it?", "a dog", 1),
+        ("Be brief.\nWhich?\nthe second\nWhy?", "it barks", 2),
+        ("Hello", "Hi", 0),
+        ("messages", 'a row that says "messages"', 1),
+    ]
+    assert read.rows[3].images == ("a.png", "b.png") and read.answers(3) == ("it barks", "barking")
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        (chat(("user", "Hi")), "end with one of the assistant"),
+        (chat(("assistant", "Hi")), "after one of the user"),
+        (chat(), "end with one of the assistant"),
+        (chat(("user", "<image>"), ("assistant", "x")), "places for 1 images, but there are 0"),
+        (chat(("user", "<image>"), ("assistant", "x"), images=["no.png"]), "no.png does not exist"),
+        (chat(("user", [{"type": "image", "image": "a"}]), ("assistant", "x"), images=["b"]), "given twice"),
+        (chat(("user", "Hi"), ("assistant", " ")), "suffix is empty"),
+        (chat(("tool", "Hi"), ("assistant", "x")), "role"),
+        (chat(("user", 3), ("assistant", "x")), "content"),
+        ({"messages": "Hi"}, "messages"),
+    ],
+)
+def test_a_conversation_that_cannot_be_used_is_named(tmp_path, row, part):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps(row))
+    with refused("chat.jsonl:1", part):
+        read_jsonl(file)

@@ -324,7 +324,7 @@ def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "expected"),
-    [("batch_size=0", "int >= 1"), ("workers=-1", "int >= 0"), ("samples=-1", "int >= 0"), ("cell=-4", "int >= 0")]
+    [("batch_size=0", "int >= 1"), ("workers=-2", "int >= -1"), ("samples=-1", "int >= 0"), ("cell=-4", "int >= 0")]
     + [("attention=-1", "int >= 0"), ("per_cell=-1", "int >= 0"), ("cell=1000000", "int <= 4096")]
     + [("seed=99999999999999999999", "an integer of at most 64 bits"), ("images=0", "int >= 1")]
     + [("grids=100000", "int <= 1000"), ("needles=-2", "int >= 1")],

@@ -159,9 +159,17 @@ def test_the_card_of_an_adapter(runs, arm):
     folder = runs / arm / "final/adapter"
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.to_dict()["library_name"] == "peft" and card.data.base_model is None  # a folder is no hub id
-    assert ("differential.safetensors" in card.text) == (arm == "diff")
+    assert ("load_differential" in card.text) == (arm == "diff")
     assert ("AutoPeftModel" in card.text) == (arm == "original")
     assert "[More Information Needed]" not in card.text
+    facts = "| task | `image-text-to-text: find a captioned image", "| base model | `tiny-model", "| seed | `0` |"
+    for fact in (*facts, "| LoRA | `rank ", "| updates | `3, 4 examples each` |"):
+        assert fact in card.text
+    log = [json.loads(line) for line in (runs / arm / "metrics.jsonl").read_text().splitlines()]
+    found = {result.dataset_config: result.metric_value for result in card.data.eval_results}
+    expected = [line["eval"] for line in log if "eval" in line][-1]
+    assert found == {rows: 100 * right / n for rows, (right, n) in expected.items()}
+    assert str(runs) not in (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["org/name", "org/name@abc", "assets/paligemma-nano"])
@@ -230,8 +238,8 @@ def test_the_card_says_what_it_is(runs, tmp_path, monkeypatch, arm):
     found = {result.dataset_config: result.metric_value for result in card.data.eval_results}
     expected = [line["eval"] for line in log if "eval" in line][-1]
     assert found == {rows: 100 * right / n for rows, (right, n) in expected.items()}
-    for part in (f"arm `{arm}`, step 3", "| lr | `0.02` |", "| seed | `0` |", "torch 2", "differential.safetensors"):
-        assert (part in card.text) == (part != "differential.safetensors" or arm == "diff")
+    for part in (f"arm `{arm}`, step 3", "| lr | `0.02` |", "| seed | `0` |", "torch 2", "differential_transformers"):
+        assert (part in card.text) == (part != "differential_transformers" or arm == "diff")
 
 
 def test_the_base_model_s_name_and_licence_are_metadata():

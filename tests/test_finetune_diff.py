@@ -12,7 +12,7 @@ from runs import crash, logged, saved_differential, saved_lora
 import run_folder
 import training
 from data import loader, make_data
-from diagnostics import acting_map
+from diagnostics import acting_map, first_map, subtracted_map
 from differential_attention import PRESETS, DifferentialConfig, differential_parameters, trainable_names
 from errors import UserError
 from finetune_diff import Config
@@ -116,7 +116,8 @@ def test_first_adapters_batches_and_dropout_of_both_arms_are_bit_equal(config, t
     def record(adapted, _, batch):
         if adapted.training:
             lora = {n: p.detach().clone() for n, p in adapted.named_parameters() if "lora_" in n}
-            steps.append((lora, batch, torch.get_rng_state()))
+            tensors = {key: t for key, t in batch.items() if key != "plan"}  # follows from them
+            steps.append((lora, tensors, torch.get_rng_state()))
 
     def add_lora(*args):
         adapted = real(*args)
@@ -154,6 +155,15 @@ def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
             weighed = attend.differential.head_norm(weighed)
         weighed = weighed[:, :, -out.shape[1] :]  # the last layer answers for label rows alone
         torch.testing.assert_close(attend.o_proj(weighed.transpose(1, 2).flatten(2)), out, atol=1e-5, rtol=1e-4)
+        a1, subtracted = (part(attend, x, rotary, mask) for part in (first_map, subtracted_map))
+        acts = acting_map(attend, x, rotary, mask)
+        if preset == "split":  # normalised: A1 + gamma (A1 - A2) is the difference divided by 1 - lambda
+            lambda_ = attend.differential.current_lambda(None)
+            torch.testing.assert_close((a1 - subtracted) / (1 - lambda_), acts)
+            torch.testing.assert_close(subtracted.sum(-1), lambda_.expand(subtracted.shape[:3]))
+        elif preset != "additive":  # whose only map is the second one
+            torch.testing.assert_close(a1 - subtracted, acts)
+        assert bool(subtracted.any()) == (preset not in (None, "additive"))
         checked.append(1)
 
     attend.register_forward_hook(check)

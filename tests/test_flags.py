@@ -81,6 +81,24 @@ def test_choices_of_differential_attention_out_of_range_are_refused(name):
             parse(finetune_diff.Config, f"--differential.{name}={value}")
 
 
+def test_help_groups_the_flags_and_describes_each(capsys, monkeypatch):
+    """Every flag once, under the title of its section of Config, with its comment."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse(finetune_diff.Config, "--help")
+    lines = [line.strip("│╭╮─ ") for line in capsys.readouterr().out.splitlines()]  # a terminal has boxes
+    titles = [f"{title} options" for title in ("model", "data", "optimisation", "evaluation", "differential")]
+    places = [lines.index(title) for title in titles]
+    assert places == sorted(places)
+    flags = [line.split()[0] for line in lines if line.startswith("--")]
+    for field in fields(finetune_original.Config):
+        assert flags.count(f"--{field.name}") == 1, field.name
+    ends = [*places[1:], len(lines)]
+    for name, title in (("lora_rank", 0), ("workers", 1), ("lr", 2), ("patience", 3), ("differential.preset", 4)):
+        assert any(line.startswith(f"--{name} ") for line in lines[places[title] : ends[title]]), name
+    assert "rank of the low-rank updates" in " ".join(lines)
+
+
 def test_haystacks_need_a_size_of_grid():
     with refused("--grids"):
         parse(finetune_original.Config, "--grids")

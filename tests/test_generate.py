@@ -32,6 +32,15 @@ def test_labels_and_lines_scale_with_the_image(tmp_path):
     assert thickness == [2, 20]
 
 
+def test_a_label_at_the_border_is_whole(tmp_path):
+    def label_size(box: str) -> np.ndarray:
+        places = np.argwhere(marks(tmp_path, 400, box + "cat") & ~marks(tmp_path, 400, box))
+        return places.max(0) - places.min(0)
+
+    middle, corner = label_size(BOX), label_size("<loc0980><loc0980><loc1020><loc1020> ")
+    assert min(middle) > 8 and np.abs(middle - corner).max() <= 2  # lines of the box hide a pixel
+
+
 def test_an_answer_without_boxes_says_so(tmp_path, capsys):
     assert not marks(tmp_path, 64, "a cat").any()
     assert "64.png: the answer has no boxes" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from scipy import stats
 from errors import UserError
 from needle_eval.statistics import (
     bootstrap_seeds_and_items,
+    calibration_error,
+    confidence_bins,
     d_prime,
     equivalence,
     holm,
@@ -299,3 +301,13 @@ def test_logistic_threshold_finds_the_planted_level():
     assert logistic_threshold(levels, counts, [1000] * 4) == pytest.approx(4.7, abs=1e-3)
     assert logistic_threshold(levels, [900, 800, 700, 600], [1000] * 4) is None
     assert 4 < logistic_threshold(levels, [10, 10, 0, 0], [10] * 4) < 5  # separated counts: a step between 4 and 5
+
+
+def test_bins_of_confidence_and_their_error():
+    bins = confidence_bins([0.05, 0.95, 1.0, 0.95, 0.85], [False, True, True, False, True])
+    assert [found["n"] for found in bins] == [1, 0, 0, 0, 0, 0, 0, 0, 1, 3]
+    assert bins[1] == {"n": 0, "confidence": None, "rate": None}
+    assert bins[9]["confidence"] == pytest.approx(2.9 / 3) and bins[9]["rate"] == pytest.approx(2 / 3)
+    assert calibration_error(bins) == pytest.approx((0.05 + 3 * 0.3 + 0.15) / 5)
+    sure = confidence_bins([1.0] * 8, [True] * 8)
+    assert calibration_error(sure) == 0

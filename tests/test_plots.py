@@ -73,6 +73,8 @@ def test_all_figures_come_from_the_run_folder_alone(run, figures):
         assert titles[0].startswith("run (diff, seed 0)")
     accuracy, _ = figures["accuracy.png"]
     assert list(accuracy.axes[0].lines[0].get_xdata()) == [0, 2, 4]
+    loss, _ = figures["loss.png"]
+    assert list(loss.axes[0].lines[2].get_xdata()) == [0, 2, 4]  # of the evaluation sets, from before the first update
     curve, _ = figures["lambda.png"]
     assert list(curve.axes[0].lines[0].get_xdata()) == [0, 1, 2, 3, 4]
     assert curve.axes[0].lines[0].get_ydata()[0] == 0.5
@@ -104,10 +106,10 @@ def test_cells_of_answers_are_outlined(run, figures):
     figure, _ = figures["answers.png"]
     panels = [axes for axes in figure.axes if axes.get_images()]
     outlines = [[(p.get_xy(), p.get_edgecolor()[:3]) for p in axes.patches] for axes in panels]
-    green, red = (plt.matplotlib.colors.to_rgb(colour) for colour in (plots.FOUND, plots.MISSED))
-    assert outlines[0] == [((0, 64), green)]  # a grid of 2 x 2 cells of 64 pixels
+    found, missed = (plt.matplotlib.colors.to_rgb(style["edgecolor"]) for style in (plots.FOUND, plots.MISSED))
+    assert outlines[0] == [((0, 64), found)]  # a grid of 2 x 2 cells of 64 pixels
     assert sorted(len(o) for o in outlines) == [1] * 4 + [2] * 4
-    assert [((0, 64), green), ((64, 0), red)] in outlines
+    assert [((0, 64), found), ((64, 0), missed)] in outlines
 
 
 def test_long_captions_wrap_and_neither_overlap_nor_leave_the_figure(run, figures):
@@ -221,3 +223,11 @@ def test_an_image_outside_of_the_run_is_not_opened(run, image):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with refused(tmp_path / "metrics.jsonl"):
         plots.draw_run(tmp_path)
+
+
+def test_haystacks_of_several_images_are_left_out_of_the_attention(run, figures):
+    """Their samples name no grid: the cell of the needle is not known."""
+    sets = sorted(plots.read_attention(run))
+    edit_samples(run, lambda line: line | ({"grid": None} if line["set"] == sets[0] else {}))
+    assert sorted(plots.read_attention_of_one_image(run)) == sets[1:]
+    plots.draw_attention([run], 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tiny_phi
 import torch
 from PIL import Image
 from runs import flags_of, logged, saved_lora, start, wait_for
@@ -53,9 +54,9 @@ def config(tiny_model, tmp_path):
     )
 
 
-def launch(config, *arguments: str, scriptname="finetune_original.py"):
-    """Start a script with the flags of a configuration by torchrun."""
-    return start("-m", "torch.distributed.run", *arguments, scriptname, *flags_of(config))
+def launch(config, *arguments: str, scriptname="finetune_original.py", flags: tuple[str, ...] = ()):
+    """Start a script by torchrun with the flags of a configuration and these."""
+    return start("-m", "torch.distributed.run", *arguments, scriptname, *flags_of(config), *flags)
 
 
 def check_finished(*processes):
@@ -115,6 +116,18 @@ def test_sharded_frozen_layers_train_like_whole_ones(config, tmp_path):
         torch.testing.assert_close(added[name], tensor, atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match="--shard=True.*torchrun"):
         finetune(replace(config, output_dir=str(tmp_path / "one"), shard=True), "original")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_phi_family_as_one(config, tmp_path):
+    """FSDP2 of the frozen layers; what trains is synchronized by DDP."""
+    model = str(tiny_phi.folder(tmp_path / "phi"))
+    config = replace(config, model=model, max_steps=3, lr=1e-2)
+    finetune(config, "diff", DifferentialConfig("v1").resolve())
+    sharded = replace(config, output_dir=str(tmp_path / "sharded"), shard=True)
+    choice = dict(scriptname="finetune_diff.py", flags=("--differential.preset=v1",))
+    check_finished(launch(sharded, "--standalone", "--nproc-per-node=2", **choice))
+    check_same(sharded, config)
 
 
 @pytest.mark.slow

@@ -26,7 +26,9 @@ PAGES = {"README.md": README} | dict(sorted(PAGES.items()))
 RESULTS = ROOT / "benchmarks" / "results"
 MAX_README_WORDS = 2300
 # a command with one of these needs a licence, a download, another machine or minutes
-NOT_HERE = re.compile(r"study\.py(?! --report)|google/|microsoft/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun")
+NOT_HERE = re.compile(
+    r"study\.py(?! --report)|demo\.py|google/|microsoft/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun"
+)
 # flags of other programs
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
@@ -109,7 +111,7 @@ exec {sys.executable} {ROOT}/"$script" "$@"
         list(pool.map(run, [[command] for command in trained]))
         list(pool.map(run, [evaluated, others]))
     scripts = {"finetune_original.py", "finetune_diff.py", "eval_mmnih.py", "generate.py", "plots.py", "export.py"}
-    scripts |= {"study.py"}
+    scripts |= {"study.py", "make_report.py"}
     assert scripts == {command.split()[1] for command in quick}
     assert (tmp_path / "boxes.png").stat().st_size > 1000
     assert (tmp_path / "runs" / "diff_seed0" / "final" / "differential.safetensors").exists()
@@ -121,7 +123,8 @@ def test_flags_of_the_other_commands_are_valid(command):
 
 
 def test_flags_in_the_text_exist():
-    scripts = ("finetune_diff.py", "eval_mmnih.py", "generate.py", "export.py", "study.py", "benchmarks/compare.py")
+    scripts = ("finetune_diff.py", "eval_mmnih.py", "generate.py", "export.py", "study.py", "demo.py")
+    scripts += ("benchmarks/compare.py",)
     known = FOREIGN_FLAGS.union(*(flags_of(load(script).Config) for script in scripts))
     for name, page in PAGES.items():
         text = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)
@@ -225,6 +228,12 @@ def test_the_speed_table_is_what_was_measured():
     untuned, lora = (answers[f"answers per second, {kind}"]["ratio"] for kind in ("untuned", "with LoRA"))
     assert f"{untuned:.1f} x the answers per second" in PAGES["docs/speed.md"]
     assert f"{lora:.1f} x under a LoRA adapter" in PAGES["docs/speed.md"]
+
+
+@pytest.mark.parametrize(("name", "page"), [("launches", "docs/speed.md"), ("memory", "docs/memory.md")])
+def test_the_counted_tables_are_those_of_the_results(name, page):
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    assert "\n".join(load(f"benchmarks/{name}.py").table(rows)) in PAGES[page]
 
 
 def test_the_loading_table_is_what_was_measured():

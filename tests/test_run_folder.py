@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import plots
 import run_folder
+import training
 from differential_attention import DifferentialConfig
 from errors import UserError
 from files import MANIFEST, lock_folder, verify_manifest, write_manifest
@@ -455,7 +456,7 @@ def test_runs_of_before_a_flag_existed_continue(config):
     fields = record["config"] | {"differential": differential.to_dict()}
     old = {key: value for key, value in fields.items() if key not in run_folder.ADDED_FIELDS}
     old["differential"] = {key: value for key, value in old["differential"].items() if key != "pairing"}
-    assert len(old) == len(fields) - 3
+    assert len(old) == len(fields) - len(run_folder.ADDED_FIELDS)
     assert run_folder.comparable(record | {"config": old}) == run_folder.comparable(record | {"config": fields})
     old["differential"]["second"] = "pairs"
     assert run_folder.comparable({"config": old})["differential.pairing"] == "adjacent"
@@ -494,3 +495,44 @@ def test_an_interrupted_run_of_before_the_weights_were_recorded_continues(config
         write_manifest(checkpoint)
     finetune(config, "original")
     assert [step for step, _ in logged(config)] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- a longer run
+def test_a_finished_run_is_extended_and_an_interrupted_extension_resumes_with_equal_bits(config, tmp_path, capsys):
+    short = replace(config, max_steps=4, save_every=1, lr=2e-3)
+    finetune(short, "original")
+    shutil.copytree(short.output_dir, tmp_path / "cut")
+    capsys.readouterr()
+    long = replace(short, max_steps=8)
+    finetune(long, "original")
+    printed = capsys.readouterr().out
+    assert "max_steps 4 -> 8" in printed and "finished after 4 updates" in printed
+    rates = [rate for _, rate in logged(long, "lr")]
+    assert rates[:4] == [training.learning_rate_at(short, step, 4) for step in range(4)]
+    assert rates[4:] == [training.learning_rate_at(long, step, 8) for step in range(4, 8)]
+    assert [step for step, _ in logged(long, "eval")] == [0, 4, 8]
+    record = json.loads((folder_of(long) / "run.json").read_text())
+    assert [(start["step"], start["extended"]) for start in record["starts"]] == [(0, False), (4, True)]
+    assert json.loads((folder_of(long) / "final" / "run.json").read_text())["step"] == 8
+
+    cut = replace(long, output_dir=str(tmp_path / "cut"))
+    interrupt(cut, 6)
+    assert json.loads((folder_of(cut) / "final" / "run.json").read_text())["step"] == 4  # it can be used meanwhile
+    finetune(cut, "original")
+    assert logged(cut) == logged(long) and logged(cut, "eval") == logged(long, "eval")
+    assert all(torch.equal(a, b) for a, b in zip(saved_lora(cut).values(), saved_lora(long).values(), strict=True))
+    starts = json.loads((folder_of(cut) / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 4, 6]
+    assert json.loads((folder_of(cut) / "run.json").read_text())["id"] == record["id"]  # both began as one run
+
+
+def test_a_run_that_cannot_be_extended_says_why(config):
+    short = replace(config, max_steps=2, average_last=0.5)
+    finetune(short, "original")
+    with refused("max_steps 2 -> 1", "--overwrite=True"):
+        finetune(replace(short, max_steps=1), "original")
+    with refused("average_last"):
+        finetune(replace(short, max_steps=4), "original")
+    shutil.rmtree(folder_of(short) / "checkpoints")
+    with refused("checkpoint of step 2 is missing"):
+        finetune(replace(short, max_steps=4), "original")

@@ -164,13 +164,6 @@ def test_other_files_are_refused(tmp_path):
         smollm2.find_gguf(str(tmp_path / "none.gguf"))
 
 
-def test_needle_questions_have_one_answer():
-    prompt, code, codes = smollm2.needle_question(90, 3)
-    *lines, question = prompt.split("\n")
-    noun = question.removeprefix("What is the code of the ").partition("?")[0]
-    assert [line for line in lines if line == f"The code of the {noun} is {code}."] and len(set(codes)) == 90
-
-
 def test_the_released_model_says_paris(tmp_path):
     """Real pretrained weights: equal to both classes of transformers, and they know the capital of France."""
     try:

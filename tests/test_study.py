@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import finetune_diff
+import finetune_original
 import study
 import study_conversion
 import study_report
 from checkpoint import weights_fingerprint
+from differential_attention import DifferentialConfig
 from errors import UserError
 from haystack import ImagePool, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -47,7 +51,7 @@ def section(model: Path, **changes) -> dict:
     plan = dict(model=str(model), weights=weights_fingerprint(model), threads=1)
     plan |= dict(train=train, arms=arms, endpoint=endpoint, conditions=conditions)
     plan |= {key: PILOT[key] for key in ("look_alikes", "look_alikes_sha256")}
-    return plan | dict(attention_questions=1, fingerprint_seed=100) | changes
+    return plan | dict(attention_questions=1, likelihood_questions=2, fingerprint_seed=100) | changes
 
 
 # ---- questions
@@ -121,6 +125,8 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny_model, tmp_path, ar
     assert {name: answers["n"] for name, answers in record["answers"].items()} == {
         name: condition["n"] for name, condition in plan["conditions"].items()
     }
+    assert set(record["log_likelihoods"]) == set(study_conversion.endpoint_conditions(plan))
+    assert all(value < 0 for value in record["log_likelihoods"].values())
     assert len(record["needle_shares"]) == 2 and all(0 < share < 1 for share in record["needle_shares"])
     assert set(record["knockout"]) == (set(study_conversion.endpoint_conditions(plan)) if arm == "split" else set())
     assert len(record["lambdas"]) == {"standard": 0, "split": 2, "gate": 0}[arm]
@@ -128,6 +134,41 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny_model, tmp_path, ar
     again = study_conversion.run(plan, study.Job(arm, 0), tmp_path / arm)
     assert {**again, "seconds": 0} == {**record, "seconds": 0}
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / arm).rglob("*.safetensors")}
+
+
+def test_the_likelihood_is_that_of_the_right_answer_alone(tiny_model):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    processor = study_conversion.PaliGemmaProcessor.from_pretrained(tiny_model)
+    answerer = study_conversion.Answerer(model, processor, study_conversion.make_accelerator(), torch.float32, 2)
+    conditions = {"a": Condition(1, 2, 2), "b": Condition(2, 2, 1, present=False)}
+    asked = study_conversion.make_questions(conditions, LOOK_ALIKES, processor.image_size, 0)
+    expected = []
+    for q in asked:
+        batch = processor(images=[[i.open() for i in q.images]], text=[q.prompt], suffix=[q.ground_truth])
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            logs = model.double()(**batch).logits.log_softmax(-1)[:, :-1]
+        is_answer = labels[:, 1:] != -100
+        expected.append(logs.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0][is_answer].sum().item())
+    model.float()
+    assert study_conversion.log_likelihood(answerer, asked) == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_a_second_map_costs_one_more_product_of_queries_and_keys(tiny_model):
+    question = study_conversion.make_questions({"a": Condition(1, 2, 1)}, LOOK_ALIKES, 56, 0)[0]
+    configs = [finetune_original.Config(model=str(tiny_model))]
+    for preset in ("sharpen", "split"):
+        differential = DifferentialConfig(preset=preset)
+        configs.append(finetune_diff.Config(model=str(tiny_model), differential=differential))
+    images = [image.open() for image in question.images]
+    standard, sharpen, split = (study_conversion.count_flops(config, images, question.prompt) for config in configs)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    processor = study_conversion.PaliGemmaProcessor.from_pretrained(tiny_model)
+    length = len(processor.encode(question.prompt)[0])
+    text, rank = model.config.text_config, DifferentialConfig(preset="split").resolve().rank
+    width = text.num_attention_heads * text.head_dim
+    each_layer = 2 * length * length * width + 2 * length * rank * (text.hidden_size + width)
+    assert sharpen == standard and split - standard == text.num_hidden_layers * each_layer
 
 
 def test_the_knocked_out_answers_are_those_without_lambda(tiny_model, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from simulated_study import ENVIRONMENT, PAIRED_SD, make_plan, pack, simulate_co
 import study_report
 from errors import UserError
 from files import write_json
+from study_figure import draw_figure
 from study_report import (
     Answers,
     Contrast,
@@ -20,7 +21,6 @@ from study_report import (
     answer,
     core_contrasts,
     core_verdict,
-    draw_figure,
     format_report,
     group_records,
     hash_plan,
@@ -126,7 +126,8 @@ def test_measures_of_one_run():
     answers = {name: pack(np.arange(10) < count) for name, count in right.items()}
     record = ConversionRecord(
         study="A", plan=hash_plan(PLAN["A"]), arm="split", seed=0, trained_parameters=1, num_concepts=5,
-        final_loss=None, lambdas=[], answers=answers, needle_shares=[0.1, 0.3], knockout={}, **ENVIRONMENT,
+        final_loss=None, lambdas=[], answers=answers, needle_shares=[0.1, 0.3], knockout={},
+        log_likelihoods={"16 noise": -1.0, "64 noise": -2.0}, forward_flops=1, **ENVIRONMENT,
     )  # fmt: skip
     conditions = study_report.endpoint_conditions(PLAN["A"])
     assert conditions == ["16 look-alike", "16 noise", "64 look-alike", "64 noise"]
@@ -137,6 +138,7 @@ def test_measures_of_one_run():
     assert study_report.cells_at_half(record) == pytest.approx(5, abs=0.05)  # 32 cells
     assert study_report.needle_share(record, 1) == pytest.approx(30)
     assert study_report.knocked_out(record, conditions) is None
+    assert study_report.likelihood(record) == pytest.approx(-1.5)
     z = stats.norm.ppf
     expected = np.mean([z(12.5 / 21) - z(1.5 / 11), z(8.5 / 21) - z(3.5 / 11)])
     assert study_report.sensitivity(record) == pytest.approx(expected)
@@ -226,6 +228,16 @@ def test_the_report_has_an_answer_and_a_verdict_for_every_arm(records):
     for arm in ("additive", "flipped"):
         assert rows[arm].rstrip(" |").split("| ")[-1] in ("no practical difference", "undecided")
     assert rows["standard"].endswith("| - |")
+
+
+def test_the_questions_of_every_seed_are_compared(records):
+    plan = make_plan(seeds=1)
+    found = {r.arm: r for r in simulate_conversion(plan, {}, np.random.default_rng(0))}
+    for arm, right in (("split", [1, 1, 0, 1]), ("standard", [0, 1, 1, 0])):
+        found[arm].answers = {name: pack(np.array(right, bool)) for name in found[arm].answers}
+    lines = study_report.format_seeds(conversion_group(plan, list(found.values())), "split", "standard")
+    p = stats.binomtest(4, 12).pvalue  # 4 conditions: 8 questions that split alone answers, 4 that standard does
+    assert lines[-1] == f"| 0 | 16 | 12 | 8 | 8 | 4 | {study_report.p_text(p)} |" and len(lines) == 3
 
 
 def test_secondary_arms_are_one_holm_family(records):

@@ -297,6 +297,26 @@ def test_evaluations_answer_all_rows_before_and_after_and_two_batches_between(co
     assert [[n for _, n in evals[step].values()] for step in (0, 4, 6)] == [[9] * 8, [4] * 8, [9] * 8]
 
 
+def test_the_evaluation_loss_is_the_mean_over_the_label_tokens_of_the_first_rows(config):
+    """Of the rows that every evaluation answers, here 4 of 9, in batches of uneven numbers of label tokens."""
+    config = replace(config, eval_samples=9, eval_batch_size=2, negatives=0.5)
+    finetune(config, "original")
+    logged_losses = dict(logged(config, "eval_loss"))
+    assert logged_losses.keys() == {0, 4, 6}
+    processor = PaliGemmaProcessor.from_pretrained(config.model)
+    for step, folder in ((0, config.model), (6, config.output_dir)):
+        model = PaliGemmaForConditionalGeneration.from_pretrained(folder)
+        for name, source in make_data(config)[1].items():
+            total, count = 0.0, 0
+            for _, batch in loader(source, processor, [[(0, row)] for row in range(4)], True):
+                labels = batch.pop("labels")
+                log_probs = model(**batch).logits[:, :-1].detach().double().log_softmax(-1)
+                valid = labels[:, 1:] != -100
+                total -= float(log_probs.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0][valid].sum())
+                count += int(valid.sum())
+            assert logged_losses[step][name] == pytest.approx(total / count, abs=1e-5)
+
+
 def test_an_evaluation_row_that_is_too_long_is_named_and_not_counted(config, tmp_path):
     shutil.copytree(SAMPLE_ROWS.parent, tmp_path / "rows")
     good = json.loads(SAMPLE_ROWS.read_text().splitlines()[0])
@@ -315,6 +335,32 @@ def test_best_is_chosen_by_the_sets_that_count_for_it():
     sets = {name: types.SimpleNamespace(counts_for_best=name != "c") for name in scores}
     questions = {name: [types.SimpleNamespace(id="0")] for name in scores}
     assert training.headline_rate(scores, sets, questions, Config()) == 0.5
+
+
+def test_training_stops_when_the_score_has_not_risen_for_the_given_evaluations(config, tmp_path, monkeypatch):
+    """Scores 1, 2, 2, 1: with a patience of 2 the evaluation at step 8 is the last chance, and one update follows."""
+    rates = {0: 0.0, 2: 0.1, 4: 0.2, 6: 0.2, 8: 0.1, 9: 0.0}
+
+    steps, real = [], training.evaluate_and_log
+
+    def follow(*arguments):
+        steps.append(arguments[-2]["step"])
+        real(*arguments)
+
+    config = replace(config, max_steps=20, eval_every=2, patience=2)
+    monkeypatch.setattr(training, "headline_rate", lambda *_: rates[steps[-1]])
+    monkeypatch.setattr(training, "evaluate_and_log", follow)
+    finetune(config, "original")
+    folder = Path(config.output_dir)
+    assert steps == [0, 2, 4, 6, 8, 9]
+    assert json.loads((folder / "final" / "run.json").read_text())["step"] == 9
+    assert json.loads((folder / "best" / "run.json").read_text())["step"] == 4
+    cut = replace(config, output_dir=str(tmp_path / "cut"))
+    interrupt(cut, 7)
+    finetune(cut, "original")
+    assert all(torch.equal(a, b) for a, b in zip(saved_lora(cut).values(), saved_lora(config).values(), strict=True))
+    with pytest.raises(UserError, match="--patience --average_last"):
+        finetune(replace(config, average_last=0.5), "original")
 
 
 # ---- data
@@ -458,8 +504,33 @@ def test_tensorboard_has_every_number_of_the_log(config):
     finetune(config, "original")
     events = EventAccumulator(str(Path(config.output_dir) / "tensorboard"))
     events.Reload()
-    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(dict(logged(config)), rel=1e-6)
-    assert [e.step for e in events.Scalars("exact/2x2 unseen style")] == [0, 4, 6]
+    assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(dict(logged(config)), rel=1e-6)
+    assert [e.step for e in events.Scalars("eval exact/2x2 unseen style")] == [0, 4, 6]
+    (first, *_), (*_, last) = logged(config, "eval_loss"), logged(config, "eval_loss")
+    seen = events.Scalars("eval loss/4x4 unseen style")
+    assert [seen[0].value, seen[-1].value] == pytest.approx([n[1]["4x4 unseen style"] for n in (first, last)], rel=1e-6)
+    assert "step" not in events.Tags()["scalars"]
+    assert [e.step for e in events.Images("samples 2x2 unseen style/0")] == [0]
+    text = events.Tensors("samples 2x2 unseen style/0/text_summary")
+    assert [e.step for e in text] == [0, 4, 6] and b"prompt: " in text[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_has_the_hyperparameters_of_a_differential_run_and_names_layers_by_number(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    finetune(replace(config, max_steps=1), "diff", DifferentialConfig(towers=("text", "vision")).resolve())
+    events = EventAccumulator(str(Path(config.output_dir) / "tensorboard"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"lambda/text layer 01", "lambda/vision layer 00", "maps cosine/text layer 00"} <= set(scalars)
+    assert not any("self_attn" in name for name in scalars)
+    stored = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    values = plugin_data_pb2.HParamsPluginData.FromString(stored).session_start_info.hparams
+    assert values["max_steps"].number_value == 1 and values["tracker"].string_value == "tensorboard"
+    stored = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(stored).experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} <= set(scalars)
 
 
 def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
@@ -477,8 +548,10 @@ def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     finetune(replace(config, tracker="wandb"), "original")
     opened, *lines, end = calls
-    assert opened["id"] == "run" and opened["config"]["max_steps"] == 6 and end == "end"
-    assert [(step, v["loss"]) for step, v in lines if "loss" in v] == logged(config)
+    record = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert (opened["name"], opened["id"]) == ("run", record["id"])  # two folders of one name are two runs
+    assert opened["config"]["max_steps"] == 6 and end == "end"
+    assert [(step, v["train/loss"]) for step, v in lines if "train/loss" in v] == logged(config)
     assert not (Path(config.output_dir) / "tensorboard").exists()
 
 

@@ -1,0 +1,121 @@
+"""Model cards: README.md beside weights, with the metadata that the hub reads.
+
+What was trained, on what, and how well it answered, from run.json and metrics.jsonl; and the lines that load it.
+"""
+
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from checkpoint import is_hub_id
+from differential_attention import DifferentialConfig
+from needle_eval.statistics import wilson
+
+TASK = "image-text-to-text"
+SCORES_HEAD = "| held-out rows | exact answers, % | 95 % Wilson interval | n |\n|---|---|---|---|"
+PROJECT = "Multimodal Differential Transformer"
+
+ADAPTER = "adapter"  # its folder, in a run folder
+LOAD_ADAPTER = """```python
+from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("{name}")
+```
+"""
+LOAD_DIFFERENTIAL_ADAPTER = f"""It works only with the parameters in `../differential.safetensors`. With the
+{PROJECT} on the path, on `model`, the base model in transformers:
+
+```python
+from differential_transformers import load_differential
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "{{name}}")
+load_differential(model, "{{name}}/..")
+```
+"""
+LOAD_HERE = f"Load the run folder with `from_pretrained` of the {PROJECT}.\n"
+
+
+def adapter_card(
+    record: dict[str, Any],
+    evals: dict[str, list[int]],
+    differential: DifferentialConfig | None,
+    model_type: str,
+) -> str:
+    """README.md of the folder adapter/.
+
+    `record` is the run.json beside it, `evals` name -> [exact answers, rows] of the last evaluation before it, empty
+    without one.
+    """
+    base, config = record["base_model"], record["config"]
+    data = hide_folders(str(config["data"]))
+    metadata = ModelCardData(
+        base_model=base.partition("@")[0] if is_hub_id(base) else None,
+        library_name="peft",
+        pipeline_tag=TASK,
+        datasets=datasets_of(data),
+        tags=tags_of(model_type, differential),
+        model_name=ADAPTER,
+        eval_results=eval_results(data, evals),
+    )
+    lora = record.get("lora", {})
+    facts = {
+        "task": f"{TASK}: {describe_data(data)}",
+        "base model": hide_folders(base),
+        "attention": f"differential, preset {differential.preset}" if differential else "standard",
+        "LoRA": ", ".join(f"{key} {value}" for key, value in lora.items()),
+        "seed": config.get("seed"),
+        "updates": f"{record.get('step')}, {config.get('batch_size')} examples each",
+    }
+    if model_type == "phi3_v":  # transformers has no class for it
+        load = LOAD_HERE
+    else:
+        load = (LOAD_DIFFERENTIAL_ADAPTER if differential else LOAD_ADAPTER).format(name=ADAPTER)
+    rows = "\n".join(f"| {name} | `{value}` |" for name, value in facts.items())
+    scores = f"{SCORES_HEAD}\n{score_rows(evals)}\n\n" if evals else ""
+    text = f"# LoRA adapter\n\n| | |\n|---|---|\n{rows}\n\n{scores}{load}"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\nMade by the {PROJECT}, commit {record.get('commit')}.\n"
+
+
+def tags_of(model_type: str, differential: DifferentialConfig | None) -> list[str]:
+    """Tags of a card."""
+    family = "phi3" if model_type in ("phi3", "phi3_v") else "paligemma"
+    return [family, "lora", *(["differential-attention", differential.preset] if differential else [])]
+
+
+def datasets_of(data: str) -> list[str] | None:
+    """The dataset of the hub that --data names, if it does."""
+    return [data.removeprefix("hub:")] if data.startswith("hub:") else None
+
+
+def describe_data(data: str) -> str:
+    """What --data makes of a model."""
+    if data == "haystack" or data.startswith("haystack:"):
+        return f"find a captioned image in a grid ({data})"
+    return f"answer questions about images ({data})"
+
+
+def eval_results(data: str, evals: dict[str, list[int]]) -> list[EvalResult] | None:
+    """Exact answers in percent, as the hub reads them."""
+    results = [
+        EvalResult(TASK, data, data, "exact_match", 100 * right / n, dataset_config=rows)
+        for rows, (right, n) in evals.items()
+    ]
+    return results or None
+
+
+def score_rows(evals: dict[str, list[int]]) -> str:
+    """The lines of the table under SCORES_HEAD."""
+    return "\n".join(score_row(rows, right, n) for rows, (right, n) in evals.items())
+
+
+def score_row(rows: str, right: int, n: int) -> str:
+    """A line of the card's table, in percent."""
+    low, high = wilson(right, n)
+    return f"| {rows} | {100 * right / n:.1f} | {100 * low:.1f} to {100 * high:.1f} | {n} |"
+
+
+def hide_folders(path: str) -> str:
+    """A path without the folders of this machine; other text unchanged."""
+    return re.sub(r"(^|:)/\S*/", r"\1", path)

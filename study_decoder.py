@@ -1,0 +1,133 @@
+"""Study C: one run of an arm on a pretrained language model, and its questions. study.py starts it.
+
+The prompt lists key-value pairs, "The code of the {noun} is {4 digits}.", one a line, and asks for the codes of a few
+of the nouns. Training shows one number of pairs; the questions have as many and more. The model is SmolLM2 as a Phi-3
+decoder, which `benchmarks/smollm2.py` writes; it is not part of this repository.
+"""
+
+import json
+import random
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import study_conversion
+from differential_attention import knock_out
+from errors import UserError
+from files import writing
+from haystack import read_pool
+from modeling_phi3 import Phi3ForCausalLM
+from needle_eval.questions import Question
+from needle_eval.runner import Answerer, answer_questions
+from processing_phi3v import Phi3Processor
+from run_folder import make_accelerator
+
+if TYPE_CHECKING:
+    from study import Job
+
+CODE = re.compile(r"\d{4}")
+BATCH_SIZE = 4  # prompts answered at once
+TOKENS_PER_CODE = 6  # four digits, a blank, and one to spare
+FINGERPRINT_STEPS = 10  # with one prompt each
+
+
+def key_value_prompt(pairs: int, key: str, needles: int = 1) -> tuple[str, list[str], list[str]]:
+    """(prompt, the codes asked for, all codes), drawn from `key`: a line for each pair, then the question."""
+    rng = random.Random(key)
+    nouns = sorted({image.caption for image in read_pool()})
+    chosen, codes = rng.sample(nouns, pairs), [str(code) for code in rng.sample(range(1000, 10000), pairs)]
+    lines = [f"The code of the {noun} is {code}." for noun, code in zip(chosen, codes, strict=True)]
+    asked = rng.sample(range(pairs), needles)
+    if needles == 1:
+        question = f"What is the code of the {chosen[asked[0]]}? Answer with the code alone."
+    else:
+        *others, last = (chosen[i] for i in asked)
+        listed = f"{', the '.join(others)} and the {last}"
+        question = f"What are the codes of the {listed}? Answer with the codes alone, in this order."
+    return "\n".join([*lines, question]), [codes[i] for i in asked], codes
+
+
+def write_training_rows(file: Path, pairs: int, needles: int, count: int, seed: int):
+    """Write `count` rows of {image, prefix, suffix}, the training data of one seed, equal in all arms."""
+    rows = []
+    for i in range(count):
+        prompt, codes, _ = key_value_prompt(pairs, f"study/train/{seed}/{i}", needles)
+        rows.append({"image": None, "prefix": prompt, "suffix": " ".join(codes)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_questions(section: dict, seed: int) -> list[Question]:
+    """The questions of one seed, equal in all arms."""
+    questions, needles = [], section["needles"]
+    for name in study_conversion.endpoint_conditions(section):
+        for i in range(section["prompts"]):
+            key = f"study/{seed}/{name}/{i}"
+            prompt, codes, _ = key_value_prompt(int(name.split()[0]), key, needles)
+            tokens = TOKENS_PER_CODE * needles
+            questions.append(Question(key, name, (), prompt, " ".join(codes), max_new_tokens=tokens))
+    return questions
+
+
+def pack_codes(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
+    """As `study_conversion.pack_answers`, with a bit for every code: the first ones of all prompts, then the second
+    ones, ... A code is right if it stands in its place among the codes of the response."""
+    packed = {}
+    for name in names:
+        right = []
+        for row in (row for row in rows if row["setting"] == name):
+            expected, found = row["ground_truth"].split(), CODE.findall(row["response"] or "")
+            right.append([i < len(found) and found[i] == code for i, code in enumerate(expected)])
+        packed[name] = study_conversion.pack_bits([bit for place in zip(*right, strict=True) for bit in place])
+    return packed
+
+
+def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
+    """Train an arm at one seed and ask it the seed's questions: all fields of its record that follow from this."""
+    began, arm, seed = time.perf_counter(), job.arm, job.seed
+    check_model(section)
+    questions, names = make_questions(section, seed), study_conversion.endpoint_conditions(section)
+    config = study_conversion.make_config(section, arm, seed, folder)
+    file = folder.parent.parent / "data" / f"seed{seed:02d}.jsonl"
+    rows_needed = config.max_steps * config.batch_size
+    write_training_rows(file, section["pairs"], section["needles"], rows_needed, seed)
+    name, status = study_conversion.train(replace(config, data=str(file)), arm)
+
+    accelerator, dtype = make_accelerator(), getattr(torch, section["dtype"])
+    model = Phi3ForCausalLM.from_pretrained(name, dtype, accelerator.device)
+    answerer = Answerer(model, Phi3Processor.from_pretrained(section["model"]), accelerator, dtype, BATCH_SIZE)
+    rows = answer_questions(answerer, questions, progress=f"{arm} seed {seed}")
+    record = study_conversion.describe_training(model, folder, status) | {
+        "num_concepts": section["prompts"],  # the prompts are resampled: codes of one prompt belong together
+        "answers": pack_codes(rows, names),
+        "needle_shares": [],
+        "log_likelihoods": {},
+        "forward_flops": study_conversion.count_flops(config, [], questions[0].prompt),
+        "knockout": {},
+    }
+    if study_conversion.has_lambda(model):
+        knock_out(model)
+        record["knockout"] = pack_codes(answer_questions(answerer, questions), names)
+    return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def check_model(section: dict):
+    """Raise UserError unless the converted model is there and has the weights that the plan was made for."""
+    if not (Path(section["model"]) / "config.json").exists():
+        fix = f"write it with python benchmarks/smollm2.py --folder={section['model']}"
+        raise UserError(f"{section['model']}: there is no model: {fix}")
+    study_conversion.check_weights(section)
+
+
+def measure_fingerprint(section: dict, folder: Path) -> str:
+    """`study_conversion.fingerprint_of` the first losses of the first arm at the pilot seed, trained into `folder`."""
+    check_model(section)
+    file = folder.parent / "data" / "fingerprint.jsonl"
+    write_training_rows(file, section["pairs"], section["needles"], FINGERPRINT_STEPS, section["fingerprint_seed"])
+    small = section | {"train": section["train"] | {"batch_size": 1, "data": str(file)}}
+    return study_conversion.measure_fingerprint(small, folder, FINGERPRINT_STEPS)

@@ -1,0 +1,227 @@
+"""The figure of the study, from the plan and the committed records alone: four panels, one PNG."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from scipy import stats
+
+from files import writing
+from needle_eval.plots import PERCENT, STYLE
+from needle_eval.statistics import mean_over_seeds
+from study_report import (
+    MARGIN,
+    SYMBOLIC_THRESHOLD,
+    Group,
+    Record,
+    accuracy_by_cells,
+    answer,
+    contrast,
+    core_arms,
+    core_contrasts,
+    endpoint_conditions,
+    group_records,
+    knocked_out,
+    needle_share,
+    planned_symbolic,
+    points,
+    secondary_contrasts,
+    symbolic_answer,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; every arm has a marker of its own as well
+LOOKS = {
+    "standard": ("#000000", "o"),
+    "split": ("#0072B2", "s"),
+    "additive": ("#E69F00", "^"),
+    "flipped": ("#D55E00", "v"),
+    "v1": ("#0072B2", "s"),
+    "double_width": ("#E69F00", "^"),
+    "double_width_norm": ("#D55E00", "v"),
+    "v2": ("#009E73", "D"),
+}
+OTHER_LOOK = ("#009E73", "D")
+LABELS = {
+    "double_width": "double width",
+    "double_width_norm": "double width, norm",
+    "v1": "V1",
+    "v2": "V2",
+}
+SURVIVAL_ARMS = ("standard", "v1", "double_width_norm")
+SINGLE_PANEL = (6.4, 4.2)  # inches
+NOTE = dict(ha="center", va="center", color="0.5", fontsize=9, wrap=True)
+FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.titlesize": 10, "axes.titleweight": "bold",
+                        "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
+
+
+def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path: Path) -> None:
+    """The study in four panels, as a PNG of equal bytes for equal records and versions. Replications are not drawn.
+
+    A panel whose runs are not all finished says so instead of showing differences. While the plan has no section A,
+    there is panel c alone.
+    """
+    groups = {study: group_records(plan[study], study, records)[:1] for study in plan}
+    with plt.rc_context(FIGURE_STYLE):
+        if "A" in plan:
+            figure, axes = plt.subplots(2, 2, layout="constrained")
+            places = dict(zip("abcd", axes.flat, strict=True))
+        else:
+            figure, axes = plt.subplots(figsize=SINGLE_PANEL, layout="constrained")
+            places = {"c": axes}
+        panels = {
+            "A": [
+                ("a  Needles found: difference from standard", draw_forest),
+                ("b  Accuracy against the number of cells", draw_cells),
+                ("d  Attention on the needle and accuracy", draw_share),
+            ],
+            "B1": [("c  From scratch: runs that do not yet retrieve", draw_survival)],
+        }
+        for study, panels_of_study in panels.items():
+            for title, draw in panels_of_study if study in plan else ():
+                panel = places[title[0]]
+                panel.set_title(title)
+                note = draw(panel, groups[study][0]) if groups.get(study) else "no run is finished"
+                if note:
+                    panel.axis("off")
+                    panel.text(0.5, 0.5, note, transform=panel.transAxes, **NOTE)
+        with writing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # matplotlib's own entry names its version
+            figure.savefig(path, format="png", metadata={"Software": None})
+        plt.close(figure)
+
+
+def look(arm: str) -> dict[str, str]:
+    """Colour and marker of an arm."""
+    colour, marker = LOOKS.get(arm, OTHER_LOOK)
+    return dict(color=colour, marker=marker)
+
+
+def unfinished(group: Group) -> str | None:
+    """What a panel of study A says before all core runs are in; None afterwards."""
+    return answer(group) if group.missing(core_arms(group.section)) else None
+
+
+def draw_forest(panel: Axes, group: Group) -> str | None:
+    """A row for each arm: dots are seeds, the bar is the 95 % interval, the open diamond is against additive."""
+    if note := unfinished(group):
+        return note
+    measure = partial(points, conditions=endpoint_conditions(group.section))
+    found = {c.a: c for c in (core_contrasts(group)[0], *secondary_contrasts(group))}
+    arms = [arm for arm in group.arms() if arm in found]
+    panel.axvspan(-MARGIN, MARGIN, color="0.93", zorder=0)
+    panel.axvline(0, color="0.4", linewidth=1, zorder=1)
+    for row, arm in enumerate(arms):
+        t, colour = found[arm].t, look(arm)["color"]
+        panel.plot(found[arm].differences, np.full(t["n"], row + 0.2), ".", color=colour, alpha=0.35, markersize=5)
+        panel.plot([t["low"], t["high"]], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
+        panel.plot(t["mean"], row, **look(arm), markersize=6)
+        against = contrast(group, arm, "additive", measure) if arm != "additive" else None
+        if against:
+            t = against.t
+            panel.plot([t["low"], t["high"]], [row - 0.22] * 2, color="0.55", linewidth=1)
+            panel.plot(t["mean"], row - 0.22, "d", color="0.45", markerfacecolor="white", markersize=4.5)
+    families = [group.section["arms"][arm]["family"] for arm in arms]
+    for row in range(1, len(arms)):
+        if families[row] != families[row - 1]:
+            panel.axhline(row - 0.5, color="0.8", linewidth=0.8)
+    panel.set_yticks(range(len(arms)), arms)
+    panel.set(ylim=(len(arms) - 0.4, -0.6))
+    panel.set_xlabel(
+        f"points of endpoint N, 95 % intervals; dots: seeds\nopen diamonds: against additive; band: ±{MARGIN:g}"
+    )
+    panel.grid(axis="y", visible=False)
+    return None
+
+
+def draw_cells(panel: Axes, group: Group) -> str | None:
+    """Mean accuracy of the core arms with the 95 % interval over seeds, against log2 of the cells."""
+    if note := unfinished(group):
+        return note
+    cells = []
+    for arm in core_arms(group.section):
+        curves = [accuracy_by_cells(record) for record in group.of_arm(arm).values()]
+        cells = sorted(set.intersection(*map(set, curves)))
+        over = [mean_over_seeds([curve[count] for curve in curves]) for count in cells]
+        panel.fill_between(cells, [o["low"] for o in over], [o["high"] for o in over], color=look(arm)["color"],
+                           alpha=0.15, linewidth=0)  # fmt: skip
+        panel.plot(cells, [o["mean"] for o in over], **look(arm), markersize=4.5, linewidth=1.6, label=arm)
+    panel.plot(cells, [1 / count for count in cells], color="0.6", linewidth=1, linestyle="dotted")
+    panel.text(cells[0], 1 / cells[0], " chance", fontsize=8, color="0.4", va="bottom", ha="left")
+    shapes = group.section.get("train", {}).get("shapes", [])
+    if shapes:
+        trained = max(images * side**2 for images, side in shapes)
+        panel.axvline(trained, color="0.6", linewidth=1, linestyle="dashed")
+        panel.text(trained, 1.0, " trained up to here", fontsize=8, color="0.4", va="top", ha="left")
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(cells, map(str, cells))
+    panel.set(xlabel="cells among which the needle is", ylabel="exact answers", ylim=(0, 1.02))
+    panel.yaxis.set_major_formatter(PERCENT)
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 0.3))
+    return None
+
+
+def draw_survival(panel: Axes, group: Group) -> str | None:
+    """Share of the runs below 75 % accuracy after so many steps; a line style for each number of pairs."""
+    planned = planned_symbolic(group.section)
+    if len(group.records) < planned:
+        return symbolic_answer(group)
+    numbers = sorted({record.pairs for record in group.records})
+    for pairs, style in zip(numbers, ("solid", "dashed", "dotted"), strict=False):
+        first = math.inf
+        for arm in SURVIVAL_ARMS:
+            records = list(group.with_pairs(pairs).of_arm(arm).values())
+            steps = stats.CensoredData.right_censored([r.steps for r in records], [r.censored for r in records])
+            curve = stats.ecdf(steps).sf
+            first = min(first, *curve.quantiles)
+            label = LABELS.get(arm, arm) if pairs == numbers[0] else None
+            panel.step([1, *curve.quantiles], [1, *curve.probabilities], where="post", color=look(arm)["color"],
+                       linestyle=style, linewidth=1.6, label=label)  # fmt: skip
+        panel.text(first, 0.97, f"{pairs} pairs ", fontsize=8, color="0.4", va="top", ha="right")
+    steps = [record.steps for record in group.records if record.arm in SURVIVAL_ARMS]
+    panel.set_xscale("log")
+    panel.set(xlabel="steps", xlim=(min(steps) / 3, max(steps) * 1.1))
+    panel.set(ylabel=f"runs below {SYMBOLIC_THRESHOLD:.0%} accuracy", ylim=(-0.02, 1.04))
+    panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    panel.yaxis.set_major_formatter(PERCENT)
+    panel.legend(loc="lower left")
+    return None
+
+
+def draw_share(panel: Axes, group: Group) -> str | None:
+    """A point for each seed of the core arms; an arrow leads to the accuracy without the second map."""
+    if note := unfinished(group):
+        return note
+    conditions, layer = endpoint_conditions(group.section), group.section.get("attention_layer")
+    runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
+    runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]
+    if not runs:
+        return "attention on the needle was not measured"
+    for arm in dict.fromkeys(arm for arm, _ in runs):
+        found = [record for of, record in runs if of == arm]
+        shares = [needle_share(record, layer) / 100 for record in found]
+        rates = [points(record, conditions) / 100 for record in found]
+        panel.plot(shares, rates, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)
+        for x, y, record in zip(shares, rates, found, strict=True):
+            if (without := knocked_out(record, conditions)) is not None:
+                arrow = dict(arrowstyle="->", color=look(arm)["color"], alpha=0.4, linewidth=0.8, shrinkA=3, shrinkB=0)
+                panel.annotate("", (x, without / 100), (x, y), arrowprops=arrow)
+    panel.set_xlabel(
+        "share of the attention on the needle; a point for each seed\narrows: the same run, second map switched off"
+    )
+    panel.set_ylabel("endpoint N")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(PERCENT)
+    panel.legend()
+    return None
