@@ -77,7 +77,8 @@ class Config:
     epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
     batch_size: Count = 32  # examples per micro-batch, over all processes
     accumulation: Count = 1  # micro-batches per update
-    # peak learning rate of AdamW; None: the family's, 2e-3 for PaliGemma (1e-4 suits 3b), 4e-5 for Phi-3
+    # peak learning rate of AdamW; None: 1e-4 for the released PaliGemma models, 2e-3 for small ones; Phi-3: that of
+    # config.json, else 4e-5
     lr: Annotated[float, Meta(gt=0, le=10)] | None = None
     vision_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_vision; None: lr
     projector_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_projector; None: lr
@@ -108,7 +109,8 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
     # --- defaults of the family, run folder, device, precision
     check_installed(config.metric)
     model_class, processor_class = classes_of(config.model)
-    targets, lr = config.lora_targets or model_class.lora_targets, config.lr or model_class.learning_rate
+    model_config = model_class.config_class.from_pretrained(config.model)
+    targets, lr = config.lora_targets or model_class.lora_targets, config.lr or model_config.learning_rate
     config = replace(config, lora_targets=targets, lr=lr)
     run = open_run(config, arm)
     if run.finished:

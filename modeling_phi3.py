@@ -33,6 +33,7 @@ from modeling_vlm import KVCache, VisionLanguageBackbone, VisionLanguageModel
 from processing_phi3v import IMAGE_TOKEN_ID, PAD_TOKEN_ID, PHI_STOP_IDS, ModelFields
 
 MERGE = 2  # MERGE x MERGE neighbouring features become one image token
+LEARNING_RATE = 4e-5  # of Phi-3-vision's fine-tuning scripts
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
 ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
 Factors = tuple[Annotated[float, msgspec.Meta(gt=0)], ...]
@@ -151,7 +152,7 @@ class Phi3Config:
 
     config.json is flat, as on the hub; `auto_map` in it is ignored, since the code here is all that runs. It may also
     have fields that the hub's lacks: `vision_config` for another tower than the released one, `image_token_id`,
-    `chat_start` and `chat_end`.
+    `chat_start`, `chat_end` and `learning_rate`.
     """
 
     text_config: Phi3TextConfig = field(default_factory=Phi3TextConfig)
@@ -164,6 +165,7 @@ class Phi3Config:
     chat_start: str = "<|user|>\n"  # around a prompt
     chat_end: str = "<|end|>\n<|assistant|>\n"
     tie_word_embeddings: bool = False
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=10)] = LEARNING_RATE  # of fine-tuning, by default
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "Phi3Config":
@@ -196,7 +198,7 @@ class Phi3Config:
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json in the hub's layout; transformers reads that of a decoder alone."""
-        names = ("pad_token_id", "bos_token_id", "tie_word_embeddings", "chat_start", "chat_end")
+        names = ("pad_token_id", "bos_token_id", "tie_word_embeddings", "chat_start", "chat_end", "learning_rate")
         data = self.text_config.to_dict() | {name: getattr(self, name) for name in names}
         data |= {"model_type": self.model_type, "eos_token_id": list(self.stop_ids)}
         if self.vision_config is None:
@@ -488,7 +490,6 @@ class Phi3ForCausalLM(VisionLanguageModel):
     config_class = Phi3Config
     backbone_class = Phi3Model
     lora_targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    learning_rate = 4e-5  # of Phi-3-vision's fine-tuning scripts
 
 
 class Phi3VForCausalLM(Phi3ForCausalLM):

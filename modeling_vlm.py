@@ -270,10 +270,9 @@ class VisionLanguageOutput:
 class VisionLanguageModel(nn.Module):
     """A backbone with its language-model head. `differential`: a DifferentialConfig, a preset's name, or None."""
 
-    config_class: type  # of the family; has from_pretrained and to_dict
+    config_class: type  # of the family; has from_pretrained, to_dict and learning_rate
     backbone_class: type[VisionLanguageBackbone]
     lora_targets: tuple[str, ...]  # linear layers of the decoder that get LoRA by default
-    learning_rate: float  # peak, by default
 
     def __init__(self, config, differential: DifferentialConfig | str | None = None):
         super().__init__()

@@ -1,6 +1,7 @@
 """The Phi family through the scripts: both arms, resume, evaluation, answers, export, adapters in transformers."""
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, replace
 
@@ -25,10 +26,11 @@ from adapters import attach_adapter, new_lora, quantize, save_lora
 from data import loader, make_data
 from diagnostics import answer_attention, needle_share
 from differential_attention import DifferentialConfig
-from files import read_json
+from files import read_json, write_json
 from finetune_diff import Config
 from finetune_original import finetune
 from fused_ops import PLAIN_LOSS_MAX_LOGITS, LowRankLinears, head_loss
+from modeling_gemma import PaliGemmaConfig
 from models import classes_of
 from needle_eval.questions import Question
 from needle_eval.runner import Answerer, answer_questions
@@ -106,11 +108,18 @@ def test_an_interrupted_run_ends_bit_equal(trained, tmp_path):
 def test_defaults_follow_the_family(model, tiny_model, decoder, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("finetune_original.open_run", lambda config, arm: seen.update(config=config) or sys.exit(0))
-    for folder, targets, lr in ((model, TARGETS, 4e-5), (decoder, TARGETS, 4e-5), (tiny_model, 7, 2e-3)):
+    small = shutil.copytree(model, tmp_path / "small")
+    write_json(small / "config.json", read_json(model / "config.json") | {"learning_rate": 3e-3})
+    without = shutil.copytree(model, tmp_path / "without")  # as on the hub
+    hub = {key: value for key, value in read_json(model / "config.json").items() if key != "learning_rate"}
+    write_json(without / "config.json", hub)
+    folders = ((model, TARGETS, 4e-5), (without, TARGETS, 4e-5), (small, TARGETS, 3e-3), (decoder, TARGETS, 4e-5))
+    for folder, targets, lr in (*folders, (tiny_model, 7, 2e-3)):
         with pytest.raises(SystemExit):
             finetune(quick(Config, folder, tmp_path), "original")
         assert seen["config"].lr == lr
         assert targets in (seen["config"].lora_targets, len(seen["config"].lora_targets))
+    assert PaliGemmaConfig().learning_rate == 1e-4  # 3b
 
 
 def test_a_target_that_matches_nothing_is_refused(model):
