@@ -77,7 +77,8 @@ class Config:
     epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
     batch_size: Count = 32  # examples per micro-batch, over all processes
     accumulation: Count = 1  # micro-batches per update
-    # peak learning rate of AdamW; None: 2e-3 for PaliGemma (1e-4 suits 3b); for Phi-3 that of config.json, else 4e-5
+    # peak learning rate of AdamW; None: 1e-4 for the released PaliGemma models, 2e-3 for small ones; Phi-3: that of
+    # config.json, else 4e-5
     lr: Annotated[float, Meta(gt=0, le=10)] | None = None
     vision_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_vision; None: lr
     projector_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_projector; None: lr

@@ -42,6 +42,8 @@ GEMMA2_ONLY = (
     "sliding_window",
     "layer_types",
 )
+RELEASED_HIDDEN_SIZE = 2048  # of the smallest released decoder
+RELEASED_LEARNING_RATE, SMALL_LEARNING_RATE = 1e-4, 2e-3
 
 
 def read_rope(data: dict) -> tuple[float, float]:
@@ -167,7 +169,10 @@ class PaliGemmaConfig:
     tie_word_embeddings: bool = True
     model_type: str = "paligemma"
 
-    learning_rate = 2e-3  # of fine-tuning, by default: that of the embedded model; 1e-4 suits PaliGemma 3b
+    @property
+    def learning_rate(self) -> float:
+        """Default peak learning rate of fine-tuning: 1e-4 for the released models, 2e-3 for small ones."""
+        return RELEASED_LEARNING_RATE if self.text_config.hidden_size >= RELEASED_HIDDEN_SIZE else SMALL_LEARNING_RATE
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "PaliGemmaConfig":

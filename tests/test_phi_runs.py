@@ -30,6 +30,7 @@ from files import read_json, write_json
 from finetune_diff import Config
 from finetune_original import finetune
 from fused_ops import PLAIN_LOSS_MAX_LOGITS, LowRankLinears, head_loss
+from modeling_gemma import PaliGemmaConfig
 from models import classes_of
 from needle_eval.questions import Question
 from needle_eval.runner import Answerer, answer_questions
@@ -118,6 +119,7 @@ def test_defaults_follow_the_family(model, tiny_model, decoder, tmp_path, monkey
             finetune(quick(Config, folder, tmp_path), "original")
         assert seen["config"].lr == lr
         assert targets in (seen["config"].lora_targets, len(seen["config"].lora_targets))
+    assert PaliGemmaConfig().learning_rate == 1e-4  # 3b
 
 
 def test_a_target_that_matches_nothing_is_refused(model):
