@@ -9,13 +9,16 @@ As in PaliGemma, the vision tower is trained first, here to classify the concept
 never sees the needle task. An image shows one drawing of the pool or a grid of them on a varied background. Its caption
 names all of them, row by row, because with one caption per image alone the loss does not fall for a long time. `detect`
 starts with a few concepts, whose number doubles each time it succeeds: with all concepts from the start it stays at
-chance. Phi's image tokens come before the prompt and cannot see it, which makes `detect` harder: Phi also learns
-`locate en`, names and boxes of the drawings in random order, and its searches among sixteen cells have a number of
-concepts of their own.
+chance.
+
+Phi's decoder is causal: its image tokens come before the prompt and cannot see it, and `detect` alone stays near chance
+among sixteen cells. Two losses of `PhiTask` help: one shows a head where to look, the other keeps the place of each
+image token readable.
 
 B batch, N grid cells per side, n images in the pool, S image side in pixels, P patches, C hidden size, V vocabulary.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,6 +27,7 @@ import re
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +57,7 @@ from files import write_json  # noqa: E402
 from haystack import PoolImage, read_pool  # noqa: E402
 from modeling_clip import ClipVisionConfig  # noqa: E402
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
-from modeling_phi3 import Phi3Config, Phi3TextConfig, Phi3VForCausalLM  # noqa: E402
+from modeling_phi3 import MERGE, Phi3Config, Phi3TextConfig, Phi3VForCausalLM  # noqa: E402
 from modeling_siglip import SiglipVisionConfig  # noqa: E402
 from needle_eval.statistics import wilson  # noqa: E402
 from processing_paligemma import IGNORED_LABEL, PaliGemmaProcessor  # noqa: E402
@@ -78,8 +82,11 @@ WORDS = sorted({w for text in INSTRUCTIONS for w in re.findall(r"[A-Za-z]+", tex
 SEED_STRIDE = 1_000_003  # steps of neighbouring seeds draw other batches
 LATTICE = 16  # steps per image side: drawings are placed on this lattice, so that a box has few distinct coordinates
 NUM_CROPS = 4  # of phi-nano
+PHI_WIDTH = 192  # hidden size of phi-nano's tower and decoder
+GUIDED_LAYER = 3  # of Phi's six, counted from 0: those before it match names with drawings, those behind it write boxes
+FAR = -1e9  # score of what is not attended to: minus infinity has no gradient
 BOX = re.compile(r"(\d+), (\d+), (\d+), (\d+)$")  # at the end of an answer of phi-nano
-STEPS = {"paligemma": 3800, "phi": 7000}
+STEPS = {"paligemma": 3800, "phi": 4500}
 GRID_WEIGHTS = {"paligemma": (0.15, 0.5, 0.35), "phi": (0.1, 0.35, 0.55)}
 
 README = """# {name}
@@ -92,7 +99,7 @@ Trained from random weights on the images of `../haystack-pool` by
 ```
 
 which is seeded and continues when it is started again. It learned `caption en` (every drawing of a grid, row by row),
-{tasks} and `ocr`, and **not** the needle task. `pretraining.json` holds the hyperparameters and
+`detect {{caption}}` and `ocr`, and **not** the needle task. `pretraining.json` holds the hyperparameters and
 the figures below. Training used the styles `fluent` and `twemoji` of 200 concepts; the style `noto` and 60 concepts
 were left out.
 
@@ -141,6 +148,7 @@ class Config:
     warmup: int = 100  # steps
     probe_weight: float = 0.5  # of the tower's own loss once the whole model trains
     ocr_weight: float = 0.5  # of the loss of `ocr`
+    guide_weight: float = 0.5  # of Phi's losses of attention and place
     weight_decay: float = 0.05  # of the matrices
     bf16: bool = True  # autocast; weights stay float32
     # --- run
@@ -235,7 +243,7 @@ def phi_nano_config(tokenizer: Tokenizer) -> Phi3Config:
     return Phi3Config(
         text_config=Phi3TextConfig(
             vocab_size=padded_vocabulary(tokenizer),
-            hidden_size=192,
+            hidden_size=PHI_WIDTH,
             intermediate_size=384,
             num_hidden_layers=6,
             num_attention_heads=4,
@@ -247,12 +255,12 @@ def phi_nano_config(tokenizer: Tokenizer) -> Phi3Config:
             long_factor=tuple(1 + 3 * i / (head_dim // 2 - 1) for i in range(head_dim // 2)),
         ),
         vision_config=ClipVisionConfig(
-            hidden_size=192,
+            hidden_size=PHI_WIDTH,
             intermediate_size=640,
             num_hidden_layers=6,
             num_attention_heads=4,
-            image_size=64,
-            patch_size=16,
+            image_size=112,
+            patch_size=28,
         ),
         model_type="phi3_v",
         image_token_id=tokenizer.token_to_id("<|image|>"),
@@ -404,8 +412,6 @@ class Task:
     """
 
     box_tokens = 5  # of an answer to `detect`, as far as it is needed
-    learns_to_locate = False  # whether `locate en` is a task: names and boxes of all drawings
-    curriculum = {1: 0, 2: 0, 4: 0}  # of each grid: those with the same index share their number of concepts
 
     def __init__(
         self,
@@ -437,15 +443,17 @@ class Task:
         return [", ".join(self.captions[i] for i in row) for row in ids.flatten(1).tolist()]
 
     def queries(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, count: int, first: int | None = None):
-        """`detect` prompts and answers, `count` cells of each image that show one of the first concepts."""
-        prefixes, suffixes = [], []
+        """`detect` prompts, answers and the numbers of their cells: `count` cells of each image that show one of the
+        first concepts."""
+        prefixes, suffixes, places = [], [], []
         for row, box in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), strict=True):
             cells = [i for i, p in enumerate(row) if self.rank[self.captions[p]] < (first or len(self.choices))]
             for place in torch.randint(len(cells), (count,), generator=generator).tolist():
                 caption = self.captions[row[cells[place]]]
                 prefixes.append(f"detect {caption}")
                 suffixes.append(self.answer(box[cells[place]], caption))
-        return prefixes, suffixes
+                places.append(cells[place])
+        return prefixes, suffixes, torch.tensor(places)
 
     def answer(self, box: Tensor, caption: str) -> str:
         """The answer to `detect {caption}`."""
@@ -468,6 +476,14 @@ class Task:
             for x in (logits[..., first : first + 1024].argmax(-1) + first, labels)
         )
         return (predicted == target).all(1)
+
+    def attention_inputs(self, model) -> contextlib.AbstractContextManager[list]:
+        """What the guided attention was called with inside the block, call by call; PaliGemma has none."""
+        return contextlib.nullcontext([])
+
+    def guide_loss(self, model, batch: dict[str, Tensor], attention_inputs: list, cells: Tensor, grid: int) -> Tensor:
+        """Nothing to guide: PaliGemma's image tokens see the prompt."""
+        return torch.zeros(())
 
     def pages(self, generator: torch.Generator, count: int) -> tuple[list[str], Tensor]:
         """`ocr` answers and their images [count, 3, S, S]."""
@@ -503,21 +519,16 @@ class PhiTask(Task):
     """Boxes are plain numbers, images a global view and 2 x 2 crops."""
 
     box_tokens = 28
-    learns_to_locate = True
-    curriculum = {1: 0, 2: 0, 4: 1}  # it finds drawings among four long before it finds them among sixteen
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tokens_per_crop = self.processor.crop_size // self.processor.patch_size // MERGE  # along a side
+        places = sum(crops * self.tokens_per_crop for crops in self.processor.grid((self.side, self.side)))
+        generator = torch.Generator().manual_seed(self.config.seed)
+        self.places = torch.linalg.qr(torch.randn(PHI_WIDTH, places, generator=generator))[0]
 
     def answer(self, box: Tensor, caption: str) -> str:
         return f"{caption} {percent_text(box, self.side)}"
-
-    def locations(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, first: int) -> list[str]:
-        """Answers to `locate en` on grids `ids` [B, N, N]: all drawings of the first concepts in random order, each as
-        `detect` answers."""
-        answers = []
-        for row, row_boxes in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), strict=True):
-            order = torch.randperm(len(row), generator=generator).tolist()
-            known = [i for i in order if self.rank[self.captions[row[i]]] < first]
-            answers.append(", ".join(self.answer(row_boxes[i], self.captions[row[i]]) for i in known))
-        return answers
 
     def cell(self, answer: str, grid: int) -> tuple[int, int] | None:
         box = BOX.search(answer)
@@ -537,6 +548,43 @@ class PhiTask(Task):
                 answer = f"{left}, {top}, {left + x1 - x0}, {top + y1 - y0}"
             found.append(box is not None and self.cell(answer, grid) == self.cell(truth, grid))
         return torch.tensor(found)
+
+    @contextlib.contextmanager
+    def attention_inputs(self, model) -> Iterator[list]:
+        found = []
+        attention = model.model.language_model.layers[GUIDED_LAYER].self_attn
+        hook = attention.register_forward_pre_hook(lambda module, inputs: found.append(inputs))
+        yield found
+        hook.remove()
+
+    def guide_loss(self, model, batch: dict[str, Tensor], attention_inputs: list, cells: Tensor, grid: int) -> Tensor:
+        """Loss of the first head of layer GUIDED_LAYER, whose attention from each token of an answer to `detect` should
+        lie on the tokens of the cell, plus loss of each image token's line and column, read from the layer's input.
+
+        The second one is read by a fixed projection, so that the place takes a share of the state that the layer can
+        use; a projection that learns reads it from a share too small for that.
+        """
+        attention, (x, rotary, *_) = model.model.language_model.layers[GUIDED_LAYER].self_attn, attention_inputs[0]
+        is_grid = torch.zeros(self.processor.count_image_tokens((self.side, self.side)), dtype=torch.bool)
+        lines, columns = (crops * self.tokens_per_crop for crops in self.processor.grid((self.side, self.side)))
+        is_grid[: lines * (columns + 1)] = torch.tensor([True] * columns + [False]).repeat(lines)  # a line end each
+        line, column = torch.arange(lines).repeat_interleave(columns), torch.arange(columns).repeat(lines)
+        position = (batch["input_ids"] == self.processor.image_token_id).nonzero()[:, 1].view(len(x), -1)[:, is_grid]
+
+        q, k, *_ = attention.attention_inputs(x, rotary, None, None, None)
+        q, k = q[:, 0].float(), k[:, 0].float()
+        length = x.shape[1]
+        visible = torch.ones(length, length).tril().bool() & batch["attention_mask"].bool()[:, None]
+        weights = (q @ k.transpose(1, 2) * attention.scale).masked_fill(~visible, FAR).log_softmax(-1)
+        on_grid = weights.gather(2, position[:, None].expand(-1, length, -1))
+        is_cell = line * grid // lines * grid + column * grid // columns == cells[:, None]
+        on_cell = on_grid.masked_fill(~is_cell[:, None], FAR).logsumexp(-1)
+        attention_loss = -on_cell[:, :-1][batch["labels"][:, 1:] != IGNORED_LABEL].mean()
+
+        states = x.float().gather(1, position[..., None].expand(-1, -1, x.shape[2]))
+        lines_read, columns_read = (F.rms_norm(states, states.shape[-1:]) @ self.places).split((lines, columns), dim=-1)
+        place_loss = F.cross_entropy(lines_read.flatten(0, 1), line.repeat(len(x)))
+        return attention_loss + place_loss + F.cross_entropy(columns_read.flatten(0, 1), column.repeat(len(x)))
 
     def pixels(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
@@ -591,7 +639,7 @@ def measure(model, task: Task, samples: int, seed: int) -> dict[str, float]:
                 truth = [task.captions[i] for i in row.tolist()]
                 right += sum(a == b for a, b in zip(answer.split(", "), truth, strict=False))
                 total += len(truth)
-            prefixes, suffixes = task.queries(generator, ids, boxes, 1)
+            prefixes, suffixes, _ = task.queries(generator, ids, boxes, 1)
             for answer, truth in zip(answers(prefixes, features, task.box_tokens), suffixes, strict=True):
                 found += task.cell(answer, grid) == task.cell(truth, grid)
                 searched += 1
@@ -652,23 +700,20 @@ def model_step(model, probe, task: Task, config: Config, generator: torch.Genera
         caption_loss = model(**captions, pixel_values=None, image_features=features[: config.batch_size]).loss
         pages = task.text_batch(["ocr"] * config.pages, page_texts)
         ocr_loss = model(**pages, pixel_values=None, image_features=features[config.batch_size :]).loss
-        searches = task.text_batch(*task.queries(generator, ids_searched, boxes, config.queries, concepts))
-        out = model(
-            **searches,
-            pixel_values=None,
-            image_features=features[captioned : config.batch_size].repeat_interleave(config.queries, 0),
-            logits_to_keep=searches["input_ids"].shape[1],
-        )
+        prefixes, suffixes, cells = task.queries(generator, ids_searched, boxes, config.queries, concepts)
+        searches = task.text_batch(prefixes, suffixes)
+        with task.attention_inputs(model) as attention_inputs:
+            out = model(
+                **searches,
+                pixel_values=None,
+                image_features=features[captioned : config.batch_size].repeat_interleave(config.queries, 0),
+                logits_to_keep=searches["input_ids"].shape[1],
+            )
+        guide_loss = task.guide_loss(model, searches, attention_inputs, cells, grid)
         concept_loss = probe_loss(probe, task, vision[: config.batch_size], torch.cat([ids_captioned, ids_searched]))
-        if task.learns_to_locate:
-            count = min(searched, 24 // grid)  # images: the longer the answers, the fewer
-            answers = task.locations(generator, ids_searched[:count], boxes[:count], concepts)
-            located = features[captioned : captioned + count]
-            batch = task.text_batch(["locate en"] * count, answers)
-            locate_loss = model(**batch, pixel_values=None, image_features=located).loss
     hits = task.hits(out.logits[:, :-1], searches["labels"][:, 1:], grid)
-    search_loss = out.loss + locate_loss if task.learns_to_locate else out.loss
-    loss = caption_loss + search_loss + config.ocr_weight * ocr_loss + config.probe_weight * concept_loss
+    loss = caption_loss + out.loss + config.ocr_weight * ocr_loss + config.probe_weight * concept_loss
+    loss = loss + config.guide_weight * guide_loss
     return loss, float(hits.float().mean()) if grid > 1 else None
 
 
@@ -723,7 +768,6 @@ def readme(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor
     return README.format(
         name=f"{config.family}-nano",
         what=textwrap.fill((PHI if is_phi else PALIGEMMA).format(**facts), 120),
-        tasks="`detect {caption}`" + ", `locate en` (names and boxes in random order)" * is_phi,
         command="python assets/pretrain.py" + " --family=phi" * is_phi,
         end=PHI_END if is_phi else PALIGEMMA_END,
         n=metrics["n"],
@@ -757,8 +801,7 @@ def main():
     probe = torch.nn.Linear(model.config.vision_config.hidden_size, len(task.choices))  # not part of the saved model
     everything = torch.nn.ModuleDict({"model": model, "probe": probe})
     optimizers = make_optimizers(config, model, probe)
-    curricula = max(task.curriculum.values()) + 1
-    concepts, smoothed, first = [config.first_concepts] * curricula, [0.0] * curricula, 0
+    concepts, smoothed, first = config.first_concepts, 0.0, 0
     state_file = work / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -779,19 +822,19 @@ def main():
             optimizer.zero_grad(set_to_none=True)
         generator = torch.Generator().manual_seed(config.seed * SEED_STRIDE + step)
         grid = config.grids[int(torch.multinomial(torch.tensor(config.grid_weights), 1, generator=generator))]
-        part, hit = task.curriculum[grid], None
+        hit = None
         if step < config.tower_steps:
             loss = tower_step(model, probe, task, config, generator, grid)
         else:
-            loss, hit = model_step(model, probe, task, config, generator, grid, concepts[part])
+            loss, hit = model_step(model, probe, task, config, generator, grid, concepts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        smoothed[part] = smoothed[part] if hit is None else 0.95 * smoothed[part] + 0.05 * hit
-        if smoothed[part] > config.grow_at and concepts[part] < len(task.choices):
-            concepts[part], smoothed[part] = min(2 * concepts[part], len(task.choices)), 0.0
-        bar.set_postfix(loss=f"{loss.item():.3f}", found=[f"{s:.2f}" for s in smoothed], concepts=concepts)
+        smoothed = smoothed if hit is None else 0.95 * smoothed + 0.05 * hit
+        if smoothed > config.grow_at and concepts < len(task.choices):
+            concepts, smoothed = min(2 * concepts, len(task.choices)), 0.0
+        bar.set_postfix(loss=f"{loss.item():.3f}", found=f"{smoothed:.2f}", concepts=concepts)
         done = step + 1
         if done % config.save_every == 0 or done == config.steps:
             state = {"model": everything.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}

@@ -2,8 +2,8 @@
 
 import copy
 import json
+import math
 import random
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -65,7 +65,7 @@ def test_a_box_that_is_written_and_read_lies_in_its_cell(made, grid):
 
 def test_boxes_of_phi_are_percent_of_the_image_as_plain_numbers(made, family):
     _, task = made
-    answer = task.answer(torch.tensor([0, 16, 64, 128]), "red apple")
+    answer = task.answer(torch.tensor([0, 16, 64, 128]) * task.side / 128, "red apple")
     assert (
         answer
         == {"phi": "red apple 0, 12, 50, 100", "paligemma": "<loc0128><loc0000><loc1023><loc0512> red apple"}[family]
@@ -82,10 +82,14 @@ def test_an_answer_without_a_box_is_in_no_cell(made, answer):
 
 def test_a_search_hits_if_the_best_tokens_give_the_right_cell(made):
     _, task = made
-    boxes = torch.tensor([[0, 0, 24, 24], [64, 32, 96, 64], [104, 104, 128, 128]])
+    boxes = torch.tensor([[0, 0, 24, 24], [64, 32, 96, 64], [104, 104, 128, 128]]) * task.side // 128
     answers = [task.answer(box, "red apple") for box in boxes]
     labels = task.text_batch(["detect red apple"] * 3, answers)["labels"]
-    moved = [answers[0], task.answer(boxes[1] - torch.tensor([32, 0, 32, 0]), "red apple"), answers[2]]
+    moved = [
+        answers[0],
+        task.answer(boxes[1] - torch.tensor([32, 0, 32, 0]) * task.side // 128, "red apple"),
+        answers[2],
+    ]
     predicted = task.text_batch(["detect red apple"] * 3, moved)["labels"]
     assert torch.equal(predicted != -100, labels != -100)  # equally many tokens
     vocabulary = task.processor.tokenizer.get_vocab_size()
@@ -110,40 +114,20 @@ def test_the_pixels_in_pretraining_are_those_of_the_processor(made):
 
 def test_patch_maps_lie_as_the_image_does(made):
     """A tower whose features are the mean colours of patches gives a small copy of the image."""
-    _, task = made
+    task, patch = made[1], made[0].config.vision_config.patch_size
 
     def mean_colours(pixels):
-        return F.avg_pool2d(pixels, 16).flatten(2).transpose(1, 2)
+        return F.avg_pool2d(pixels, patch).flatten(2).transpose(1, 2)
 
     image = torch.rand(2, 3, task.side, task.side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     maps = task.patch_maps(task.vision(SimpleNamespace(model=SimpleNamespace(vision_tower=mean_colours)), image))
-    expected = F.avg_pool2d(image, 16)
+    expected = F.avg_pool2d(image, patch)
     if isinstance(task.processor, Phi3VProcessor):
         mean, std = (torch.tensor(v)[:, None, None] for v in (task.processor.image_mean, task.processor.image_std))
         expected = ((expected + 1) / 2 - mean) / std
         assert maps[1].shape == (2, 3, 4, 4)
         torch.testing.assert_close(maps[1].mean((2, 3)), expected.mean((2, 3)), atol=0.2, rtol=0)
     torch.testing.assert_close(maps[0], expected, atol=1e-5, rtol=0)
-
-
-def test_an_answer_to_locate_has_every_drawing_in_play_once_with_its_box(made, family):
-    _, task = made
-    if not task.learns_to_locate:
-        assert family == "paligemma"
-        return
-    generator = torch.Generator().manual_seed(0)
-    ids, _, boxes = task.draw(generator, 6, 2, 8)
-    for first in (2, 8, 16):
-        answers = task.locations(generator, ids, boxes, first)
-        for row, row_boxes, answer in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), answers, strict=True):
-            names = [task.captions[i] for i in row]
-            expected = [task.answer(b, n) for b, n in zip(row_boxes, names, strict=True) if task.rank[n] < first]
-            assert sorted(re.findall(r"[a-z].*?\d+, \d+, \d+, \d+", answer)) == sorted(expected)
-    orders = {
-        tuple(re.findall(r"[a-z][a-z ]*", a))
-        for a in task.locations(generator, ids[:1].repeat(9, 1, 1), boxes[:1].repeat(9, 1, 1, 1), 16)
-    }
-    assert len(orders) > 1
 
 
 def test_dropout_takes_the_global_view_of_some_images(made, family):
@@ -159,6 +143,51 @@ def test_dropout_takes_the_global_view_of_some_images(made, family):
     torch.testing.assert_close(whole[:, :crops], dropped[:, :crops], atol=1e-6, rtol=0)
     changed = (whole - dropped).abs().amax((1, 2)) > 0
     assert 0 < int(changed.sum()) < 8
+
+
+def guided(made, places: torch.Tensor | None = None, aimed: bool = False) -> float:
+    """The guide loss of a decoder whose layer inputs hold `places` in the fixed projection, with a head that looks
+    at the cell of each query or nowhere in particular."""
+    model, task = made
+    generator = torch.Generator().manual_seed(0)
+    ids, _, boxes = task.draw(generator, 2, 4)
+    prefixes, suffixes, cells = task.queries(generator, ids, boxes, 2)
+    batch = task.text_batch(prefixes, suffixes)
+    is_image = batch["input_ids"] == task.processor.image_token_id
+    x = torch.zeros(*is_image.shape, task.places.shape[0])
+    grid = [5 * (cell // 4) + cell % 4 for cell in range(16)]  # a line end after four tokens
+    positions = is_image.nonzero()[:, 1].view(4, -1)[:, grid]
+    if places is not None:
+        for row, at in enumerate(positions):
+            x[row, at] = places
+    q, k = torch.zeros(2, 4, 1, x.shape[1], 8)
+    if aimed:
+        q[..., 0] = 10.0
+        k[torch.arange(4), 0, positions[torch.arange(4), cells], 0] = 10.0
+    attention = SimpleNamespace(attention_inputs=lambda *_: (q, k), scale=1.0)
+    layers = [SimpleNamespace(self_attn=attention)] * 6
+    decoder = SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(layers=layers)))
+    return float(task.guide_loss(decoder, batch, [(x, None)], cells, 4))
+
+
+def test_the_guide_loss_asks_for_attention_on_the_cell_and_for_readable_places(made, family):
+    _, task = made
+    if family == "paligemma":
+        assert guided_is_zero(made)
+        return
+    line, column = torch.arange(16) // 4, torch.arange(16) % 4
+    places = task.places[:, line].T + task.places[:, 4 + column].T
+    chance = 2 * math.log(4)  # of lines and columns that cannot be read
+    assert guided(made, places, aimed=True) < 0.01
+    assert guided(made, aimed=True) == pytest.approx(chance, abs=0.01)
+    assert guided(made, places) > 3  # attention over more than 20 tokens
+    assert guided(made, places.flip(0), aimed=True) > chance
+
+
+def guided_is_zero(made) -> bool:
+    model, task = made
+    with task.attention_inputs(model) as found:
+        return float(task.guide_loss(model, {}, found, None, 4)) == 0.0
 
 
 def test_batches_follow_from_the_step_alone(made):
