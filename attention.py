@@ -139,14 +139,15 @@ class PrefixMask:
         key = "segments", queries == keys  # as in `dense`
         if key not in self._dense or self._dense[key][0] != queries:
             first, (shortest, longest) = keys - queries, self.spans[1]
-            tail, device = min(queries, keys - shortest), self.start.device
+            has_prefix = longest > max(first, self.spans[0][0])
+            tail = min(queries, keys - shortest) if has_prefix else queries  # alone, the second call serves every query
+            device = self.start.device
             row = torch.arange(len(self.start), device=device)[:, None]
             ends = torch.stack((self.start, self.prefix_end, torch.full_like(self.start, keys)), dim=1)
 
             def offsets(length: int, ends: Tensor) -> Tensor:
                 return F.pad((row * length + ends).flatten(), (1, 0)).int()
 
-            has_prefix = longest > max(first, self.spans[0][0])
             positions = torch.arange(keys - tail, keys, device=device)
             segments = Segments(
                 offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,

@@ -347,7 +347,7 @@ class Phi3DecoderLayer(nn.Module):
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C], or the last `rows` positions [B, rows, C]."""
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, rows)
-        x = x[:, -attended.shape[1] :] + attended
+        x = (x if rows is None else x[:, -rows:]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -30,6 +30,9 @@ RAGGED = {  # rows of (prefix, suffix) tokens, padded on the left to nine
     "prompts": [(9, 0), (4, 0)],
     "with a row of pads": [(3, 0), (4, 5), (0, 0)],
     "long suffixes": [(2, 7), (1, 8)],
+    "no prefix": [(0, 9), (0, 4)],
+    "no row without pads": [(0, 5), (0, 4)],
+    "no row without pads, alike": [(0, 5), (0, 5)],
 }
 
 
