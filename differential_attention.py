@@ -474,9 +474,8 @@ class DifferentialConfig:
     lambda_start: float | None = None  # initial value of a scalar lambda, value of a fixed one
     lambda_init: float | None = None  # constant of vectors, annealing and norm; None: 0.8 - 0.6 exp(-0.3 layer)
     lambda_warmup: float = 0.0  # share of training over which lambda grows linearly from 0
-    lambda_lr: Annotated[float, Meta(ge=0, le=1_000_000)] = (
-        1.0  # learning rate of lambda over that of the other parameters
-    )
+    # learning rate of lambda, as a multiple of that of the other parameters
+    lambda_lr: Annotated[float, Meta(ge=0, le=1_000_000)] = 1.0
     seed: int = 0  # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
     adapter_scale: float | None = None  # factor of the low-rank product of adapter
     noise_ratio: Annotated[int, Meta(ge=1)] | None = None  # heads of a key/value group that share one noise query
