@@ -172,7 +172,17 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    freeze_unused(adapted)
+    return adapted
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Freeze what is stored but never run, such as CLIP's last layer: it would never get a gradient, for which
+    DistributedDataParallel waits."""
+    for tower in [module for module in model.modules() if hasattr(module, "unused_modules")]:
+        for module in tower.unused_modules():
+            module.requires_grad_(False)
 
 
 def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool = False) -> "PeftModel":
@@ -209,6 +219,7 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
                 torch_device="cpu",
                 key_mapping=KEYS_TO_MEMORY,
             )
+            freeze_unused(adapted)
             used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except Exception as error:  # peft raises any exception for a wrong value
         reason = one_line(error)[:300]

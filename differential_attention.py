@@ -718,7 +718,7 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
     towers = {"text": model.model.language_model.layers}
     if model.model.vision_tower is not None:
         encoder = model.model.vision_tower.encoder
-        towers["vision"] = encoder.layers[: encoder.num_run]
+        towers["vision"] = encoder.layers[: encoder.num_layers_run]
     add_to_layers(differential, towers, lambda attention: attention.shape)
 
 

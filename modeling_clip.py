@@ -68,8 +68,12 @@ class ClipVisionModel(nn.Module):
         self.config = config
         self.embeddings = ClipEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # transformers' spelling
-        self.encoder = SiglipEncoder(config, num_run=config.num_hidden_layers - 1)
+        self.encoder = SiglipEncoder(config, num_layers_run=config.num_hidden_layers - 1)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def unused_modules(self) -> list[nn.Module]:
+        """The modules that are stored but never run."""
+        return [*self.encoder.layers[self.encoder.num_layers_run :], self.post_layernorm]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))[:, 1:]

@@ -156,14 +156,14 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    def __init__(self, config: SiglipVisionConfig, num_run: int | None = None):
+    def __init__(self, config: SiglipVisionConfig, num_layers_run: int | None = None):
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.num_run = num_run or len(self.layers)  # layers that run; CLIP stores one more
+        self.num_layers_run = num_layers_run or len(self.layers)  # CLIP stores one more, which never runs
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[: self.num_run]:
+        for layer in self.layers[: self.num_layers_run]:
             recompute = self.gradient_checkpointing and self.training
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return x

@@ -216,6 +216,12 @@ class VisionLanguageBackbone(nn.Module):
         with contextlib.nullcontext() if trains else torch.autocast(pixel_values.device.type, enabled=False):
             return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
 
+    def zero_of_trained_parts(self) -> Tensor | float:
+        """0, computed from every parameter of tower and projector that trains: without images they get a gradient of
+        zeros instead of none, for which DistributedDataParallel would wait."""
+        parts = [part for part in (self.vision_tower, self.multi_modal_projector) if part is not None]
+        return sum(0 * p.flatten()[0] for part in parts for p in part.parameters() if p.requires_grad)
+
     def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Bool [B, L]: the image tokens that are patches, row by row."""
         return input_ids == self.config.image_token_id
@@ -258,6 +264,8 @@ class VisionLanguageBackbone(nn.Module):
         if image_features is None and pixel_values is not None:
             image_features = self.image_features(pixel_values, image_sizes)
         x = self.embed(input_ids, image_features, plan.image_tokens)
+        if image_features is None and self.training:
+            x = x + self.zero_of_trained_parts()
         return self.language_model(x, self.positions(attention_mask), plan.mask, rows=rows)
 
 
