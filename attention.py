@@ -30,6 +30,7 @@ from fused_ops import (
 # with SDPA, by up to a third; it takes the same path so that both arms start bit-equal (benchmarks/attention_paths.py).
 EXPLICIT_MAX_KEYS = 512
 FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: multiples of the step
+FLASH_CAPABILITY = (8, 0)  # CUDA's compute capability of Ampere: older cards have no flash attention
 SMALL_SHARED_MEMORY = 160 << 10  # bytes a block may use on cards that need smaller tiles (sm86, sm89, sm12x: 99 KB)
 
 
@@ -252,14 +253,31 @@ def blended_reference(
 
 
 # ---- the paths
+Kernels = Literal["cpu", "cuda", "sdpa"]
 Path = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
 
 
+@torch.compiler.assume_constant_result
+def kernels_of(device: torch.device) -> Kernels:
+    """The kernels of a device: those of a CPU; those of a CUDA card of Ampere or later, which has flash attention and
+    FlexAttention (the meta device, on which memory is counted, stands for one); or of another device, SDPA alone."""
+    if device.type in ("cpu", "meta"):
+        return "cpu" if device.type == "cpu" else "cuda"
+    has_flash = device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
+    return "cuda" if has_flash and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY else "sdpa"
+
+
 def choose_path(
-    q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, softcap: float | None, window: int | None, device: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PrefixMask | None,
+    softcap: float | None,
+    window: int | None,
+    kernels: Kernels,
 ) -> Path:
-    """How attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] is computed on a type of `device`, in both
-    arms alike.
+    """How attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] is computed, in both arms alike, on a
+    device with these `kernels`.
 
     "maps": explicit maps, kept for the backward pass: few keys on a CPU or where nothing else fits, one query on a GPU.
     "chunks": explicit maps of a few queries at a time, computed again in the backward pass.
@@ -269,9 +287,9 @@ def choose_path(
     """
     has_kernel = softcap is None and k.shape[-1] == v.shape[-1]
     is_short = k.shape[2] <= EXPLICIT_MAX_KEYS
-    if device == "cpu":
+    if kernels == "cpu":
         return "maps" if is_short else "sdpa" if has_kernel else "chunks"
-    is_half = k.dtype in (torch.bfloat16, torch.float16)
+    is_half = kernels == "cuda" and k.dtype in (torch.bfloat16, torch.float16)  # flash attention and FlexAttention
     if q.shape[2] == 1 or (is_short and not has_kernel):
         return "maps"
     if has_kernel and (mask is None or window is None):
@@ -315,7 +333,7 @@ def attention(
 ) -> Tensor:
     """Standard attention -> [B, H, L, D] of q [B, H, L, D] and k, v [B, K, S, D]; without a mask all keys are seen."""
     window = useful_window(window, k.shape[2])
-    path = choose_path(q, k, v, mask, softcap, window, k.device.type)
+    path = choose_path(q, k, v, mask, softcap, window, kernels_of(k.device))
     if path == "maps":
         return attention_reference(q, k, v, dense_mask(mask, q.shape[2], k.shape[2], window), scale, softcap)
     if path == "chunks":
@@ -342,7 +360,7 @@ def blended_attention(
     of the first map and then those of the second; weight [1] or [B, H, L, 1].
     """
     window = useful_window(window, k.shape[2])
-    path = choose_path(q1, k, v, mask, softcap, window, k.device.type)
+    path = choose_path(q1, k, v, mask, softcap, window, kernels_of(k.device))
     if path == "maps":
         dense = dense_mask(mask, q1.shape[2], k.shape[2], window)
         return BlendedAttention.apply(q1, q2, k, v, weight, dense, scale, normalised, softcap)

@@ -33,7 +33,7 @@ from modeling_siglip import (
     TokenId,
     read_config,
 )
-from modeling_vlm import KVCache, VisionLanguageBackbone, VisionLanguageModel
+from modeling_vlm import BatchPlan, KVCache, VisionLanguageBackbone, VisionLanguageModel
 
 GEMMA2_ONLY = (
     "query_pre_attn_scalar",
@@ -396,6 +396,22 @@ class PaliGemmaModel(VisionLanguageBackbone):
     def mask(self, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PrefixMask:
         """Image and prompt see each other in both directions, the suffix is causal."""
         return PrefixMask.from_tensors(attention_mask, token_type_ids)
+
+    def plan(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **images: Tensor,
+    ) -> BatchPlan:
+        """See `VisionLanguageBackbone.plan`. Raises UserError for labels without token types."""
+        if labels is not None and token_type_ids is None:
+            raise UserError(
+                "labels need token_type_ids: without them the answer is in the prefix, where each token sees the next: "
+                "pass those of the processor"
+            )
+        return super().plan(input_ids, attention_mask, token_type_ids, labels, **images)
 
     def positions(self, attention_mask: Tensor) -> Tensor:
         """1-based positions [B, L] that count tokens, not pads (rotary angles are relative, so pads change nothing)."""

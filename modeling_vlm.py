@@ -366,12 +366,13 @@ class VisionLanguageModel(nn.Module):
     ) -> VisionLanguageOutput:
         """`logits` or `loss` of a batch.
 
-        input_ids, attention_mask (1 token, 0 pad; None: no pads), token_type_ids (1 suffix; None: all prefix), labels
-        (-100: no loss): [B, L]; pixel_values and image_sizes: the images of all prompts in order, as the processor
-        returns them, or instead their image_features. Without labels: logits [B, L, V], or of the last `logits_to_keep`
-        positions. With labels: the loss, the float32 mean over all label tokens of the batch, for which the head runs
-        on their positions only; logits only if `logits_to_keep` is given. `plan`: what `model.plan` returns for the
-        batch; without it the host makes it now, and waits for a device that holds the tensors.
+        input_ids, attention_mask (1 token, 0 pad; None: no pads), token_type_ids (1 suffix; None: all prefix, which
+        PaliGemma refuses beside labels), labels (-100: no loss): [B, L]; pixel_values and image_sizes: the images of
+        all prompts in order, as the processor returns them, or instead their image_features. Without labels: logits
+        [B, L, V], or of the last `logits_to_keep` positions. With labels: the loss, the float32 mean over all label
+        tokens of the batch, for which the head runs on their positions only; logits only if `logits_to_keep` is given.
+        `plan`: what `model.plan` returns for the batch; without it the host makes it now, and waits for a device that
+        holds the tensors.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         plan = plan or self.model.plan(input_ids, attention_mask, token_type_ids, labels)

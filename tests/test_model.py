@@ -195,6 +195,14 @@ def test_sampling_follows_its_generator_and_top_p():
     assert sample(logits, 0.0, 1.0, None).unique().tolist() == [0]
 
 
+def test_labels_without_token_types_are_refused():
+    """Without token types the answer would be prefix, and each of its tokens would see the next."""
+    model, batch = tiny.ours_like(tiny.hf_model("gemma")), tiny.batch()
+    del batch["token_type_ids"]
+    with pytest.raises(UserError, match="labels need token_type_ids"):
+        model(**batch)
+
+
 def test_generate_refuses_weights_that_give_nan():
     model = tiny.ours_like(tiny.hf_model("gemma"))
     with torch.no_grad():
