@@ -27,6 +27,7 @@ from modeling_siglip import (
     ACTIVATIONS,
     Depth,
     Embedding,
+    Positive,
     SiglipVisionConfig,
     SiglipVisionModel,
     Size,
@@ -49,7 +50,7 @@ RELEASED_LEARNING_RATE, SMALL_LEARNING_RATE = 1e-4, 2e-3
 def read_rope(data: dict) -> tuple[float, float]:
     """(theta, factor) of a text_config: `rope_parameters` of version 5, `rope_theta` and `rope_scaling` before.
 
-    Raises UserError for scaling other than "linear".
+    Raises UserError for scaling other than "linear", and for "linear" without a factor.
     """
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -58,6 +59,8 @@ def read_rope(data: dict) -> tuple[float, float]:
     if kind not in ("default", "linear") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"text_config.rope_parameters {rope} is not supported: rope_type must be default or linear")
     theta = rope.get("rope_theta") or data.get("rope_theta") or 10000.0
+    if kind == "linear" and rope.get("factor") is None:
+        raise UserError("text_config.rope_parameters of type linear has no factor: restore the file")
     return theta, rope["factor"] if kind == "linear" else 1.0
 
 
@@ -76,8 +79,8 @@ class GemmaConfig:
     hidden_activation: str = "gelu_pytorch_tanh"
     max_position_embeddings: Size = 8192
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_factor: float = 1.0  # rope_type "linear": positions are divided by it
+    rope_theta: Positive = 10000.0
+    rope_factor: Positive = 1.0  # rope_type "linear": positions are divided by it
     initializer_range: float = 0.02
     # Gemma 2 only
     query_pre_attn_scalar: int | float | None = None  # query scale is this ** -0.5; None means head_dim
@@ -109,6 +112,8 @@ class GemmaConfig:
                 f"text_config.layer_types {list(types)} must be {self.num_hidden_layers} of sliding_attention and "
                 "full_attention"
             )
+        if self.head_dim % 2:
+            raise UserError(f"text_config.head_dim {self.head_dim}: must be even, since rotary dims come in pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"text_config: num_attention_heads {self.num_attention_heads} must be a multiple of "
@@ -135,8 +140,6 @@ class GemmaConfig:
         if activation is None or (activation == "gelu" and not is_gemma2):
             activation = "gelu_pytorch_tanh"  # released configs of Gemma 1 say "gelu" or null and mean the tanh form
         data["hidden_activation"] = activation
-        if data.get("layer_types") is not None:
-            data["layer_types"] = tuple(data["layer_types"])
         return read_config(cls, data, "text_config")
 
     def window_of(self, layer: int) -> int | None:

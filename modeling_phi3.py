@@ -28,7 +28,7 @@ from errors import UserError
 from files import read_json
 from fused_ops import apply_linears
 from modeling_clip import ClipVisionConfig, ClipVisionModel
-from modeling_siglip import ACTIVATIONS, Depth, Embedding, Size, TokenId, read_config
+from modeling_siglip import ACTIVATIONS, Depth, Embedding, Positive, Size, TokenId, read_config
 from modeling_vlm import KVCache, VisionLanguageBackbone, VisionLanguageModel
 from processing_phi3v import IMAGE_TOKEN_ID, PAD_TOKEN_ID, PHI_STOP_IDS, ModelFields
 
@@ -36,7 +36,7 @@ MERGE = 2  # MERGE x MERGE neighbouring features become one image token
 LEARNING_RATE = 4e-5  # of Phi-3-vision's fine-tuning scripts
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
 ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
-Factors = tuple[Annotated[float, msgspec.Meta(gt=0)], ...]
+Factors = tuple[Positive, ...]
 
 
 # ---- configuration
@@ -47,7 +47,7 @@ def read_rope(data: dict) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise UserError(f"rope_scaling is {rope!r:.80} where an object is expected: restore the file")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise UserError(f"rope_scaling type {kind!r:.80} is not supported: must be one of {', '.join(ROPE_TYPES)}")
     first = {**data, **{key: value for key, value in rope.items() if value is not None}}
     names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -72,14 +72,15 @@ class Phi3TextConfig:
     head_dim: Size | None = None  # None: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: Size = 4096
-    original_max_position_embeddings: Size = 4096  # longrope: longer sequences are rotated by the long factors
+    # longrope: longer sequences are rotated by the long factors
+    original_max_position_embeddings: Annotated[int, msgspec.Meta(ge=2, le=1 << 31)] = 4096
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # share of a head that is rotated
     short_factor: Factors | None = None  # longrope: divisors of the R / 2 rotary frequencies; None: default rotary
     long_factor: Factors | None = None
     attention_factor: float | None = None  # longrope: of cos and sin; None: from the two lengths
-    factor: Annotated[float, msgspec.Meta(gt=0)] | None = None  # longrope: of the lengths; None: their ratio
+    factor: Positive | None = None  # longrope: of the lengths; None: their ratio
     sliding_window: Size | None = None  # tokens that a query sees
     initializer_range: float = 0.02
 
@@ -161,7 +162,8 @@ class Phi3Config:
     image_token_id: TokenId = IMAGE_TOKEN_ID
     pad_token_id: TokenId = PAD_TOKEN_ID
     bos_token_id: TokenId | None = 1
-    stop_ids: tuple[TokenId, ...] = PHI_STOP_IDS  # each ends an answer; the first is learned in training
+    # each ends an answer; the first is learned in training
+    stop_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1)] = PHI_STOP_IDS
     chat_start: str = "<|user|>\n"  # around a prompt
     chat_end: str = "<|end|>\n<|assistant|>\n"
     tie_word_embeddings: bool = False

@@ -21,6 +21,7 @@ from files import describe
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 Depth = Annotated[int, msgspec.Meta(ge=1, le=1024)]  # number of layers
 
 ACTIVATIONS = {

@@ -341,9 +341,17 @@ class VisionLanguageModel(nn.Module):
         """Write config.json and safetensors. transformers loads a standard model back with equal logits.
 
         Differential attention is saved in a file of its own, with a model_type and names of the weight files that make
-        transformers refuse the folder instead of loading it as a standard model.
+        transformers refuse the folder instead of loading it as a standard model. Raises UserError for a model with an
+        adapter or 4-bit weights, whose folder nothing could load.
         """
-        save_model_folder(self.state_dict(), self.config.to_dict(), folder, partial(save_differential, self))
+        state = self.state_dict()
+        if any(".lora_" in name or ".base_layer." in name or ".modules_to_save." in name for name in state):
+            raise UserError(
+                "save_pretrained: the model has an adapter: merge it (adapters.merge), or keep its run folder"
+            )
+        if getattr(self, "is_loaded_in_4bit", False):
+            raise UserError("save_pretrained: the weights are in 4 bits: keep the model that they were made of")
+        save_model_folder(state, self.config.to_dict(), folder, partial(save_differential, self))
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""

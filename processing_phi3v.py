@@ -62,7 +62,7 @@ class ModelFields:
     """The fields of config.json that the processor needs; defaults as in `Phi3Config`."""
 
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 32064
-    eos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | Annotated[list[TokenId], msgspec.Meta(min_length=1)] | None = None
     pad_token_id: TokenId | None = None
     image_token_id: TokenId = IMAGE_TOKEN_ID
     chat_start: str = "<|user|>\n"
@@ -283,7 +283,7 @@ class Phi3VProcessor(Phi3Processor):
         return prompt if numbers else "".join(f"<|image_{number}|>\n" for number in expected) + prompt
 
     def split(self, text: str) -> list[str]:
-        return TAG.sub("\0", text).split("\0")
+        return TAG.split(text)[::2]  # what is between the parts are the numbers of the tags
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the crops of an image of this (width, height)."""

@@ -187,6 +187,26 @@ def test_the_base_of_an_adapter(tiny_model, tmp_path, monkeypatch, name):
     assert checkpoint.resolve_run(tmp_path)[0] == (local if name.startswith("assets") else name)
 
 
+@pytest.mark.parametrize("how", ["no", "full"])
+def test_a_model_with_an_adapter_is_not_saved_as_a_whole(tiny_model, tmp_path, how):
+    """Nothing could load the folder; merged, the model is saved."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    new_lora(Config(train_projector=how), model)
+    with refused("save_pretrained", "merge it"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    merge(model)
+    model.save_pretrained(tmp_path / "model")
+    PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
+def test_a_model_in_4_bits_is_not_saved(tiny_model, tmp_path):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    model.is_loaded_in_4bit = True  # set by adapters.quantize
+    with refused("save_pretrained", "4 bits"):
+        model.save_pretrained(tmp_path / "model")
+
+
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 def test_transformers_refuses_a_differential_folder(runs, batch, tmp_path, monkeypatch, size):
     """As a standard model it would answer differently without an error."""

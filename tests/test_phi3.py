@@ -263,6 +263,12 @@ BAD = {
     "num_attention_heads": (dict(num_attention_heads=5), "num_attention_heads"),
     "attention_dropout": (dict(attention_dropout=0.1), "attention_dropout"),
     "vocab_size": (dict(vocab_size="many"), "vocab_size"),
+    "type": (dict(rope_scaling={"type": ["su"]}), "rope_scaling"),
+    "factor": (dict(rope_scaling=longrope() | {"factor": 0}), "factor"),
+    "rope_theta": (dict(rope_scaling={"rope_theta": 0.0}), "rope_theta"),
+    "original": (dict(rope_scaling=longrope(), original_max_position_embeddings=1), "original_max_position_embeddings"),
+    "head_dim": (dict(head_dim=7), "must be even"),
+    "eos_token_id": (dict(eos_token_id=[]), "eos_token_id"),
 }
 
 

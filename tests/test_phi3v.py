@@ -241,6 +241,13 @@ def test_special_tokens_in_a_text_are_refused(words):
             processor.encode("an image", f"an {token} image", 1)
 
 
+def test_a_nul_character_in_a_prompt_is_text_like_another(words):
+    processor = processor_of(words)
+    assert processor.split("a\0b<|image_1|>c") == ["a\0b", "c"]
+    with refused("prompt", "<unk>"):  # the tokenizer here does not know it
+        processor.encode("a\0b<|image_1|>c", None, [4])
+
+
 LLAMA = os.environ.get("PHI3_TOKENIZER")  # a tokenizer.json of Phi-3-vision
 
 
