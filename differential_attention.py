@@ -118,6 +118,11 @@ class DifferentialAttention(nn.Module):
         self.second_up = nn.Parameter(torch.zeros(width, rank))
 
     @property
+    def has_lambda(self) -> bool:
+        """Whether lambda acts on the output: not where the second map replaces the first, or a gate."""
+        return self.config.combine != "replace"
+
+    @property
     def num_out_heads(self) -> int:
         """Heads whose outputs are blended: H, or H / 2 where heads are paired."""
         return self.shape.num_heads
@@ -279,6 +284,11 @@ class PairedHeads(DifferentialAttention):
     trainable = ()
 
     @property
+    def has_lambda(self) -> bool:
+        """Whether lambda acts on the output: not where the second map replaces the first, or a gate."""
+        return self.config.combine != "replace"
+
+    @property
     def num_out_heads(self) -> int:
         return self.shape.num_heads // 2
 
@@ -362,8 +372,8 @@ class HalvedHeads(DifferentialAttention):
         return first, second
 
 
-class SameMap(DifferentialAttention):
-    """The first map a second time: o1 - lambda o1."""
+class SingleMap(DifferentialAttention):
+    """One map, and what is made of its output o1."""
 
     trainable = ()
 
@@ -373,8 +383,15 @@ class SameMap(DifferentialAttention):
     def two_queries(self, x, q, k, v, rotate):
         return q, None, k, v
 
+    def second_output(self, out: Tensor) -> Tensor | None:
+        """o2 of o1 [B, H, L, D]; None where nothing is subtracted."""
+        return None
+
+
+class SameMap(SingleMap):
+    """The first map a second time: o1 - lambda o1."""
+
     def second_output(self, out: Tensor) -> Tensor:
-        """o2 of o1 [B, H, L, D]."""
         return out
 
     def forward(self, x, q, k, v, rotate, attend):
@@ -409,7 +426,7 @@ class SharpenedQuery(DifferentialAttention):
         return q, q * self.log_sharpness.exp().to(q.dtype)[:, None, None], k, v
 
 
-class GatedOutput(SameMap):
+class GatedOutput(SingleMap):
     """2 sigmoid(x W^T) o1, a gate of each head and token that starts at 1 (arXiv 2505.06708): a control."""
 
     trainable = ("gate",)
@@ -423,8 +440,10 @@ class GatedOutput(SameMap):
         return self.head_norm(out * gate.transpose(1, 2)[..., None].to(out.dtype))
 
 
-class NoSecondMap(SameMap):
+class NoSecondMap(SingleMap):
     """Standard attention, with the head norm: a control."""
+
+    has_lambda = False
 
     def forward(self, x, q, k, v, rotate, attend):
         return self.head_norm(attend(q, k, v))
@@ -823,7 +842,7 @@ def knock_out(model: nn.Module):
     if not modules:
         raise UserError("--knockout: the model has standard attention, there is no lambda to set to 0")
     for module in modules:
-        if module.config.combine == "replace" or module.config.second == "none":
+        if not module.has_lambda:
             raise UserError(f"--knockout: preset {module.config.preset} has no lambda that could be set to 0")
         module.config = replace(module.config, lambda_kind="fixed", lambda_start=0.0, anneal=False)
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from config_fields import Depth, Size
 from errors import UserError
-from modeling_siglip import ACTIVATIONS, Depth, Embedding, SiglipEncoder, Size
+from layers import ACTIVATIONS, Embedding
+from modeling_siglip import SiglipEncoder
 
 
 @dataclass

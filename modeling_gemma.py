@@ -19,21 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves
 from checkpoint import locate, resolve_run
+from config_fields import PALIGEMMA_IMAGE_TOKEN_ID, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
 from files import read_json
 from fused_ops import apply_linears
-from modeling_siglip import (
-    ACTIVATIONS,
-    Depth,
-    Embedding,
-    Positive,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    Size,
-    TokenId,
-    read_config,
-)
+from layers import ACTIVATIONS, Embedding
+from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
 from modeling_vlm import BatchPlan, KVCache, VisionLanguageBackbone, VisionLanguageModel
 
 GEMMA2_ONLY = (
@@ -165,7 +157,7 @@ class GemmaConfig:
 class PaliGemmaConfig:
     text_config: GemmaConfig = field(default_factory=GemmaConfig)
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
-    image_token_id: TokenId = 257152
+    image_token_id: TokenId = PALIGEMMA_IMAGE_TOKEN_ID
     pad_token_id: TokenId = 0
     eos_token_id: TokenId = 1
     bos_token_id: TokenId = 2
@@ -201,7 +193,7 @@ class PaliGemmaConfig:
                 raise UserError(f"{name} is {part!r:.80} where an object is expected: restore the file")
         top = {"text_config": GemmaConfig.from_dict(text)}
         top["vision_config"] = read_config(SiglipVisionConfig, vision, "vision_config")
-        top["image_token_id"] = data.get("image_token_index", data.get("image_token_id", 257152))
+        top["image_token_id"] = data.get("image_token_index", data.get("image_token_id", PALIGEMMA_IMAGE_TOKEN_ID))
         top["tie_word_embeddings"] = data.get("tie_word_embeddings", True)
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):  # version 5 writes them inside text_config
             value = text.get(name) if data.get(name) is None else data[name]

@@ -23,12 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves
 from checkpoint import DIFFERENTIAL_PREFIX, locate, resolve_run
+from config_fields import Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
 from files import read_json
 from fused_ops import apply_linears
+from layers import ACTIVATIONS, Embedding
 from modeling_clip import ClipVisionConfig, ClipVisionModel
-from modeling_siglip import ACTIVATIONS, Depth, Embedding, Positive, Size, TokenId, read_config
 from modeling_vlm import KVCache, VisionLanguageBackbone, VisionLanguageModel
 from processing_phi3v import IMAGE_TOKEN_ID, PAD_TOKEN_ID, PHI_STOP_IDS, ModelFields
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import PrefixMask, StepMask
 from checkpoint import load_weights, locate, resolve_run, save_model_folder
+from config_fields import IGNORED_LABEL
 from differential_attention import DifferentialConfig, add_differential, as_config
 from errors import UserError
 from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
 
-IGNORED_LABEL = -100
 ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
 
 

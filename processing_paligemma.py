@@ -22,16 +22,14 @@ from torch import Tensor
 
 from boxes import LOC_TOKENS
 from checkpoint import locate, resolve_run
+from config_fields import IGNORED_LABEL, PALIGEMMA_IMAGE_TOKEN_ID, Positive, TokenId
 from errors import UserError
 from files import PathLike, one_line, read_bytes, read_typed
 
-IGNORED_LABEL = -100  # the loss skips it
 ANSWER_TOKEN = re.compile(r"<loc\d{4}>|<seg\d{3}>")
 MAX_QUOTE = 60  # characters of a user's text in an error message
 
 Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 Row = tuple[list[int], list[int]]  # token ids and token types of one example
 
 
@@ -64,7 +62,7 @@ class ModelFields(msgspec.Struct):
 
     def token_ids(self) -> dict[str, int]:
         """The four ids as arguments of `PaliGemmaProcessor`."""
-        image_ids = (self.image_token_index, self.image_token_id, 257152)
+        image_ids = (self.image_token_index, self.image_token_id, PALIGEMMA_IMAGE_TOKEN_ID)
         ids = {"image_token_id": next(i for i in image_ids if i is not None)}
         for name, default in (("bos_token_id", 2), ("eos_token_id", 1), ("pad_token_id", 0)):
             values = (getattr(self, name), getattr(self.text_config, name), default)

@@ -24,15 +24,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import locate, resolve_run
+from config_fields import IGNORED_LABEL, Positive, TokenId
 from errors import UserError
 from files import PathLike, read_typed
 from processing_paligemma import (
-    IGNORED_LABEL,
     Pixels,
-    Positive,
     Row,
     Three,
-    TokenId,
     pad_rows,
     quote,
     read_tokenizer,
