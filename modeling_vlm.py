@@ -72,7 +72,7 @@ class StepDecoder:
 
     def __call__(self, token: Tensor) -> Tensor:
         """Logits after one more token [B] of every row."""
-        self.positions, self.mask = self.positions + 1, self.mask.extend(1)
+        self.positions, self.mask = self.positions + 1, self.mask.extend_by_one()
         return self.run(token)
 
     def run(self, token: Tensor) -> Tensor:

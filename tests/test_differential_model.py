@@ -196,7 +196,7 @@ def test_cached_logits_and_greedy_tokens_equal_uncached(preset):
             assert (last - expected).norm() <= 1e-6 * expected.norm()
             alive = (found[:, :step] != tiny.EOS).all(1)
             assert torch.equal(expected.argmax(-1)[alive], found[alive, step])
-            mask, at = mask.extend(1), slice(at.stop, at.stop + 1)
+            mask, at = mask.extend_by_one(), slice(at.stop, at.stop + 1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
