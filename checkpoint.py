@@ -430,8 +430,9 @@ def save_model_folder(
     `write_more(folder)` adds further files. With those of differential attention among them, the model_type and the
     names of the weight files become those of `mark_differential`.
 
-    The new files are written into a temporary folder inside it and moved at the end, so a failure leaves an older model
-    unchanged, and a model that is memory-mapped from the same folder keeps its pages.
+    The new files are written into a temporary folder inside it and moved at the end: a failure while they are written
+    leaves an older model unchanged, and a model that is memory-mapped from the same folder keeps its pages. The moves
+    together are not atomic.
     """
     folder = Path(folder)
     weights = {key: value for key, value in state_dict.items() if ".differential." not in key}
@@ -463,12 +464,13 @@ def mark_differential(folder: Path) -> None:
 
 
 def move_model_files(staged: Path, folder: Path) -> None:
-    """Move the files of a saved model into `folder` in the place of an older one, and delete the folder `staged`."""
-    new = list(staged.iterdir())
+    """Move the files of a saved model into `folder` in the place of an older one, config.json last, then delete what is
+    left of the older one, and the folder `staged`."""
+    new = sorted(staged.iterdir(), key=lambda file: file.name == "config.json")
     with writing(folder):
+        for file in new:
+            os.replace(file, folder / file.name)
         for old in folder.iterdir():  # from an older save
             if MODEL_FILE.fullmatch(old.name) and old.name not in {file.name for file in new}:
                 old.unlink()
-        for file in new:
-            os.replace(file, folder / file.name)
         staged.rmdir()

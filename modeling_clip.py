@@ -73,6 +73,10 @@ class ClipVisionModel(nn.Module):
         self.encoder = SiglipEncoder(config, num_layers_run=config.num_hidden_layers - 1)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pre_layrnorm.weight.dtype
+
     def unused_modules(self) -> list[nn.Module]:
         """The modules that are stored but never run."""
         return [*self.encoder.layers[self.encoder.num_layers_run :], self.post_layernorm]

@@ -6,6 +6,7 @@ transformers >= 5, so that weights and LoRA adapters can be exchanged.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -139,6 +140,10 @@ class SiglipVisionModel(nn.Module):
         self.embeddings = SiglipEmbeddings(config)
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.post_layernorm.weight.dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))

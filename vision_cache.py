@@ -52,7 +52,7 @@ class FeatureStore:
             size, encoded = batch_size or len(missing), []
             for start in range(0, len(missing), size):
                 inputs = stack_inputs([pixels[name] for name in missing[start : start + size]])
-                inputs = {key: part.to(device, non_blocking=True) for key, part in inputs.items()}
+                inputs["pixel_values"] = inputs["pixel_values"].to(device, non_blocking=True)  # sizes stay on the CPU
                 encoded += self.model.model.image_features(**inputs)
             for name, row in zip(missing, encoded, strict=True):
                 rows[name] = row

@@ -345,6 +345,16 @@ def test_the_flag_compile_changes_no_result(tiny_model, tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_a_static_cache_takes_keys_of_another_dtype():
+    """As under autocast, in which the projections of a float32 model are bfloat16."""
+    model = tiny.ours_like(tiny.hf_model("gemma"))
+    caches = [modeling_vlm.KVCache(model.model.language_model, 2, 4, torch.float32, "cpu") for _ in range(2)]
+    k, v = (torch.randn(2, 1, 1, 16).bfloat16() for _ in range(2))
+    caches[0].make_static(torch.zeros(1, dtype=torch.long))
+    for found, expected in zip(*(cache.update(1, k, v) for cache in caches), strict=True):
+        assert torch.equal(found[:, :, :1], expected) and not found[:, :, 1:].any()
+
+
 def test_factors_cast_once_give_the_same_bits(tiny_model):
     model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.bfloat16)
     adapted = training.new_lora(finetune_original.Config(), model)
@@ -357,6 +367,10 @@ def test_factors_cast_once_give_the_same_bits(tiny_model):
     for context in (contextlib.nullcontext(), fused_ops.cast_lora(model)):
         adapted.zero_grad()
         with context:
+            if results:  # generate inside the block, with a block of its own
+                with fused_ops.cast_lora(model):
+                    pass
+                assert any(hasattr(module, fused_ops.CAST_FACTORS) for module in model.modules())
             loss = model(**batch).loss
             loss.backward()
         results.append([loss.detach(), *(p.grad for p in adapted.parameters() if p.requires_grad)])

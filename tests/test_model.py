@@ -211,6 +211,22 @@ def test_generate_refuses_weights_that_give_nan():
         model.generate(**tiny.prompts())
 
 
+def test_float16_is_refused(tmp_path):
+    with pytest.raises(UserError, match="float16.*overflows"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+def test_arguments_out_of_range_are_refused():
+    model, prompts = tiny.ours_like(tiny.hf_model("gemma")), tiny.prompts()
+    with pytest.raises(UserError, match="logits_to_keep 0"):
+        model(**prompts, logits_to_keep=0)
+    with pytest.raises(UserError, match="temperature -1"):
+        model.generate(**prompts, temperature=-1.0)
+    empty = {name: tensor[:0] for name, tensor in prompts.items()}
+    with pytest.raises(UserError, match="empty"):
+        model(**empty)
+
+
 def test_generate_refuses_what_it_would_get_wrong():
     model = tiny.ours_like(tiny.hf_model("gemma"))
     batch = tiny.batch(side="right")

@@ -375,6 +375,28 @@ def test_images_of_unlike_grids_in_one_batch_equal_each_alone(tmp_path):
         assert together[row, -4:].tolist() == model.generate(**one, max_new_tokens=4)[0, -4:].tolist()
 
 
+def test_a_frozen_tower_computes_under_autocast_what_it_does_without(tmp_path):
+    """Training has the features of generation."""
+    folder = tiny_phi.folder(tmp_path)
+    model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
+    batch = processor([golden_image(20, 20)], ["where is this?"])
+    expected = model.requires_grad_(False).model.image_features(batch["pixel_values"], batch["image_sizes"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.model.image_features(batch["pixel_values"], batch["image_sizes"])
+    assert torch.equal(found[0], expected[0])
+
+
+def test_the_plan_has_the_grids_of_the_crops(tmp_path):
+    """Without them the sizes would be read back from the device in every micro-batch."""
+    folder = tiny_phi.folder(tmp_path)
+    model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
+    batch = processor([golden_image(40, 20)], ["where is this?"], ["No"])
+    expected, plan = model(**batch).loss, model.model.plan(**batch)
+    assert plan.grids == ((1, 2),)
+    on_device = batch | {"image_sizes": batch["image_sizes"].to("meta")}  # which cannot be read
+    assert torch.equal(model(**on_device, plan=plan).loss, expected)
+
+
 def test_images_that_do_not_fit_are_refused(tmp_path):
     folder = tiny_phi.folder(tmp_path)
     model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
