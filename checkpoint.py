@@ -32,6 +32,8 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT_BYTES = 1 << 20  # at each end of a file
+FINGERPRINT_DIGITS = 16
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
 # They start the model_type and the names of the weight files, and the name of the class, of a whole model with
 # differential attention, which therefore does not load as a standard model in transformers.
@@ -225,7 +227,7 @@ def weights_fingerprint(folder: PathLike) -> str:
             digest.update(f"{path.name} {size} ".encode() + file.read(FINGERPRINT_BYTES))
             file.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def find_run_record(adapter: Path) -> Path | None:
@@ -255,7 +257,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
     with reading(file):
         check_regular(file)
         with open(file, "rb") as start:  # safetensors does not report a missing permission as such
-            if start.read(30).startswith(b"version https://git-lfs"):
+            if start.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(f"{file}: a git-lfs pointer instead of the weights: run `git lfs pull`")
         with safe_open(file, framework="pt") as handle:
             yield handle

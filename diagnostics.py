@@ -58,7 +58,7 @@ def lambda_values(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit):
+def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit) -> None:
     """Run `model` on `batch` and call visit(name, module, layer_maps, valid) for every differential layer; valid [B, L]
     is False on pads."""
 
@@ -118,7 +118,7 @@ def row_entropy(maps: Tensor) -> Tensor:
     return torch.special.entr(maps).sum(-1)
 
 
-def select_heads(model: nn.Module, batch: dict):
+def select_heads(model: nn.Module, batch: dict) -> None:
     """DEX: restrict W_D to the half of the heads of each layer, at least one, whose rows have the highest entropy on
     `batch`."""
 

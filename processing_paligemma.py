@@ -27,6 +27,8 @@ from errors import UserError
 from files import PathLike, one_line, read_bytes, read_typed
 
 ANSWER_TOKEN = re.compile(r"<loc\d{4}>|<seg\d{3}>")
+MAX_PIXEL = 255  # of 8 bits
+GREY16_TO_GREY8 = 65_535 / MAX_PIXEL
 MAX_QUOTE = 60  # characters of a user's text in an error message
 
 Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
@@ -125,7 +127,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float32)
-        scale = 257 if image.mode != "I" or grey.max() > 255 else 1
+        scale = GREY16_TO_GREY8 if image.mode != "I" or grey.max() > 255 else 1
         image = Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8))
     if image.mode == "La":  # PIL converts it to LA only; transformers fails
         image = image.convert("LA")
@@ -156,7 +158,7 @@ class PaliGemmaProcessor:
     pad_token_id: int = 0
     image_mean: Sequence[float] = (0.5, 0.5, 0.5)
     image_std: Sequence[float] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
+    rescale_factor: float = 1 / MAX_PIXEL
     resample: int = Image.Resampling.BICUBIC
     source: str = "the tokenizer"
 
@@ -297,7 +299,9 @@ class PaliGemmaProcessor:
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     """Rows of ids and token types, padded on the left: input_ids, attention_mask, token_type_ids, and labels if any row
-    has a suffix, [B, L]."""
+    has a suffix, [B, L]. Raises UserError without rows."""
+    if not rows:
+        raise UserError("a batch without prompts: give at least one")
     shape = len(rows), max(len(ids) for ids, _ in rows)
     input_ids = torch.full(shape, pad_token_id)
     attention_mask, token_type_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)

@@ -28,6 +28,7 @@ from config_fields import IGNORED_LABEL, Positive, TokenId
 from errors import UserError
 from files import PathLike, read_typed
 from processing_paligemma import (
+    MAX_PIXEL,
     Pixels,
     Row,
     Three,
@@ -334,7 +335,7 @@ class Phi3VProcessor(Phi3Processor):
         canvas.paste(image, (0, (canvas.height - image.height) // 2))
         if is_upright:
             canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
-        values = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float() / 255
+        values = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float() / MAX_PIXEL
         mean, std = (torch.tensor(list(numbers))[:, None, None] for numbers in (self.image_mean, self.image_std))
         values = (values - mean) / std
         view = F.interpolate(values[None], size=(side, side), mode="bicubic")

@@ -69,6 +69,7 @@ REFUSED = {
     "rotate_halves needs": dict(rotate_halves=True),
     "at 0 nothing": dict(lambda_start=0.0),
     "at most at 0.9": dict(lambda_start=0.95),
+    "must be 0 to 2147483647": dict(seed=1 << 31),
     "layers 0 to 2": dict(layers=(1, 3)),
     "layers \\(-1,\\)": dict(layers=(-1,)),
     "layers \\(\\)": dict(layers=()),
