@@ -1,4 +1,4 @@
-"""Types of the fields of config.json and what reads them; token ids that the models and processors share."""
+"""Types of the fields of config.json and what reads them; constants that the models and processors share."""
 
 from dataclasses import fields
 from typing import Annotated, TypeVar
@@ -15,6 +15,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 IGNORED_LABEL = -100  # the loss skips it
 PALIGEMMA_IMAGE_TOKEN_ID = 257_152  # <image>
+DECODER_ALONE = "the model is a decoder alone (model_type phi3): leave the images out"  # message of a UserError
 
 Config = TypeVar("Config")
 

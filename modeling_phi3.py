@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from attention import PrefixMask, apply_rotary
 from checkpoint import DIFFERENTIAL_PREFIX
-from config_fields import Depth, Positive, Size, TokenId, read_config
+from config_fields import DECODER_ALONE, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
 from fused_ops import apply_linears
 from layers import ACTIVATIONS, Embedding
 from modeling_clip import ClipVisionConfig, ClipVisionModel
 from modeling_vlm import (
-    DECODER_ALONE,
     DecoderAttention,
     KVCache,
     Rotary,

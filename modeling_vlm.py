@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import Attend, PrefixMask, StepMask, apply_rotary, apply_rotary_to_halves
 from checkpoint import load_weights, locate, resolve_run, save_model_folder
-from config_fields import IGNORED_LABEL
+from config_fields import DECODER_ALONE, IGNORED_LABEL
 from differential_attention import AttentionShape, DifferentialConfig, add_differential, as_config
 from errors import UserError
 from files import read_json
@@ -27,7 +27,6 @@ from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
 
 ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
 Rotary = tuple[Tensor, Tensor]  # tables of cos and sin
-DECODER_ALONE = "the model is a decoder alone (model_type phi3): leave the images out"
 
 Config = TypeVar("Config")
 
