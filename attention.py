@@ -140,7 +140,7 @@ class PrefixMask:
         return PrefixMask(self.start, self.prefix_end, self.end + 1, sees_all=self.sees_all, spans=spans)
 
     def to(self, device: torch.device | str) -> "PrefixMask":
-        """The same mask on another device; the CPU is not made to wait."""
+        """This mask on another device; the CPU is not made to wait."""
         start, prefix_end, end = torch.stack((self.start, self.prefix_end, self.end)).to(device, non_blocking=True)
         return PrefixMask(start, prefix_end, end, sees_all=self.sees_all, spans=self.spans)
 
@@ -415,7 +415,7 @@ class Attend:
         return blended_attention(q1, q2, k, v, self.mask, self.scale, weight, normalised, self.softcap, self.window)
 
     def rescale(self, factor: float) -> "Attend":
-        """The same attention with its scale times `factor`."""
+        """This attention with its scale times `factor`."""
         return replace(self, scale=self.scale * factor)
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
