@@ -39,6 +39,7 @@ from arms import (
     read_answers,
     read_arms,
 )
+from diagnostics import SAVED_QUESTIONS
 from errors import UserError, one_line_errors
 from files import open_image, resolve_inside, writing
 from needle_eval.mmneedle_build import CACHE
@@ -253,7 +254,7 @@ def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: 
                     even[name] = 1 / grid**2
             except UserError as error:
                 notes.append(str(error))
-        source = f"{plots.ATTENTION_QUESTIONS} stored questions of each set, first token of the answer"
+        source = f"{SAVED_QUESTIONS} stored questions of each set, first token of the answer"
     if not shares:
         return []
     figure = draw_needle_share(shares, even, style, "Share of the attention on the needle, by layer")

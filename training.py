@@ -34,6 +34,7 @@ from adapters import (
 from checkpoint import locate, resolve_run
 from data import Haystacks, Source, batch_order, encode_row, loader, text_lengths
 from diagnostics import (
+    SAVED_QUESTIONS,
     answer_attention,
     first_map,
     lambda_values,
@@ -48,7 +49,7 @@ from differential_attention import (
     unfreeze_differential,
 )
 from errors import UserError
-from files import atomic_folder, write_json, write_manifest, writing
+from files import atomic_folder, one_line, write_json, write_manifest, writing
 from fused_ops import cast_lora
 from metrics import check_answers, score_answers
 from model_card import adapter_card
@@ -80,8 +81,6 @@ if TYPE_CHECKING:
 
 PROBE_ROWS = 8  # prompts on which both maps are measured at every evaluation
 SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first and the last
-ATTENTION_ROWS = 3  # questions of each grid whose attention is saved
-SHOWN_ANSWERS = 2  # answers of each set in samples.jsonl, with their images
 SAMPLE_SIDE = 512  # pixels, at most, of an image in samples/
 SMALLER_BATCH = (
     "lower --batch_size and raise --accumulation by the same factor, which keeps the result, or set "
@@ -517,17 +516,21 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
 def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
     """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors.
 
-    Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors.
+    Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors. What
+    does not fit the GPU's memory is left out.
     """
     tensors, signed = {}, {}
-    with gathered(model):
-        for name, source in eval_sets.items():
-            if run.is_main and source.chance and source.counts_for_best:
-                batch = first_rows(run, max_length(model), processor, source, ATTENTION_ROWS, with_suffix=True)
-                tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
-                parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
-                if bool(parts[1].any()):
-                    signed[name] = parts.float().cpu().contiguous()
+    try:
+        with gathered(model):
+            for name, source in eval_sets.items():
+                if run.is_main and source.chance and source.counts_for_best:
+                    batch = first_rows(run, max_length(model), processor, source, SAVED_QUESTIONS, with_suffix=True)
+                    tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
+                    parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
+                    if bool(parts[1].any()):
+                        signed[name] = parts.float().cpu().contiguous()
+    except torch.OutOfMemoryError as error:  # explicit maps need more than training does, and final/ does not need them
+        run.print(f"attention is not saved of all sets: the GPU is out of memory ({one_line(error)[:160]})")
     for file, found in (("attention.safetensors", tensors), ("signed_maps.safetensors", signed)):
         if found:
             with writing(run.folder / file):
@@ -696,7 +699,7 @@ def evaluate_and_log(
     run.track(step, tracked)
     for number, (name, score) in enumerate(scores.items()):
         asked = {question.id: question for question in questions[name]}
-        for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
+        for place, row in enumerate(score.rows[:SAVED_QUESTIONS]):
             image = f"samples/{number}-{place}.png" if asked[row["id"]].images else ""
             save_sample_image(run, asked[row["id"]], run.folder / image)
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}

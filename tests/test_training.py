@@ -329,6 +329,17 @@ def test_an_evaluation_row_that_is_too_long_is_named_and_not_counted(config, tmp
     assert [re.search(r"long.jsonl:(\d)", line)[1] for line in named] == ["2", "3"]
 
 
+def test_attention_that_does_not_fit_the_memory_of_the_gpu_does_not_cost_the_run(config, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "answer_attention", fail)
+    finetune(replace(config, max_steps=1), "original")
+    folder = Path(config.output_dir)
+    assert (folder / "final" / "adapter").is_dir() and not (folder / "attention.safetensors").exists()
+    assert "attention is not saved of all sets: the GPU is out of memory" in capsys.readouterr().out
+
+
 def test_best_is_chosen_by_the_sets_that_count_for_it():
     rows = {right: [{"id": "0", "response": "1", "ground_truth": "1" if right else "2"}] for right in (True, False)}
     scores = {name: training.Score(0, 1, rows[name == "a"]) for name in "abc"}
