@@ -75,9 +75,10 @@ RESUMABLE_FIELDS = {
     "vision_cache_gb",
     "vision_cache_dir",
 }
-# why other fields cannot change; those in neither set changed the steps made so far
+# why other fields cannot change; those in none of these sets changed the steps made so far
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
 DATA_ORDER |= {"group_by_length"}
+EVALUATION = {"eval_samples", "eval_batch_size", "max_new_tokens", "metric", "patience"}
 LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger one
 RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # beside the configuration
 SAVED_SHAPES = {
@@ -304,9 +305,13 @@ def open_run(config: "Config", arm: str) -> Run:
     is_longer, stored = False, {}
     if run.found and run.found.record is not None and not config.overwrite:
         stored = read_run_record(run.folder)
-        is_longer = check_same_config(run, stored)
-        run.finished = run.found.finished and not is_longer
-        run.resume = None if run.finished else newest_checkpoint(run)
+        if has_weights(run):
+            is_longer = check_same_config(run, stored)
+            run.finished = run.found.finished and not is_longer
+            run.resume = None if run.finished else newest_checkpoint(run)
+        elif comparable(stored) != comparable(record):
+            run.print(f"{folder}: has saved no weights yet, so it starts again with these flags")
+            stored = {}
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
     start |= {"extended": is_longer} | {key: record[key] for key in ("processes", "device", "versions", "commit")}
     record["starts"] = [*stored.get("starts", []), start]
@@ -325,6 +330,11 @@ def open_run(config: "Config", arm: str) -> Run:
     run.print(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
     run.print(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {reason}")
     return run
+
+
+def has_weights(run: Run) -> bool:
+    """Whether the folder of the run holds weights, which another configuration must not delete unasked."""
+    return bool(run.found.checkpoints) or any((run.folder / name).exists() for name in ("best", "final"))
 
 
 class FolderState(NamedTuple):
@@ -567,10 +577,11 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
     refused = {k: change for k, change in changed.items() if k not in allowed}
     if refused:
         reasons = {"order of the data": DATA_ORDER, "shapes of what is saved": SAVED_SHAPES}
+        reasons |= {"which answers choose best/": EVALUATION}
         lines = []
         for reason, names in reasons.items():
             lines += [f"{reason}: {change}" for k, change in refused.items() if k.partition(".")[0] in names]
-        known = DATA_ORDER | SAVED_SHAPES
+        known = DATA_ORDER | SAVED_SHAPES | EVALUATION
         lines += [f"steps made so far: {change}" for k, change in refused.items() if k.partition(".")[0] not in known]
         raise UserError(
             f"{run.folder} holds a run of another configuration ({'; '.join(lines)}): give another --output_dir, "

@@ -227,6 +227,11 @@ def train(
     lengths = text_lengths(source, processor) if config.group_by_length else None
     cache = make_vision_cache(config, model, source)
     optimizer, state = init_or_resume_optimizer(run, config, adapted)
+    done = state["step"]
+    if run.resume and (total_steps < done or (total_steps == done and done in run.extended_at)):
+        raise UserError(
+            f"{run.folder}: {done} updates are made, --max_steps and --epochs ask for {total_steps}: give more"
+        )
     if config.shard:
         shard_frozen_layers(model, adapted, accelerator)
     wrapped, optimizer = accelerator.prepare(adapted, optimizer)
@@ -473,7 +478,7 @@ def save_adapter(run: Run, adapted: nn.Module, folder: Path, state: dict):
     save_differential(adapted, folder)
     record = run.record | state
     write_json(folder / "run.json", record)
-    evals = [line["eval"] for line in read_metrics(run.folder) if "eval" in line and line["step"] <= state["step"]]
+    evals = [line["eval"] for line in read_metrics(run.folder) if "eval" in line and line["step"] == state["step"]]
     model_type = adapted.get_base_model().config.model_type
     card = adapter_card(record, evals[-1] if evals else {}, differential_config(adapted), model_type)
     (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")

@@ -67,6 +67,13 @@ def test_the_package_is_one_folder_that_works_anywhere(built, tmp_path, monkeypa
     assert int(done.stdout) > 500
 
 
+def test_the_licences_of_the_images_are_in_the_package_and_no_compiled_code(built):
+    licences = ROOT / "assets" / "haystack-pool" / "LICENSES"
+    names = [str(file.relative_to(ROOT)) for file in licences.rglob("*") if file.is_file()]
+    assert names and all((built / "multimodal_diff" / name).is_file() for name in names)
+    assert not list((built / "multimodal_diff").rglob("*.pyc"))
+
+
 def test_every_command_is_a_main_of_the_package(built):
     commands = (built / "multimodal_diff.egg-info" / "entry_points.txt").read_text()
     for name, target in PROJECT["scripts"].items():

@@ -247,6 +247,21 @@ def test_runs_that_were_not_evaluated_are_compared_by_their_last_evaluation(fold
     assert "Wrong answers among the samples" in page.text
 
 
+def test_the_answer_is_about_final_weights_and_the_protocol_of_training(folder):
+    """Whatever the names of other evaluations are: best/ was chosen on rows of the test sets."""
+    runs = [Path("runs/original_seed0"), Path("runs/diff_seed0")]
+    for run in runs:
+        copies = {f"best-{EVALUATION}": "finetuned", "a-quadrant": "quadrant", "best-a": "finetuned"}
+        for name, protocol in copies.items():
+            copy = shutil.copytree(run / "eval" / EVALUATION, run / "eval" / name)
+            record = read_json(copy / "eval.json")
+            record["config"]["protocol"] = protocol
+            write_json(copy / "eval.json", record)
+    names = [measured.name for measured in measure_evaluations(read_arms(runs), [])]
+    assert names[:-1] == [EVALUATION, "a-quadrant", "best-a", f"best-{EVALUATION}"]
+    assert "rank" in names[-1]
+
+
 def test_runs_of_older_versions_lack_the_second_map(folder):
     run, notes = Path("runs/diff_seed0"), []
     (run / "signed_maps.safetensors").unlink()

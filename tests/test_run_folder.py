@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import plots
 import run_folder
 import training
+from data import HAYSTACKS_PER_EPOCH
 from differential_attention import DifferentialConfig
 from errors import UserError
 from files import MANIFEST, lock_folder, verify_manifest, write_manifest
@@ -119,6 +120,25 @@ def test_changes_are_printed_or_refused_with_a_reason_before_anything_is_written
     for change in ("log_every 1 -> 2", "gradient_checkpointing False -> True"):
         assert f"changed since: {change}" in printed
     assert [step for step, _ in logged(config)] == [1, 2, 3, 4, 6]
+
+
+def test_a_run_that_saved_no_weights_starts_again_with_other_flags(config, monkeypatch, capsys):
+    """As after "the GPU is out of memory: lower --eval_batch_size", which the first evaluation may say."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, refused("out of memory", "lower --eval_batch_size"):
+        patch.setattr(training, "answer_questions", fail)
+        finetune(config, "original")
+    assert (folder_of(config) / "run.json").exists()
+    changed = replace(config, eval_batch_size=2, batch_size=2, accumulation=2)
+    finetune(changed, "original")
+    assert "has saved no weights yet" in capsys.readouterr().out
+    record = json.loads((folder_of(config) / "run.json").read_text())
+    assert record["config"]["eval_batch_size"] == 2 and len(record["starts"]) == 1
+    with refused("which answers choose best/: eval_batch_size 2 -> 4"):
+        finetune(replace(changed, eval_batch_size=4), "original")
 
 
 def test_data_that_changed_within_a_run_is_refused(config, tmp_path):
@@ -524,6 +544,16 @@ def test_a_finished_run_is_extended_and_an_interrupted_extension_resumes_with_eq
     starts = json.loads((folder_of(cut) / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 4, 6]
     assert json.loads((folder_of(cut) / "run.json").read_text())["id"] == record["id"]  # both began as one run
+
+
+def test_an_extension_that_makes_no_update_is_refused_and_loses_nothing(config):
+    """A share of an epoch may be fewer updates than --max_steps was, and --max_steps does not count beside --epochs."""
+    finetune(replace(config, max_steps=3), "original")
+    before = (folder_of(config) / "metrics.jsonl").read_text()
+    for updates in (2, 3):
+        with refused("3 updates are made", "give more"):
+            finetune(replace(config, max_steps=3, epochs=updates * config.batch_size / HAYSTACKS_PER_EPOCH), "original")
+        assert (folder_of(config) / "metrics.jsonl").read_text() == before
 
 
 def test_a_run_that_cannot_be_extended_says_why(config):
