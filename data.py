@@ -87,10 +87,8 @@ class Haystacks:
     def fingerprint(self) -> str:
         """SHA-256 of what the examples are made of."""
         images = [image.fingerprint().hex() for image in self.pool.images]
-        one_image = all(count == 1 for count, _ in self.shapes)  # older runs had the grids alone
-        shapes = [grid for _, grid in self.shapes] if one_image else self.shapes
-        colours = ["recolour"] if self.recolour else []
-        return sha256_of([images, shapes, self.negatives, self.size, self.seed, self.name, self.cell, *colours])
+        settings = [self.shapes, self.negatives, self.size, self.seed, self.name, self.cell, self.recolour]
+        return sha256_of([images, *settings])
 
     def id(self, index: int, epoch: int = 0) -> str:
         return f"{self.name}/{self.seed}/{epoch}/{index}"
@@ -163,7 +161,6 @@ class Row(msgspec.Struct, frozen=True):
     images: tuple[str, ...]
     prefix: str
     suffix: str
-    is_list: bool = False  # the file had a list of images, which the fingerprint of older runs shows
     answers: tuple[str, ...] = ()  # accepted ones, for --metric; empty: the suffix alone
 
 
@@ -183,11 +180,7 @@ class Rows:
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows, not of the images: a broken image may be repaired during a run."""
-        rows = [
-            [list(row.images) if row.is_list or not row.images else row.images[0], row.prefix, row.suffix]
-            for row in self.rows
-        ]
-        return sha256_of(rows)
+        return sha256_of([[row.images, row.prefix, row.suffix] for row in self.rows])
 
     def id(self, index: int) -> str:
         return self.rows[index].id
@@ -288,7 +281,7 @@ def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
     for image in images:
         files.check(image, name)
     answers = tuple(entry if isinstance(entry, str) else entry.answer for entry in row.answers)
-    return Row(name, tuple(images), row.prefix, row.suffix, isinstance(row.image, list), answers)
+    return Row(name, tuple(images), row.prefix, row.suffix, answers)
 
 
 def is_chat(line: bytes) -> bool:
@@ -406,7 +399,7 @@ def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
         files.check(image, name)
         answers = tuple(answer.answer for answer in annotation.answers)
         prefix, suffix = f"answer en {question.question}", annotation.multiple_choice_answer
-        return Row(name, (image,), prefix, suffix, answers=answers)
+        return Row(name, (image,), prefix, suffix, answers)
 
     rows, skipped = filter_rows(check, enumerate(questions, 1), strict)
     if not rows:
@@ -459,11 +452,12 @@ class HubRows:
         return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
 
     def answers(self, index: int) -> tuple[str, ...]:
-        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}, where there is one."""
-        if "answers" not in self.rows.column_names:
-            return (self.text(index)[1],)
-        stored = self.rows.select_columns(["answers"])[index]["answers"] or []
-        return tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored)
+        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}; where it is missing or
+        empty, `multiple_choice_answer` alone."""
+        has_column = "answers" in self.rows.column_names
+        stored = self.rows.select_columns(["answers"])[index]["answers"] if has_column else None
+        answers = tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored or ())
+        return answers or (self.text(index)[1],)
 
 
 def stored_image(value: object, name: str) -> Image.Image:
@@ -551,6 +545,10 @@ def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
         if config.eval_data:
             raise UserError(f"--eval_data={config.eval_data}: haystack data has test sets of its own: leave it out")
         return make_haystacks(config, images)
+    if config.eval_data.partition(":")[0] == "haystack":
+        raise UserError(
+            f"--eval_data={config.eval_data}: rows are evaluated on rows: give a .jsonl file, vqav2:FOLDER or hub:NAME"
+        )
     source = read_source(config.data, "train", config.strict_data)
     if config.eval_data:
         held_out = read_source(config.eval_data, "val", config.strict_data)

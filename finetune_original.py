@@ -31,6 +31,7 @@ from run_folder import check_config, open_run
 
 C = TypeVar("C", bound="Config")
 SECTIONS = {"model": "model", "data": "data", "optimisation": "seed", "evaluation": "metric"}  # title -> first field
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "use_rslora")
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Rank = Annotated[int, Meta(ge=1, le=65_536)]
 Side = Annotated[int, Meta(ge=1, le=32)]
@@ -59,7 +60,7 @@ class Config:
     compile: bool = False  # torch.compile of the layers in training: minutes at the start, faster steps on a GPU
     # --- data
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
-    eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out
+    eval_data: str = ""  # .jsonl, vqav2:FOLDER or hub:NAME; empty: haystack's own test sets, or held-out rows of data
     grids: Annotated[tuple[Side, ...], Meta(min_length=1)] = (2, 4)  # haystacks have N x N cells
     # (images, N) of haystacks of several images, as in --shapes 1 2 1 4 4 2; empty: one image of each of `grids`
     shapes: tuple[tuple[Side, Side], ...] = ()
@@ -108,6 +109,7 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
     """Both arms: `differential` is all that the other one adds."""
     # --- defaults of the family, run folder, device, precision
     check_installed(config.metric)
+    check_lora_flags(config)
     model_class, processor_class = classes_of(config.model)
     model_config = model_class.config_class.from_pretrained(config.model)
     targets, lr = config.lora_targets or model_class.lora_targets, config.lr or model_config.learning_rate
@@ -117,6 +119,9 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
         if run.is_main and not plots.is_drawn(run.folder):  # it was killed before its figures were drawn
             plots.draw_run(run.folder)
         return
+
+    # --- data: a mistake is found before the model is loaded
+    source, eval_sets = make_data(config)
 
     # --- the frozen base model, and LoRA in its language model
     processor = processor_class.from_pretrained(config.model)
@@ -130,9 +135,6 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
     adapted = training.add_lora(run, config, model)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
 
-    # --- data
-    source, eval_sets = make_data(config)
-
     # --- train, or only evaluate
     if config.eval_only:
         questions = training.make_questions(config, model, processor, eval_sets)
@@ -141,6 +143,14 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
         training.train(run, config, model, adapted, processor, source, eval_sets)
         if run.is_main:
             plots.draw_run(run.folder)
+
+
+def check_lora_flags(config: Config):
+    """Raise UserError for LoRA flags beside a run folder, whose adapter is trained on as it is."""
+    _, adapter = resolve_run(config.model)
+    changed = [f.name for f in fields(Config) if f.name in LORA_FIELDS and getattr(config, f.name) != f.default]
+    if adapter is not None and changed:
+        raise UserError(f"--{changed[0]}: the adapter of {config.model} is trained on as it is: leave it out")
 
 
 def parse_config(config_class: type[C], description: str | None, args: Sequence[str] | None = None) -> C:

@@ -210,7 +210,7 @@ def section_maps(arms: Arms, notes: list[str]) -> list[str]:
             if not run.is_differential or not (run.folder / "attention.safetensors").exists():
                 continue
             if not (run.folder / "signed_maps.safetensors").exists():
-                notes.append(f"{run.folder}: stores no second map, as in older runs and in presets that subtract none")
+                notes.append(f"{run.folder}: stores no second map: its preset subtracts none")
                 continue
             same = [other.folder for other in standard if other.seed == run.seed]
             title = f"Attention of the answer on the image: {arm}, seed {run.seed}"

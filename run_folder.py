@@ -16,7 +16,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -78,9 +78,11 @@ RESUMABLE_FIELDS = {
 # why other fields cannot change; those in none of these sets changed the steps made so far
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
 DATA_ORDER |= {"group_by_length"}
+HAYSTACK_FIELDS = ("grids", "shapes", "recolour", "negatives")  # of data that is generated
 EVALUATION = {"eval_samples", "eval_batch_size", "max_new_tokens", "metric", "patience"}
 LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger one
 RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # beside the configuration
+NOT_COMPARED = {"arm", "differential", "processes", *RESUMABLE_FIELDS}  # what a run and its baseline may differ in
 SAVED_SHAPES = {
     "model",
     "base_model",
@@ -93,19 +95,6 @@ SAVED_SHAPES = {
     "train_vision",
     "train_projector",
     "differential",
-}
-ADDED_FIELDS = {  # the values of runs of before they existed
-    "shapes": [],
-    "recolour": False,
-    "average_last": 0.0,
-    "metric": "exact",
-    "patience": 0,
-    "use_dora": False,
-    "use_rslora": False,
-    "train_vision": "no",
-    "train_projector": "no",
-    "vision_lr": None,
-    "projector_lr": None,
 }
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
@@ -423,6 +412,15 @@ def check_config(config: "Config"):
         raise UserError("--shard=True --vision_cache_gb: all processes must run a sharded tower: use one of the two")
     if config.metric != "exact" and config.data.partition(":")[0] == "haystack":
         raise UserError(f"--metric={config.metric}: haystacks are scored by exact answers: leave it out")
+    if config.vision_lr is not None and config.train_vision == "no":
+        raise UserError("--vision_lr: the vision tower does not train: add --train_vision=lora")
+    if config.projector_lr is not None and config.train_projector == "no":
+        raise UserError("--projector_lr: the projector does not train: add --train_projector=lora")
+    if config.data.partition(":")[0] != "haystack":
+        defaults = {field.name: field.default for field in fields(config)}
+        for name in HAYSTACK_FIELDS:
+            if getattr(config, name) != defaults[name]:
+                raise UserError(f"--{name}: applies to haystacks only, --data={config.data} has none: leave it out")
     if config.patience and config.average_last:  # of the last updates, whose number is not known
         raise UserError("--patience --average_last: training may stop before the average begins: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -568,8 +566,6 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
     Raises UserError, with the reason, if it cannot continue with that.
     """
     old, new = comparable(stored), comparable(run.record)
-    if stored.get("base_weights") is None:  # of before it was recorded
-        new["base_weights"] = old["base_weights"]
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
     grown = {k for k in LENGTH & set(changed) if type(old.get(k)) in (int, float) and new[k] > old[k]}
     is_longer = run.found.finished and bool(grown)
@@ -605,14 +601,22 @@ def check_last_checkpoint(run: Run):
 
 def comparable(record: dict) -> dict:
     """The configuration in a run.json, nested fields under dotted names, and the fields beside it that matter."""
-    flat = dict(ADDED_FIELDS)
+    flat = {}
     for key, value in record.get("config", {}).items():
         nested = value.items() if isinstance(value, dict) else ()
         flat |= {f"{key}.{k}": v for k, v in nested} or {key: value}
-    if "differential.second" in flat:  # before there was a choice, pairs were adjacent
-        pairing = "adjacent" if flat["differential.second"] == "pairs" else "groups"
-        flat.setdefault("differential.pairing", pairing)
     return flat | {k: record.get(k) for k in RECORDED}
+
+
+def differing_fields(record: dict, other: dict) -> list[str]:
+    """In what else than attention two runs differ, by their run.json: hyperparameters, base model, data."""
+
+    def compared(record: dict) -> dict:
+        flat = {k: v for k, v in comparable(record).items() if k.partition(".")[0] not in NOT_COMPARED}
+        return flat | {f"contents of {name}": hashes for name, hashes in record.get("data", {}).items()}
+
+    ours, theirs = compared(record), compared(other)
+    return [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
 
 
 def check_same_data(run: Run, sources: dict[str, "Source"]):
@@ -638,10 +642,10 @@ class TrainerState(msgspec.Struct):
 
     step: Natural
     best: float
+    stale: Natural  # evaluations since the best one
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
-    stale: Natural = 0  # evaluations since the best one
-    average: dict[str, Any] = {}  # see training.update_average
+    average: dict[str, Any] = {}  # from the first update on that --average_last takes in, see training.update_average
     averaged: Natural = 0
 
 

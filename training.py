@@ -58,12 +58,11 @@ from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import wilson
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import (
-    ADDED_FIELDS,
-    RESUMABLE_FIELDS,
     Run,
     Stopped,
     check_same_data,
     choose_workers,
+    differing_fields,
     find_checkpoints,
     load_optimizer,
     out_of_memory_as,
@@ -128,7 +127,7 @@ def prepare_parts(config: "Config", model: nn.Module, trained: dict[str, str]):
             raise UserError(f"--train_vision, --train_projector: {config.model} is a decoder alone: leave them out")
         if how == "full":
             if differential_parameters(module):  # peft would copy and save them with the part
-                raise UserError("--train_vision=full: the tower has differential attention: take --train_vision=lora")
+                raise UserError("--train_vision=full: the tower has differential attention: use --train_vision=lora")
             module.float()
 
 
@@ -352,6 +351,8 @@ def train(
         save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
     save_snapshot(run, adapted, run.folder / "final", {"step": state["step"], "seconds": round(seconds, 1)})
+    if cache is not None:
+        run.print(f"vision cache: {cache.hits:,} of {cache.hits + cache.misses:,} images were encoded before")
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
     run.print(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder} --image=...")
     run.finish()
@@ -587,7 +588,7 @@ def make_questions(
             fields = dict(setting=name, images=images, prompt=prefix, ground_truth=suffix)
             if config.metric != "exact":
                 answers = source.answers(row)
-                check_answers(config.metric, source.id(row), answers)
+                check_answers(config.metric, source.id(row), suffix, answers)
                 fields["fields"] = {"answers": answers}  # of the answer row
             question = Question(id=source.id(row), max_new_tokens=config.max_new_tokens, error=error, **fields)
             questions[name].append(question)
@@ -781,6 +782,11 @@ def print_setup(
         f"{update} examples per update = batch of {config.batch_size} over {world} process(es) x {config.accumulation} "
         f"accumulated; {total_steps} updates; {len(source)} examples per epoch"
     )
+    if config.warmup_steps >= total_steps:
+        run.print(
+            f"--warmup_steps={config.warmup_steps}: as long as the run or longer ({total_steps} updates), so the "
+            "learning rate only rises: lower it"
+        )
     rows = [[(0, 0), (0, 1 % len(source))]]  # (epoch, row)
     ((examples, batch),) = loader(source, processor, rows, True, skip=run.skip, max_length=max_length(model))
     for i, example in enumerate(examples):
@@ -823,14 +829,11 @@ def baseline_column(run: Run) -> dict[str, dict]:
     if folder == run.folder or not (folder / "final").exists():
         return {}
     try:
-        theirs = read_run_record(folder)["config"]
+        different = differing_fields(run.record, read_run_record(folder))
         evals = [line["eval"] for line in read_metrics(folder) if "eval" in line]
     except UserError as error:
         run.print(f"{folder}: not shown beside this run ({error})")
         return {}
-    ours = run.record["config"]
-    theirs = ADDED_FIELDS | theirs
-    different = [k for k in ours if k not in {"differential", *RESUMABLE_FIELDS} and ours[k] != theirs.get(k)]
     if different or not evals:
         run.print(f"{folder}: not shown beside this run, which differs in {', '.join(different) or 'its evaluations'}")
         return {}

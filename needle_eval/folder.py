@@ -29,11 +29,10 @@ from run_folder import device_name, git_commit, portable_path, versions
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
-COMMON_FLAGS = ("benchmark", "data", "image_folder", "prefix", "samples", "seed")  # what decides any questions
+COMMON_FLAGS = ("benchmark", "data", "prefix", "samples")  # what decides the questions of every benchmark
 UNNAMED = ("benchmark", "data", "image_folder")  # not in the name of a folder unless the benchmark says so
 NOT_ASKED = ("attention", "skip_none")  # flags of a benchmark that change no question
 COMPARED = ("benchmark", "model", "weights", "questions", "config", "dtype")  # one evaluation has one of each
-RENAMED = {"pictures": "image_folder"}  # older eval.json files have the first
 SLUG_LENGTH = 120
 NAME_LENGTH = 40  # of a flag's value in a folder's name
 
@@ -129,7 +128,7 @@ def hash_weights(model: str) -> str:
 
 
 class AskedConfig(msgspec.Struct):
-    """What a table needs of the configuration in eval.json; older files may lack fields."""
+    """What a table needs of the configuration in eval.json; only MMNeedle has a protocol."""
 
     data: str = ""
     prefix: str = ""
@@ -147,12 +146,11 @@ class Record(msgspec.Struct):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """eval.json of a folder, fields of older files under their names of today. Raises UserError for other types."""
+    """eval.json of a folder. Raises UserError for fields of other types."""
     file = folder / "eval.json"
     record = read_json(file)
     fields = msgspec.to_builtins(decode_typed(read_bytes(file), Record, file, "give a folder that eval_mmnih.py wrote"))
-    config = {RENAMED.get(key, key): value for key, value in record.get("config", {}).items()}
-    return fields | record | {"config": config}
+    return fields | record
 
 
 def changed_fields(old: dict, new: dict, names: tuple[str, ...] = COMPARED) -> list[str]:

@@ -26,7 +26,8 @@ from needle_eval.statistics import rate
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
-FLAGS = ("split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
+FLAGS = ("seed", "split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
+BUILDING_FLAGS = ("seed", "split", "cell")  # of haystacks that are built, not of the release
 NAME_FLAGS = ("protocol", "data", "split")  # whose values are always part of an evaluation folder's name
 GRIDS, QUADRANT_GRIDS = (2, 4), (2,)  # where --grids is left empty
 HAS_CELLS = True  # its scores are drawn as maps of cells, and models side by side
@@ -50,9 +51,14 @@ def load_questions(config: "Config") -> list[Question]:
         check_protocol(config.protocol, setting)
     if config.attention and config.protocol not in PLACE_PROTOCOLS:
         raise UserError(f"--attention: needs a protocol that answers a place: {', '.join(PLACE_PROTOCOLS)}")
+    if config.attention and 1 not in config.needles:
+        raise UserError("--attention: is measured with one needle: add 1 to --needles")
+    builds = config.data.partition(":")[0] == "haystack"
+    ignored = [flag for flag in BUILDING_FLAGS if getattr(config, flag)]
+    if ignored and not builds:
+        raise UserError(f"--{ignored[0]}: does not apply to the released files of --data={config.data}: leave it out")
     questions = []
     for setting in settings:
-        builds = config.data.partition(":")[0] == "haystack"
         folder = build_haystacks(config, setting) if builds else Path(config.data)
         questions += read_questions(folder, setting, config.protocol, config.samples, config.per_cell, config.prefix)
     check_some_image_exists(questions, "complete the data folder")

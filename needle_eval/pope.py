@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from eval_mmnih import Config
 
 SPLITS = ("random", "popular", "adversarial")
-FLAGS = NAME_FLAGS = ()  # no flags of its own
+FLAGS = ("image_folder",)
+NAME_FLAGS = ()
 MAX_NEW_TOKENS = 10
 SOURCE = "take it from AoiDragon/POPE, output/coco"
 
@@ -37,7 +38,7 @@ def load_questions(config: "Config") -> list[Question]:
 
     Raises UserError that names the file and line of a bad row, and when none of the images exists.
     """
-    if config.data == "haystack" or not config.image_folder:
+    if config.data.partition(":")[0] == "haystack" or not config.image_folder:
         raise UserError("POPE needs --data, the folder of its files, and --image_folder, that of COCO val2014")
     folder, images = Path(config.data), Path(config.image_folder)
     questions = [q for split in SPLITS for q in read_split(folder, images, split, config.prefix, config.samples)]

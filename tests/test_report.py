@@ -262,7 +262,7 @@ def test_the_answer_is_about_final_weights_and_the_protocol_of_training(folder):
     assert "rank" in names[-1]
 
 
-def test_runs_of_older_versions_lack_the_second_map(folder):
+def test_a_run_that_subtracts_no_map_or_saved_no_attention_has_no_figure_of_it(folder):
     run, notes = Path("runs/diff_seed0"), []
     (run / "signed_maps.safetensors").unlink()
     arms = read_arms([run])

@@ -467,21 +467,6 @@ def read_header(file: Path) -> dict[str, str]:
         return handle.metadata()
 
 
-def test_runs_of_before_a_flag_existed_continue(config):
-    """run.json then lacks the flag; what the flag is set to now must do what was done then."""
-    differential = DifferentialConfig("split").resolve()
-    finetune(config, "diff", differential)
-    file = Path(config.output_dir) / "run.json"
-    record = json.loads(file.read_text())
-    fields = record["config"] | {"differential": differential.to_dict()}
-    old = {key: value for key, value in fields.items() if key not in run_folder.ADDED_FIELDS}
-    old["differential"] = {key: value for key, value in old["differential"].items() if key != "pairing"}
-    assert len(old) == len(fields) - len(run_folder.ADDED_FIELDS)
-    assert run_folder.comparable(record | {"config": old}) == run_folder.comparable(record | {"config": fields})
-    old["differential"]["second"] = "pairs"
-    assert run_folder.comparable({"config": old})["differential.pairing"] == "adjacent"
-
-
 def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(config, tmp_path, capsys):
     """For loading, for training on, and for continuing; a run of before the weights were recorded loads."""
     shutil.copytree(config.model, tmp_path / "base")
@@ -503,18 +488,6 @@ def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(co
         fields = json.loads(record.read_text())
         record.write_text(json.dumps({key: value for key, value in fields.items() if key != "base_weights"}))
     PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
-
-
-def test_an_interrupted_run_of_before_the_weights_were_recorded_continues(config):
-    interrupt(config, 5)
-    for record in folder_of(config).rglob("run.json"):
-        fields = json.loads(record.read_text())
-        assert fields.pop("base_weights")
-        record.write_text(json.dumps(fields))
-    for checkpoint in (folder_of(config) / "checkpoints").iterdir():
-        write_manifest(checkpoint)
-    finetune(config, "original")
-    assert [step for step, _ in logged(config)] == [1, 2, 3, 4, 5, 6]
 
 
 # ---- a longer run

@@ -287,6 +287,8 @@ def test_training_goes_on_from_the_adapter_of_another_run(config, tmp_path):
     again = replace(config, model=config.output_dir, output_dir=str(tmp_path / "again"))
     finetune(again, "original")
     assert logged(again, "eval")[0][1] == logged(config, "eval")[-1][1]
+    with pytest.raises(UserError, match="--lora_rank: the adapter of .* is trained on as it is: leave it out"):
+        finetune(replace(again, lora_rank=4, overwrite=True), "original")
 
 
 # ---- evaluation
@@ -451,11 +453,26 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
         (dict(shard=True, vision_cache_dir="features"), None, "--shard=True --vision_cache_gb"),
         (dict(shard=True, dtype="nf4"), None, "--shard=True --dtype=nf4"),
         (dict(eval_data="other.jsonl"), None, "--eval_data=other.jsonl"),
+        (dict(vision_lr=1e-3), None, "--vision_lr: the vision tower does not train: add --train_vision=lora"),
+        (dict(projector_lr=1e-3), None, "--projector_lr: .* add --train_projector=lora"),
+        (dict(data=str(SAMPLE_ROWS), negatives=0.5), None, "--negatives: applies to haystacks only"),
+        (dict(data=str(SAMPLE_ROWS), shapes=((2, 2),)), None, "--shapes: applies to haystacks only"),
     ]
     for change, differential, message in cases:
         with pytest.raises(UserError, match=message):
             finetune(replace(config, **change), "original", differential)
     assert not Path(config.output_dir).exists()
+
+
+def test_data_that_cannot_be_read_is_named_before_the_model_is_loaded(config, monkeypatch):
+    monkeypatch.setattr(PaliGemmaForConditionalGeneration, "from_pretrained", None)
+    with pytest.raises(UserError, match="missing.jsonl"):
+        finetune(replace(config, data="missing.jsonl"), "original")
+
+
+def test_a_warm_up_that_is_as_long_as_the_run_is_named(config, capsys):
+    finetune(replace(config, max_steps=1, warmup_steps=1), "original")
+    assert "--warmup_steps=1: as long as the run" in capsys.readouterr().out
 
 
 def test_bfloat16_trains(config):
