@@ -4,7 +4,6 @@ Everything is read from the files of the runs; no model is loaded. A difference 
 over questions that are pooled as if seeds did not matter.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,15 @@ from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import Difference
 from needle_eval.questions import normalise
 from needle_eval.report import compare_folders, group_of, open_record, prepare_rows
-from needle_eval.statistics import MIN_SEEDS, has_spread, holm, mean_over_seeds, paired_t, rate
+from needle_eval.statistics import (
+    MIN_SEEDS,
+    has_spread,
+    holm,
+    mean_of_independent,
+    mean_over_seeds,
+    paired_t,
+    rate,
+)
 from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_record, read_samples
 from study_report import ALPHA, p_text, signed
 
@@ -267,13 +274,10 @@ def to_points(label: str, difference: dict) -> Difference:
 
 
 def average(label: str, parts: Sequence[Difference]) -> Difference:
-    """The mean of independent differences; its interval from theirs (Zou and Donner 2008, MOVER)."""
-    mean = statistics.fmean(part.mean for part in parts)
+    """The mean of independent differences, with its interval where all of them have one."""
     if any(part.low is None for part in parts):
-        return Difference(label, mean, None, None)
-    below = math.hypot(*(part.mean - part.low for part in parts)) / len(parts)
-    above = math.hypot(*(part.high - part.mean for part in parts)) / len(parts)
-    return Difference(label, mean, mean - below, mean + above)
+        return Difference(label, statistics.fmean(part.mean for part in parts), None, None)
+    return Difference(label, *mean_of_independent([(part.mean, part.low, part.high) for part in parts]))
 
 
 # ---- the answer

@@ -28,19 +28,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
 from files import decode_typed, one_line, open_image, read_bytes, read_typed
-from haystack import Haystack, ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
+from haystack import (
+    OWN_CELL,
+    POOL_CELL,
+    TEST_SHARE,
+    Haystack,
+    ImagePool,
+    PoolImage,
+    needle_prompt,
+    read_captioned_images,
+    read_split,
+)
 from processing_paligemma import PaliGemmaProcessor, stack_inputs
 
 if TYPE_CHECKING:
     from finetune_original import Config
 
-POOL_CELL, OWN_CELL = 64, 256  # pixels of a haystack's cell: of the embedded images, of one's own
 HAYSTACKS_PER_EPOCH = 1 << 16  # what counts as one epoch of generated data
-TEST_SHARE = 5  # a fifth of one's own captions is for testing, see haystack.read_captioned_images
+HELD_OUT_SHARE = 0.1  # of rows without --eval_data
 HASHED_IMAGES = 20_000  # up to so many images, files of equal size are compared by content
 EPOCH_SEED_STRIDE = 1_000_003  # epochs of neighbouring seeds have orders of their own
 IMAGE_PLACE = "<image>"  # in the text of a conversation
-BUCKET = 50  # batches whose rows are sorted by length together
+BUCKET = 50  # batches sorted together
 T = TypeVar("T")
 
 
@@ -586,8 +595,8 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
         check_captions(own, train, test, max(grid for _, grid in shapes))
         kinds = [("", test, 0.0, True), (" absent", test, 1.0, False)]
     else:
-        train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), POOL_CELL
-        unseen = [image for image in read_pool(splits=("test_concept",)) if image.style == "noto"]
+        cell, splits = POOL_CELL, ("train", "test_style", "test_concept")
+        train, test, unseen = (read_split("", split) for split in splits)
         kinds = [(" trained styles", train, 0.0, False), (" unseen style", test, 0.0, True)]
         kinds += [(" unseen style, absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
     size, sets = config.eval_samples, {}
@@ -629,7 +638,7 @@ def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[
     """
     order = list(range(len(source)))
     random.Random(f"held out/{config.seed}").shuffle(order)
-    count = min(config.eval_samples, max(1, len(source) // 10))
+    count = min(config.eval_samples, max(1, int(len(source) * HELD_OUT_SHARE)))
     if len(source) < 2:
         raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
     groups: dict[int, list[int]] = {}
@@ -688,8 +697,8 @@ def batch_order(
 
 
 def batch_by_length(order: list[int], batch: int, lengths: list[int], generator: torch.Generator) -> list[list[int]]:
-    """Batches of similar length: stretches of the order are sorted by length and cut, then the batches are shuffled, so
-    that neither epochs nor the course of one are alike."""
+    """Batches of similar length: sorts each run of BUCKET x batch rows of the permutation by length, cuts it into
+    batches and shuffles all batches."""
     batches = []
     for start in range(0, len(order), BUCKET * batch):
         rows = sorted(order[start : start + BUCKET * batch], key=lambda index: lengths[index])

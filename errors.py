@@ -20,7 +20,7 @@ def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
     """Wrap a script's `main`: a `UserError` ends in its one line on stderr and exit code 2, Ctrl-C in one line and code
     130, both without a traceback.
 
-    Of several processes only the first that fails prints: the others fail because it ended.
+    With several processes only the first to fail prints; the others fail as a consequence.
     """
 
     @functools.wraps(main)

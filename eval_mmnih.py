@@ -24,13 +24,13 @@ from msgspec import Meta
 from differential_attention import knock_out
 from errors import UserError, one_line_errors
 from files import check_ranges, write_json
+from machine import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 from models import classes_of
-from needle_eval.folder import complete, make_record, open_folder, output_folder
+from needle_eval.folder import fill_defaults, make_record, open_folder, output_folder
 from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question
 from needle_eval.report import BENCHMARKS, compare, report
 from needle_eval.runner import Answerer, answer_questions, mark_too_long
-from run_folder import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 
 Whole, Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
 Side = Annotated[int, Meta(ge=1, le=1000)]
@@ -162,7 +162,7 @@ def main():
         return
     benchmark = BENCHMARKS[config.benchmark]
     check_flags(config, benchmark)
-    config = complete(config, benchmark)
+    config = fill_defaults(config, benchmark)
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # which may build haystacks that the others then find
         questions = benchmark.load_questions(config)

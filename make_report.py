@@ -41,18 +41,18 @@ from arms import (
 )
 from diagnostics import SAVED_QUESTIONS
 from errors import UserError, one_line_errors
-from files import open_image, resolve_inside, writing
+from files import open_image, resolve_inside, write_text, writing
 from needle_eval.mmneedle_build import CACHE
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.mmneedle_rules import parse_lenient
 from needle_eval.plots import (
     STYLE,
     Curve,
+    arm_styles,
     draw_calibration,
     draw_confusion,
     draw_forest,
     draw_needle_share,
-    looks,
 )
 from needle_eval.questions import normalise
 from needle_eval.report import open_record, read_attention
@@ -101,8 +101,8 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
         shown = {titles[group]: (found.differences[group], found.pooled(group)) for group in groups}
         title = f"{found.b} minus {found.a}"
         figure = draw_forest(shown, style[found.b]["color"], title, "difference of right answers in points")
-        asked = "score interval over its questions" if measured.folders else "without an interval"
-        text = f"A dot for each seed ({asked})"
+        asked = "score interval over its questions" if measured.folders else "no interval"
+        text = f"One dot per seed ({asked})"
         if len(found.seeds) > 1:
             text += "; diamond: mean over the seeds"
             text += ", 95 % interval of the paired t test" if len(found.seeds) >= MIN_SEEDS else ""
@@ -492,7 +492,7 @@ th { border-bottom-color: #888; }
 def make_page(folders: Sequence[Path]) -> str:
     """The page about these run folders. Raises UserError for a folder that is no run, and for damaged files."""
     arms, notes = read_arms(folders), []
-    style = looks(arms)
+    style = arm_styles(arms)
     evaluations = measure_evaluations(arms, notes)
     trained = measure_training(arms)
     measured = [*evaluations, *([trained] if trained else [])]
@@ -574,13 +574,11 @@ class Config:
 def main():
     config = tyro.cli(Config, description=__doc__)
     if not config.runs:
-        raise UserError("names no run: give run folders, as in python make_report.py runs/original_seed0")
+        raise UserError("give at least one run folder, as in python make_report.py runs/original_seed0")
     page, output = make_page([Path(run) for run in config.runs]), Path(config.output)
-    temporary = output.with_name(f".{output.name}.tmp")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
+    write_text(output, page)
     print(output)
 
 

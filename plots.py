@@ -27,7 +27,7 @@ from PIL import Image
 
 from diagnostics import SAVED_QUESTIONS, needle_share
 from errors import UserError, one_line_errors
-from files import check_ranges, open_image, reading, resolve_inside, writing
+from files import atomic_file, check_ranges, open_image, reading, resolve_inside, writing
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import (
     CHANCE,
@@ -54,6 +54,7 @@ RIGHT, WRONG = COLOURS[0], COLOURS[1]  # colours of answers
 FOUND, MISSED = dict(edgecolor="#56B4E9", linestyle="solid"), dict(edgecolor="#D55E00", linestyle="dashed")
 SIGNED_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("signed", [COLOURS[0], "white", COLOURS[1]])
 DARKEST = 0.75  # opacity of the black over a part of an image that is not attended to
+CONTRAST = 1.5  # exponent of the opacity between 0 and DARKEST
 SHOWN_STEPS = 30  # lines in a panel of lambda by depth
 CLIPPED = 0.01  # share of the values of maps that are beyond the scale of colours
 SMOOTHING = 0.5  # weight of the past in a smoothed loss
@@ -96,14 +97,12 @@ def is_drawn(folder: Path) -> bool:
 
 def save(figure: Figure, path: Path):
     """Write a figure completely or not at all, and close it."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, format="png")
-            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
 
 
@@ -320,7 +319,7 @@ def darken(panel: Axes, attention: torch.Tensor):
     """Darken the image of a panel where a map [side, side] is low, so that it shines where the map is high."""
     height, width = panel.get_images()[0].get_array().shape[:2]
     light = attention.clamp(min=0).numpy()
-    shade = DARKEST * (1 - light / light.max()) ** 1.5 if light.max() > 0 else np.full_like(light, DARKEST)
+    shade = DARKEST * (1 - light / light.max()) ** CONTRAST if light.max() > 0 else np.full_like(light, DARKEST)
     extent = (0, width, height, 0)
     panel.imshow(np.zeros_like(light), cmap="gray", alpha=shade, extent=extent, interpolation="bicubic")
 
@@ -396,7 +395,7 @@ def square(maps: torch.Tensor) -> torch.Tensor:
 
 
 # ---- several runs of several arms
-Style = dict[str, dict[str, str]]  # colour and marker by arm, as `looks` gives them
+Style = dict[str, dict[str, str]]  # colour and marker by arm, as `arm_styles` gives them
 
 
 def draw_losses(curves: dict[str, list[Curve]], style: Style, title: str) -> Figure:

@@ -7,12 +7,9 @@ samples), tensorboard/, checkpoints/step-*/, best/, final/, plots/.
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +31,7 @@ from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run, weights_finger
 from errors import UserError
 from files import (
     LOCK,
+    MESSAGE_LENGTH,
     check_ranges,
     describe,
     lock_folder,
@@ -46,16 +44,16 @@ from files import (
     remove,
     verify_manifest,
     write_json,
+    write_text,
     writing,
 )
+from machine import choose_dtype, device_name, git_commit, make_accelerator, portable_path, versions
 
 if TYPE_CHECKING:
     from data import Source
     from finetune_original import Config
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
-ROOT = Path(__file__).resolve().parent
-GPU_WORKERS = 4  # data loading processes of each process on a GPU
 TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed while it started may leave without run.json
 # a run may continue with other values of these fields: they change what is logged and saved, not what is computed
 RESUMABLE_FIELDS = {
@@ -96,12 +94,6 @@ SAVED_SHAPES = {
     "train_projector",
     "differential",
 }
-LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-    "ACCELERATE_USE_FSDP": "false",
-    "ACCELERATE_USE_DEEPSPEED": "false",
-    "ACCELERATE_USE_MEGATRON_LM": "false",
-}
 
 
 class Stopped(Exception):
@@ -122,6 +114,7 @@ class Run:
     finished: bool = False  # there is nothing left to train
     resume: Path | None = None  # the checkpoint that it continues from
     found: "FolderState | None" = None  # the folder as it was when the run was opened
+    repeats_evaluation: bool = False  # of the checkpoint's step, whose log lines are dropped
     started: bool = False  # the folder is this run's: it may write there
     metrics: list[dict] = field(default_factory=list)
     initial_differential: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # values before training
@@ -273,38 +266,13 @@ def open_run(config: "Config", arm: str) -> Run:
     """
     check_config(config)
     accelerator = make_accelerator()
-    base = resolve_run(config.model)[0]
     dtype, reason = choose_dtype(config.dtype, accelerator.device)
-    record = {
-        "arm": arm,
-        "base_model": portable_path(base),
-        "base_revision": hub_revision(base),
-        "base_weights": weights_fingerprint(base) if os.path.isdir(base) else None,
-        "config": json.loads(json.dumps(asdict(config))),
-        "device": device_name(accelerator.device),
-        "dtype": str(dtype),
-        "processes": accelerator.num_processes,
-        "versions": versions(),
-        "commit": git_commit(),
-    }
+    record = make_record(config, arm, accelerator, dtype)
     folder = Path(config.output_dir or f"runs/{arm}_seed{config.seed}")
     run = Run(folder, accelerator, dtype, record, strict=config.strict_data)
     if not config.eval_only:
         run.found = read_folder_state(folder)
-    is_longer, stored = False, {}
-    if run.found and run.found.record is not None and not config.overwrite:
-        stored = read_run_record(run.folder)
-        if has_weights(run):
-            is_longer = check_same_config(run, stored)
-            run.finished = run.found.finished and not is_longer
-            run.resume = None if run.finished else newest_checkpoint(run)
-        elif comparable(stored) != comparable(record):
-            run.print(f"{folder}: has saved no weights yet, so it starts again with these flags")
-            stored = {}
-    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
-    start |= {"extended": is_longer} | {key: record[key] for key in ("processes", "device", "versions", "commit")}
-    record["starts"] = [*stored.get("starts", []), start]
-    record["id"] = stored.get("id", folder.resolve().name if stored else uuid.uuid4().hex)
+    is_longer = decide_resume(run)
     if len(set(gather_object([(run.finished, str(run.resume))]))) > 1:
         raise UserError(f"{run.folder}: differs between nodes: give an --output_dir on a disk that all of them share")
     if run.finished:
@@ -319,6 +287,44 @@ def open_run(config: "Config", arm: str) -> Run:
     run.print(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
     run.print(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {reason}")
     return run
+
+
+def make_record(config: "Config", arm: str, accelerator: accelerate.Accelerator, dtype: torch.dtype) -> dict[str, Any]:
+    """What run.json says of a run before it starts."""
+    base = resolve_run(config.model)[0]
+    return {
+        "arm": arm,
+        "base_model": portable_path(base),
+        "base_revision": hub_revision(base),
+        "base_weights": weights_fingerprint(base) if os.path.isdir(base) else None,
+        "config": json.loads(json.dumps(asdict(config))),
+        "device": device_name(accelerator.device),
+        "dtype": str(dtype),
+        "processes": accelerator.num_processes,
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+
+
+def decide_resume(run: Run) -> bool:
+    """Set `finished` and `resume` of a run from the folder that was found, and add this start and the id to its record;
+    returns whether it is finished and is to be extended."""
+    is_longer, stored = False, {}
+    if run.found and run.found.record is not None and not run.record["config"]["overwrite"]:
+        stored = read_run_record(run.folder)
+        if has_weights(run):
+            is_longer = check_same_config(run, stored)
+            run.finished = run.found.finished and not is_longer
+            run.resume = None if run.finished else newest_checkpoint(run)
+            run.repeats_evaluation = run.resume is not None and was_evaluated(run.folder, step_of(run.resume))
+        elif comparable(stored) != comparable(run.record):
+            run.print(f"{run.folder}: has saved no weights yet, so it starts again with these flags")
+            stored = {}
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
+    start |= {"extended": is_longer} | {key: run.record[key] for key in ("processes", "device", "versions", "commit")}
+    run.record["starts"] = [*stored.get("starts", []), start]
+    run.record["id"] = stored.get("id", run.folder.resolve().name if stored else uuid.uuid4().hex)
+    return is_longer
 
 
 def has_weights(run: Run) -> bool:
@@ -370,35 +376,6 @@ def is_finished(folder: Path, record: bytes | None) -> bool:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return True
     return asked == made
-
-
-def choose_workers(workers: int, device: torch.device) -> int:
-    """Number of processes that load data beside each process that computes; -1 means none on a CPU, some on a GPU."""
-    return workers if workers >= 0 else GPU_WORKERS * (device.type == "cuda")
-
-
-@contextmanager
-def out_of_memory_as(advice: str) -> Iterator[None]:
-    """Inside the block, a GPU that is out of memory raises a UserError with this advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU is out of memory: {advice} ({one_line(error)[:160]})") from error
-
-
-def make_accelerator() -> accelerate.Accelerator:
-    """One process, or those of torchrun. Raises UserError for settings of a launcher that would change the training."""
-    for name, neutral in LAUNCHER_SETTINGS.items():
-        if os.environ.get(name, neutral).lower() != neutral:
-            raise UserError(f"{name}={os.environ[name]}: unset it: use torchrun, and the flags of this script")
-    on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # accelerate must be asked to use the CPU
-    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")  # autocast is the run's own
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != accelerator.num_processes:
-        raise UserError(
-            f"{started} processes were started but {accelerator.num_processes} found each other: use torchrun"
-        )
-    return accelerator
 
 
 def check_config(config: "Config"):
@@ -483,8 +460,7 @@ def log_skipped(run: Run, faults: list[str]):
     earlier = read_bytes(file).decode("utf-8", errors="replace").splitlines() if file.exists() else []
     run.skipped |= {*faults, *earlier}
     if run.skipped:
-        with writing(file):
-            file.write_text("".join(f"{reason}\n" for reason in sorted(run.skipped)), encoding="utf-8")
+        write_text(file, "".join(f"{reason}\n" for reason in sorted(run.skipped)))
 
 
 def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
@@ -513,19 +489,6 @@ def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
             run.tracker.writer.file_writer.add_summary(summary)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype, reason): bfloat16 where the card supports it, else float32; never float16, in which Gemma overflows."""
-    if wanted == "nf4":
-        if device.type != "cuda":
-            raise UserError("--dtype=nf4: 4-bit weights need a CUDA card: use float32 or bfloat16 here")
-        return torch.bfloat16, "4-bit weights compute in it"
-    if wanted != "auto":
-        return getattr(torch, wanted), "the configuration says so"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the card supports it"
-    return torch.float32, f"bfloat16 is not known to be fast and safe on {device.type}"
-
-
 # ---- comparing a run with what is asked
 class Start(msgspec.Struct):
     """When and where the command was started; `step`: of the checkpoint that it continued from."""
@@ -552,12 +515,8 @@ class RunRecord(msgspec.Struct):
 def read_run_record(folder: Path) -> dict[str, Any]:
     """The run.json of a folder. Raises UserError for a field of another type."""
     file = folder / "run.json"
-    record = read_json(file)
-    try:
-        msgspec.convert(record, RunRecord)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{file}: {str(error).replace('`', '')}: restore it, or pass --overwrite=True") from error
-    return record
+    read_typed(file, RunRecord, "restore it, or pass --overwrite=True")
+    return read_json(file)
 
 
 def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
@@ -691,7 +650,9 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(file, weights_only=True, map_location="cpu")
         checked = msgspec.convert(state, TrainerState)
     except Exception as error:  # a damaged zip or pickle raises anything
-        raise UserError(f"{file}: damaged or missing ({one_line(error)[:200]}): delete {checkpoint}") from error
+        raise UserError(
+            f"{file}: damaged or missing ({one_line(error)[:MESSAGE_LENGTH]}): delete {checkpoint}"
+        ) from error
     if checked.step != step_of(checkpoint):
         raise UserError(f"{file}: of step {checked.step}, not of {checkpoint.name}: delete {checkpoint}")
     return state
@@ -783,13 +744,17 @@ def read_log(file: Path, type_: type[LogLine]) -> list[dict[str, Any]]:
 def trim_logs(folder: Path, first_step: int):
     """Drop what was logged after the checkpoint of `first_step`, and the evaluation at it: they are repeated."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        file, temporary = folder / name, folder / f".{name}.tmp"
+        file = folder / name
         if file.exists():
             lines = read_bytes(file).decode("utf-8", errors="replace").splitlines(keepends=True)
-            kept = "".join(line for line in lines if is_kept(line, first_step))
-            with writing(file):
-                temporary.write_text(kept, encoding="utf-8")
-                temporary.replace(file)
+            write_text(file, "".join(line for line in lines if is_kept(line, first_step)))
+
+
+def was_evaluated(folder: Path, step: int) -> bool:
+    """Whether metrics.jsonl has an evaluation at this step; `trim_logs` drops it."""
+    file = folder / "metrics.jsonl"
+    lines = read_bytes(file).decode("utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
+    return any(is_kept(line, step + 1) and not is_kept(line, step) for line in lines)
 
 
 def is_kept(line: str, first_step: int) -> bool:
@@ -800,51 +765,3 @@ def is_kept(line: str, first_step: int) -> bool:
     except (ValueError, RecursionError):  # the process was killed while it wrote the line, or it is damaged
         return False
     return line.endswith("\n") and (step < first_step or (step == first_step and "loss" in entry))
-
-
-# ---- facts for run.json
-def portable_path(base: str) -> str:
-    """A folder inside the repository as a path relative to it, so that a run folder can be moved with it."""
-    path = Path(base).resolve()
-    if not Path(base).is_dir():
-        return str(base).partition("@")[0]  # the revision is recorded separately
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def peak_memory(device: torch.device) -> str:
-    """Peak memory of the card, or of this process where the system reports it."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the card"
-    if sys.platform == "win32":
-        return "unknown"
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    import peft
-    import transformers
-
-    return {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)} | {
-        "python": platform.python_version()
-    }
-
-
-def git_commit() -> str | None:
-    """`git describe` of the repository, None outside of one, as where the package is installed."""
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except OSError:  # git is not installed
-        return None
-    return git.stdout.strip() or None

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,24 +49,22 @@ from differential_attention import (
     unfreeze_differential,
 )
 from errors import UserError
-from files import atomic_folder, one_line, write_json, write_manifest, writing
+from files import MESSAGE_LENGTH, atomic_folder, one_line, write_json, write_manifest, writing
 from fused_ops import cast_lora
+from machine import choose_workers, out_of_memory_as, peak_memory
 from metrics import check_answers, score_answers
 from model_card import adapter_card
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
-from needle_eval.statistics import wilson
+from needle_eval.statistics import format_rate, rate
 from processing_paligemma import PaliGemmaProcessor
 from run_folder import (
     Run,
     Stopped,
     check_same_data,
-    choose_workers,
     differing_fields,
     find_checkpoints,
     load_optimizer,
-    out_of_memory_as,
-    peak_memory,
     read_metrics,
     read_run_record,
     read_trainer_state,
@@ -236,11 +234,12 @@ def train(
     wrapped, optimizer = accelerator.prepare(adapted, optimizer)
     print_setup(run, config, model, adapted, processor, source, total_steps)
     check_same_data(run, {"train": source, **eval_sets})
-    questions = make_questions(config, model, processor, eval_sets)
+    evaluation = make_evaluation(run, config, model, processor, eval_sets)
     start_folder(run, [fault for rows in (source, *eval_sets.values()) for fault in rows.skipped])
     start_tracker(run, config, eval_sets)
     limit = prompt_limit(config, model)
-    probe = first_rows(run, limit, processor, next(iter(eval_sets.values())), PROBE_ROWS, with_suffix=False)
+    headline_set = next(iter(eval_sets.values()))
+    evaluation.probe = first_rows(run, limit, processor, headline_set, PROBE_ROWS, with_suffix=False)
     if state["step"] == 0 and stored_differential_folder(config) is None:  # stored parameters include the selection
         select_heads(model, first_rows(run, limit, processor, source, PROBE_ROWS, with_suffix=False))
 
@@ -253,7 +252,7 @@ def train(
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
             # a broken evaluation fails now, not after hours
-            evaluate(run, config, model, processor, questions, SHORT_EVALUATION * config.eval_batch_size)
+            evaluate(evaluation, evaluation.short)
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
                 is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
@@ -271,10 +270,9 @@ def train(
                 if last_step:
                     load_average(adapted, state)
                     check_lambda_moved(run, model, step)
-                if step % config.eval_every == 0 or last_step or step in run.extended_at:
-                    evaluate_and_log(
-                        run, config, model, adapted, processor, eval_sets, questions, probe, state, last_step
-                    )
+                is_repeated = step == first_step and run.repeats_evaluation
+                if step % config.eval_every == 0 or last_step or step in run.extended_at or is_repeated:
+                    evaluate_and_log(evaluation, adapted, state, last_step)
                 if is_stale and step < total_steps:
                     run.print(f"stopped after step {step}: no better score in {config.patience} evaluations")
                 if last_step:
@@ -504,7 +502,7 @@ def save_trainer_state(state: dict, path: Path):
     try:
         torch.save(state, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk in its own way
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)[:MESSAGE_LENGTH]
         raise UserError(
             f"{path.parent}: cannot be written ({reason}): free some space; earlier checkpoints stay"
         ) from error
@@ -536,7 +534,7 @@ def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, ev
                     if bool(parts[1].any()):
                         signed[name] = parts.float().cpu().contiguous()
     except torch.OutOfMemoryError as error:  # explicit maps need more than training does, and final/ does not need them
-        run.print(f"attention is not saved of all sets: the GPU is out of memory ({one_line(error)[:160]})")
+        run.print(f"attention is not saved of all sets: the GPU is out of memory ({one_line(error)[:MESSAGE_LENGTH]})")
     for file, found in (("attention.safetensors", tensors), ("signed_maps.safetensors", signed)):
         if found:
             with writing(run.folder / file):
@@ -562,9 +560,35 @@ class SourceImage:
 class Score(NamedTuple):
     """Answers to an evaluation set."""
 
-    right: int  # exact answers
+    correct: int  # exact answers
     n: int
     rows: list[dict]  # as `answer_questions` returns them
+
+
+@dataclass
+class Evaluation:
+    """What a run is evaluated on, and the model that answers."""
+
+    run: Run
+    config: "Config"
+    model: nn.Module
+    processor: PaliGemmaProcessor
+    sets: dict[str, Source]
+    questions: dict[str, list[Question]]  # the rows of every set
+    probe: dict[str, Tensor] = field(default_factory=dict)  # prompts on which both maps are measured
+
+    @property
+    def short(self) -> int:
+        """Questions of each set in the evaluations between the first and the last; `best/` is chosen by them."""
+        return SHORT_EVALUATION * self.config.eval_batch_size
+
+
+def make_evaluation(
+    run: Run, config: "Config", model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]
+) -> Evaluation:
+    """The evaluation of a run, without a probe. Raises UserError for a row that --metric cannot score."""
+    questions = make_questions(config, model, processor, eval_sets)
+    return Evaluation(run, config, model, processor, eval_sets, questions)
 
 
 def make_questions(
@@ -595,25 +619,18 @@ def make_questions(
     return questions
 
 
-def evaluate(
-    run: Run,
-    config: "Config",
-    model: nn.Module,
-    processor: PaliGemmaProcessor,
-    questions: dict[str, list[Question]],
-    count: int | None = None,
-) -> dict[str, Score]:
+def evaluate(evaluation: Evaluation, count: int | None = None) -> dict[str, Score]:
     """The score of each evaluation set, on its first `count` questions or on all.
 
     Answers are greedy and scored by MMNeedle's strict rule. A row that cannot be used is reported and not counted
     (eval_mmnih.py counts it as wrong).
     Raises Stopped, and UserError for a set without a usable row.
     """
-    answerer = Answerer(
-        model, processor, run.accelerator, run.dtype, config.eval_batch_size, choose_workers(config.workers, run.device)
-    )
+    run, config, model = evaluation.run, evaluation.config, evaluation.model
+    workers = choose_workers(config.workers, run.device)
+    answerer = Answerer(model, evaluation.processor, run.accelerator, run.dtype, config.eval_batch_size, workers)
     scores = {}
-    for name, asked in questions.items():
+    for name, asked in evaluation.questions.items():
         with gathered(model), without_compiling(config), out_of_memory_as("lower --eval_batch_size"):
             rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
         answered = [row for row in rows if "error" not in row]
@@ -623,36 +640,30 @@ def evaluate(
                 run.skip(UserError(row["error"] if is_named else f"{row['id']}: {row['error']}"))
         if not answered:
             raise UserError(f"{name}: none of its {len(rows)} rows can be used: check its images")
-        right = sum(is_exact(row["response"], row["ground_truth"]) for row in answered)
-        scores[name] = Score(right, len(answered), answered)
+        correct = sum(is_exact(row["response"], row["ground_truth"]) for row in answered)
+        scores[name] = Score(correct, len(answered), answered)
     return scores
 
 
 @torch.inference_mode()
-def evaluation_losses(
-    run: Run,
-    config: "Config",
-    model: nn.Module,
-    processor: PaliGemmaProcessor,
-    eval_sets: dict[str, Source],
-    questions: dict[str, list[Question]],
-) -> dict[str, float]:
+def evaluation_losses(evaluation: Evaluation) -> dict[str, float]:
     """Mean loss of a label token of each evaluation set, on the rows that every evaluation answers.
 
     The same rows at every evaluation, so that the losses make a curve. A row that cannot be used is left out. Raises
     Stopped, and UserError for a set without a usable row.
     """
+    run, config, model = evaluation.run, evaluation.config, evaluation.model
     model.eval()
     rank, world, size = run.accelerator.process_index, run.accelerator.num_processes, config.eval_batch_size
     losses = {}
-    for name, source in eval_sets.items():
+    for name, source in evaluation.sets.items():
         run.raise_if_stopped()
-        first = enumerate(questions[name][: SHORT_EVALUATION * size])
+        first = enumerate(evaluation.questions[name][: evaluation.short])
         rows = [(0, row) for row, question in first if not question.error][rank::world]
         total = torch.zeros(2, device=run.device)  # loss of all label tokens, their number
         batches = loader(
             source,
-            processor,
+            evaluation.processor,
             [rows[start : start + size] for start in range(0, len(rows), size)],
             with_suffix=True,
             workers=choose_workers(config.workers, run.device),
@@ -674,55 +685,53 @@ def evaluation_losses(
     return losses
 
 
-def evaluate_and_log(
-    run: Run,
-    config: "Config",
-    model: nn.Module,
-    adapted: nn.Module,
-    processor: PaliGemmaProcessor,
-    eval_sets: dict[str, Source],
-    questions: dict[str, list[Question]],
-    probe: dict[str, Tensor],
-    state: dict,
-    last_step: bool,
-):
+def evaluate_and_log(evaluation: Evaluation, adapted: nn.Module, state: dict, last_step: bool):
     """Evaluate, on all rows before and after training and on a few batches of each set in between; log; save best/."""
-    step = state["step"]
+    run, config, step = evaluation.run, evaluation.config, state["step"]
     is_full = last_step or step in (0, *run.extended_at)
-    count = None if is_full else SHORT_EVALUATION * config.eval_batch_size
-    scores = evaluate(run, config, model, processor, questions, count)
+    scores = evaluate(evaluation, None if is_full else evaluation.short)
     with without_compiling(config):
-        losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
-        maps = measure_maps(model, probe)
+        losses = evaluation_losses(evaluation)
+        maps = measure_maps(evaluation.model, evaluation.probe)
 
-    line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
+    line = {"step": step, "eval": {name: [score.correct, score.n] for name, score in scores.items()}}
     line |= {"eval_loss": losses}
     if config.metric != "exact":
         line["metric"] = {name: score_answers(config.metric, score.rows) for name, score in scores.items()}
     run.log(line | ({"inside": maps} if maps else {}))
-    rates = {name: score.right / score.n for name, score in scores.items()}
-    tracked = {"exact": rates, config.metric: line.get("metric", rates), "eval_loss": losses, "inside": maps}
-    run.track(step, tracked)
+    rates = {name: score.correct / score.n for name, score in scores.items()}
+    run.track(step, {"exact": rates, config.metric: line.get("metric", rates), "eval_loss": losses, "inside": maps})
+    log_samples(evaluation, step, scores)
+    results = [f"{name} {score.correct}/{score.n}, loss {losses[name]:.3f}" for name, score in scores.items()]
+    run.print(f"step {step}: " + "; ".join(results))
+    if step > 0:
+        keep_best(evaluation, adapted, state, headline_rate(evaluation, scores), last_step)
+
+
+def log_samples(evaluation: Evaluation, step: int, scores: dict[str, Score]):
+    """The first answers to every set into samples.jsonl, their images into samples/."""
+    run = evaluation.run
     for number, (name, score) in enumerate(scores.items()):
-        asked = {question.id: question for question in questions[name]}
+        asked = {question.id: question for question in evaluation.questions[name]}
         for place, row in enumerate(score.rows[:SAVED_QUESTIONS]):
             image = f"samples/{number}-{place}.png" if asked[row["id"]].images else ""
             save_sample_image(run, asked[row["id"]], run.folder / image)
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
             sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}
-            run.log(sample | haystack_grid(eval_sets[name]), "samples.jsonl")
+            run.log(sample | haystack_grid(evaluation.sets[name]), "samples.jsonl")
             run.track_sample(place, sample)
-    results = [f"{name} {score.right}/{score.n}, loss {losses[name]:.3f}" for name, score in scores.items()]
-    run.print(f"step {step}: " + "; ".join(results))
 
-    rate = headline_rate(scores, eval_sets, questions, config)
-    if step > 0:
-        state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
-    # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts
-    if step > 0 and (rate > state["best"] or (last_step and rate == state["best"])):
+
+def keep_best(evaluation: Evaluation, adapted: nn.Module, state: dict, rate: float, last_step: bool):
+    """Count the evaluations since the best one in `state`, and save best/ where this one is better.
+
+    Of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts.
+    """
+    state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
+    if rate > state["best"] or (last_step and rate == state["best"]):
         state["best"] = rate
-        raise_if_not_finite(run, adapted, step)
-        save_snapshot(run, adapted, run.folder / "best", {"step": step})
+        raise_if_not_finite(evaluation.run, adapted, state["step"])
+        save_snapshot(evaluation.run, adapted, evaluation.run.folder / "best", {"step": state["step"]})
 
 
 def save_sample_image(run: Run, question: Question, file: Path):
@@ -748,19 +757,17 @@ def haystack_grid(source: Source) -> dict[str, int]:
     return {"grid": source.shapes[0][1]} if is_one_image else {}
 
 
-def headline_rate(
-    scores: dict[str, Score], eval_sets: dict[str, Source], questions: dict[str, list[Question]], config: "Config"
-) -> float:
+def headline_rate(evaluation: Evaluation, scores: dict[str, Score]) -> float:
     """What `best/` is chosen by: --metric on the first batches of the sets that count for it.
 
     The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
     """
     rows = []
     for name, score in scores.items():
-        if eval_sets[name].counts_for_best:
-            first = {question.id for question in questions[name][: SHORT_EVALUATION * config.eval_batch_size]}
+        if evaluation.sets[name].counts_for_best:
+            first = {question.id for question in evaluation.questions[name][: evaluation.short]}
             rows += [row for row in score.rows if row["id"] in first]
-    return score_answers(config.metric, rows)
+    return score_answers(evaluation.config.metric, rows)
 
 
 # ---- what is printed
@@ -798,7 +805,7 @@ def print_setup(
 def print_scores(run: Run, config: "Config", scores: dict[str, Score]):
     """Print the accuracy of every evaluation set, and --metric beside it."""
     for name, score in scores.items():
-        line = f"{name:28}{percent_with_interval(score.right, score.n):>22}  n = {score.n}"
+        line = f"{name:28}{format_rate(rate(score.correct, score.n)):>22}  n = {score.n}"
         if config.metric != "exact":
             line += f"  {config.metric} {100 * score_answers(config.metric, score.rows):.1f}"
         run.print(line)
@@ -812,7 +819,7 @@ def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
     lines = [f"\n{'held-out exact accuracy':28}{head}{'n':>7}{'chance':>9}"]
     for name, source in eval_sets.items():
         cells = "".join(
-            f"{percent_with_interval(*scores[name]) if name in scores else '-':>22}" for scores in columns.values()
+            f"{format_rate(rate(*scores[name])) if name in scores else '-':>22}" for scores in columns.values()
         )
         chance = "" if source.chance is None else f"{100 * source.chance:.2f}"
         lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{chance:>9}")
@@ -838,9 +845,3 @@ def baseline_column(run: Run) -> dict[str, dict]:
         run.print(f"{folder}: not shown beside this run, which differs in {', '.join(different) or 'its evaluations'}")
         return {}
     return {"original, after": evals[-1]}
-
-
-def percent_with_interval(right: int, n: int) -> str:
-    """A rate in percent with its 95 % Wilson interval."""
-    low, high = wilson(right, n)
-    return f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -27,7 +27,7 @@ from needle_eval.questions import (
     check_unique_ids,
     read_rows,
 )
-from needle_eval.statistics import mean_rate
+from needle_eval.statistics import format_percent, format_rate, mean_rate
 
 if TYPE_CHECKING:
     from eval_mmnih import Config
@@ -353,26 +353,22 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
         lines += [f"\n{model}", format_line("MM-NIAH", "n", "dropped", "official", "mean over rows", bins)]
         for task, found in scores["tasks"].items():
             mean = found["mean"]
-            interval = f"{percent(mean['rate'])} [{percent(mean['low'])}, {percent(mean['high'])}]"
+            interval = format_rate(mean)
             filled = [any(cell["n"] for cell in column) for column in found["cells"]]
             contexts = [
-                percent(value if rows else None) for value, rows in zip(found["by_context"], filled, strict=True)
+                format_percent(value if rows else None) for value, rows in zip(found["by_context"], filled, strict=True)
             ]
             lines.append(
-                format_line(task, found["n"], found["dropped"], percent(found["official"]), interval, contexts)
+                format_line(task, found["n"], found["dropped"], format_percent(found["official"]), interval, contexts)
             )
         overall = scores["overall"]
         if overall is None:
             lines.append(f"no overall score: {len(scores['tasks'])} of {len(TASKS)} tasks")
         else:
-            contexts = [percent(value) for value in overall["by_context"]]
-            official, mean = percent(overall["official"]), percent(overall["mean"])
+            contexts = [format_percent(value) for value in overall["by_context"]]
+            official, mean = format_percent(overall["official"]), format_percent(overall["mean"])
             lines.append(format_line("overall", "", "", official, mean, contexts))
     return lines
-
-
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def format_line(name: str, n: object, dropped: object, official: str, mean: str, contexts: list[str]) -> str:

@@ -20,7 +20,7 @@ from needle_eval.questions import (
     check_unique_ids,
     read_rows,
 )
-from needle_eval.statistics import rate
+from needle_eval.statistics import format_percent, format_rate, rate
 
 if TYPE_CHECKING:
     from eval_mmnih import Config
@@ -29,7 +29,8 @@ SPLITS = ("random", "popular", "adversarial")
 FLAGS = ("image_folder",)
 NAME_FLAGS = ()
 MAX_NEW_TOKENS = 10
-SOURCE = "take it from AoiDragon/POPE, output/coco"
+DIGITS = 2  # of percentages, as the paper has them
+SOURCE = "use that of AoiDragon/POPE, output/coco"
 
 
 # ---- questions
@@ -179,21 +180,19 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
             lines += [format_metrics(f"  {name}", found) for name, found in scores[split]["baselines"].items()]
         mean = scores["mean"]
         name = f"mean of {mean['splits']}"
-        lines.append(format_line(name, "", percent(mean["accuracy"]), "", "", percent(mean["f1"])))
+        lines.append(
+            format_line(name, "", format_percent(mean["accuracy"], DIGITS), "", "", format_percent(mean["f1"], DIGITS))
+        )
     return lines
 
 
 def format_metrics(name: str, found: dict) -> str:
     accuracy = found["accuracy"]
-    interval = f"{percent(accuracy['rate'])} [{percent(accuracy['low'])}, {percent(accuracy['high'])}]"
+    interval = format_rate(accuracy, DIGITS)
     rates = [found["precision"]["rate"], found["recall"]["rate"], found["f1"], found["yes_ratio"]["rate"]]
     if "invalid" in found:  # a constant answer has none
         rates.append(found["invalid"]["rate"])
-    return format_line(name, str(found["n"]), interval, *map(percent, rates))
-
-
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f}"
+    return format_line(name, str(found["n"]), interval, *(format_percent(value, DIGITS) for value in rates))
 
 
 def format_line(name: str, n: str, accuracy: str, *others: str) -> str:

@@ -35,6 +35,17 @@ def rate(right: int, total: int) -> dict:
     return {"right": right, "n": total, "rate": right / total if total else None, "low": low, "high": high}
 
 
+def format_percent(fraction: float | None, digits: int = 1) -> str:
+    """A fraction in percent; "-" for none."""
+    return "-" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def format_rate(found: dict, digits: int = 1) -> str:
+    """A `rate` in percent with its interval, as in 25.0 [22.4, 27.8]; "-" without a sample."""
+    value, low, high = (format_percent(found[key], digits) for key in ("rate", "low", "high"))
+    return value if found["rate"] is None else f"{value} [{low}, {high}]"
+
+
 def mean_rate(scores: Sequence[float]) -> dict:
     """As `rate`, for scores within [0, 1]; "right" is their sum.
 
@@ -76,6 +87,14 @@ def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> dict
     below = (b - low_b) ** 2 - 2 * phi * (b - low_b) * (high_a - a) + (high_a - a) ** 2
     above = (high_b - b) ** 2 - 2 * phi * (high_b - b) * (a - low_a) + (a - low_a) ** 2
     return {"mean": b - a, "low": b - a - math.sqrt(below), "high": b - a + math.sqrt(above)}
+
+
+def mean_of_independent(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The same of the unweighted mean of independent (estimate, low, high), by MOVER (Zou and Donner 2008)."""
+    mean = statistics.fmean(estimate for estimate, _, _ in estimates)
+    below = math.hypot(*(estimate - low for estimate, low, _ in estimates)) / len(estimates)
+    above = math.hypot(*(high - estimate for estimate, _, high in estimates)) / len(estimates)
+    return mean, mean - below, mean + above
 
 
 # ---- several seeds

@@ -25,7 +25,7 @@ from files import lock_folder, read_json, write_json
 from haystack import read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from needle_eval import mm_niah, mmneedle, pope
-from needle_eval.folder import complete, evaluation_name, hash_weights, output_folder, slug
+from needle_eval.folder import evaluation_name, fill_defaults, hash_weights, output_folder, slug
 from needle_eval.mmneedle_build import build_haystacks
 from needle_eval.mmneedle_prompts import Setting
 from needle_eval.plots import cells_title, needles_label
@@ -128,8 +128,12 @@ def test_other_settings_are_in_another_folder(tiny_model, folder, capsys):
         f"{start}-samples_3-grids_2-needles_2",
         f"{start}-samples_3-images_1_2-grids_2",
     ]
-    assert evaluation_name(complete(Config(), mmneedle), mmneedle) == start, "the name of an evaluation at its defaults"
-    assert evaluation_name(complete(Config(protocol="quadrant"), mmneedle), mmneedle) == "mmneedle-quadrant-haystack"
+    assert evaluation_name(fill_defaults(Config(), mmneedle), mmneedle) == start, (
+        "the name of an evaluation at its defaults"
+    )
+    assert (
+        evaluation_name(fill_defaults(Config(protocol="quadrant"), mmneedle), mmneedle) == "mmneedle-quadrant-haystack"
+    )
     assert evaluation_name(Config(benchmark="pope", samples=5), pope) == "pope-samples_5"
 
 
@@ -344,7 +348,7 @@ def test_flags_that_would_be_ignored_are_refused(folder, capsys):
 
 # ---- continuing, processes
 def test_evaluations_that_start_together_share_what_is_built(folder):
-    """Each in its own process, as two models on two cards are."""
+    """Each in its own process, as two models on two GPUs are."""
     code = (
         "from eval_mmnih import Config; from needle_eval.mmneedle_build import Setting, build_haystacks; "
         "print(build_haystacks(Config(samples=150), Setting(1, 2)))"
@@ -443,11 +447,11 @@ def test_trained_again_is_another_model(tiny_model, folder):
     file = next((folder / "base").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert hash_weights(str(folder / "base")) != hash_weights(str(tiny_model)), "trained again, of the same size"
-    result = output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
+    result = output_folder(fill_defaults(Config(), mmneedle), mmneedle, str(folder / "run"))
     assert result.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
     write_json(folder / "run" / "run.json", {"base_model": str(tiny_model)})
     assert (
-        output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
+        output_folder(fill_defaults(Config(), mmneedle), mmneedle, str(folder / "run"))
         == folder / "run/eval/mmneedle-finetuned-haystack"
     )
 

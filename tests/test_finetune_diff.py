@@ -75,7 +75,7 @@ def test_lambda_warms_up_over_its_share_of_training(config):
 def test_the_saved_run_computes_what_was_trained(config, monkeypatch):
     trained = []
     evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", lambda *args: trained.append(args[2]) or evaluate(*args))
+    monkeypatch.setattr(training, "evaluate", lambda *args: trained.append(args[0].model) or evaluate(*args))
     train(config)
     loaded = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
     processor = PaliGemmaProcessor.from_pretrained(config.output_dir)

@@ -43,9 +43,9 @@ for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None  # importing it fails, as on Windows
 for name in sys.argv[1:]:
     importlib.import_module(name)
-import run_folder, torch
+import machine, torch
 sys.platform = "win32"
-print(run_folder.peak_memory(torch.device("cpu")))
+print(machine.peak_memory(torch.device("cpu")))
 """
 
 

@@ -267,6 +267,15 @@ def test_an_interrupted_run_ends_like_the_uninterrupted_one(config, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved_lora(cut).items())
 
 
+def test_an_evaluation_at_the_checkpoint_is_repeated_with_another_eval_every_too(config):
+    """Its log lines are dropped, and best/ is compared with it."""
+    config = replace(config, eval_every=2, save_every=2)
+    crash(config, 4)
+    assert [step for step, _ in logged(config, "eval")] == [0, 2, 4]
+    finetune(replace(config, eval_every=100), "original")
+    assert [step for step, _ in logged(config, "eval")] == [0, 2, 4, 6]
+
+
 def test_a_killed_process_continues_from_its_last_complete_checkpoint(config, tmp_path):
     config = replace(config, max_steps=40)
     finetune(config, "original")

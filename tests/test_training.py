@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_data import parquet, vqav2
 
 import adapters
+import machine
 import run_folder
 import training
 from checkpoint import resolve_run
@@ -187,9 +188,9 @@ def stand_in_linear(calls: list):
 
 def test_a_4_bit_base_computes_in_bfloat16(config, monkeypatch):
     """A misspelt name of the compute type would be accepted, and everything computed in float32."""
-    with pytest.raises(UserError, match="--dtype=nf4: 4-bit weights need a CUDA card"):
+    with pytest.raises(UserError, match="--dtype=nf4: 4-bit weights need a CUDA GPU"):
         finetune(replace(config, dtype="nf4"), "original")
-    assert run_folder.choose_dtype("nf4", torch.device("cuda"))[0] == torch.bfloat16
+    assert machine.choose_dtype("nf4", torch.device("cuda"))[0] == torch.bfloat16
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
@@ -347,7 +348,8 @@ def test_best_is_chosen_by_the_sets_that_count_for_it():
     scores = {name: training.Score(0, 1, rows[name == "a"]) for name in "abc"}
     sets = {name: types.SimpleNamespace(counts_for_best=name != "c") for name in scores}
     questions = {name: [types.SimpleNamespace(id="0")] for name in scores}
-    assert training.headline_rate(scores, sets, questions, Config()) == 0.5
+    evaluation = training.Evaluation(None, Config(), None, None, sets, questions)
+    assert training.headline_rate(evaluation, scores) == 0.5
 
 
 def test_training_stops_when_the_score_has_not_risen_for_the_given_evaluations(config, tmp_path, monkeypatch):
@@ -589,7 +591,7 @@ def test_the_precision_of_a_launcher_is_not_used(monkeypatch):
     AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     try:
-        assert run_folder.make_accelerator().mixed_precision == "no"
+        assert machine.make_accelerator().mixed_precision == "no"
     finally:
         AcceleratorState._reset_state()
 
