@@ -16,11 +16,15 @@ class UserError(Exception):
     """Raised where a fault is found. The message is one line: the file, flag or value at fault, and how to fix it."""
 
 
+class TrainingFailed(UserError):
+    """Raised where training diverged or a lambda did not learn: a result of the hyperparameters, not a wrong input."""
+
+
 def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
     """Wrap a script's `main`: a `UserError` ends in its one line on stderr and exit code 2, Ctrl-C in one line and code
     130, both without a traceback.
 
-    With several processes only the first to fail prints; the others fail as a consequence.
+    With several processes only the first to fail prints: the others fail as a consequence.
     """
 
     @functools.wraps(main)

@@ -8,8 +8,9 @@
 
 `study.json` is the plan: one section a study, committed before its first run. Every run trains and asks in a process of
 its own, in an ordinary run folder, and leaves one record under results/study/. A run that has a record is never
-repeated; a study that was stopped continues with the same command. Records of another plan, processor or number of
-threads are refused.
+repeated; a study that was stopped continues with the same command. Records of another plan are refused, and a study
+does not continue where the same run gives other numbers, as on another processor. Such a machine can replicate the
+study in a folder of its own, --records=results/study-NAME, which the report shows under its own heading.
 """
 
 import importlib
@@ -27,9 +28,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from msgspec import Meta
 
+import study_records
 import study_report
 from errors import UserError, one_line_errors
 from files import check_ranges, read_json, write_json, writing
+from study_records import Record
 
 ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "study.json"
@@ -55,10 +58,11 @@ class Config:
     jobs: Annotated[int, Meta(ge=1, le=256)] = 2  # processes at once, each of one thread
     arms: tuple[str, ...] = ()  # only these; empty: all of the plan, those of the main question first
     seeds: tuple[int, ...] = ()  # only these; empty: all of the plan
+    records: str = "results/study"  # folder of the records; of a replication: results/study-NAME
     status: bool = False  # print what is finished and missing, and stop
     quick: bool = False  # a small version for a first look, in runs/study/quick; its numbers are not the study's
     report: bool = False  # print table and verdicts and draw the figure, from the records
-    calibrate: str = ""  # print the accuracy of this run folder by cells, distractors and noise
+    calibrate: str = ""  # print the accuracy of this run folder by cells, distractors and noise (studies A and A-pilot)
     run: str = ""  # internal: the one job of this process, as ARM/JOB, or "fingerprint"
     fingerprint: str = ""  # internal: of this machine, for the record of the job
 
@@ -89,7 +93,10 @@ def read_section(study: str) -> dict[str, Any]:
 
 def check_committed(study: str, section: dict):
     """Raise UserError unless the section is the one of the last commit: a plan comes before its first run."""
-    git = subprocess.run(["git", "-C", ROOT, "show", f"HEAD:{PLAN.name}"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", ROOT, "show", f"HEAD:{PLAN.name}"], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UserError("git is not installed: it shows that the plan was committed before its runs") from error
     committed = json.loads(git.stdout).get(study) if git.returncode == 0 else None
     if committed != section:
         raise UserError(
@@ -109,11 +116,14 @@ def make_quick(section: dict) -> dict[str, Any]:
 def list_jobs(section: dict, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Job]:
     """The runs of a section: family by family in the plan's order, then seed by seed, so that arms stay level.
 
-    Raises UserError for an arm that the plan does not have.
+    Raises UserError for an arm or a seed that the plan does not have.
     """
     unknown = set(arms) - set(section["arms"])
     if unknown:
         raise UserError(f"--arms: the plan has no {min(unknown)}: choose from {', '.join(section['arms'])}")
+    planned = {seed for arm in section["arms"].values() for seed in arm["seeds"]}
+    if set(seeds) - planned:
+        raise UserError(f"--seeds: the plan has no {min(set(seeds) - planned)}: choose from {sorted(planned)}")
     families = list(dict.fromkeys(arm["family"] for arm in section["arms"].values()))
     jobs = [
         (families.index(arm["family"]), seed, number, Job(name, seed, pairs))
@@ -126,18 +136,20 @@ def list_jobs(section: dict, arms: tuple[str, ...] = (), seeds: tuple[int, ...] 
 
 
 # ---- records
-def read_records(records: Path, section: dict) -> dict[Job, dict[str, Any]]:
-    """The records of a section that are there. Raises UserError for a record of another plan."""
-    found = {}
-    for job in list_jobs(section):
-        if job.record(records).exists():
-            found[job] = read_json(job.record(records))
-            if found[job]["plan"] != study_report.hash_plan(section):
-                raise UserError(f"{job.record(records)}: of another plan: restore study.json or remove the record")
+def read_records(folder: Path, study: str, section: dict) -> dict[Job, Record]:
+    """The records in `folder` of the runs that the section plans. Raises UserError for a record of another plan."""
+    planned, found = set(list_jobs(section)), {}
+    for record in study_records.read_records(folder, study):
+        if record.plan != study_records.hash_plan(section):
+            path = folder / study_records.record_path(record)
+            raise UserError(f"{path}: of another plan: restore study.json or remove the record")
+        job = Job(record.arm, record.seed, getattr(record, "pairs", None))
+        if job in planned:
+            found[job] = record
     return found
 
 
-def format_status(section: dict, records: dict[Job, dict], jobs: int) -> list[str]:
+def format_status(section: dict, records: dict[Job, Record], jobs: int) -> list[str]:
     """For every arm its finished and missing seeds, and the time that is left."""
     lines = [f"{'arm':24}{'family':16}{'finished':>10}{'missing':>10}"]
     for arm, choices in section["arms"].items():
@@ -146,7 +158,7 @@ def format_status(section: dict, records: dict[Job, dict], jobs: int) -> list[st
         lines.append(f"{arm:24}{choices['family']:16}{finished:>10}{len(total) - finished:>10}")
     missing = len(list_jobs(section)) - len(records)
     if records and missing:
-        seconds = statistics.median(record["seconds"] for record in records.values())
+        seconds = statistics.median(record.seconds for record in records.values())
         lines.append(
             f"{missing} runs of about {seconds / 60:.1f} min: {missing * seconds / jobs / 3600:.1f} h on {jobs}"
         )
@@ -154,10 +166,12 @@ def format_status(section: dict, records: dict[Job, dict], jobs: int) -> list[st
 
 
 # ---- running
-def run_jobs(study: str, section: dict, records: Path, jobs: list[Job], config: Config):
+def run_jobs(study: str, section: dict, folder: Path, jobs: list[Job], found: dict[Job, Record], config: Config):
     """Run these jobs, `config.jobs` at once. A stop ends the processes, which continue when they are started again.
 
-    A job that fails is named and left out. Raises UserError when all that could run has run and some have failed.
+    `found`: the records that are in `folder` already. A job that fails is named and left out. Raises UserError when all
+    that could run has run and some have failed, and before any run where this machine gives other numbers than the
+    records.
     """
     waiting, running, failed = list(jobs), {}, []
     threads = str(section["threads"])
@@ -167,11 +181,19 @@ def run_jobs(study: str, section: dict, records: Path, jobs: list[Job], config: 
         "TOKENIZERS_PARALLELISM": "false",
     }
     logs = ROOT / "runs" / "study" / ("quick" if config.quick else study)
-    base = [sys.executable, str(ROOT / "study.py"), f"--study={study}"] + (["--quick=True"] if config.quick else [])
+    base = [sys.executable, str(ROOT / "study.py"), f"--study={study}", f"--records={config.records}"]
+    base += ["--quick=True"] if config.quick else []
     measured = subprocess.run([*base, "--run=fingerprint"], capture_output=True, text=True, env=environment, cwd=ROOT)
     if measured.returncode:
         raise UserError(f"the fingerprint of this machine cannot be measured: {measured.stderr.strip()[-300:]}")
     fingerprint = measured.stdout.split()[-1]
+    others = [record for record in found.values() if record.fingerprint != fingerprint]
+    if others:
+        raise UserError(
+            f"{folder}: {len(others)} records have the fingerprint {others[0].fingerprint}, this machine has "
+            f"{fingerprint}, and such runs are never pooled: continue where those ran, or replicate the study with "
+            "--records=results/study-NAME"
+        )
     try:
         while waiting or running:
             while waiting and len(running) < config.jobs:
@@ -188,7 +210,7 @@ def run_jobs(study: str, section: dict, records: Path, jobs: list[Job], config: 
             for job, process in list(running.items()):
                 if process.poll() is not None:
                     del running[job]
-                    outcome = "finished" if job.record(records).exists() else "failed"
+                    outcome = "finished" if job.record(folder).exists() else "failed"
                     failed += [job] if outcome == "failed" else []
                     print(f"{time.strftime('%H:%M')} {job.arm} {job.name} {outcome}", flush=True)
     finally:
@@ -218,7 +240,7 @@ def run_job(study: str, section: dict, records: Path, config: Config):
     result = runner.run(section, job, folder / job.arm / job.name)
     record = {
         "study": study,
-        "plan": study_report.hash_plan(section),
+        "plan": study_records.hash_plan(section),
         "arm": job.arm,
         "seed": job.seed,
         "commit": git_commit() or "",
@@ -232,19 +254,23 @@ def run_job(study: str, section: dict, records: Path, config: Config):
     write_json(job.record(records), record | result)
 
 
-def print_grid(section: dict, records: Path):
+def print_grid(study: str, section: dict, folder: Path):
     """Print endpoint N of every arm and seed, for the pilot and the quick version."""
     import study_conversion
 
-    print(*study_conversion.format_pilot(section, read_records(records, section)), sep="\n")
+    print(*study_conversion.format_pilot(section, read_records(folder, study, section)), sep="\n")
 
 
 def write_report():
-    """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone."""
+    """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone.
+
+    The files are results/study/report.md and figure.png; results/study-* are replications.
+    """
     import study_figure
 
     plan = {study: read_section(study) for study in ("A", "B1", "C") if study in read_json(PLAN)}
-    records = [record for study in plan for record in study_report.read_records(RECORDS / study, study)]
+    folders = sorted(RECORDS.parent.glob(f"{RECORDS.name}*"))
+    records = [r for study in plan for folder in folders for r in study_records.read_records(folder / study, study)]
     lines = study_report.format_report(plan, records)
     print(*lines, sep="\n")
     with writing(REPORT):
@@ -259,23 +285,25 @@ def main():
     if config.report and not config.quick and not config.study.endswith("-pilot"):
         write_report()
         return
-    records = RECORDS / config.study
+    folder = ROOT / config.records / config.study
     if config.quick:
         if config.study != "A":
             raise UserError("--quick: is a small version of study A: leave --study out")
-        section, records = make_quick(read_section("A-pilot")), ROOT / "runs" / "study" / "quick" / "records"
+        section, folder = make_quick(read_section("A-pilot")), ROOT / "runs" / "study" / "quick" / "records"
+    elif config.calibrate and not config.study.startswith("A"):
+        raise UserError("--calibrate: measures the difficulty of study A: leave --study out")
     else:
-        section = read_section(config.study)
+        section = read_section("A-pilot" if config.calibrate else config.study)
     if config.run:
-        run_job(config.study, section, records, config)
+        run_job(config.study, section, folder, config)
     elif config.calibrate:
         import study_conversion
 
         study_conversion.calibrate(section, config.calibrate, section["fingerprint_seed"], NOISES)
     elif config.report:
-        print_grid(section, records)
+        print_grid(config.study, section, folder)
     else:
-        found = read_records(records, section)
+        found = read_records(folder, config.study, section)
         print(*format_status(section, found, config.jobs), sep="\n", flush=True)
         jobs = [job for job in list_jobs(section, config.arms, config.seeds) if job not in found]
         if config.status:
@@ -283,13 +311,13 @@ def main():
         if not config.quick:
             check_committed(config.study, section)
         if jobs:
-            run_jobs(config.study, section, records, jobs, config)
-            print(*format_status(section, read_records(records, section), config.jobs), sep="\n")
+            run_jobs(config.study, section, folder, jobs, found, config)
+            print(*format_status(section, read_records(folder, config.study, section), config.jobs), sep="\n")
         if config.quick:
             print(
                 "\nA first look with 2 seeds, few steps and few questions. It is not the study and shows no difference:"
             )
-            print_grid(section, records)
+            print_grid(config.study, section, folder)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ condition looks for concept i modulo their number.
 """
 
 import hashlib
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import finetune_original
 from checkpoint import weights_fingerprint
 from diagnostics import lambda_values
 from differential_attention import DifferentialConfig, differential_config, knock_out
-from errors import UserError
+from errors import TrainingFailed, UserError
 from files import read_bytes, read_json, read_typed
 from haystack import ImagePool, add_noise, needle_prompt, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -36,7 +35,8 @@ from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question, is_exact, open_reference
 from needle_eval.runner import Answerer, answer_questions
 from processing_paligemma import PaliGemmaProcessor
-from run_folder import find_checkpoints, make_accelerator
+from run_folder import find_checkpoints, make_accelerator, read_metrics
+from study_records import ConversionRecord, endpoint_conditions, fingerprint_of, points
 
 if TYPE_CHECKING:
     from study import Job
@@ -136,7 +136,8 @@ def make_questions(
                 StitchedImage(pool, f"{key}/{m}", cells, side, condition.noise)
                 for m, cells in enumerate(haystack.cells)
             )
-            fields = {"shape": (condition.images, condition.grid, 1), "kind": "positive" if condition.present else "-"}
+            kind = "positive" if condition.present else "negative"
+            fields = {"shape": (condition.images, condition.grid, 1), "kind": kind}
             prompt = needle_prompt(caption)
             questions.append(
                 Question(key, name, images, prompt, haystack.answer, max_new_tokens=MAX_NEW_TOKENS, fields=fields)
@@ -182,17 +183,14 @@ def train(config: finetune_original.Config, arm: str) -> tuple[str, str]:
     try:
         finetune_original.finetune(config, arm, getattr(config, "differential", None))
         return str(folder), "finished"
-    except UserError as error:
+    except TrainingFailed as error:
         checkpoints = find_checkpoints(folder)
-        failed = "did not learn" in str(error) or "loss" in str(error)
-        if not failed:
-            raise
         return str(checkpoints[-1]) if checkpoints else config.model, str(error)
 
 
 def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     """Train an arm at one seed and ask it the seed's questions: all fields of its record that follow from this."""
-    began, arm, seed = time.perf_counter(), job.arm, job.seed
+    arm, seed = job.arm, job.seed
     conditions = {name: msgspec.convert(c, Condition) for name, c in section["conditions"].items()}
     look_alikes = read_look_alikes(section)
     processor = PaliGemmaProcessor.from_pretrained(section["model"])
@@ -201,6 +199,7 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     check_weights(section)
     name, status = train(config, arm)
 
+    began = time.perf_counter()
     accelerator = make_accelerator()
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
@@ -226,17 +225,23 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
         knock_out(model)
         asked = [question for question in questions if question.setting in names]
         record["knockout"] = pack_answers(answer_questions(answerer, asked), names)
-    return record | {"seconds": round(time.perf_counter() - began, 1)}
+    return record | {"seconds": round(training_seconds(folder) + time.perf_counter() - began, 1)}
+
+
+def training_seconds(folder: Path) -> float:
+    """Seconds that training took over all starts of a run; 0 for a failed run, which has no end."""
+    end = folder / "final" / "run.json"
+    return read_json(end)["seconds"] if end.exists() else 0.0
 
 
 def describe_training(model: VisionLanguageModel, folder: Path, status: str) -> dict[str, Any]:
     """The fields of a record that follow from a trained model and its run folder."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in read_metrics(folder) if "loss" in line]
     trained = read_json(folder / "run.json")["parameters"]
     return {
         "status": status,
         "trained_parameters": sum(count for count, _ in trained.values()),
-        "final_loss": [line["loss"] for line in lines if "loss" in line][-1],
+        "final_loss": losses[-1] if losses and status == "finished" else None,
         "lambdas": list(lambda_values(model).values()) if has_lambda(model) else [],
     }
 
@@ -276,12 +281,6 @@ def check_weights(section: dict):
         raise UserError(f"{section['model']}: has weights {found}, the plan is for {section['weights']}: restore them")
 
 
-def endpoint_conditions(section: dict) -> list[str]:
-    """The names of the four conditions whose unweighted mean is endpoint N."""
-    endpoint = section["endpoint"]
-    return [f"{cells} {kind}" for cells in endpoint["cells"] for kind in endpoint["kinds"]]
-
-
 def has_lambda(model: VisionLanguageModel) -> bool:
     """Whether a model has differential attention with a lambda that can be set to 0."""
     config = differential_config(model)
@@ -289,7 +288,7 @@ def has_lambda(model: VisionLanguageModel) -> bool:
 
 
 # ---- the pilot
-def format_pilot(section: dict, records: dict["Job", dict]) -> list[str]:
+def format_pilot(section: dict, records: dict["Job", ConversionRecord]) -> list[str]:
     """The grid as a markdown table: endpoint N of every seed and its mean, the last loss, and where lambda ended."""
     seeds = sorted({job.seed for job in records})
     lines = ["| arm | " + " | ".join(f"N, seed {seed}" for seed in seeds) + " | mean N | last loss | lambda |"]
@@ -297,24 +296,15 @@ def format_pilot(section: dict, records: dict["Job", dict]) -> list[str]:
     for arm in section["arms"]:
         found = {job.seed: record for job, record in records.items() if job.arm == arm}
         if found:
-            scores = {seed: 100 * mean_accuracy(section, record) for seed, record in found.items()}
+            scores = {seed: points(record, endpoint_conditions(section)) for seed, record in found.items()}
             cells = [f"{scores[seed]:.1f}" if seed in scores else "-" for seed in seeds]
-            loss = np.mean([record["final_loss"] for record in found.values()])
-            lambdas = [value for record in found.values() for value in record["lambdas"]]
+            losses = [record.final_loss for record in found.values() if record.final_loss is not None]
+            loss = f"{np.mean(losses):.4f}" if losses else "-"
+            lambdas = [value for record in found.values() for value in record.lambdas]
             ends = f"{min(lambdas):.3f} to {max(lambdas):.3f}" if lambdas else "-"
             mean = np.mean(list(scores.values()))
-            lines.append(f"| {arm} | {' | '.join(cells)} | {mean:.1f} | {loss:.4f} | {ends} |")
+            lines.append(f"| {arm} | {' | '.join(cells)} | {mean:.1f} | {loss} | {ends} |")
     return lines
-
-
-def mean_accuracy(section: dict, record: dict) -> float:
-    """Endpoint N of a record, a fraction."""
-    rates = []
-    for condition in endpoint_conditions(section):
-        answers = record["answers"][condition]
-        bits = np.unpackbits(np.frombuffer(bytes.fromhex(answers["right"]), np.uint8), count=answers["n"])
-        rates.append(bits.mean())
-    return float(np.mean(rates))
 
 
 def calibrate(section: dict, name: str, seed: int, noises: Sequence[float]):
@@ -336,15 +326,9 @@ def calibrate(section: dict, name: str, seed: int, noises: Sequence[float]):
             print(f"{f'{cells} {distractors}':20}" + "".join(f"{100 * rate:8.1f}" for rate in rates), flush=True)
 
 
-def fingerprint_of(losses: list[float]) -> str:
-    """A hash of losses: equal where library, processor and number of threads round alike."""
-    return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
-
-
 def measure_fingerprint(section: dict, folder: Path, steps: int = 10) -> str:
     """`fingerprint_of` the first losses of the standard arm at the first pilot seed, trained into `folder`."""
     config = make_config(section, next(iter(section["arms"])), section["fingerprint_seed"], folder)
     config = replace(config, max_steps=steps, log_every=1, save_every=steps, eval_samples=1, overwrite=True)
     train(config, "fingerprint")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return fingerprint_of([line["loss"] for line in lines if "loss" in line])
+    return fingerprint_of([line["loss"] for line in read_metrics(folder) if "loss" in line])

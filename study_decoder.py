@@ -25,6 +25,7 @@ from needle_eval.questions import Question
 from needle_eval.runner import Answerer, answer_questions
 from processing_phi3v import Phi3Processor
 from run_folder import make_accelerator
+from study_records import endpoint_conditions
 
 if TYPE_CHECKING:
     from study import Job
@@ -65,7 +66,7 @@ def write_training_rows(file: Path, pairs: int, needles: int, count: int, seed: 
 def make_questions(section: dict, seed: int) -> list[Question]:
     """The questions of one seed, equal in all arms."""
     questions, needles = [], section["needles"]
-    for name in study_conversion.endpoint_conditions(section):
+    for name in endpoint_conditions(section):
         for i in range(section["prompts"]):
             key = f"study/{seed}/{name}/{i}"
             prompt, codes, _ = key_value_prompt(int(name.split()[0]), key, needles)
@@ -89,15 +90,16 @@ def pack_codes(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
 
 def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     """Train an arm at one seed and ask it the seed's questions: all fields of its record that follow from this."""
-    began, arm, seed = time.perf_counter(), job.arm, job.seed
+    arm, seed = job.arm, job.seed
     check_model(section)
-    questions, names = make_questions(section, seed), study_conversion.endpoint_conditions(section)
+    questions, names = make_questions(section, seed), endpoint_conditions(section)
     config = study_conversion.make_config(section, arm, seed, folder)
     file = folder.parent.parent / "data" / f"seed{seed:02d}.jsonl"
     rows_needed = config.max_steps * config.batch_size
     write_training_rows(file, section["pairs"], section["needles"], rows_needed, seed)
     name, status = study_conversion.train(replace(config, data=str(file)), arm)
 
+    began = time.perf_counter()
     accelerator, dtype = make_accelerator(), getattr(torch, section["dtype"])
     model = Phi3ForCausalLM.from_pretrained(name, dtype, accelerator.device)
     answerer = Answerer(model, Phi3Processor.from_pretrained(section["model"]), accelerator, dtype, BATCH_SIZE)
@@ -113,7 +115,7 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     if study_conversion.has_lambda(model):
         knock_out(model)
         record["knockout"] = pack_codes(answer_questions(answerer, questions), names)
-    return record | {"seconds": round(time.perf_counter() - began, 1)}
+    return record | {"seconds": round(study_conversion.training_seconds(folder) + time.perf_counter() - began, 1)}
 
 
 def check_model(section: dict):
@@ -125,7 +127,7 @@ def check_model(section: dict):
 
 
 def measure_fingerprint(section: dict, folder: Path) -> str:
-    """`study_conversion.fingerprint_of` the first losses of the first arm at the pilot seed, trained into `folder`."""
+    """`study_records.fingerprint_of` the first losses of the first arm at the pilot seed, trained into `folder`."""
     check_model(section)
     file = folder.parent / "data" / "fingerprint.jsonl"
     write_training_rows(file, section["pairs"], section["needles"], FINGERPRINT_STEPS, section["fingerprint_seed"])

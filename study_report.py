@@ -6,23 +6,17 @@ from scratch and compares how many steps they need to retrieve.
 All differences are paired over seeds. In text and tables they are points, hundredths of the accuracy.
 """
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 from scipy import stats
 
 from errors import UserError
-from files import read_typed
 from needle_eval.statistics import (
     MIN_SEEDS,
     bootstrap_seeds_and_items,
@@ -33,6 +27,17 @@ from needle_eval.statistics import (
     logistic_threshold,
     mcnemar_exact,
     paired_t,
+)
+from study_records import (
+    ConversionRecord,
+    Environment,
+    Record,
+    SymbolicRecord,
+    endpoint_conditions,
+    environment_of,
+    hash_plan,
+    points,
+    record_path,
 )
 
 ALPHA = 0.05
@@ -51,115 +56,6 @@ CONTRASTS = (
 )
 SYMBOLIC_THRESHOLD = 0.75  # accuracy at which a run of B1 ends
 NO_VALUE = "-"
-
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-Hex = Annotated[str, Meta(pattern="^[0-9a-f]+$")]
-
-
-# ---- records
-class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which of `n` questions were answered right: `right` is numpy.packbits of them as hexadecimal digits."""
-
-    n: Positive
-    right: Hex
-
-    def __post_init__(self):
-        if len(self.right) != 2 * math.ceil(self.n / 8):
-            raise ValueError(f"right has {len(self.right)} hexadecimal digits, not those of {self.n} bits")
-
-    def bits(self) -> np.ndarray:
-        """[n] of 0 and 1."""
-        return np.unpackbits(np.frombuffer(bytes.fromhex(self.right), np.uint8), count=self.n)
-
-    def rate(self) -> float:
-        """The share of right answers."""
-        return float(self.bits().mean())
-
-
-class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What every finished run of a study leaves: which run it is, and where it ran."""
-
-    plan: Hex  # `hash_plan` of the study's section
-    arm: str
-    seed: Count
-    commit: str
-    device: str
-    dtype: str
-    threads: Positive
-    fingerprint: Hex  # of the first losses of a pilot seed: what processor and versions make of the same run
-    versions: dict[str, str]
-    status: str  # "finished", or why training failed; a failed run counts with its accuracy
-    seconds: float
-    trained_parameters: Count
-
-
-class ConversionRecord(Record, kw_only=True):
-    """A run of study A or C. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
-
-    Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
-    i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
-    the attention, by layer. `log_likelihoods`: mean log-probability, in nats, of the right answer, by condition of the
-    endpoint. `forward_flops`: of the prompt of one question, see `study_conversion.count_flops`.
-    """
-
-    study: Literal["A", "C"]
-    num_concepts: Positive
-    final_loss: float | None  # None: not finite
-    lambdas: list[float]  # of the layers, in order
-    answers: dict[str, Answers]
-    needle_shares: list[float]
-    knockout: dict[str, Answers]
-    log_likelihoods: dict[str, float]
-    forward_flops: Count
-
-
-class SymbolicRecord(Record, kw_only=True):
-    """A run of study B1, see `study_symbolic.train`."""
-
-    study: Literal["B1"]
-    pairs: Positive
-    learning_rate: float
-    max_steps: Positive
-    steps: Positive
-    censored: bool
-    accuracy: float
-
-
-def hash_plan(section: dict[str, Any]) -> str:
-    """SHA-256 of one study's section of the plan, whatever the order of its keys and its white space."""
-    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
-
-
-def read_records(folder: Path, study: Literal["A", "B1", "C"]) -> list[Record]:
-    """The records of one study, <arm>/seedNN.json or <arm>/<pairs>pairs-seedNN.json in `folder`, in order of path.
-
-    Raises UserError for a file that is no record, or that lies where another run's belongs.
-    """
-    records = []
-    for path in sorted(Path(folder).glob("*/*.json")):
-        record = read_typed(path, SymbolicRecord if study == "B1" else ConversionRecord, "delete it and run it again")
-        if path.relative_to(folder) != record_path(record):
-            raise UserError(f"{path}: holds the record of {record_path(record)}: move it there")
-        records.append(record)
-    return records
-
-
-def record_path(record: Record) -> Path:
-    """Where a record lies in the folder of its study."""
-    name = f"seed{record.seed:02d}.json"
-    if isinstance(record, SymbolicRecord):
-        name = f"{record.pairs}pairs-{name}"
-    return Path(record.arm, name)
-
-
-class Environment(NamedTuple):
-    """What must be equal for runs to be compared or pooled."""
-
-    device: str
-    dtype: str
-    threads: int
-    fingerprint: str
 
 
 @dataclass
@@ -203,8 +99,7 @@ def group_records(section: dict[str, Any], study: str, records: Sequence[Record]
             raise UserError(f"{where}: of plan {record.plan[:12]}, not {digest[:12]}: restore that plan or delete it")
         if record.seed not in section["arms"].get(record.arm, {}).get("seeds", ()):
             raise UserError(f"{where}: arm {record.arm} with seed {record.seed} is not planned: delete it")
-        environment = Environment(record.device, record.dtype, record.threads, record.fingerprint)
-        group = found.setdefault(environment, {})
+        group = found.setdefault(environment_of(record), {})
         if where in group:
             raise UserError(f"{where}: two records of one run on {record.device}: delete one")
         group[where] = record
@@ -218,22 +113,6 @@ def group_records(section: dict[str, Any], study: str, records: Sequence[Record]
 
 
 # ---- study A: what is measured in one run
-def endpoint_conditions(section: dict[str, Any]) -> list[str]:
-    """The conditions whose unweighted mean is endpoint N."""
-    endpoint = section["endpoint"]
-    return [f"{cells} {kind}" for cells in endpoint["cells"] for kind in endpoint["kinds"]]
-
-
-def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
-    """Unweighted mean accuracy of these conditions. Raises UserError if one was not asked."""
-    missing = [condition for condition in conditions if condition not in record.answers]
-    if missing:
-        raise UserError(
-            f"{record.study}/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again"
-        )
-    return 100 * statistics.fmean(record.answers[condition].rate() for condition in conditions)
-
-
 def knocked_out(record: ConversionRecord, conditions: Sequence[str]) -> float | None:
     """`points` with the second map switched off; None where it was not asked so."""
     if not set(conditions) <= set(record.knockout):
@@ -354,7 +233,8 @@ def verdict(found: Contrast) -> str:
 def core_verdict(hypotheses: Sequence[Contrast]) -> str:
     """The verdict on `split` against standard attention; "helps" names the subtraction where all three say so."""
     verdicts = [verdict(hypothesis) for hypothesis in hypotheses]
-    return "helps (and it is the subtraction)" if set(verdicts) == {"helps"} else verdicts[0]
+    is_subtraction = len(verdicts) == len(HYPOTHESES) and set(verdicts) == {"helps"}
+    return "helps (and it is the subtraction)" if is_subtraction else verdicts[0]
 
 
 def hypotheses_of(section: dict[str, Any]) -> list[tuple[str, str]]:
@@ -495,7 +375,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
 
 
-QUICK_NOTE = "A quick look with few seeds, steps and questions: not the study, and too few seeds for a difference."
 WOULD_CHANGE = {
     "hurts": "a replication whose interval includes zero",
     "helps (and it is the subtraction)": "a replication whose interval reaches below {margin} points",
@@ -531,8 +410,8 @@ def symbolic_answer(group: Group) -> str:
     if len(group.records) < planned:
         return f"No answer yet: {len(group.records)} of {planned} runs are finished."
     contrasts = symbolic_contrasts(group)
-    primary = ", ".join(
-        f"with {pairs} pairs {percent_interval(of_pairs[0].t)} ({steps_verdict(of_pairs[0])})"
+    primary = " and ".join(
+        f"{percent_interval(of_pairs[0].t)} with {pairs} pairs ({steps_verdict(of_pairs[0])})"
         for pairs, of_pairs in contrasts.items()
     )
     width = [next(c for c in of_pairs if (c.a, c.b) == ("double_width", "v1")) for of_pairs in contrasts.values()]
@@ -540,9 +419,9 @@ def symbolic_answer(group: Group) -> str:
     claim = {"fewer steps": "confirmed", "more steps": "refuted"}.get(verdicts.pop(), "undecided")
     claim = claim if not verdicts else "undecided: the numbers of pairs differ"
     return (
-        f"Trained from scratch, V1 needs, against half the heads at double width with the same head norm, {primary} "
-        f"steps until it retrieves; that double width alone is faster than V1 is {claim} "
-        f"({', '.join(percent_interval(c.t) for c in width)})."
+        "Trained from scratch, against its control without subtraction (half the heads, double width, the same head "
+        f"norm), V1 changes the number of steps until it retrieves by {primary}. That double width without the norm is "
+        f"faster than V1 is {claim} (steps against V1: {', '.join(percent_interval(c.t) for c in width)})."
     )
 
 
@@ -581,8 +460,6 @@ def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) ->
 
 def format_conversion(group: Group) -> list[str]:
     """Study A or C: the answer, the hypotheses, a row for every arm, the secondary endpoints."""
-    if group.section.get("quick"):
-        return [QUICK_NOTE, "", *format_arms(group, [], [])]
     lines = [answer(group), ""]
     if group.missing(core_arms(group.section)):
         return lines + format_spread(group)
@@ -593,7 +470,7 @@ def format_conversion(group: Group) -> list[str]:
     lines += ["Secondary endpoints, points unless named otherwise; Holm over each column:", ""]
     lines += [*format_secondary(group), ""]
     lines += [
-        "Description: the endpoint's questions in every seed, split against standard, McNemar's exact test:",
+        "Descriptive, per seed: questions of the endpoint that only one arm answers (McNemar's exact test):",
         "",
     ]
     return lines + format_seeds(group, *HYPOTHESES[0])

@@ -12,9 +12,7 @@ reaches. The arms differ in their attention alone.
 B batch, n pairs of a sample, L sequence = 3 n, C hidden size, V vocabulary.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import statistics
 import time
@@ -37,6 +35,7 @@ from differential_attention import DifferentialConfig, make_differential
 from errors import UserError, one_line_errors
 from files import check_ranges, read_typed, write_json
 from modeling_gemma import GemmaConfig, GemmaModel
+from study_records import fingerprint_of
 
 if TYPE_CHECKING:
     from study import Job
@@ -211,7 +210,7 @@ def measure_fingerprint(section: dict[str, Any], folder: Path) -> str:
     pairs = section["pairs"][0]
     rate = section["arms"]["standard"]["learning_rates"][str(pairs)]
     losses = train("standard", PILOT_SEEDS[0], pairs, rate, RECORDED_LOSSES)["losses"]
-    return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
+    return fingerprint_of(losses)
 
 
 def check_arm(arm: str):

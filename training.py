@@ -48,7 +48,7 @@ from differential_attention import (
     set_progress,
     unfreeze_differential,
 )
-from errors import UserError
+from errors import TrainingFailed, UserError
 from files import MESSAGE_LENGTH, atomic_folder, one_line, write_json, write_manifest, writing
 from fused_ops import cast_lora
 from machine import choose_workers, out_of_memory_as, peak_memory
@@ -317,7 +317,7 @@ def train(
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     ids = ", ".join(example.id for examples, _ in micro_batches for example in examples)
                     fault = f"loss {loss}, gradient norm {grad_norm}"
-                    raise UserError(f"step {step + 1}: {fault}: lower --lr, or check these rows: {ids}")
+                    raise TrainingFailed(f"step {step + 1}: {fault}: lower --lr, or check these rows: {ids}")
                 optimizer.step()
                 if step + 1 > (1 - config.average_last) * total_steps:
                     update_average(adapted, state)
@@ -446,16 +446,19 @@ def load_average(adapted: nn.Module, state: dict):
 
 
 def raise_if_not_finite(run: Run, adapted: nn.Module, step: int):
-    """Raise UserError if a trained parameter is not finite, so that it is never saved."""
+    """Raise TrainingFailed if a trained parameter is not finite, so that it is never saved."""
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise UserError(
+            raise TrainingFailed(
                 f"{run.folder}: {name} is not finite after step {step}: lower --lr; earlier checkpoints stay"
             )
 
 
 def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
-    """Print the differential parameters that training did not change. Raises UserError if a lambda is among them."""
+    """Print the differential parameters that training did not change.
+
+    Raises TrainingFailed if a lambda is among them.
+    """
     trained = {name: p for name, p in differential_parameters(model).items() if p.requires_grad}
     unchanged = [name for name, p in trained.items() if torch.equal(p, run.initial_differential[name].to(p.device))]
     if trained:
@@ -463,7 +466,7 @@ def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
     run.print(*(f"not changed: {name}" for name in unchanged))
     lambdas = [name for name in unchanged if "lambda" in name]
     if lambdas and total_steps > 1:  # with equal maps at the start, lambda has no gradient in the first update
-        raise UserError(
+        raise TrainingFailed(
             f"{run.folder}: {lambdas[0]} did not learn ({len(lambdas)} of them): "
             "raise --lr or --differential.lambda_lr, or fix lambda explicitly with --differential.lambda_kind=fixed"
         )

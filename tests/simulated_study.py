@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from study_report import Answers, ConversionRecord, Record, SymbolicRecord, hash_plan
+from study_records import Answers, ConversionRecord, Record, SymbolicRecord, hash_plan
 
 CONCEPTS = 20
 PAIRED_SD = 3.06  # points: of the difference of two arms in endpoint N, measured in a pilot

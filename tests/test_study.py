@@ -7,22 +7,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from simulated_study import ENVIRONMENT
 
 import finetune_diff
 import finetune_original
 import study
 import study_conversion
-import study_report
+import study_records
 from checkpoint import weights_fingerprint
 from differential_attention import DifferentialConfig
-from errors import UserError
+from errors import TrainingFailed, UserError
+from files import write_json
 from haystack import ImagePool, read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from study_conversion import Condition
+from study_records import Answers, ConversionRecord
 
 ROOT = Path(__file__).parent.parent
 POOL = ImagePool(read_pool(splits=("train",)))
@@ -125,10 +130,10 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny_model, tmp_path, ar
     assert {name: answers["n"] for name, answers in record["answers"].items()} == {
         name: condition["n"] for name, condition in plan["conditions"].items()
     }
-    assert set(record["log_likelihoods"]) == set(study_conversion.endpoint_conditions(plan))
+    assert set(record["log_likelihoods"]) == set(study_records.endpoint_conditions(plan))
     assert all(value < 0 for value in record["log_likelihoods"].values())
     assert len(record["needle_shares"]) == 2 and all(0 < share < 1 for share in record["needle_shares"])
-    assert set(record["knockout"]) == (set(study_conversion.endpoint_conditions(plan)) if arm == "split" else set())
+    assert set(record["knockout"]) == (set(study_records.endpoint_conditions(plan)) if arm == "split" else set())
     assert len(record["lambdas"]) == {"standard": 0, "split": 2, "gate": 0}[arm]
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / arm).rglob("*.safetensors")}
     again = study_conversion.run(plan, study.Job(arm, 0), tmp_path / arm)
@@ -203,6 +208,23 @@ def test_a_failed_run_is_asked_at_its_last_checkpoint(tiny_model, tmp_path):
     plan["arms"]["dead"] = dict(family="extra", seeds=[0], differential=dict(preset="split", lambda_lr=1e-60))
     record = study_conversion.run(plan, study.Job("dead", 0), tmp_path / "dead")
     assert "did not learn" in record["status"] and record["answers"]["16 noise"]["n"] == 3
+    assert record["final_loss"] is None
+
+
+def test_a_run_whose_loss_is_not_finite_is_a_result_and_other_faults_are_not(tiny_model, tmp_path, monkeypatch):
+    config = study_conversion.make_config(section(tiny_model), "standard", 0, tmp_path)
+
+    def fail(error):
+        def finetune(*_):
+            raise error
+
+        monkeypatch.setattr(study_conversion.finetune_original, "finetune", finetune)
+
+    fail(TrainingFailed("q_proj is not finite after step 3"))
+    assert study_conversion.train(config, "standard") == (config.model, "q_proj is not finite after step 3")
+    fail(UserError("runs/loss-test: no space left"))
+    with pytest.raises(UserError, match="no space left"):
+        study_conversion.train(config, "standard")
 
 
 def test_the_fingerprint_is_that_of_the_first_ten_losses(tiny_model, tmp_path):
@@ -211,17 +233,27 @@ def test_the_fingerprint_is_that_of_the_first_ten_losses(tiny_model, tmp_path):
     assert first == study_conversion.measure_fingerprint(plan, tmp_path / "b")
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 10 and first == study_conversion.fingerprint_of(losses)
-    assert study_conversion.fingerprint_of([*losses[:9], losses[9] + 1e-7]) != first
+    assert len(losses) == 10 and first == study_records.fingerprint_of(losses)
+    assert study_records.fingerprint_of([*losses[:9], losses[9] + 1e-7]) != first
 
 
 def test_the_pilot_s_grid_is_the_mean_of_the_four_conditions(tiny_model):
     plan = section(tiny_model)
     answers = {"16 look-alike": "f0", "16 noise": "80", "64 look-alike": "00", "64 noise": "c0"}
-    answers = {name: {"n": 4, "right": right} for name, right in answers.items()}
-    record = {"answers": answers, "final_loss": 0.25, "lambdas": [0.4, 0.6]}
-    lines = study_conversion.format_pilot(plan, {study.Job("split", 7): record})
-    assert lines[2:] == ["| split | 43.8 | 43.8 | 0.2500 | 0.400 to 0.600 |"]
+    answers = {name: Answers(4, right) for name, right in answers.items()}
+    record = make_record(plan, "split", 7, answers=answers, final_loss=0.25, lambdas=[0.4, 0.6])
+    failed = make_record(plan, "split", 8, answers=answers, final_loss=None, lambdas=[])
+    records = {study.Job("split", 7): record, study.Job("split", 8): failed}
+    lines = study_conversion.format_pilot(plan, records)
+    assert lines[2:] == ["| split | 43.8 | 43.8 | 43.8 | 0.2500 | 0.400 to 0.600 |"]
+
+
+def make_record(plan: dict, arm: str, seed: int, **fields) -> ConversionRecord:
+    fields = dict(answers={}, final_loss=None, lambdas=[]) | fields
+    return ConversionRecord(
+        study="A", plan=study_records.hash_plan(plan), arm=arm, seed=seed, trained_parameters=1, num_concepts=1,
+        needle_shares=[], knockout={}, **(ENVIRONMENT | {"seconds": 60.0}), **fields,
+    )  # fmt: skip
 
 
 # ---- the plan
@@ -233,20 +265,36 @@ def test_jobs_are_ordered_so_that_arms_stay_level(tiny_model):
     assert study.list_jobs(section(tiny_model), ("split",), (1,)) == [study.Job("split", 1)]
     with pytest.raises(UserError, match="--arms: the plan has no v9: choose from standard, split, gate"):
         study.list_jobs(section(tiny_model), ("v9",))
+    with pytest.raises(UserError, match=r"--seeds: the plan has no 9: choose from \[0, 1\]"):
+        study.list_jobs(section(tiny_model), seeds=(9,))
 
 
 def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
     plan = section(tiny_model)
     job = study.Job("split", 1)
     job.record(tmp_path).parent.mkdir()
-    job.record(tmp_path).write_text(json.dumps({"plan": study_report.hash_plan(plan), "seconds": 60.0}))
-    assert list(study.read_records(tmp_path, plan)) == [job]
-    lines = study.format_status(plan, study.read_records(tmp_path, plan), jobs=2)
+    write_json(job.record(tmp_path), msgspec.to_builtins(make_record(plan, "split", 1)))
+    found = study.read_records(tmp_path, "A", plan)
+    assert list(found) == [job]
+    lines = study.format_status(plan, found, jobs=2)
     assert lines[2].split() == ["split", "core", "1", "1"] and lines[-1] == "4 runs of about 1.0 min: 0.0 h on 2"
     reordered = dict(reversed(plan.items()))
-    assert study.read_records(tmp_path, reordered)
+    assert study.read_records(tmp_path, "A", reordered)
     with pytest.raises(UserError, match="seed01.json: of another plan"):
-        study.read_records(tmp_path, plan | {"attention_questions": 5})
+        study.read_records(tmp_path, "A", plan | {"attention_questions": 5})
+
+
+def test_a_study_does_not_continue_where_the_same_run_gives_other_numbers(tiny_model, tmp_path, monkeypatch):
+    plan, job = section(tiny_model), study.Job("standard", 0)
+    outputs = iter(("ab12", "cd34"))  # of the process that measures the fingerprint; ENVIRONMENT has ab12
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=next(outputs)))
+    found = {job: make_record(plan, "standard", 0)}
+    study.run_jobs("A", plan, tmp_path, [], found, study.Config())
+    with pytest.raises(
+        UserError, match="1 records have the fingerprint ab12, this machine has cd34.*--records=results/study-"
+    ):
+        study.run_jobs("A", plan, tmp_path, [], found, study.Config())
 
 
 def test_a_plan_must_be_committed_before_it_is_run():
@@ -262,7 +310,7 @@ def test_the_committed_plans_name_real_arms_and_conditions(tmp_path):
             config = study_conversion.make_config(plan, arm, choices["seeds"][0], tmp_path)
             study_conversion.finetune_original.check_config(config)
         conditions = {c: study_conversion.msgspec.convert(v, Condition) for c, v in plan["conditions"].items()}
-        assert set(study_conversion.endpoint_conditions(plan)) <= set(conditions)
+        assert set(study_records.endpoint_conditions(plan)) <= set(conditions)
         assert plan["weights"] == weights_fingerprint(ROOT / plan["model"])
         for seed in {seed for choices in plan["arms"].values() for seed in choices["seeds"]}:
             assert (seed in (100, 101)) == name.endswith("-pilot")  # pilot seeds are never used again

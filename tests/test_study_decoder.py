@@ -14,6 +14,7 @@ import study_report
 from checkpoint import weights_fingerprint
 from errors import UserError
 from study_decoder import key_value_prompt
+from study_records import Answers, ConversionRecord, hash_plan
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +71,15 @@ def test_a_run_leaves_a_record_of_the_study(section, tmp_path):
         for arm in ("standard", "split")
     }
     for arm, record in found.items():
-        record |= ENVIRONMENT | {"study": "C", "plan": study_report.hash_plan(section), "arm": arm, "seed": 0}
+        record |= ENVIRONMENT | {"study": "C", "plan": hash_plan(section), "arm": arm, "seed": 0}
         record |= {"seconds": 1.0}
-        read = msgspec.convert(record, study_report.ConversionRecord)
+        read = msgspec.convert(record, ConversionRecord)
         assert read.status == "finished" and read.answers["5 pairs"].n == 6
         assert bool(read.knockout) == bool(read.lambdas) == (arm == "split")
     assert found["split"]["forward_flops"] > found["standard"]["forward_flops"] > 0
     rows = (tmp_path / "C" / "data" / "seed00.jsonl").read_text().splitlines()
     assert len(rows) == 4
-    lines = study_report.format_report({"C": section}, [msgspec.convert(found["split"], study_report.ConversionRecord)])
+    lines = study_report.format_report({"C": section}, [msgspec.convert(found["split"], ConversionRecord)])
     assert lines[0].startswith("## Study C, exploratory") and "No answer yet: 1 of 9 core runs are finished." in lines
 
 
@@ -98,9 +99,9 @@ def test_the_report_answers_with_two_hypotheses(section):
     for arm in section["arms"]:
         for seed in range(3):
             right = rng.random(6) < (0.9 if arm == "split" else 0.4)
-            packed = study_report.Answers(n=6, right=np.packbits(right).tobytes().hex())
-            records.append(study_report.ConversionRecord(
-                study="C", plan=study_report.hash_plan(section), arm=arm, seed=seed, trained_parameters=1,
+            packed = Answers(n=6, right=np.packbits(right).tobytes().hex())
+            records.append(ConversionRecord(
+                study="C", plan=hash_plan(section), arm=arm, seed=seed, trained_parameters=1,
                 num_concepts=3, final_loss=0.1, lambdas=[], answers={"3 pairs": packed, "5 pairs": packed},
                 needle_shares=[], knockout={}, log_likelihoods={}, forward_flops=1, **ENVIRONMENT,
             ))  # fmt: skip

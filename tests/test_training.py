@@ -24,7 +24,7 @@ import training
 from checkpoint import resolve_run
 from data import loader, make_data
 from differential_attention import DifferentialConfig
-from errors import UserError
+from errors import TrainingFailed, UserError
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
@@ -168,7 +168,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_step_and_rows(confi
 def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch, flag):
     """The last update has no loss after it that would show them."""
     monkeypatch.setattr(training, "learning_rate_at", lambda *_: math.inf)
-    with pytest.raises(UserError, match="not finite after step 1: lower --lr"):
+    with pytest.raises(TrainingFailed, match="not finite after step 1: lower --lr"):
         finetune(replace(config, max_steps=1, save_every=1, **flag), "original")
     folder = Path(config.output_dir)
     assert not (folder / "final").exists() and not list(folder.glob("checkpoints/step-*"))

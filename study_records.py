@@ -1,0 +1,155 @@
+"""The records of the study's runs, and what of the plan they follow from.
+
+A record is a small JSON file, results/study/<study>/<arm>/seedNN.json, that a finished run leaves. It holds the hash of
+the plan, where the run took place and one bit for every answer, so that reports follow from records alone.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from errors import UserError
+from files import read_typed
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Hex = Annotated[str, Meta(pattern="^[0-9a-f]+$")]
+
+
+# ---- records
+class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of `n` questions were answered right: `right` is numpy.packbits of them as hexadecimal digits."""
+
+    n: Positive
+    right: Hex
+
+    def __post_init__(self):
+        if len(self.right) != 2 * math.ceil(self.n / 8):
+            raise ValueError(f"right has {len(self.right)} hexadecimal digits, not those of {self.n} bits")
+
+    def bits(self) -> np.ndarray:
+        """[n] of 0 and 1."""
+        return np.unpackbits(np.frombuffer(bytes.fromhex(self.right), np.uint8), count=self.n)
+
+    def rate(self) -> float:
+        """The share of right answers."""
+        return float(self.bits().mean())
+
+
+class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What every finished run of a study leaves: which run it is, and where it ran."""
+
+    plan: Hex  # `hash_plan` of the study's section
+    arm: str
+    seed: Count
+    commit: str
+    device: str
+    dtype: str
+    threads: Positive
+    fingerprint: Hex  # of the first losses of a pilot seed: what processor and versions make of the same run
+    versions: dict[str, str]
+    status: str  # "finished", or why training failed; a failed run counts with its accuracy
+    seconds: float  # of training, over all starts, and of the questions
+    trained_parameters: Count
+
+
+class ConversionRecord(Record, kw_only=True):
+    """A run of study A or C. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
+
+    Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
+    i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
+    the attention, by layer. `log_likelihoods`: mean log-probability, in nats, of the right answer, by condition of the
+    endpoint. `forward_flops`: of the prompt of one question, see `study_conversion.count_flops`.
+    """
+
+    study: Literal["A", "A-pilot", "C", "C-pilot"]
+    num_concepts: Positive
+    final_loss: float | None  # None: not finite
+    lambdas: list[float]  # of the layers, in order
+    answers: dict[str, Answers]
+    needle_shares: list[float]
+    knockout: dict[str, Answers]
+    log_likelihoods: dict[str, float] = {}  # empty: not asked
+    forward_flops: Count = 0  # 0: not counted
+
+
+class SymbolicRecord(Record, kw_only=True):
+    """A run of study B1, see `study_symbolic.train`."""
+
+    study: Literal["B1"]
+    pairs: Positive
+    learning_rate: float
+    max_steps: Positive
+    steps: Positive
+    censored: bool
+    accuracy: float
+
+
+class Environment(NamedTuple):
+    """What must be equal for runs to be compared or pooled."""
+
+    device: str
+    dtype: str
+    threads: int
+    fingerprint: str
+
+
+def environment_of(record: Record) -> Environment:
+    """Where a run took place."""
+    return Environment(record.device, record.dtype, record.threads, record.fingerprint)
+
+
+def hash_plan(section: dict[str, Any]) -> str:
+    """SHA-256 of one study's section of the plan, whatever the order of its keys and its white space."""
+    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
+
+
+def read_records(folder: Path, study: str) -> list[Record]:
+    """The records of one study, <arm>/seedNN.json or <arm>/<pairs>pairs-seedNN.json in `folder`, in order of path.
+
+    Raises UserError for a file that is no record, or that lies where another run's belongs.
+    """
+    records = []
+    for path in sorted(Path(folder).glob("*/*.json")):
+        record = read_typed(path, SymbolicRecord if study == "B1" else ConversionRecord, "delete it and run it again")
+        if path.relative_to(folder) != record_path(record):
+            raise UserError(f"{path}: holds the record of {record_path(record)}: move it there")
+        records.append(record)
+    return records
+
+
+def record_path(record: Record) -> Path:
+    """Where a record lies in the folder of its study."""
+    name = f"seed{record.seed:02d}.json"
+    if isinstance(record, SymbolicRecord):
+        name = f"{record.pairs}pairs-{name}"
+    return Path(record.arm, name)
+
+
+def endpoint_conditions(section: dict[str, Any]) -> list[str]:
+    """The conditions whose unweighted mean is endpoint N."""
+    endpoint = section["endpoint"]
+    return [f"{cells} {kind}" for cells in endpoint["cells"] for kind in endpoint["kinds"]]
+
+
+def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
+    """Unweighted mean accuracy of these conditions. Raises UserError if one was not asked."""
+    missing = [condition for condition in conditions if condition not in record.answers]
+    if missing:
+        raise UserError(
+            f"{record.study}/{record_path(record)}: has no answers of {missing[0]!r}: delete it and run it again"
+        )
+    return 100 * statistics.fmean(record.answers[condition].rate() for condition in conditions)
+
+
+def fingerprint_of(losses: Sequence[float]) -> str:
+    """A hash of the first losses of a run: equal where library, processor and number of threads round alike."""
+    return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
