@@ -1,4 +1,4 @@
-"""Boxes in answers of PaliGemma's location tokens."""
+"""Boxes in PaliGemma's answers."""
 
 import re
 
