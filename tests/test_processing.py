@@ -455,8 +455,9 @@ def test_decode_keeps_locations_that_a_tokenizer_marks_special():
 
 def test_boxes_are_y_x_y_x_in_1024_steps():
     text = "<loc0128><loc0102><loc0512><loc0512> cat ; <loc0000><loc0000><loc1023><loc1023> red dog"
-    boxes = [(200 * 102 / 1024, 10.0, 100.0, 40.0), (0.0, 0.0, 200 * 1023 / 1024, 80 * 1023 / 1024)]
-    assert locs_to_boxes(text, width=200, height=80) == list(zip(boxes, ["cat", "red dog"], strict=True))
+    cat = (102 / 1024 * 200, 128 / 1024 * 80, 100.0, 40.0)
+    dog = (0.0, 0.0, 1023 / 1024 * 200, 1023 / 1024 * 80)
+    assert locs_to_boxes(text, width=200, height=80) == [(cat, "cat"), (dog, "red dog")]
 
 
 def test_malformed_parts_are_skipped():
