@@ -57,9 +57,8 @@ class Config:
     needles: tuple[Side, ...] = (1,)  # captions per question
     samples: Whole = 0  # positives, and negatives, a setting; 0: the benchmark's own number
     per_cell: Whole = 0  # this many positives of every cell instead of the first ones
-    cell: Annotated[int, Meta(ge=0, le=4096)] = (
-        0  # side of a built cell in pixels; 0: 64 of the embedded pool, 256 of other images
-    )
+    # side of a built cell in pixels; 0: 64 of the embedded pool, 256 of other images
+    cell: Annotated[int, Meta(ge=0, le=4096)] = 0
     seed: int = 0  # seed of the generated haystacks
     # --- what comes out
     attention: Whole = 0  # measure attention on the needle with this many positives per setting

@@ -21,8 +21,8 @@ class Config(finetune_original.Config):
 
 
 def describe_presets() -> str:
-    """One line per preset, for --help."""
-    return "\n".join(f"    {name:18}{preset.formula}" for name, preset in PRESETS.items())
+    """One line per preset, for --help: formula, start, what learns first, cost, source."""
+    return "\n".join(f"    {name:18}{preset.describe()}" for name, preset in PRESETS.items())
 
 
 @one_line_errors

@@ -179,9 +179,11 @@ def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Fi
 
 def lambda_curves(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """{layer: [(step, lambda)]}: the start, then every logged update. Where lambda depends on the token and is not
-    logged, its mean at every evaluation."""
+    logged, its mean at every evaluation; {} for a method without lambda."""
     measured = [
-        (line["step"], {n: m["lambda"] for n, m in line["inside"].items()}) for line in lines if "inside" in line
+        (line["step"], {n: m["lambda"] for n, m in line["inside"].items() if "lambda" in m})
+        for line in lines
+        if "inside" in line
     ]
     logged = [(line["step"], line["lambda"]) for line in lines if "lambda" in line]
     points = [*(point for point in measured if point[0] == 0), *logged] if logged else measured

@@ -35,7 +35,7 @@ def rank_candidates(
     mask, positions = plan.mask, model.model.positions(batch["attention_mask"])
     x = model.model.embed(batch["input_ids"], features, plan.image_tokens)
     cache = KVCache(language, count, length, x.dtype, x.device)
-    first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
+    first = model.head(language(x, positions, mask, cache, keep_last=1)[:, -1]).float().log_softmax(-1)  # [B, V]
     best = []
     for row in range(count):
         valid = batch["attention_mask"][row]

@@ -13,13 +13,14 @@ from diagnostics import (
     answer_attention,
     compute_layer_maps,
     first_map,
+    lambda_values,
     measure_maps,
     row_entropy,
     select_heads,
     subtracted_map,
     visit_differential_layers,
 )
-from differential_attention import differential_modules
+from differential_attention import add_differential, differential_modules
 from fused_ops import blend
 
 
@@ -60,10 +61,30 @@ def test_diagnostics():
     start = {name: line["lambda"] for name, line in measure_maps(token, batch).items()}
     assert measure_maps(token, other).items() and all(0 < value < 1 for value in start.values())
     assert {name: line["lambda"] for name, line in measure_maps(token, other).items()} == start
-    single = measure_maps(build("norm_only"), batch)
-    assert all(set(line) == {"lambda", "entropy1"} for line in single.values())
     uniform = torch.full((1, 1, 2, 8), 1 / 8)
     assert row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
+
+
+PAIR = {"entropy1", "entropy2", "cosine", "distance"}
+MEASURED = {
+    "norm_only": {"entropy1"},
+    "gate": {"entropy1"},
+    "additive": PAIR,
+    "sharpen": PAIR,
+    "dex": {"lambda", "entropy1", "cosine", "distance"},
+    "src_gemma_samemap": {"lambda", *PAIR},
+}
+
+
+@pytest.mark.parametrize("preset", MEASURED)
+def test_what_a_method_does_not_have_is_not_measured(preset):
+    """No lambda of a control without one, no second output of a gate; values in their own places."""
+    model, batch = stir(build(preset)), tiny.batch()
+    for name, line in measure_maps(model, batch).items():
+        assert set(line) == MEASURED[preset]
+        assert line["entropy1"] > 0 and -1 <= line.get("cosine", 0) <= 1 + 1e-6
+        value = lambda_values(model).get(name)
+        assert line.get("lambda") == (value if value is None else pytest.approx(value))
 
 
 def test_compiled_layers_are_visited_as_well():
@@ -89,6 +110,13 @@ def test_dex_takes_the_heads_of_highest_entropy():
     for name, module in differential_modules(model).items():
         assert module.selected.sum() == 2
         assert entropies[name][module.selected == 1].min() > entropies[name][module.selected == 0].max()
+
+
+def test_dex_keeps_one_head_of_a_layer_with_one():
+    model = tiny.ours_like(tiny.hf_model("gemma", num_attention_heads=1))
+    add_differential(model, "dex")
+    select_heads(model, tiny.batch())
+    assert all(module.selected.sum() == 1 for module in differential_modules(model).values())
 
 
 def test_maps_of_the_two_branches_are_attention_maps():

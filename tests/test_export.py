@@ -17,7 +17,7 @@ import checkpoint
 import export
 import finetune_diff
 import generate
-from adapters import merge, new_lora, save_lora
+from adapters import attach_adapter, merge, new_lora, save_lora
 from data import loader, make_data
 from differential_attention import DifferentialConfig, differential_parameters
 from files import read_json, write_json, write_manifest
@@ -216,6 +216,39 @@ def test_the_base_of_an_adapter(tiny_model, tmp_path, monkeypatch, name):
     assert config["base_model_name_or_path"] == local
     assert config["revision"] == ("abc" if "@" in name else None)
     assert checkpoint.resolve_run(tmp_path)[0] == (local if name.startswith("assets") else name)
+
+
+@pytest.mark.parametrize("how", ["no", "full"])
+def test_a_model_with_an_adapter_is_not_saved_as_a_whole(tiny_model, tmp_path, how):
+    """Nothing could load the folder; merged, the model is saved."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    new_lora(Config(train_projector=how), model)
+    with refused("save_pretrained", "merge it"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    merge(model)
+    model.save_pretrained(tmp_path / "model")
+    PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
+def test_a_full_memory_is_not_taken_for_a_fault_of_the_adapter(tiny_model, tmp_path, monkeypatch):
+    """It keeps its own message, which names the flags that help."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    save_lora(new_lora(Config(), model), tmp_path)
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attach_adapter(PaliGemmaForConditionalGeneration.from_pretrained(tiny_model), tmp_path)
+
+
+def test_a_model_in_4_bits_is_not_saved(tiny_model, tmp_path):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    model.is_loaded_in_4bit = True  # set by adapters.quantize
+    with refused("save_pretrained", "4 bits"):
+        model.save_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])

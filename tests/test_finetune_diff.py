@@ -135,7 +135,7 @@ def test_first_adapters_batches_and_dropout_of_both_arms_are_bit_equal(config, t
         assert all(torch.equal(batch[key], other_batch[key]) for key in batch)
 
 
-@pytest.mark.parametrize("preset", [None, "split", "v2", "v1_width", "additive", "grouped"])
+@pytest.mark.parametrize("preset", [None, "split", "v2", "v1_width", "additive", "grouped", "src_gemma_samemap"])
 def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
     """Values weighed by it are what the layer's attention gives."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=preset)
@@ -151,7 +151,7 @@ def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
         v = attend.attention_inputs(x, rotary, mask, None, None)[2]
         acting = acting_map(attend, x, rotary, mask).unflatten(1, (v.shape[1], -1))
         weighed = apply_maps(acting, v)
-        if preset == "v1_width":  # a norm follows the map
+        if preset in ("v1_width", "src_gemma_samemap"):  # a norm follows the map
             weighed = attend.differential.head_norm(weighed)
         weighed = weighed[:, :, -out.shape[1] :]  # the last layer answers for label rows alone
         torch.testing.assert_close(attend.o_proj(weighed.transpose(1, 2).flatten(2)), out, atol=1e-5, rtol=1e-4)

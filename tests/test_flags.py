@@ -2,13 +2,22 @@
 
 import contextlib
 import io
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 from refusals import refused
+from tyro._docstrings import get_field_docstring
 
+import demo
+import eval_mmnih
+import export
 import finetune_diff
 import finetune_original
+import generate
+import make_report
+import plots
+import study
 from differential_attention import DifferentialConfig
 from errors import UserError
 from finetune_original import parse_config
@@ -97,6 +106,23 @@ def test_help_groups_the_flags_and_describes_each(capsys, monkeypatch):
     for name, title in (("lora_rank", 0), ("workers", 1), ("lr", 2), ("patience", 3), ("differential.preset", 4)):
         assert any(line.startswith(f"--{name} ") for line in lines[places[title] : ends[title]]), name
     assert "rank of the low-rank updates" in " ".join(lines)
+
+
+SCRIPTS = (demo, eval_mmnih, export, finetune_diff, finetune_original, generate, make_report, plots, study)
+
+
+def descriptions(config_class: type) -> Iterator[tuple[str, str | None]]:
+    """Yields (name, comment as --help shows it) of every field of a Config, those of nested ones too."""
+    for field in fields(config_class):
+        yield field.name, get_field_docstring(config_class, field.name, ())
+        if is_dataclass(field.type):
+            yield from descriptions(field.type)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
+def test_help_describes_every_flag(script):
+    found = dict(descriptions(script.Config))
+    assert found and [name for name, comment in found.items() if not comment] == []
 
 
 def test_haystacks_need_a_size_of_grid():

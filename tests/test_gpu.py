@@ -269,8 +269,8 @@ def test_a_forward_and_backward_pass_never_wait(preset):
 def test_a_cuda_graph_decodes_the_tokens_of_the_cpu(family, preset, monkeypatch):
     """Ragged prompts, twice, in float32; the graph is recorded once a call."""
     captured = []
-    real = modeling_vlm.FixedStepDecoder.capture
-    monkeypatch.setattr(modeling_vlm.FixedStepDecoder, "capture", lambda self: captured.append(1) or real(self))
+    real = modeling_vlm.StaticStepDecoder.capture
+    monkeypatch.setattr(modeling_vlm.StaticStepDecoder, "capture", lambda self: captured.append(1) or real(self))
     model = tiny.ours_like(tiny.hf_model(family, amplify=1.0))
     if preset:
         add_differential(model, preset)

@@ -450,6 +450,11 @@ def test_decode_keeps_locations_that_a_tokenizer_marks_special():
     assert processor.decode(torch.tensor(ids)) == "<loc0007><seg001> cat"
 
 
+def test_a_batch_without_prompts_is_refused(tiny):
+    with pytest.raises(UserError, match="give at least one"):
+        tiny([], [])
+
+
 # ---- boxes
 
 
