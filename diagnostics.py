@@ -17,6 +17,8 @@ from config_fields import IGNORED_LABEL
 from differential_attention import DifferentialAttention, SingleMap, differential_modules
 from fused_ops import apply_maps, blend, split_keys
 
+# the first ones of each evaluation set, whose answers, images and attention a run saves, for plots.py
+SAVED_QUESTIONS = 2
 SMALLEST_NORM = 1e-12  # of an output that another is divided by
 
 
@@ -173,10 +175,11 @@ def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor
     """Attention of the answer tokens to the image patches, heads averaged: [layers, B, T, N of all images].
 
     `map_of`: `acting_map`, the map that acts: A in standard attention, A1 + gamma (A1 - A2) or A1 - lambda A2 in
-    differential attention; or one of its parts, `first_map` and `subtracted_map`. `batch` has labels of T tokens in
-    every row, and the same number of image tokens in every prompt; entry t is the attention that predicts token t.
+    differential attention; or one of its parts, `first_map` and `subtracted_map`. T: label tokens of the shortest
+    answer; entry t is the attention that predicts token t. All prompts of `batch` have the same number of image tokens.
     """
     predicts = batch["labels"][:, 1:] != IGNORED_LABEL
+    predicts &= predicts.cumsum(1) <= predicts.sum(1).min()
     is_patch = model.model.patch_tokens(batch["input_ids"], batch.get("image_sizes"))
     count, layers = len(predicts), model.model.language_model.layers
     found = []

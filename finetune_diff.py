@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import finetune_original
 from differential_attention import PRESETS, DifferentialConfig
-from errors import one_line_errors
+from errors import UserError, one_line_errors
 
 
 @dataclass
@@ -29,6 +29,8 @@ def describe_presets() -> str:
 def main():
     description = f"{__doc__}\nPresets of --differential.preset:\n\n{describe_presets()}"
     config = finetune_original.parse_config(Config, description)
+    if config.differential.seed:
+        raise UserError("--differential.seed: is that of --seed: leave it out")
     config = replace(config, differential=replace(config.differential.resolve(), seed=config.seed))
     preset = "" if config.differential.preset == "split" else f"_{config.differential.preset}"
     finetune_original.finetune(config, arm=f"diff{preset}", differential=config.differential)

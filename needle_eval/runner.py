@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from files import decode_typed, read_bytes, writing
+from files import decode_typed, read_bytes, write_text, writing
 from needle_eval.questions import ImageReference, Question, open_reference
 from needle_eval.ranking import rank_candidates
 from processing_paligemma import PaliGemmaProcessor
@@ -282,10 +282,7 @@ def read_answers(file: Path, questions: list[Question], cut_last_line: bool = Fa
 
 def write_answers(file: Path, rows: list[dict]):
     """Write the file again, whole and in order."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with writing(file):
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(file)
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class AnswerLog:

@@ -9,11 +9,15 @@ from test_differential import build, causal, layer, projected, stir
 
 from attention import Attend, apply_rotary, attention_maps
 from diagnostics import (
+    acting_map,
+    answer_attention,
     compute_layer_maps,
+    first_map,
     lambda_values,
     measure_maps,
     row_entropy,
     select_heads,
+    subtracted_map,
     visit_differential_layers,
 )
 from differential_attention import add_differential, differential_modules
@@ -123,3 +127,17 @@ def test_maps_of_the_two_branches_are_attention_maps():
     )
     torch.testing.assert_close(seen.map1, attention_maps(q, k, causal(), 8**-0.5).flatten(1, 2))
     assert (seen.map1 - seen.map2).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("map_of", [acting_map, first_map, subtracted_map])
+def test_attention_of_answers_of_unequal_length_is_that_of_each_row_alone(map_of):
+    """Cut to the shortest answer: "10, 4, 2" has a token more than "1, 4, 2"."""
+    model, lengths = stir(build("split")), (8, 9, 8)
+    batch = tiny.batch(prefixes=(5, 2, 4), suffixes=lengths)
+    attention = answer_attention(model, batch, map_of)
+    assert attention.shape[1:3] == (3, 8)
+    for row, length in enumerate(lengths):
+        one = {key: tensor[row : row + 1] for key, tensor in batch.items()}
+        alone = answer_attention(model, one, map_of)
+        assert alone.shape[2] == length
+        torch.testing.assert_close(attention[:, row], alone[:, 0, :8], atol=1e-6, rtol=1e-5)

@@ -22,6 +22,7 @@ from data import loader, make_data
 from differential_attention import DifferentialConfig, differential_parameters
 from files import read_json, write_json, write_manifest
 from finetune_original import Config, finetune
+from model_card import adapter_card, hide_folders
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from models import classes_of
 from processing_paligemma import PaliGemmaProcessor
@@ -170,6 +171,36 @@ def test_the_card_of_an_adapter(runs, arm):
     expected = [line["eval"] for line in log if "eval" in line][-1]
     assert found == {rows: 100 * right / n for rows, (right, n) in expected.items()}
     assert str(runs) not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_update_has_the_examples_of_all_micro_batches():
+    record = {"base_model": "org/name", "config": {"data": "haystack", "batch_size": 8, "accumulation": 4}, "step": 3}
+    assert "| updates | `3, 32 examples each` |" in adapter_card(record, {}, None, "paligemma")
+
+
+def test_a_checkpoint_has_no_scores_of_an_earlier_evaluation(tiny_model, tmp_path):
+    config = Config(model=str(tiny_model), output_dir=str(tmp_path), **SHORT | {"save_every": 1, "keep_checkpoints": 3})
+    finetune(config, "original")
+    texts = {
+        folder: (tmp_path / folder / "adapter/README.md").read_text() for folder in ("checkpoints/step-000001", "final")
+    }
+    assert "Wilson" not in texts["checkpoints/step-000001"] and "Wilson" in texts["final"]
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/jane doe/data/my.jsonl", "my.jsonl"),
+        (r"C:\Users\jane\x.jsonl", "x.jsonl"),
+        ("haystack:/home/jane/pets/", "haystack:pets"),
+        (r"vqav2:C:\Users\jane\coco", "vqav2:coco"),
+        ("haystack", "haystack"),
+        ("hub:org/name", "hub:org/name"),
+        ("assets/sample/rows.jsonl", "assets/sample/rows.jsonl"),
+    ],
+)
+def test_a_card_names_no_folder_of_this_machine(path, shown):
+    assert hide_folders(path) == shown
 
 
 @pytest.mark.parametrize("name", ["org/name", "org/name@abc", "assets/paligemma-nano"])

@@ -75,7 +75,7 @@ def test_lambda_warms_up_over_its_share_of_training(config):
 def test_the_saved_run_computes_what_was_trained(config, monkeypatch):
     trained = []
     evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", lambda *args: trained.append(args[2]) or evaluate(*args))
+    monkeypatch.setattr(training, "evaluate", lambda *args: trained.append(args[0].model) or evaluate(*args))
     train(config)
     loaded = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
     processor = PaliGemmaProcessor.from_pretrained(config.output_dir)
@@ -201,6 +201,12 @@ def test_results_of_a_finished_baseline_are_printed_beside(config, tmp_path, cap
     assert "original, after" not in capsys.readouterr().out
     train(config)
     assert "original, after" in capsys.readouterr().out
+    ours, theirs = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "original_seed0"))
+    assert run_folder.differing_fields(ours, theirs) == [] and theirs["base_weights"] and "train" in theirs["data"]
+    for key, value in {"base_weights": "x", "base_revision": "y", "dtype": "torch.bfloat16"}.items():
+        assert run_folder.differing_fields(ours, theirs | {key: value}) == [key]
+    other = theirs | {"data": theirs["data"] | {"train": {"rows": 1, "sha256": ""}}}
+    assert run_folder.differing_fields(ours, other) == ["contents of train"]
 
 
 def test_v1_on_one_kv_head_is_refused_before_anything_is_written(config):

@@ -141,3 +141,10 @@ def test_help_names_every_preset_and_no_section_of_the_source(capsys, monkeypatc
         text = capsys.readouterr().out
         assert "# ---" not in text and "│ ---" not in text
     assert all(f" {name} " in text for name in PRESETS)
+
+
+def test_the_seed_of_differential_attention_is_that_of_the_run(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["finetune_diff.py", "--differential.seed=3"])
+    with pytest.raises(SystemExit) as end:
+        finetune_diff.main()
+    assert end.value.code == 2 and "--differential.seed: is that of --seed" in capsys.readouterr().err
