@@ -39,7 +39,7 @@ from haystack import (
     read_captioned_images,
     read_split,
 )
-from processing_paligemma import PaliGemmaProcessor, stack_inputs
+from processing_paligemma import Processor, stack_inputs
 
 if TYPE_CHECKING:
     from finetune_original import Config
@@ -706,7 +706,7 @@ def batch_by_length(order: list[int], batch: int, lengths: list[int], generator:
     return [batches[b] for b in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
+def text_lengths(source: Source, processor: Processor) -> list[int]:
     """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read. Of haystacks
     the tokens of the images alone, which differ much more than the questions do."""
     if isinstance(source, Haystacks):
@@ -722,13 +722,13 @@ def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def longest_token(processor: PaliGemmaProcessor) -> int:
+def longest_token(processor: Processor) -> int:
     """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
     return max(map(len, processor.tokenizer.get_vocab()))
 
 
 def encode_row(
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     name: str,
     prefix: str,
     suffix: str | None,
@@ -756,7 +756,7 @@ def encode_row(
 class Fetch(Dataset):
     """What a worker of the loader runs: one example, tokenised, its images as pixels; or the UserError of the row."""
 
-    def __init__(self, source: Source, processor: PaliGemmaProcessor, with_suffix: bool, max_length: int | None):
+    def __init__(self, source: Source, processor: Processor, with_suffix: bool, max_length: int | None):
         self.source, self.processor, self.with_suffix, self.max_length = source, processor, with_suffix, max_length
 
     def __getitem__(self, key: tuple[int, int]) -> tuple | UserError:
@@ -793,7 +793,7 @@ class Fetch(Dataset):
 
 def loader(
     source: Source,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     batches: Iterable[list[tuple[int, int]]],
     with_suffix: bool,
     workers: int = 0,

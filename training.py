@@ -57,7 +57,7 @@ from model_card import adapter_card
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import format_rate, rate
-from processing_paligemma import PaliGemmaProcessor
+from processing_paligemma import Processor
 from run_folder import (
     Run,
     Stopped,
@@ -208,7 +208,7 @@ def train(
     config: "Config",
     model: nn.Module,
     adapted: nn.Module,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     source: Source,
     eval_sets: dict[str, Source],
 ):
@@ -360,7 +360,7 @@ def training_batches(
     run: Run,
     config: "Config",
     model: nn.Module,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     source: Source,
     first_step: int,
     lengths: list[int] | None = None,
@@ -404,7 +404,7 @@ def make_vision_cache(config: "Config", model: nn.Module, source: Source) -> Vis
 
 
 def first_rows(
-    run: Run, limit: int, processor: PaliGemmaProcessor, source: Source, count: int, with_suffix: bool
+    run: Run, limit: int, processor: Processor, source: Source, count: int, with_suffix: bool
 ) -> dict[str, Tensor]:
     """The first `count` rows of a source, of at most `limit` tokens, as a batch on the device."""
     rows = [[(0, i) for i in range(min(count, len(source)))]]
@@ -520,7 +520,7 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
     run.accelerator.wait_for_everyone()
 
 
-def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
+def save_attention(run: Run, model: nn.Module, processor: Processor, eval_sets: dict[str, Source]):
     """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors.
 
     Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors. What
@@ -575,7 +575,7 @@ class Evaluation:
     run: Run
     config: "Config"
     model: nn.Module
-    processor: PaliGemmaProcessor
+    processor: Processor
     sets: dict[str, Source]
     questions: dict[str, list[Question]]  # the rows of every set
     probe: dict[str, Tensor] = field(default_factory=dict)  # prompts on which both maps are measured
@@ -587,7 +587,7 @@ class Evaluation:
 
 
 def make_evaluation(
-    run: Run, config: "Config", model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]
+    run: Run, config: "Config", model: nn.Module, processor: Processor, eval_sets: dict[str, Source]
 ) -> Evaluation:
     """The evaluation of a run, without a probe. Raises UserError for a row that --metric cannot score."""
     questions = make_questions(config, model, processor, eval_sets)
@@ -595,7 +595,7 @@ def make_evaluation(
 
 
 def make_questions(
-    config: "Config", model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]
+    config: "Config", model: nn.Module, processor: Processor, eval_sets: dict[str, Source]
 ) -> dict[str, list[Question]]:
     """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error.
 
@@ -779,7 +779,7 @@ def print_setup(
     config: "Config",
     model: nn.Module,
     adapted: nn.Module,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     source: Source,
     total_steps: int,
 ):

@@ -24,7 +24,7 @@ from errors import UserError
 from files import decode_typed, lock_folder, read_bytes, read_json, write_json, writing
 from machine import device_name, git_commit, portable_path, versions
 from needle_eval.questions import Question, check_row
-from processing_paligemma import PaliGemmaProcessor
+from processing_paligemma import Processor
 
 if TYPE_CHECKING:
     from eval_mmnih import Config
@@ -94,7 +94,7 @@ def make_record(
     benchmark: ModuleType,
     questions: list[Question],
     model: str,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     dtype: torch.dtype,
     accelerator: Accelerator,
 ) -> dict:
