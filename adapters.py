@@ -64,9 +64,9 @@ model = from_pretrained("{name}")  # transformers' class, with differential atte
 ```
 """
 
-# The class of the base model in adapter_config.json: AutoPeftModel loads the first and refuses the second by its name.
-STANDARD_LIBRARY, DIFFERENTIAL_LIBRARY = "transformers", "differential_paligemma"
-
+# `parent_library` in adapter_config.json, from which AutoPeftModel imports the class of the base model. The second one
+# marks differential attention on any base model: no library has its name, so AutoPeftModel refuses the adapter.
+STANDARD_LIBRARY, DIFFERENTIAL_MARK = "transformers", "differential_paligemma"
 
 # The parts beside the language model that can be trained, and their linear layers.
 PARTS = {
@@ -172,7 +172,17 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    freeze_unused(adapted)
+    return adapted
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Freeze what is stored but never run, such as CLIP's last layer: it would never get a gradient, for which
+    DistributedDataParallel waits."""
+    for tower in [module for module in model.modules() if hasattr(module, "unused_modules")]:
+        for module in tower.unused_modules():
+            module.requires_grad_(False)
 
 
 def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool = False) -> "PeftModel":
@@ -209,7 +219,10 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
                 torch_device="cpu",
                 key_mapping=KEYS_TO_MEMORY,
             )
+            freeze_unused(adapted)
             used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except torch.OutOfMemoryError:  # says nothing about the adapter
+        raise
     except Exception as error:  # peft raises any exception for a wrong value
         reason = one_line(error)[:300]
         raise UserError(f"{folder}: this adapter does not fit the model ({reason}): give its own base model") from error
@@ -252,7 +265,7 @@ def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
     loads a standard model, and refuses one with differential attention, which it would leave out."""
     file, library = (
         Path(folder, ADAPTER_CONFIG),
-        DIFFERENTIAL_LIBRARY if differential_config(model) else STANDARD_LIBRARY,
+        DIFFERENTIAL_MARK if differential_config(model) else STANDARD_LIBRARY,
     )
     mapping = {"base_model_class": type(model).__name__, "parent_library": library}
     write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | fields)
@@ -367,7 +380,7 @@ def declared_differential(base: Path, adapter: Path | None) -> Path | None:
     if adapter is None:
         model_type = read_json(base / "config.json").get("model_type")
         return base / "config.json" if str(model_type).startswith(DIFFERENTIAL_PREFIX) else None
-    if (read_adapter_config(adapter).auto_mapping or {}).get("parent_library") == DIFFERENTIAL_LIBRARY:
+    if (read_adapter_config(adapter).auto_mapping or {}).get("parent_library") == DIFFERENTIAL_MARK:
         return adapter / ADAPTER_CONFIG
     run = find_run_record(adapter)
     if run is not None and str(read_json(run).get("arm")).startswith("diff"):

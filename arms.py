@@ -4,7 +4,6 @@ Everything is read from the files of the runs; no model is loaded. A difference 
 over questions that are pooled as if seeds did not matter.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,20 @@ from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import Difference
 from needle_eval.questions import normalise
 from needle_eval.report import compare_folders, group_of, open_record, prepare_rows
-from needle_eval.statistics import MIN_SEEDS, holm, mean_over_seeds, paired_t, rate
+from needle_eval.statistics import (
+    MIN_SEEDS,
+    has_spread,
+    holm,
+    mean_of_independent,
+    mean_over_seeds,
+    paired_t,
+    rate,
+)
 from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_record, read_samples
 from study_report import ALPHA, p_text, signed
 
 NOT_AN_ARM = RESUMABLE_FIELDS | {"seed", "differential.seed", "processes"}  # fields that runs of one arm may differ in
-ROUNDING = 1e-9  # points; smaller differences between seeds are rounding
+NOT_FINAL = ("best-", "step-", "knockout-")  # how the names of evaluations of other weights than those of final/ begin
 TRAINING = "training"  # the name of the last evaluation of the runs themselves
 
 
@@ -171,8 +178,7 @@ def measure_evaluations(arms: Arms, notes: list[str]) -> list[Measured]:
             found.append(measure_evaluation(name, folders))
         except UserError as error:
             notes.append(str(error))
-    # answers that were generated come before ranked ones, which are another metric
-    return sorted(found, key=lambda measured: is_ranked(measured))
+    return sorted(found, key=rank_of_evaluation)
 
 
 def measure_evaluation(name: str, folders: dict[str, dict[int, Path]]) -> Measured:
@@ -207,10 +213,14 @@ def read_answers(folder: Path) -> tuple[list[dict], Any]:
     return prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark), benchmark
 
 
-def is_ranked(measured: Measured) -> bool:
-    """Whether the answers of an evaluation are the likeliest of given ones."""
+def rank_of_evaluation(measured: Measured) -> tuple[bool, bool, bool, str]:
+    """Sorts evaluations, the one that answers the question first: generated answers before ranked ones, which are
+    another metric; final/ before best/, which was chosen on test rows, and before checkpoints and knocked-out models;
+    the protocol of training before others."""
     folder = next(iter(next(iter(measured.folders.values())).values()))
-    return open_record(folder)[0]["decoding"] == "ranked"
+    record, _ = open_record(folder)
+    is_final = not measured.name.startswith(NOT_FINAL)
+    return record["decoding"] == "ranked", not is_final, record["config"].get("protocol") != "finetuned", measured.name
 
 
 # ---- one arm against the baseline
@@ -228,7 +238,7 @@ class Contrast:
         """The paired t test over the seeds; None for fewer than three, and where all differences are equal: without a
         spread over the seeds there is nothing to test against."""
         values = [found.mean for found in self.differences[group]]
-        return paired_t(values) if len(values) >= MIN_SEEDS and max(values) - min(values) > ROUNDING else None
+        return paired_t(values) if len(values) >= MIN_SEEDS and has_spread(values) else None
 
     def pooled(self, group: str) -> Difference:
         """The mean over the seeds, with its 95 % interval where there are three."""
@@ -264,13 +274,10 @@ def to_points(label: str, difference: dict) -> Difference:
 
 
 def average(label: str, parts: Sequence[Difference]) -> Difference:
-    """The mean of independent differences; its interval from theirs (Zou and Donner 2008, MOVER)."""
-    mean = statistics.fmean(part.mean for part in parts)
+    """The mean of independent differences, with its interval where all of them have one."""
     if any(part.low is None for part in parts):
-        return Difference(label, mean, None, None)
-    below = math.hypot(*(part.mean - part.low for part in parts)) / len(parts)
-    above = math.hypot(*(part.high - part.mean for part in parts)) / len(parts)
-    return Difference(label, mean, mean - below, mean + above)
+        return Difference(label, statistics.fmean(part.mean for part in parts), None, None)
+    return Difference(label, *mean_of_independent([(part.mean, part.low, part.high) for part in parts]))
 
 
 # ---- the answer

@@ -7,7 +7,8 @@ fewer, each shared by H / R heads).
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,29 @@ from fused_ops import (
     softmax_maps,
 )
 
-# On a CPU the forward + backward of differential attention is faster with explicit maps than with SDPA up to this many
-# keys (in bfloat16 with shared keys: below it); above it their memory costs more. Standard attention would be faster
-# with SDPA, by up to a third; it takes the same path so that both arms start bit-equal (benchmarks/attention_paths.py).
+if TYPE_CHECKING:  # takes a second
+    from torch.nn.attention.flex_attention import BlockMask
+
+# Up to this many keys, forward + backward of differential attention on a CPU is faster with explicit maps than with
+# SDPA; above it the maps take too much memory. (With shared keys in bfloat16 SDPA already wins below it.) Standard
+# attention takes the same path although SDPA would be up to a third faster: the arms must start bit-equal. Measured by
+# benchmarks/attention_paths.py.
 EXPLICIT_MAX_KEYS = 512
 FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: multiples of the step
+FLASH_CAPABILITY = (8, 0)  # CUDA's compute capability of Ampere: older cards have no flash attention
 SMALL_SHARED_MEMORY = 160 << 10  # bytes a block may use on cards that need smaller tiles (sm86, sm89, sm12x: 99 KB)
+FLEX_LARGE_DIM, SMALL_TILE = 128, 32  # head dims above the first need these tiles there
+
+
+def is_visible(q: Tensor, k: Tensor, start: Tensor, prefix_end: Tensor, end: Tensor, window: int | None) -> Tensor:
+    """Whether the query at position q may attend to the key at position k of a row; all arguments broadcast.
+
+    `start`, `prefix_end` and `end` are those of `PrefixMask`; with a `window`, a suffix query sees the last `window`
+    keys only.
+    """
+    causal = k <= q if window is None else (k <= q) & (k > q - window)
+    both_in_prefix = (q < prefix_end) & (k < prefix_end)
+    return (causal | both_in_prefix) & (k >= start) & (k < end)
 
 
 @dataclass(frozen=True)
@@ -63,8 +81,10 @@ class PrefixMask:
     def from_tensors(cls, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> "PrefixMask":
         """The mask of `attention_mask` [B, L] (1 token, 0 pad) and `token_type_ids` [B, L] (1 suffix).
 
-        Raises UserError for a row that is not pads, prefix, suffix, pads without gaps.
+        Raises UserError for a batch without rows, and for a row that is not pads, prefix, suffix, pads without gaps.
         """
+        if not attention_mask.numel():
+            raise UserError(f"attention_mask of shape {tuple(attention_mask.shape)} is empty: give at least one token")
         valid = attention_mask.bool()
         suffix = valid & (token_type_ids == 1) if token_type_ids is not None else torch.zeros_like(valid)
         length = valid.shape[1]
@@ -77,7 +97,7 @@ class PrefixMask:
         expected_suffix = expected_valid & (index >= prefix_end[:, None])
         has_no_gap = ((valid == expected_valid) & (suffix == expected_suffix)).all()
         extremes = [reduce(t) for t in (start, prefix_end, end) for reduce in (torch.min, torch.max)]
-        has_no_gap, *spans = torch.stack([has_no_gap.long(), *extremes]).tolist()  # one transfer to the host
+        has_no_gap, *spans = torch.stack([has_no_gap.long(), *extremes]).tolist()  # one transfer to the CPU
         if not has_no_gap:
             raise UserError(
                 "attention_mask or token_type_ids has a gap: a row must be pads, prefix (type 0), suffix (type 1), pads"
@@ -91,7 +111,7 @@ class PrefixMask:
         With a `window`, a suffix query sees the last `window` keys only. Keys past `end` count as tokens once `keys`
         is longer than the prompt: they were generated.
         """
-        key = queries == keys, window  # no length is in it, so that compiled code fits all lengths
+        key = queries == keys, window  # without lengths: torch.compile would specialise on them and recompile
         if key not in self._dense or self._dense[key].shape[-2:] != (queries, keys):
             self._dense[key] = self.block((keys - queries, keys), (0, keys), window)
         return self._dense[key]
@@ -101,9 +121,7 @@ class PrefixMask:
         q = torch.arange(*queries, device=self.start.device)[None, :, None]
         k = torch.arange(*keys, device=self.start.device)[None, None, :]
         start, prefix_end, end = (x[:, None, None] for x in (self.start, self.prefix_end, self.end))
-        causal = k <= q if window is None else (k <= q) & (k > q - window)
-        both_in_prefix = (q < prefix_end) & (k < prefix_end)
-        return ((causal | both_in_prefix) & (k >= start) & (k < end))[:, None]
+        return is_visible(q, k, start, prefix_end, end, window)[:, None]
 
     def visible_keys(self, first: int, last: int, keys: int) -> tuple[int, int, bool]:
         """For the queries at positions first .. last - 1: the first key that any of them sees, one past the last such
@@ -114,14 +132,15 @@ class PrefixMask:
         high = max(high, low + 1)  # a batch of pads
         return low, high, low == start and last <= prefix_end == high
 
-    def extend(self, tokens: int) -> "PrefixMask":
-        """The mask with `tokens` more suffix tokens in every row; rows must be padded on the left."""
+    def extend_by_one(self) -> "PrefixMask":
+        """The mask with one more suffix token in every row, for the one query of a decoding step, which still sees all
+        keys where `sees_all`; rows must be padded on the left."""
         start, prefix_end, (low, high) = self.spans
-        spans = (start, prefix_end, (low + tokens, high + tokens))
-        return PrefixMask(self.start, self.prefix_end, self.end + tokens, sees_all=self.sees_all, spans=spans)
+        spans = (start, prefix_end, (low + 1, high + 1))
+        return PrefixMask(self.start, self.prefix_end, self.end + 1, sees_all=self.sees_all, spans=spans)
 
     def to(self, device: torch.device | str) -> "PrefixMask":
-        """The same mask on another device; the host is not made to wait."""
+        """This mask on another device; the CPU is not made to wait."""
         start, prefix_end, end = torch.stack((self.start, self.prefix_end, self.end)).to(device, non_blocking=True)
         return PrefixMask(start, prefix_end, end, sees_all=self.sees_all, spans=self.spans)
 
@@ -130,30 +149,32 @@ class PrefixMask:
         return self.spans[2] == (keys, keys)
 
     def segments(self, queries: int, keys: int) -> Segments:
-        """The offsets for `varlen`: the last `queries` of `keys` positions, which are all, of rows padded on the left.
+        """Sequence offsets for the two calls of `varlen`, for the last `queries` of `keys` positions; every row must be
+        padded on the left only.
 
-        A first call lets pads, prefix and suffix of a row each attend to themselves without a mask, which is right for
-        the prefix; a second one lets the last queries attend causally, from the lower right corner, to all keys but the
-        pads, which is right for the suffix. What the calls compute besides is thrown away: rows need not be moved.
+        Call 1 runs pads, prefix and suffix as separate sequences without a mask: right for prefix queries. Call 2 runs
+        the last queries of each row causally against all of its keys but the pads: right for suffix queries. Each query
+        keeps the result of the call that is right for it; the other is discarded, so no tokens are moved.
         """
         key = "segments", queries == keys  # as in `dense`
         if key not in self._dense or self._dense[key][0] != queries:
             first, (shortest, longest) = keys - queries, self.spans[1]
-            tail, device = min(queries, keys - shortest), self.start.device
+            has_prefix = longest > max(first, self.spans[0][0])
+            count = min(queries, keys - shortest) if has_prefix else queries  # alone, call 2 serves every query
+            device = self.start.device
             row = torch.arange(len(self.start), device=device)[:, None]
             ends = torch.stack((self.start, self.prefix_end, torch.full_like(self.start, keys)), dim=1)
 
             def offsets(length: int, ends: Tensor) -> Tensor:
                 return F.pad((row * length + ends).flatten(), (1, 0)).int()
 
-            has_prefix = longest > max(first, self.spans[0][0])
-            positions = torch.arange(keys - tail, keys, device=device)
+            positions = torch.arange(keys - count, keys, device=device)
             segments = Segments(
-                offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,
-                offsets(keys, ends),
-                offsets(tail, tail * torch.arange(2, device=device)),
-                offsets(keys, ends[:, ::2]),
-                (positions >= self.prefix_end[:, None])[:, :, None, None],
+                prefix_cu_seqlens_q=offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,
+                prefix_cu_seqlens_k=offsets(keys, ends),
+                suffix_cu_seqlens_q=offsets(count, count * torch.arange(2, device=device)),
+                suffix_cu_seqlens_k=offsets(keys, ends[:, ::2]),
+                in_suffix=(positions >= self.prefix_end[:, None])[:, :, None, None],
             )
             self._dense[key] = queries, segments
         return self._dense[key][1]
@@ -165,21 +186,20 @@ class PrefixMask:
 
 
 class StepMask:
-    """The mask of one new token of every row, padded on the left, at a place that is a tensor: code that was recorded
-    once runs for every place."""
+    """The mask of one new token per row, as `PrefixMask` for left-padded rows, with the token's position in a tensor: a
+    captured CUDA graph or compiled step stays valid at every position."""
 
     sees_all = False
 
-    def __init__(self, start: Tensor, place: Tensor):
-        self.start, self.place = start, place  # [B], the first token of each row; [1], the place of the new token
+    def __init__(self, start: Tensor, position: Tensor):
+        self.start, self.position = start, position  # [B], the first token of each row; [1], where the new token is
         self._dense: dict = {}
 
     def dense(self, queries: int, keys: int, window: int | None = None) -> Tensor:
         """Bool mask [B, 1, 1, keys]; nothing is seen beyond the new token."""
         if (keys, window) not in self._dense:
-            k = torch.arange(keys, device=self.start.device)
-            seen = (k >= self.start[:, None]) & (k <= self.place)
-            seen = seen if window is None else seen & (k > self.place - window)
+            k, start = torch.arange(keys, device=self.start.device), self.start[:, None]
+            seen = is_visible(self.position, k, start, start, self.position + 1, window)
             self._dense[keys, window] = seen[:, None, None]
         return self._dense[keys, window]
 
@@ -251,14 +271,31 @@ def blended_reference(
 
 
 # ---- the paths
+Kernels = Literal["cpu", "cuda", "sdpa"]
 Path = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
 
 
+@torch.compiler.assume_constant_result
+def kernels_of(device: torch.device) -> Kernels:
+    """The kernels of a device: those of a CPU; those of a CUDA card of Ampere or later, which has flash attention and
+    FlexAttention (the meta device, on which memory is counted, stands for one); or of another device, SDPA alone."""
+    if device.type in ("cpu", "meta"):
+        return "cpu" if device.type == "cpu" else "cuda"
+    has_flash = device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
+    return "cuda" if has_flash and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY else "sdpa"
+
+
 def choose_path(
-    q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, softcap: float | None, window: int | None, device: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PrefixMask | None,
+    softcap: float | None,
+    window: int | None,
+    kernels: Kernels,
 ) -> Path:
-    """How attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] is computed on a type of `device`, in both
-    arms alike.
+    """How attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] is computed, in both arms alike, on a
+    device with these `kernels`.
 
     "maps": explicit maps, kept for the backward pass: few keys on a CPU or where nothing else fits, one query on a GPU.
     "chunks": explicit maps of a few queries at a time, computed again in the backward pass.
@@ -268,9 +305,9 @@ def choose_path(
     """
     has_kernel = softcap is None and k.shape[-1] == v.shape[-1]
     is_short = k.shape[2] <= EXPLICIT_MAX_KEYS
-    if device == "cpu":
+    if kernels == "cpu":
         return "maps" if is_short else "sdpa" if has_kernel else "chunks"
-    is_half = k.dtype in (torch.bfloat16, torch.float16)
+    is_half = kernels == "cuda" and k.dtype in (torch.bfloat16, torch.float16)  # flash attention and FlexAttention
     if q.shape[2] == 1 or (is_short and not has_kernel):
         return "maps"
     if has_kernel and (mask is None or window is None):
@@ -314,7 +351,7 @@ def attention(
 ) -> Tensor:
     """Standard attention -> [B, H, L, D] of q [B, H, L, D] and k, v [B, K, S, D]; without a mask all keys are seen."""
     window = useful_window(window, k.shape[2])
-    path = choose_path(q, k, v, mask, softcap, window, k.device.type)
+    path = choose_path(q, k, v, mask, softcap, window, kernels_of(k.device))
     if path == "maps":
         return attention_reference(q, k, v, dense_mask(mask, q.shape[2], k.shape[2], window), scale, softcap)
     if path == "chunks":
@@ -341,7 +378,7 @@ def blended_attention(
     of the first map and then those of the second; weight [1] or [B, H, L, 1].
     """
     window = useful_window(window, k.shape[2])
-    path = choose_path(q1, k, v, mask, softcap, window, k.device.type)
+    path = choose_path(q1, k, v, mask, softcap, window, kernels_of(k.device))
     if path == "maps":
         dense = dense_mask(mask, q1.shape[2], k.shape[2], window)
         return BlendedAttention.apply(q1, q2, k, v, weight, dense, scale, normalised, softcap)
@@ -378,7 +415,7 @@ class Attend:
         return blended_attention(q1, q2, k, v, self.mask, self.scale, weight, normalised, self.softcap, self.window)
 
     def rescale(self, factor: float) -> "Attend":
-        """The same attention with its scale times `factor`."""
+        """This attention with its scale times `factor`."""
         return replace(self, scale=self.scale * factor)
 
     def maps(self, q: Tensor, k: Tensor) -> Tensor:
@@ -451,25 +488,23 @@ def flex(
     return run(q, k, v, score_mod=cap, block_mask=blocks, scale=scale, enable_gqa=shared, kernel_options=tiles)
 
 
-def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None):
+def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None) -> "BlockMask":
     """The mask as FlexAttention takes it, made once a batch."""
     queries, keys = q.shape[2], k.shape[2]
     key = "blocks", queries == keys, window  # as in `PrefixMask.dense`
     if key not in mask._dense or mask._dense[key].shape[-2:] != (queries, keys):
         first = keys - queries
 
-        def sees(b, h, i, j):
-            i = i + first
-            causal = j <= i if window is None else (j <= i) & (j > i - window)
-            both_in_prefix = (i < mask.prefix_end[b]) & (j < mask.prefix_end[b])
-            return (causal | both_in_prefix) & (j >= mask.start[b]) & (j < mask.end[b])
+        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return is_visible(i + first, j, mask.start[b], mask.prefix_end[b], mask.end[b], window)
 
-        rows = len(mask.start)
-        mask._dense[key] = flex_module().create_block_mask(sees, rows, None, queries, keys, device=q.device)
+        batch = len(mask.start)
+        mask._dense[key] = flex_module().create_block_mask(sees, batch, None, queries, keys, device=q.device)
     return mask._dense[key]
 
 
-def flex_module():
+def flex_module() -> ModuleType:
+    """torch's FlexAttention, imported when it is needed."""
     import torch.nn.attention.flex_attention as module  # takes a second
 
     return module
@@ -477,14 +512,15 @@ def flex_module():
 
 @cache
 def compiled_flex() -> Callable:
+    """`flex_attention` as one compiled kernel."""
     return torch.compile(flex_module().flex_attention, dynamic=True)
 
 
 def flex_tiles(q: Tensor) -> dict | None:
     """Tiles of FlexAttention's kernel where the default ones need more memory than a block of the card has."""
-    if q.device.type == "cpu" or q.shape[-1] <= 128:
+    if q.device.type == "cpu" or q.shape[-1] <= FLEX_LARGE_DIM:
         return None
     memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
     if memory > SMALL_SHARED_MEMORY:
         return None
-    return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32)
+    return dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), SMALL_TILE)

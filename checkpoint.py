@@ -32,6 +32,8 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT_BYTES = 1 << 20  # at each end of a file
+FINGERPRINT_DIGITS = 16
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
 # They start the model_type and the names of the weight files, and the name of the class, of a whole model with
 # differential attention, which therefore does not load as a standard model in transformers.
@@ -225,7 +227,7 @@ def weights_fingerprint(folder: PathLike) -> str:
             digest.update(f"{path.name} {size} ".encode() + file.read(FINGERPRINT_BYTES))
             file.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def find_run_record(adapter: Path) -> Path | None:
@@ -255,7 +257,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
     with reading(file):
         check_regular(file)
         with open(file, "rb") as start:  # safetensors does not report a missing permission as such
-            if start.read(30).startswith(b"version https://git-lfs"):
+            if start.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(f"{file}: a git-lfs pointer instead of the weights: run `git lfs pull`")
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -430,8 +432,9 @@ def save_model_folder(
     `write_more(folder)` adds further files. With those of differential attention among them, the model_type and the
     names of the weight files become those of `mark_differential`.
 
-    The new files are written into a temporary folder inside it and moved at the end, so a failure leaves an older model
-    unchanged, and a model that is memory-mapped from the same folder keeps its pages.
+    The new files are written into a temporary folder inside it and moved at the end: a failure while they are written
+    leaves an older model unchanged, and a model that is memory-mapped from the same folder keeps its pages. The moves
+    together are not atomic.
     """
     folder = Path(folder)
     weights = {key: value for key, value in state_dict.items() if ".differential." not in key}
@@ -463,12 +466,13 @@ def mark_differential(folder: Path) -> None:
 
 
 def move_model_files(staged: Path, folder: Path) -> None:
-    """Move the files of a saved model into `folder` in the place of an older one, and delete the folder `staged`."""
-    new = list(staged.iterdir())
+    """Move the files of a saved model into `folder` in the place of an older one, config.json last, then delete what is
+    left of the older one, and the folder `staged`."""
+    new = sorted(staged.iterdir(), key=lambda file: file.name == "config.json")
     with writing(folder):
+        for file in new:
+            os.replace(file, folder / file.name)
         for old in folder.iterdir():  # from an older save
             if MODEL_FILE.fullmatch(old.name) and old.name not in {file.name for file in new}:
                 old.unlink()
-        for file in new:
-            os.replace(file, folder / file.name)
         staged.rmdir()

@@ -28,19 +28,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from errors import UserError
 from files import decode_typed, one_line, open_image, read_bytes, read_typed
-from haystack import Haystack, ImagePool, PoolImage, needle_prompt, read_captioned_images, read_pool
-from processing_paligemma import PaliGemmaProcessor, stack_inputs
+from haystack import (
+    OWN_CELL,
+    POOL_CELL,
+    TEST_SHARE,
+    Haystack,
+    ImagePool,
+    PoolImage,
+    needle_prompt,
+    read_captioned_images,
+    read_split,
+)
+from processing_paligemma import Processor, stack_inputs
 
 if TYPE_CHECKING:
     from finetune_original import Config
 
-POOL_CELL, OWN_CELL = 64, 256  # pixels of a haystack's cell: of the embedded images, of one's own
 HAYSTACKS_PER_EPOCH = 1 << 16  # what counts as one epoch of generated data
-TEST_SHARE = 5  # a fifth of one's own captions is for testing, see haystack.read_captioned_images
+HELD_OUT_SHARE = 0.1  # of rows without --eval_data
 HASHED_IMAGES = 20_000  # up to so many images, files of equal size are compared by content
 EPOCH_SEED_STRIDE = 1_000_003  # epochs of neighbouring seeds have orders of their own
 IMAGE_PLACE = "<image>"  # in the text of a conversation
-BUCKET = 50  # batches whose rows are sorted by length together
+BUCKET = 50  # batches sorted together
 T = TypeVar("T")
 
 
@@ -87,10 +96,8 @@ class Haystacks:
     def fingerprint(self) -> str:
         """SHA-256 of what the examples are made of."""
         images = [image.fingerprint().hex() for image in self.pool.images]
-        one_image = all(count == 1 for count, _ in self.shapes)  # older runs had the grids alone
-        shapes = [grid for _, grid in self.shapes] if one_image else self.shapes
-        colours = ["recolour"] if self.recolour else []
-        return sha256_of([images, shapes, self.negatives, self.size, self.seed, self.name, self.cell, *colours])
+        settings = [self.shapes, self.negatives, self.size, self.seed, self.name, self.cell, self.recolour]
+        return sha256_of([images, *settings])
 
     def id(self, index: int, epoch: int = 0) -> str:
         return f"{self.name}/{self.seed}/{epoch}/{index}"
@@ -163,7 +170,6 @@ class Row(msgspec.Struct, frozen=True):
     images: tuple[str, ...]
     prefix: str
     suffix: str
-    is_list: bool = False  # the file had a list of images, which the fingerprint of older runs shows
     answers: tuple[str, ...] = ()  # accepted ones, for --metric; empty: the suffix alone
 
 
@@ -183,11 +189,7 @@ class Rows:
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows, not of the images: a broken image may be repaired during a run."""
-        rows = [
-            [list(row.images) if row.is_list or not row.images else row.images[0], row.prefix, row.suffix]
-            for row in self.rows
-        ]
-        return sha256_of(rows)
+        return sha256_of([[row.images, row.prefix, row.suffix] for row in self.rows])
 
     def id(self, index: int) -> str:
         return self.rows[index].id
@@ -288,7 +290,7 @@ def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
     for image in images:
         files.check(image, name)
     answers = tuple(entry if isinstance(entry, str) else entry.answer for entry in row.answers)
-    return Row(name, tuple(images), row.prefix, row.suffix, isinstance(row.image, list), answers)
+    return Row(name, tuple(images), row.prefix, row.suffix, answers)
 
 
 def is_chat(line: bytes) -> bool:
@@ -406,7 +408,7 @@ def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
         files.check(image, name)
         answers = tuple(answer.answer for answer in annotation.answers)
         prefix, suffix = f"answer en {question.question}", annotation.multiple_choice_answer
-        return Row(name, (image,), prefix, suffix, answers=answers)
+        return Row(name, (image,), prefix, suffix, answers)
 
     rows, skipped = filter_rows(check, enumerate(questions, 1), strict)
     if not rows:
@@ -459,11 +461,12 @@ class HubRows:
         return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
 
     def answers(self, index: int) -> tuple[str, ...]:
-        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}, where there is one."""
-        if "answers" not in self.rows.column_names:
-            return (self.text(index)[1],)
-        stored = self.rows.select_columns(["answers"])[index]["answers"] or []
-        return tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored)
+        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}; where it is missing or
+        empty, `multiple_choice_answer` alone."""
+        has_column = "answers" in self.rows.column_names
+        stored = self.rows.select_columns(["answers"])[index]["answers"] if has_column else None
+        answers = tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored or ())
+        return answers or (self.text(index)[1],)
 
 
 def stored_image(value: object, name: str) -> Image.Image:
@@ -551,6 +554,10 @@ def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
         if config.eval_data:
             raise UserError(f"--eval_data={config.eval_data}: haystack data has test sets of its own: leave it out")
         return make_haystacks(config, images)
+    if config.eval_data.partition(":")[0] == "haystack":
+        raise UserError(
+            f"--eval_data={config.eval_data}: rows are evaluated on rows: give a .jsonl file, vqav2:FOLDER or hub:NAME"
+        )
     source = read_source(config.data, "train", config.strict_data)
     if config.eval_data:
         held_out = read_source(config.eval_data, "val", config.strict_data)
@@ -588,8 +595,8 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
         check_captions(own, train, test, max(grid for _, grid in shapes))
         kinds = [("", test, 0.0, True), (" absent", test, 1.0, False)]
     else:
-        train, test, cell = read_pool(splits=("train",)), read_pool(splits=("test_style",)), POOL_CELL
-        unseen = [image for image in read_pool(splits=("test_concept",)) if image.style == "noto"]
+        cell, splits = POOL_CELL, ("train", "test_style", "test_concept")
+        train, test, unseen = (read_split("", split) for split in splits)
         kinds = [(" trained styles", train, 0.0, False), (" unseen style", test, 0.0, True)]
         kinds += [(" unseen style, absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
     size, sets = config.eval_samples, {}
@@ -631,7 +638,7 @@ def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[
     """
     order = list(range(len(source)))
     random.Random(f"held out/{config.seed}").shuffle(order)
-    count = min(config.eval_samples, max(1, len(source) // 10))
+    count = min(config.eval_samples, max(1, int(len(source) * HELD_OUT_SHARE)))
     if len(source) < 2:
         raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
     groups: dict[int, list[int]] = {}
@@ -690,8 +697,8 @@ def batch_order(
 
 
 def batch_by_length(order: list[int], batch: int, lengths: list[int], generator: torch.Generator) -> list[list[int]]:
-    """Batches of similar length: stretches of the order are sorted by length and cut, then the batches are shuffled, so
-    that neither epochs nor the course of one are alike."""
+    """Batches of similar length: sorts each run of BUCKET x batch rows of the permutation by length, cuts it into
+    batches and shuffles all batches."""
     batches = []
     for start in range(0, len(order), BUCKET * batch):
         rows = sorted(order[start : start + BUCKET * batch], key=lambda index: lengths[index])
@@ -699,7 +706,7 @@ def batch_by_length(order: list[int], batch: int, lengths: list[int], generator:
     return [batches[b] for b in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
+def text_lengths(source: Source, processor: Processor) -> list[int]:
     """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read. Of haystacks
     the tokens of the images alone, which differ much more than the questions do."""
     if isinstance(source, Haystacks):
@@ -715,13 +722,13 @@ def text_lengths(source: Source, processor: PaliGemmaProcessor) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def longest_token(processor: PaliGemmaProcessor) -> int:
+def longest_token(processor: Processor) -> int:
     """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
     return max(map(len, processor.tokenizer.get_vocab()))
 
 
 def encode_row(
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     name: str,
     prefix: str,
     suffix: str | None,
@@ -749,7 +756,7 @@ def encode_row(
 class Fetch(Dataset):
     """What a worker of the loader runs: one example, tokenised, its images as pixels; or the UserError of the row."""
 
-    def __init__(self, source: Source, processor: PaliGemmaProcessor, with_suffix: bool, max_length: int | None):
+    def __init__(self, source: Source, processor: Processor, with_suffix: bool, max_length: int | None):
         self.source, self.processor, self.with_suffix, self.max_length = source, processor, with_suffix, max_length
 
     def __getitem__(self, key: tuple[int, int]) -> tuple | UserError:
@@ -786,7 +793,7 @@ class Fetch(Dataset):
 
 def loader(
     source: Source,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     batches: Iterable[list[tuple[int, int]]],
     with_suffix: bool,
     workers: int = 0,

@@ -55,7 +55,7 @@ class Config:
     max_new_tokens: Annotated[int, Meta(ge=1, le=1000)] = 32  # longest answer
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
-    port: Annotated[int, Meta(ge=1, le=65535)] = 7860  # of the page
+    port: Annotated[int, Meta(ge=1, le=65535)] = 7860  # port of the web page
 
 
 @dataclass
@@ -91,7 +91,7 @@ Answered = tuple[Image.Image, str, list[Answer]]  # an image, a prompt, and what
 def load(config: Config) -> list[Loaded]:
     """The models of the configuration."""
     trained = tuple(name for name in TRAINED if Path(name, "final").is_dir())
-    dtype = generate.choose_dtype(config)
+    dtype = generate.dtype_on(config.device, config.dtype)
     found = []
     for name in dict.fromkeys(config.models or trained or (EMBEDDED,)):
         model_class, processor_class = classes_of(name)

@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import Attend
-from differential_attention import DifferentialAttention, SameMap, differential_modules
+from config_fields import IGNORED_LABEL
+from differential_attention import DifferentialAttention, SingleMap, differential_modules
 from fused_ops import apply_maps, blend, split_keys
+
+# the first ones of each evaluation set, whose answers, images and attention a run saves, for plots.py
+SAVED_QUESTIONS = 2
+SMALLEST_NORM = 1e-12  # of an output that another is divided by
 
 
 class LayerMaps(NamedTuple):
-    """Both branches of one layer; None where a method has no second map."""
+    """Both branches of one layer; None for what a method does not have."""
 
     map1: Tensor  # [B, H, L, S]
     map2: Tensor | None
@@ -40,21 +45,22 @@ def compute_layer_maps(module: DifferentialAttention, x, q, k, v, rotate, attend
     out1, out2 = (
         None if m is None else apply_maps(m.to(q1.dtype).unflatten(1, (v.shape[1], -1)), v) for m in (map1, map2)
     )
-    if isinstance(module, SameMap) and module.config.second != "none":
-        out2 = module.second_output(out1)
-    return LayerMaps(map1, map2, out1, out2, module.current_lambda(x))
+    if isinstance(module, SingleMap):
+        map2, out2 = map1 if module.config.second == "same" else None, module.second_output(out1)
+    return LayerMaps(map1, map2, out1, out2, module.current_lambda(x) if module.has_lambda else None)
 
 
 @torch.no_grad()
 def lambda_values(model: nn.Module) -> dict[str, float]:
-    """lambda of every layer that has a single one: all kinds but `token`, whose mean is in `measure_maps`."""
-    modules = {name: m for name, m in differential_modules(model).items() if m.config.lambda_kind != "token"}
-    values = [m.current_lambda(None) for m in modules.values()]
-    return dict(zip(modules, torch.cat(values).tolist(), strict=True)) if values else {}  # one transfer to the host
+    """lambda of every layer that has a single one: all kinds but `token`, whose mean is in `measure_maps`; {} for
+    controls without lambda."""
+    modules = differential_modules(model).items()
+    values = {name: m.current_lambda(None) for name, m in modules if m.has_lambda and m.config.lambda_kind != "token"}
+    return dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True)) if values else {}  # one transfer
 
 
 @torch.no_grad()
-def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit):
+def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit) -> None:
     """Run `model` on `batch` and call visit(name, module, layer_maps, valid) for every differential layer; valid [B, L]
     is False on pads."""
 
@@ -87,25 +93,26 @@ def measure_maps(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
     `lambda`; `cosine` of the two outputs and `distance` |o1 - o2| / |o1|; `entropy1`, `entropy2`: mean entropy of the
     rows of the maps in nats. Values that a method does not have are left out.
     """
-    measured = {}
+    measured: dict[str, dict[str, Tensor]] = {}
 
     def visit(name: str, module: DifferentialAttention, maps: LayerMaps, valid: Tensor):
         is_valid = valid[:, None].expand(-1, maps.out1.shape[1], -1)  # [B, H, L]
-        values = {
-            "lambda": maps.lambda_ if maps.lambda_.ndim == 1 else maps.lambda_[..., 0][is_valid],
-            "entropy1": row_entropy(maps.map1)[is_valid],
-        }
+        values = {"entropy1": row_entropy(maps.map1)[is_valid]}
+        if maps.lambda_ is not None:
+            values["lambda"] = maps.lambda_ if maps.lambda_.ndim == 1 else maps.lambda_[..., 0][is_valid]
         if maps.out2 is not None:
             out1 = maps.out1.float()
             out2 = maps.out2.float().repeat_interleave(out1.shape[1] // maps.out2.shape[1], dim=1)
             values["cosine"] = F.cosine_similarity(out1, out2, dim=-1)[is_valid]
-            values["distance"] = ((out1 - out2).norm(dim=-1) / out1.norm(dim=-1).clamp(min=1e-12))[is_valid]
+            values["distance"] = ((out1 - out2).norm(dim=-1) / out1.norm(dim=-1).clamp(min=SMALLEST_NORM))[is_valid]
         if maps.map2 is not None:
             values["entropy2"] = row_entropy(maps.map2)[valid[:, None].expand(maps.map2.shape[:3])]
-        measured[name] = {key: value.float().mean().item() for key, value in values.items()}
+        measured[name] = {key: value.float().mean() for key, value in values.items()}
 
     visit_differential_layers(model, batch, visit)
-    return measured
+    means = [value for line in measured.values() for value in line.values()]
+    numbers = iter(torch.stack(means).tolist() if means else ())  # one transfer
+    return {name: dict(zip(line, numbers, strict=False)) for name, line in measured.items()}
 
 
 def row_entropy(maps: Tensor) -> Tensor:
@@ -113,20 +120,24 @@ def row_entropy(maps: Tensor) -> Tensor:
     return torch.special.entr(maps).sum(-1)
 
 
-def select_heads(model: nn.Module, batch: dict):
-    """DEX: restrict W_D to the half of the heads of each layer whose rows have the highest entropy on `batch`."""
+def select_heads(model: nn.Module, batch: dict) -> None:
+    """DEX: restrict W_D to the half of the heads of each layer, at least one, whose rows have the highest entropy on
+    `batch`."""
 
     def visit(name: str, module: DifferentialAttention, maps: LayerMaps, valid: Tensor):
         if module.config.second == "value":
             entropy = (row_entropy(maps.map1) * valid[:, None]).sum((0, 2))
-            module.selected.zero_()[entropy.topk(len(entropy) // 2).indices] = 1
+            module.selected.zero_()[entropy.topk(max(1, len(entropy) // 2)).indices] = 1
 
     visit_differential_layers(model, batch, visit)
 
 
 # ---- attention on the needle
 def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-    """The map [B, H, L, S] that a decoder layer's attention applies to its values; arguments as in its forward."""
+    """The map [B, H, L, S] that a decoder layer's attention applies to its values; arguments as in its forward.
+
+    Of `dex` it is A1 alone: what W_D subtracts is no map.
+    """
     module, maps = decoder_maps(layer_attention, x, rotary, mask)
     if maps.map2 is None or module.config.combine == "replace":
         return maps.map1 if maps.map2 is None else maps.map2
@@ -164,10 +175,11 @@ def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor
     """Attention of the answer tokens to the image patches, heads averaged: [layers, B, T, N of all images].
 
     `map_of`: `acting_map`, the map that acts: A in standard attention, A1 + gamma (A1 - A2) or A1 - lambda A2 in
-    differential attention; or one of its parts, `first_map` and `subtracted_map`. `batch` has labels of T tokens in
-    every row, and the same number of image tokens in every prompt; entry t is the attention that predicts token t.
+    differential attention; or one of its parts, `first_map` and `subtracted_map`. T: label tokens of the shortest
+    answer; entry t is the attention that predicts token t. All prompts of `batch` have the same number of image tokens.
     """
-    predicts = batch["labels"][:, 1:] != -100
+    predicts = batch["labels"][:, 1:] != IGNORED_LABEL
+    predicts &= predicts.cumsum(1) <= predicts.sum(1).min()
     is_patch = model.model.patch_tokens(batch["input_ids"], batch.get("image_sizes"))
     count, layers = len(predicts), model.model.language_model.layers
     found = []
@@ -177,9 +189,11 @@ def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor
         found.append(to_all.transpose(1, 2)[is_patch].unflatten(0, (count, -1)).transpose(1, 2))
 
     handles = [layer.self_attn.register_forward_hook(hook) for layer in layers]
+    was_training = model.training
     try:
         model.eval()(**batch)
     finally:
+        model.train(was_training)
         for handle in handles:
             handle.remove()
     return torch.stack(found)

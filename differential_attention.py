@@ -23,9 +23,13 @@ from fused_ops import blend
 LAMBDA_MAX = 0.9  # bound of a normalised lambda: gamma is at most 9
 SEED_STRIDE = 1_000_003  # seeds of neighbouring runs do not share the generators of their layers
 VISION_SEED_OFFSET = 500_000
+MAX_SEED = (1 << 31) - 1
 VECTOR_STD = 0.1  # of V1's lambda vectors (arXiv 2410.05258)
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 NORM_EPS = 1e-5  # of the head norm (arXiv 2410.05258)
+
+
+Rotate = Callable[[Tensor], Tensor]  # the rotary embedding of [B, heads, L, D]
 
 
 class AttentionShape(NamedTuple):
@@ -46,6 +50,7 @@ class DifferentialAttention(nn.Module):
         out = o1 + gamma (o1 - o2)        o1 = softmax(scale q1 k^T) v, o2 = softmax(scale q2 k^T) v
         gamma = lambda / (1 - lambda)     the rows of the blended map sum to 1
 
+    The preset is called `split` because the query is split into two; no head is halved.
     With B = 0 the queries are equal, and so are the outputs: the layer computes the pretrained function. Subclasses
     make the second map in other ways. All parameters are float32 masters, also after `model.to(bfloat16)`.
     """
@@ -75,9 +80,7 @@ class DifferentialAttention(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in names)
 
-    def forward(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor], attend: Callable
-    ) -> Tensor:
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
         """Outputs of the heads before the output projection: [B, H, L, D], or [B, H / 2, L, 2 D] for adjacent pairs.
 
         x [B, >= L, C]: input of the layer; q [B, H, L, D] and k, v [B, K, S, D]: what the host would hand to its
@@ -99,7 +102,7 @@ class DifferentialAttention(nn.Module):
         return self.head_norm(out)
 
     def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Callable[[Tensor], Tensor]
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(q1, q2, k, v) for `attend.blend`; q2 is None (read by diagnostics.py) where the method has one map."""
         return q, q + rotate(self.low_rank(x, self.second_down, self.second_up)), k, v
@@ -116,6 +119,11 @@ class DifferentialAttention(nn.Module):
         rank, width = self.config.rank, self.shape.num_heads * self.shape.head_dim
         self.second_down = uniform_parameter(generator, rank, self.shape.hidden_size)
         self.second_up = nn.Parameter(torch.zeros(width, rank))
+
+    @property
+    def has_lambda(self) -> bool:
+        """Whether lambda acts on the output: not where the second map replaces the first, or a gate."""
+        return self.config.combine != "replace"
 
     @property
     def num_out_heads(self) -> int:
@@ -135,7 +143,7 @@ class DifferentialAttention(nn.Module):
     def check_shape(self):
         """Raise UserError where the method does not fit `self.shape`."""
 
-    def extend_keys(self, x: Tensor, k: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
+    def extend_keys(self, x: Tensor, k: Tensor, rotate: Rotate) -> Tensor:
         """The keys that the host caches, of x [B, L, C] and its rotated k [B, K, L, D]: k, or for a method with keys of
         its own [B, 2K, L, D]."""
         return k
@@ -219,7 +227,9 @@ class ProjectedQuery(DifferentialAttention):
         if query.bias is not None:  # SigLIP's is part of both queries
             self.register_buffer("second_bias", query.bias.detach().float().clone())
 
-    def two_queries(self, x, q, k, v, rotate):
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         bias = getattr(self, "second_bias", None)
         weights = (t if t is None else t.to(x.dtype) for t in (self.second_query, bias))
         return q, rotate(self.to_heads(F.linear(x, *weights))), k, v
@@ -259,10 +269,12 @@ class LowRankMap(DifferentialAttention):
         self.key_down = uniform_parameter(generator, self.config.rank, hidden_size)
         self.key_up = uniform_parameter(generator, num_kv_heads * head_dim, self.config.rank)
 
-    def two_queries(self, x, q, k, v, rotate):
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return q, rotate(self.config.adapter_scale * self.low_rank(x, self.second_down, self.second_up)), k, v
 
-    def extend_keys(self, x, k, rotate):
+    def extend_keys(self, x: Tensor, k: Tensor, rotate: Rotate) -> Tensor:
         second = rotate(self.config.adapter_scale * self.low_rank(x, self.key_down, self.key_up))
         return torch.cat((k, second), dim=1)
 
@@ -279,6 +291,11 @@ class PairedHeads(DifferentialAttention):
     trainable = ()
 
     @property
+    def has_lambda(self) -> bool:
+        """Whether lambda acts on the output: not where the second map replaces the first, or a gate."""
+        return self.config.combine != "replace"
+
+    @property
     def num_out_heads(self) -> int:
         return self.shape.num_heads // 2
 
@@ -292,7 +309,9 @@ class PairedHeads(DifferentialAttention):
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         pass
 
-    def two_queries(self, x, q, k, v, rotate):
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         k = torch.cat((k[:, 0::2], k[:, 1::2]), dim=1)
         v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)
         if self.config.pairing == "adjacent":
@@ -300,7 +319,7 @@ class PairedHeads(DifferentialAttention):
         q1, q2 = q.unflatten(1, (-1, 2, self.group_size)).unbind(2)  # [B, K / 2, group, L, D] each
         return q1.flatten(1, 2), q2.flatten(1, 2), k, v
 
-    def forward(self, x, q, k, v, rotate, attend):
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
         return self.restore_heads(super().forward(x, q, k, v, rotate, attend))
 
     def restore_heads(self, out: Tensor) -> Tensor:
@@ -345,13 +364,15 @@ class HalvedHeads(DifferentialAttention):
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         pass
 
-    def two_queries(self, x, q, k, v, rotate):
-        return *self.split(q), torch.cat(self.split(k), dim=1), v
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return *self.halve(q), torch.cat(self.halve(k), dim=1), v
 
-    def rescale(self, attend):
+    def rescale(self, attend: Callable) -> Callable:
         return attend.rescale(math.sqrt(2)) if self.config.halves_scale == "map" else attend
 
-    def split(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def halve(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Both halves of t [B, heads, L, D]. Dimension i is rotated together with i + D / 2, so pairs stay whole unless
         the cut is "front_back"; SigLIP rotates nothing."""
         if self.tower == "vision" or self.config.halves_cut == "front_back":
@@ -362,22 +383,31 @@ class HalvedHeads(DifferentialAttention):
         return first, second
 
 
-class SameMap(DifferentialAttention):
-    """The first map a second time: o1 - lambda o1."""
+class SingleMap(DifferentialAttention):
+    """One map, and what is made of its output o1."""
 
     trainable = ()
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         pass
 
-    def two_queries(self, x, q, k, v, rotate):
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return q, None, k, v
 
+    def second_output(self, out: Tensor) -> Tensor | None:
+        """o2 of o1 [B, H, L, D]; None where nothing is subtracted."""
+        return None
+
+
+class SameMap(SingleMap):
+    """The first map a second time: o1 - lambda o1."""
+
     def second_output(self, out: Tensor) -> Tensor:
-        """o2 of o1 [B, H, L, D]."""
         return out
 
-    def forward(self, x, q, k, v, rotate, attend):
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
         out = attend(q, k, v)
         lambda_ = self.current_lambda(x[:, -q.shape[2] :])
         return self.head_norm(blend(out, self.second_output(out), lambda_, normalised=False))
@@ -405,11 +435,13 @@ class SharpenedQuery(DifferentialAttention):
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         self.log_sharpness = nn.Parameter(torch.zeros(self.shape.num_heads))
 
-    def two_queries(self, x, q, k, v, rotate):
+    def two_queries(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         return q, q * self.log_sharpness.exp().to(q.dtype)[:, None, None], k, v
 
 
-class GatedOutput(SameMap):
+class GatedOutput(SingleMap):
     """2 sigmoid(x W^T) o1, a gate of each head and token that starts at 1 (arXiv 2505.06708): a control."""
 
     trainable = ("gate",)
@@ -417,16 +449,18 @@ class GatedOutput(SameMap):
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         self.gate = nn.Parameter(torch.zeros(self.shape.num_heads, self.shape.hidden_size))
 
-    def forward(self, x, q, k, v, rotate, attend):
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
         out = attend(q, k, v)
         gate = 2 * F.linear(x[:, -q.shape[2] :], self.gate.to(x.dtype)).sigmoid()  # [B, L, H]
         return self.head_norm(out * gate.transpose(1, 2)[..., None].to(out.dtype))
 
 
-class NoSecondMap(SameMap):
+class NoSecondMap(SingleMap):
     """Standard attention, with the head norm: a control."""
 
-    def forward(self, x, q, k, v, rotate, attend):
+    has_lambda = False
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
         return self.head_norm(attend(q, k, v))
 
 
@@ -471,13 +505,16 @@ class DifferentialConfig:
     combine: Combine | None = None
     norm: Norm | None = None  # head: RMSNorm of each head's output, times (1 - lambda_init)
     rank: Annotated[int, Meta(ge=1, le=65_536)] | None = None  # of delta and adapter
-    lambda_start: float | None = None  # initial value of a scalar lambda, value of a fixed one
-    lambda_init: float | None = None  # constant of vectors, annealing and norm; None: 0.8 - 0.6 exp(-0.3 layer)
+    # value of a scalar lambda before training; a fixed lambda keeps it
+    lambda_start: float | None = None
+    # the paper's constant in the formulas of vectors, anneal and norm=head, not the first value of a scalar lambda
+    # (which is lambda_start); None: 0.8 - 0.6 exp(-0.3 layer)
+    lambda_init: float | None = None
     lambda_warmup: float = 0.0  # share of training over which lambda grows linearly from 0
-    lambda_lr: Annotated[float, Meta(ge=0, le=1_000_000)] = (
-        1.0  # learning rate of lambda over that of the other parameters
-    )
-    seed: int = 0  # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
+    # learning rate of lambda, as a multiple of that of the other parameters
+    lambda_lr: Annotated[float, Meta(ge=0, le=1_000_000)] = 1.0
+    # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] = 0
     adapter_scale: float | None = None  # factor of the low-rank product of adapter
     noise_ratio: Annotated[int, Meta(ge=1)] | None = None  # heads of a key/value group that share one noise query
     anneal: bool | None = None  # at progress p lambda is (1 - p) p lambda_init + p times the learned value
@@ -507,6 +544,8 @@ class DifferentialConfig:
                 raise UserError(f"differential.{key} {getattr(self, key)!r} is unknown: choose one of {known}")
         if not self.towers or not set(self.towers) <= set(get_args(Tower)):
             raise UserError(f"differential.towers {self.towers!r}: must be text, vision or both")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"differential.seed {self.seed}: must be 0 to {MAX_SEED}")
         if self.rank < 1 or self.noise_ratio < 1:
             raise UserError(f"differential.rank {self.rank} and noise_ratio {self.noise_ratio} must be at least 1")
         if self.lambda_lr == 0 and self.lambda_kind != "fixed":
@@ -520,7 +559,9 @@ class DifferentialConfig:
                 "never learn: set lambda_kind=fixed"
             )
         if self.combine == "replace" and self.second not in ("delta", "query", "sharpened", "gate"):
-            raise UserError(f"differential.combine replace needs second=delta, query or sharpened, not {self.second}")
+            raise UserError(
+                f"differential.combine replace needs second=delta, query, sharpened or gate, not {self.second}"
+            )
         if self.second == "gate" and self.combine != "replace":
             raise UserError(f"differential.second gate has one map: it needs combine=replace, not {self.combine}")
         if self.combine == "normalised" and self.second in ("same", "value"):
@@ -568,6 +609,7 @@ class Preset(NamedTuple):
     source: str
 
     def describe(self) -> str:
+        """One line with all of it."""
         learns = ", ".join(self.gradient) or "nothing"
         start = "exact at step 0" if self.exact else "changes the function at step 0"
         return f"{self.formula}; {start}; first gradient: {learns}; {self.cost}; {self.source}"
@@ -710,7 +752,7 @@ def make_differential(
     return SECOND_MAPS[config.second](config, shape, tower, layer, query)
 
 
-def add_differential(model: nn.Module, differential: DifferentialConfig | str):
+def add_differential(model: nn.Module, differential: DifferentialConfig | str) -> None:
     """Give the attention layers that the configuration names their `differential` module, in place.
 
     Call it on a model with loaded weights that peft has not wrapped: second queries start as copies. The global random
@@ -719,7 +761,7 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str):
     towers = {"text": model.model.language_model.layers}
     if model.model.vision_tower is not None:
         encoder = model.model.vision_tower.encoder
-        towers["vision"] = encoder.layers[: encoder.num_run]
+        towers["vision"] = encoder.layers[: encoder.num_layers_run]
     add_to_layers(differential, towers, lambda attention: attention.shape)
 
 
@@ -815,7 +857,7 @@ def differential_config(model: nn.Module) -> DifferentialConfig | None:
     return next((module.config for module in model.modules() if isinstance(module, DifferentialAttention)), None)
 
 
-def knock_out(model: nn.Module):
+def knock_out(model: nn.Module) -> None:
     """Set lambda to 0 in every differential layer, in place and for good: what does the trained second map do?
 
     The head norm and the adapters stay. Raises UserError for standard attention and for a control without lambda.
@@ -824,12 +866,12 @@ def knock_out(model: nn.Module):
     if not modules:
         raise UserError("--knockout: the model has standard attention, there is no lambda to set to 0")
     for module in modules:
-        if module.config.combine == "replace" or module.config.second == "none":
+        if not module.has_lambda:
             raise UserError(f"--knockout: preset {module.config.preset} has no lambda that could be set to 0")
         module.config = replace(module.config, lambda_kind="fixed", lambda_start=0.0, anneal=False)
 
 
-def set_progress(model: nn.Module, fraction: float):
+def set_progress(model: nn.Module, fraction: float) -> None:
     """Set how far training is, 0 to 1, for every lambda that warms up or anneals: (step + 1) / steps before a step."""
     for module in differential_modules(model).values():
         module.progress.fill_(fraction)

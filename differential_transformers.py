@@ -300,7 +300,9 @@ def save_model(
         type(model).save_pretrained(model, staged, state_dict=state, **options)
         save_differential(model, staged)
         mark_differential(staged)
-        (staged / "README.md").write_text(adapters.differential_card(Path(folder).resolve().name), encoding="utf-8")
+        if not Path(folder, "README.md").exists():  # a model card of the user's own stays
+            card = adapters.differential_card(Path(folder).resolve().name)
+            (staged / "README.md").write_text(card, encoding="utf-8")
     move_model_files(Path(folder, ".saving"), Path(folder))
 
 

@@ -24,13 +24,13 @@ from msgspec import Meta
 from differential_attention import knock_out
 from errors import UserError, one_line_errors
 from files import check_ranges, write_json
+from machine import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 from models import classes_of
-from needle_eval.folder import complete, make_record, open_folder, output_folder
+from needle_eval.folder import fill_defaults, make_record, open_folder, output_folder
 from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question
 from needle_eval.report import BENCHMARKS, compare, report
 from needle_eval.runner import Answerer, answer_questions, mark_too_long
-from run_folder import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 
 Whole, Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
 Side = Annotated[int, Meta(ge=1, le=1000)]
@@ -49,18 +49,17 @@ class Config:
     data: str = "haystack"  # haystack, haystack:IMAGES (a folder or jsonl with captions), or the benchmark's folder
     split: str = ""  # images of haystacks; empty: test_style of the embedded pool, test of others
     # POPE, MM-NIAH: the folder of the images that the questions name
-    image_folder: Annotated[str, tyro.conf.arg(aliases=["--pictures"])] = ""
+    image_folder: str = ""
     protocol: Literal["finetuned", "official", "rank", "quadrant", "detect"] = "finetuned"  # MMNeedle's question
     prefix: str = ""  # put before every prompt
-    images: tuple[Side, ...] = (1,)  # MMNeedle: images a question
+    images: tuple[Side, ...] = (1,)  # MMNeedle: images per question
     grids: tuple[Side, ...] = ()  # cells along a side of an image; empty: 2 4, or 2 of quadrant
-    needles: tuple[Side, ...] = (1,)  # captions a question
+    needles: tuple[Side, ...] = (1,)  # captions per question
     samples: Whole = 0  # positives, and negatives, a setting; 0: the benchmark's own number
     per_cell: Whole = 0  # this many positives of every cell instead of the first ones
-    cell: Annotated[int, Meta(ge=0, le=4096)] = (
-        0  # side of a built cell in pixels; 0: 64 of the embedded pool, 256 of other images
-    )
-    seed: int = 0  # of built haystacks
+    # side of a built cell in pixels; 0: 64 of the embedded pool, 256 of other images
+    cell: Annotated[int, Meta(ge=0, le=4096)] = 0
+    seed: int = 0  # seed of the generated haystacks
     # --- what comes out
     attention: Whole = 0  # measure attention on the needle with this many positives per setting
     skip_none: bool = False  # leave broken questions out of the denominators, as MMNeedle's own scorer does
@@ -76,11 +75,18 @@ def check_flags(config: Config, benchmark: ModuleType):
     """Raise UserError for values that no evaluation can have, and for flags that the benchmark would ignore."""
     check_ranges(config)
     if not config.model:
-        raise UserError("--model: names no model: give hub ids, model folders or run folders")
+        raise UserError("--model: give at least one hub id, model folder or run folder")
     others = {flag for other in BENCHMARKS.values() for flag in other.FLAGS} - set(benchmark.FLAGS)
     for field in fields(config):
         if field.name in others and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name}: does not apply to --benchmark={config.benchmark}: leave it out")
+
+
+def check_alone(config: Config, flag: str, allowed: tuple[str, ...] = ()):
+    """Raise UserError for flags that do nothing beside --score or --compare."""
+    for field in fields(config):
+        if field.name not in (flag, *allowed) and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name}: does not apply to --{flag}: leave it out")
 
 
 def evaluate(config: Config, accelerator: Accelerator, name: str, questions: list[Question]) -> Path:
@@ -92,7 +98,7 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     model_class, processor_class = classes_of(name)
     processor = processor_class.from_pretrained(name)
     if config.protocol == "detect" and not processor.answers_boxes:
-        raise UserError(f"--protocol=detect: {name} has no location tokens: take another protocol")
+        raise UserError(f"--protocol=detect: {name} has no location tokens: use another protocol")
     limit = model_class.config_class.from_pretrained(name).text_config.max_position_embeddings
     marked = mark_too_long(questions, processor, limit)
     too_long = [new for new, old in zip(marked, questions, strict=True) if new is not old]
@@ -143,19 +149,19 @@ def main():
     if config.compare is not None:
         if len(config.compare) != 2:
             raise UserError(f"--compare takes two runs or two quoted patterns, not {len(config.compare)}")
-        if config.skip_none or config.output_dir:
-            raise UserError("--skip_none and --output_dir do not apply to --compare: leave them out")
+        check_alone(config, "compare")
         print(*compare(*config.compare), sep="\n")
         return
     if config.score is not None:
         if not config.score:
-            raise UserError("--score: names no folder of answers")
+            raise UserError("--score: give at least one folder of answers")
+        check_alone(config, "score", allowed=("skip_none", "output_dir"))
         folders = [Path(folder) for folder in dict.fromkeys(config.score)]
         print(*report(folders, config.skip_none, comparisons), sep="\n")
         return
     benchmark = BENCHMARKS[config.benchmark]
     check_flags(config, benchmark)
-    config = complete(config, benchmark)
+    config = fill_defaults(config, benchmark)
     accelerator = make_accelerator()
     with accelerator.main_process_first():  # which may build haystacks that the others then find
         questions = benchmark.load_questions(config)

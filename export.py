@@ -23,7 +23,7 @@ from adapters import LOAD_IN_TRANSFORMERS, merge
 from checkpoint import ROOT, is_hub_id, locate, resolve_run
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
-from files import atomic_folder, check_ranges, one_line, read_json, read_json_lines
+from files import MESSAGE_LENGTH, atomic_folder, check_ranges, one_line, read_json, read_json_lines
 from model_card import SCORES_HEAD, TASK, datasets_of, eval_results, hide_folders, score_rows, tags_of
 from models import classes_of
 from run_folder import comparable
@@ -131,7 +131,7 @@ def call_hub(action: Callable[[huggingface_hub.HfApi], Result], name: str) -> Re
     try:
         return action(huggingface_hub.HfApi())
     except (OSError, ValueError, HTTPError) as error:
-        reason = one_line(error)[:200]
+        reason = one_line(error)[:MESSAGE_LENGTH]
         raise UserError(f"--push_to_hub={name}: {reason}: run `hf auth login` with a token that may write") from error
 
 

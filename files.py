@@ -28,6 +28,7 @@ from errors import UserError
 
 MANIFEST = "files.json"  # in a checkpoint: the SHA-256 of each of its files
 LOCK = ".lock"
+MESSAGE_LENGTH = 300  # characters that are shown of a message of another library
 WEIGHT_SUFFIXES = (".safetensors", ".pt")
 INT64 = range(-(1 << 63), 1 << 63)
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or raise the limit")
@@ -123,7 +124,7 @@ def decode_typed(raw: bytes, type_: type[T], name: PathLike, fix: str = "restore
 
 def describe(error: Exception) -> str:
     """The message of a msgspec error on one line, without backticks."""
-    return one_line(error).replace("`", "")[:300]
+    return one_line(error).replace("`", "")[:MESSAGE_LENGTH]
 
 
 def read_json(path: PathLike) -> dict[str, Any]:
@@ -211,22 +212,37 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
 
 
 # ---- writing
-def write_json(path: PathLike, data: Any) -> None:
-    """Write `data` completely or not at all: to a temporary file beside it, synced, then renamed.
+@contextmanager
+def atomic_file(path: PathLike) -> Iterator[Path]:
+    """Yields the path of a temporary file beside `path`, which replaces it, synced, when the block ends, and is deleted
+    when it fails.
 
-    Raises UserError when the disk is full or a permission is missing.
+    Raises UserError when `path` is a folder, the disk is full or a permission is missing.
     """
-    path, text = Path(path), json.dumps(data, indent=2) + "\n"
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: give the name of a file")
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
             remove(temporary)
-            temporary.write_text(text, encoding="utf-8")
+            yield temporary
             sync(temporary)
             os.replace(temporary, path)
         except BaseException:
             remove(temporary)
             raise
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write a text file in UTF-8 completely or not at all; errors as in `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: PathLike, data: Any) -> None:
+    """Write `data` as JSON completely or not at all; errors as in `atomic_file`."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def remove(path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import finetune_original
 from differential_attention import PRESETS, DifferentialConfig
-from errors import one_line_errors
+from errors import UserError, one_line_errors
 
 
 @dataclass
@@ -21,14 +21,16 @@ class Config(finetune_original.Config):
 
 
 def describe_presets() -> str:
-    """One line per preset, for --help."""
-    return "\n".join(f"    {name:18}{preset.formula}" for name, preset in PRESETS.items())
+    """One line per preset, for --help: formula, start, what learns first, cost, source."""
+    return "\n".join(f"    {name:18}{preset.describe()}" for name, preset in PRESETS.items())
 
 
 @one_line_errors
 def main():
     description = f"{__doc__}\nPresets of --differential.preset:\n\n{describe_presets()}"
     config = finetune_original.parse_config(Config, description)
+    if config.differential.seed:
+        raise UserError("--differential.seed: is that of --seed: leave it out")
     config = replace(config, differential=replace(config.differential.resolve(), seed=config.seed))
     preset = "" if config.differential.preset == "split" else f"_{config.differential.preset}"
     finetune_original.finetune(config, arm=f"diff{preset}", differential=config.differential)

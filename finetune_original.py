@@ -31,6 +31,7 @@ from run_folder import check_config, open_run
 
 C = TypeVar("C", bound="Config")
 SECTIONS = {"model": "model", "data": "data", "optimisation": "seed", "evaluation": "metric"}  # title -> first field
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "use_rslora")
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Rank = Annotated[int, Meta(ge=1, le=65_536)]
 Side = Annotated[int, Meta(ge=1, le=32)]
@@ -46,33 +47,33 @@ class Config:
     model: str = "assets/paligemma-nano"  # hub id, model folder, or run folder whose adapter is trained on
     lora_rank: Rank = 16  # rank of the low-rank updates
     lora_alpha: Positive = 32  # the update is scaled by alpha / rank
-    lora_dropout: BelowOne = 0.0  # share of LoRA inputs dropped in training
+    lora_dropout: BelowOne = 0.0  # dropout probability of LoRA's inputs in training
     lora_targets: tuple[str, ...] = ()  # linear layers of the language model that get LoRA; empty: all of a layer
-    use_dora: bool = False  # DoRA: direction and magnitude of a weight train apart (arXiv 2402.09353)
+    use_dora: bool = False  # DoRA: learn magnitude and direction of each weight separately (arXiv 2402.09353)
     use_rslora: bool = False  # rsLoRA: the update is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)
     train_vision: Literal["no", "lora", "full"] = "no"  # the vision tower trains too: LoRA, or all of its weights
     train_projector: Literal["no", "lora", "full"] = "no"  # the projector between tower and language model trains too
-    # of the frozen base; adapters are always float32; nf4: 4-bit (QLoRA), on a CUDA card, with bitsandbytes installed
+    # dtype of the frozen base (adapters are float32); nf4: 4-bit QLoRA, needs a CUDA GPU and bitsandbytes
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
     shard: bool = False  # FSDP2: the processes of torchrun share the weights of the frozen layers
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
     compile: bool = False  # torch.compile of the layers in training: minutes at the start, faster steps on a GPU
     # --- data
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
-    eval_data: str = ""  # the same forms; empty: haystack's own test sets, or a tenth of `data` held out
+    eval_data: str = ""  # .jsonl, vqav2:FOLDER or hub:NAME; empty: haystack's own test sets, or held-out rows of data
     grids: Annotated[tuple[Side, ...], Meta(min_length=1)] = (2, 4)  # haystacks have N x N cells
     # (images, N) of haystacks of several images, as in --shapes 1 2 1 4 4 2; empty: one image of each of `grids`
     shapes: tuple[tuple[Side, Side], ...] = ()
     recolour: bool = False  # random colours of every image in haystacks to train on
-    negatives: Share = 0.2  # share of haystack questions whose caption is in no cell; the answer is -1
+    negatives: Share = 0.2  # fraction of haystack questions whose caption is in no cell (answer -1)
     strict_data: bool = False  # stop at the first bad row instead of leaving it out, named and counted
     workers: Annotated[int, Meta(ge=-1, le=1024)] = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
     group_by_length: bool = False  # batches of rows of similar length: less padding, another order of the data
-    vision_cache_gb: NotNegative = 0.0  # memory per process for features of images that come again, computed once
-    vision_cache_dir: str = ""  # where features beyond it are stored; empty: they are computed again
+    vision_cache_gb: NotNegative = 0.0  # GB of memory per process for cached features of repeated images; 0: off
+    vision_cache_dir: str = ""  # folder for cached features beyond vision_cache_gb; empty: they are computed again
     # --- optimisation
-    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # of adapters, data order and dropout
-    max_steps: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 400  # updates
+    seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # seed of adapter initialisation, data order and dropout
+    max_steps: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 400  # number of optimizer updates
     # above 0: this many passes over the data instead of max_steps
     epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
     batch_size: Count = 32  # examples per micro-batch, over all processes
@@ -83,20 +84,21 @@ class Config:
     vision_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_vision; None: lr
     projector_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_projector; None: lr
     warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 30  # updates of linear warm-up; a cosine to zero follows
-    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0  # of adapters
+    # weight decay of LoRA and of parts that train as a whole; differential parameters have none
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
     beta2: BelowOne = 0.99  # decay of AdamW's second moment
-    clip: Positive = 1.0  # largest gradient norm
-    average_last: BelowOne = 0.0  # share of the updates, at the end, whose weights are averaged into final/
+    clip: Positive = 1.0  # maximum gradient norm
+    average_last: BelowOne = 0.0  # average the weights over this last fraction of the updates for final/; 0: off
     # --- evaluation, logging and files
     metric: Metric = "exact"  # what best/ is chosen by: exact answers, or for one's own data vqa, anls, rouge or map
-    eval_samples: Count = 500  # rows of each evaluation set, before and after training
-    eval_batch_size: Count = 64  # prompts answered at once
+    eval_samples: Count = 500  # rows of each evaluation set used before and after training
+    eval_batch_size: Count = 64  # evaluation prompts generated at once
     eval_every: Count = 200  # updates between evaluations on two batches of each set
-    # evaluations without a better score than that of best/ after which training stops; 0: it never does
+    # stop after this many evaluations without a new best score; 0: never
     patience: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
-    max_new_tokens: Count = 12  # longest answer
+    max_new_tokens: Count = 12  # maximum number of tokens of an answer
     eval_only: bool = False  # print held-out accuracy of `model` and stop
-    log_every: Count = 10  # updates
+    log_every: Count = 10  # updates between log lines
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # beside metrics.jsonl; wandb if it is installed
     save_every: Count = 100  # updates between checkpoints
     keep_checkpoints: Count = 2  # newest checkpoints kept
@@ -108,6 +110,7 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
     """Both arms: `differential` is all that the other one adds."""
     # --- defaults of the family, run folder, device, precision
     check_installed(config.metric)
+    check_lora_flags(config)
     model_class, processor_class = classes_of(config.model)
     model_config = model_class.config_class.from_pretrained(config.model)
     targets, lr = config.lora_targets or model_class.lora_targets, config.lr or model_config.learning_rate
@@ -117,6 +120,9 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
         if run.is_main and not plots.is_drawn(run.folder):  # it was killed before its figures were drawn
             plots.draw_run(run.folder)
         return
+
+    # --- data: a mistake is found before the model is loaded
+    source, eval_sets = make_data(config)
 
     # --- the frozen base model, and LoRA in its language model
     processor = processor_class.from_pretrained(config.model)
@@ -130,17 +136,22 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
     adapted = training.add_lora(run, config, model)
     model.gradient_checkpointing_enable(config.gradient_checkpointing)
 
-    # --- data
-    source, eval_sets = make_data(config)
-
     # --- train, or only evaluate
     if config.eval_only:
-        questions = training.make_questions(config, model, processor, eval_sets)
-        training.print_scores(run, config, training.evaluate(run, config, model, processor, questions))
+        evaluation = training.make_evaluation(run, config, model, processor, eval_sets)
+        training.print_scores(run, config, training.evaluate(evaluation))
     else:
         training.train(run, config, model, adapted, processor, source, eval_sets)
         if run.is_main:
             plots.draw_run(run.folder)
+
+
+def check_lora_flags(config: Config):
+    """Raise UserError for LoRA flags beside a run folder, whose adapter is trained on as it is."""
+    _, adapter = resolve_run(config.model)
+    changed = [f.name for f in fields(Config) if f.name in LORA_FIELDS and getattr(config, f.name) != f.default]
+    if adapter is not None and changed:
+        raise UserError(f"--{changed[0]}: the adapter of {config.model} is trained on as it is: leave it out")
 
 
 def parse_config(config_class: type[C], description: str | None, args: Sequence[str] | None = None) -> C:

@@ -73,6 +73,15 @@ def blend(first: Tensor, second: Tensor, weight: Tensor, normalised: bool) -> Te
 
 
 # ---- both maps: forward and backward
+class Maps(NamedTuple):
+    """Both maps [B, K, *, L, S] and the derivatives of the soft-cap at their scores; None for what does not exist."""
+
+    first: Tensor
+    first_slope: Tensor | None
+    second: Tensor | None
+    second_slope: Tensor | None
+
+
 class BlendedAttention(torch.autograd.Function):
     """P v for the blend P of two attention maps, which are kept for the backward pass; each pass multiplies by the
     values once.
@@ -89,21 +98,21 @@ class BlendedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q1, q2, k, v, weight, dense, scale, normalised, softcap) -> Tensor:
         """Arguments as those of `attention.blended_attention`; `dense` is the bool mask [B, 1, L, S] or None."""
-        computed = compute_maps(q1, q2, k, v, dense, scale, softcap)
-        ctx.save_for_backward(q1, q2, k, v, weight, *computed)
+        maps = compute_maps(q1, q2, k, v, dense, scale, softcap)
+        ctx.save_for_backward(q1, q2, k, v, weight, *maps)
         ctx.options = scale, normalised
-        return apply_maps(blend_maps(computed, weight, normalised).to(v.dtype), v)
+        return apply_maps(blend_maps(maps, weight, normalised).to(v.dtype), v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        q1, q2, k, v, weight, *computed = ctx.saved_tensors
-        return *attention_gradients(gradient, q1, q2, k, v, weight, computed, *ctx.options), *[None] * 4
+        q1, q2, k, v, weight, *maps = ctx.saved_tensors
+        return *attention_gradients(gradient, q1, q2, k, v, weight, Maps(*maps), *ctx.options), *[None] * 4
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """The same, or attention by the first map alone, for CHUNK queries at a time: the backward pass computes the maps
-    of each chunk again, so no [L, S] tensor is kept.
+    """Blended attention, or standard attention where q2 is None, CHUNK queries at a time. The backward pass recomputes
+    the maps of each chunk, so no [L, S] tensor is kept.
 
     Equals `attention.blended_reference` and `attention.attention_reference`: tests/test_attention.py,
     test_chunks_equal_the_formula_in_float64.
@@ -115,11 +124,11 @@ class ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(q1, q2, k, v, weight)
         ctx.options = mask, scale, normalised, softcap, window
         out = v.new_empty(*q1.shape[:3], v.shape[-1])
-        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window, k.device.type):
+        for queries, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window, k.device.type):
             k_seen, v_seen = k[:, :, keys], v[:, :, keys]
-            computed = compute_maps(select_rows(q1, rows), select_rows(q2, rows), k_seen, v_seen, dense, scale, softcap)
-            maps = blend_maps(computed, select_rows(weight, rows), normalised)
-            out[:, :, rows] = apply_maps(maps.to(v.dtype), v_seen)
+            chunks = select_queries(q1, queries), select_queries(q2, queries), select_queries(weight, queries)
+            maps = compute_maps(*chunks[:2], k_seen, v_seen, dense, scale, softcap)
+            out[:, :, queries] = apply_maps(blend_maps(maps, chunks[2], normalised).to(v.dtype), v_seen)
         return out
 
     @staticmethod
@@ -130,17 +139,17 @@ class ChunkedAttention(torch.autograd.Function):
         wide = torch.promote_types(k.dtype, torch.float32)  # for sums over chunks
         d_q1, d_q2 = (None if q is None else torch.empty_like(q) for q in (q1, q2))
         d_k, d_v, d_weight = (None if t is None else torch.zeros_like(t, dtype=wide) for t in (k, v, weight))
-        for rows, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window, k.device.type):
-            inputs = [select_rows(q1, rows), select_rows(q2, rows), k[:, :, keys], v[:, :, keys]]
-            computed = compute_maps(*inputs, dense, scale, softcap)
-            chunk_weight = select_rows(weight, rows)
-            gradients = attention_gradients(gradient[:, :, rows], *inputs, chunk_weight, computed, scale, normalised)
-            d_q1[:, :, rows] = gradients[0]
+        for queries, keys, dense in query_chunks(mask, q1.shape[2], k.shape[2], window, k.device.type):
+            inputs = [select_queries(q1, queries), select_queries(q2, queries), k[:, :, keys], v[:, :, keys]]
+            maps = compute_maps(*inputs, dense, scale, softcap)
+            chunk_weight = select_queries(weight, queries)
+            gradients = attention_gradients(gradient[:, :, queries], *inputs, chunk_weight, maps, scale, normalised)
+            d_q1[:, :, queries] = gradients[0]
             d_k[:, :, keys] += gradients[2]
             d_v[:, :, keys] += gradients[3]
             if q2 is not None:
-                d_q2[:, :, rows] = gradients[1]
-                select_rows(d_weight, rows).add_(gradients[4])
+                d_q2[:, :, queries] = gradients[1]
+                select_queries(d_weight, queries).add_(gradients[4])
         d_weight = None if weight is None else d_weight.to(weight.dtype)
         return d_q1, d_q2, d_k.to(k.dtype), d_v.to(v.dtype), d_weight, *[None] * 5
 
@@ -148,7 +157,7 @@ class ChunkedAttention(torch.autograd.Function):
 def query_chunks(
     mask, queries: int, keys: int, window: int | None, device: str = "cpu"
 ) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """(rows, keys, dense): a chunk of queries at a time, the keys that any of them sees, and their mask, None where
+    """Yields (queries, keys, dense): a chunk of queries, the keys that any of them sees, and their mask, None where
     every query sees all of these keys. `mask`: a PrefixMask or None; `device`: a type, on which the size depends."""
     offset, size = keys - queries, CHUNK if device == "cpu" else GPU_CHUNK
     for first in range(0, queries, size):
@@ -161,25 +170,31 @@ def query_chunks(
         yield slice(first, last), slice(low, high), dense
 
 
-def select_rows(t: Tensor | None, rows: slice) -> Tensor | None:
+def select_queries(t: Tensor | None, queries: slice) -> Tensor | None:
     """These queries of t [B, H, L, *]; a weight [1] belongs to every query."""
-    return t if t is None or t.ndim == 1 else t[:, :, rows]
+    return t if t is None or t.ndim == 1 else t[:, :, queries]
 
 
-def compute_maps(q1, q2, k, v, dense, scale, softcap) -> tuple[Tensor | None, ...]:
-    """(first map, slope, second map, slope): maps [B, K, G, L, S] and the derivative of the soft-cap at their scores.
+def compute_maps(
+    q1: Tensor,
+    q2: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    dense: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Maps:
+    """Both maps; arguments as those of `BlendedAttention.forward`.
 
-    None for a map or slope that does not exist. Each map is computed by the operations of standard attention, so that
-    equal queries give equal bits.
+    Each map is computed by the operations of standard attention, so that equal queries give equal bits.
     """
-    k1, k2 = split_keys(k, v)
-    computed = ()
-    for q, key in ((q1, k1), (q2, k2)):
+    made = []
+    for q, key in zip((q1, q2), split_keys(k, v), strict=True):
         scores = None if q is None else attention_scores(q, key, scale, softcap)
         # of unmasked scores: 0 times inf would be NaN
         slope = None if q is None or softcap is None else 1 - (scores / softcap) ** 2
-        computed += (None if q is None else softmax_maps(scores, dense), slope)
-    return computed
+        made += [None if q is None else softmax_maps(scores, dense), slope]
+    return Maps(*made)
 
 
 def split_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,37 +202,49 @@ def split_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
 
 
-def blend_maps(computed, weight: Tensor | None, normalised: bool) -> Tensor:
-    """The map that is applied to the values, of what `compute_maps` returns."""
-    first, _, second, _ = computed
-    if second is None:
-        return first
-    return blend(first.flatten(1, 2), second.flatten(1, 2), weight, normalised).view_as(first)
+def blend_maps(maps: Maps, weight: Tensor | None, normalised: bool) -> Tensor:
+    """The map that is applied to the values."""
+    if maps.second is None:
+        return maps.first
+    return blend(maps.first.flatten(1, 2), maps.second.flatten(1, 2), weight, normalised).view_as(maps.first)
 
 
-def attention_gradients(gradient, q1, q2, k, v, weight, computed, scale, normalised) -> tuple[Tensor | None, ...]:
+def attention_gradients(
+    gradient: Tensor,
+    q1: Tensor,
+    q2: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    maps: Maps,
+    scale: float,
+    normalised: bool,
+) -> tuple[Tensor | None, ...]:
     """Gradients of q1, q2, k, v and weight by the formulas of `BlendedAttention`."""
-    first, slope1, second, slope2 = computed
+    first, second = maps.first, maps.second
     (k1, k2), kv_heads = split_keys(k, v), v.shape[1]
     g = gradient.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # query heads of a group as rows, as in the forward pass
-    d_v = blend_maps(computed, weight, normalised).to(v.dtype).flatten(2, 3).mT @ g
+    d_v = blend_maps(maps, weight, normalised).to(v.dtype).flatten(2, 3).mT @ g
     d_maps = (g @ v.mT).to(first.dtype).view_as(first)
     if q2 is None:
-        d_q1, d_k1 = softmax_gradients(d_maps, first, slope1, 1.0, q1, k1, scale)
+        d_q1, d_k1 = softmax_gradients(d_maps, first, maps.first_slope, 1.0, q1, k1, scale)
         return d_q1, None, d_k1, d_v, None
-    d_q1, d_k1 = softmax_gradients(d_maps, first, slope1, 1 + weight if normalised else 1.0, q1, k1, scale)
-    shared = first.shape[2] // second.shape[2]  # heads that share a second query
+    d_q1, d_k1 = softmax_gradients(d_maps, first, maps.first_slope, 1 + weight if normalised else 1.0, q1, k1, scale)
+    heads_per_query = first.shape[2] // second.shape[2]  # heads that share a second query
     d_second, factor = d_maps, -weight
-    if shared > 1:
-        d_second, factor = (factor * d_maps.flatten(1, 2)).view_as(d_maps).unflatten(2, (-1, shared)).sum(3), 1.0
-    d_q2, d_k2 = softmax_gradients(d_second, second, slope2, factor, q2, k2, scale)
-    second = second.repeat_interleave(shared, dim=2) if shared > 1 else second
-    gap = ((second - first if normalised else second) * d_maps).sum(-1, keepdim=True).flatten(1, 2)
+    if heads_per_query > 1:
+        weighted = (factor * d_maps.flatten(1, 2)).view_as(d_maps)
+        d_second, factor = weighted.unflatten(2, (-1, heads_per_query)).sum(3), 1.0
+    d_q2, d_k2 = softmax_gradients(d_second, second, maps.second_slope, factor, q2, k2, scale)
+    second = second.repeat_interleave(heads_per_query, dim=2) if heads_per_query > 1 else second
+    d_weight_rows = -((second - first if normalised else second) * d_maps).sum(-1, keepdim=True).flatten(1, 2)
     d_k = d_k1 + d_k2 if k1 is k2 else torch.cat((d_k1, d_k2), dim=1)
-    return d_q1, d_q2, d_k, d_v, -gap.sum_to_size(weight.shape).to(weight.dtype)
+    return d_q1, d_q2, d_k, d_v, d_weight_rows.sum_to_size(weight.shape).to(weight.dtype)
 
 
-def softmax_gradients(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor, Tensor]:
+def softmax_gradients(
+    d_maps: Tensor, maps: Tensor, slope: Tensor | None, factor: Tensor | float, q: Tensor, k: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Gradients of q and k from the gradient of factor x maps.
 
     The factor, a number or one per query, is multiplied into the queries, which are narrower than the maps.
@@ -232,18 +259,20 @@ def softmax_gradients(d_maps, maps, slope, factor, q, k, scale) -> tuple[Tensor,
 
 # ---- flash attention of ragged rows
 class Segments(NamedTuple):
-    """How two calls of variable-length attention serve a batch, see `attention.PrefixMask.segments`; ends are int32."""
+    """How two calls of variable-length attention serve a batch, see `attention.PrefixMask.segments`. The offsets are
+    int32: sequence i of a call is cu_seqlens[i] .. cu_seqlens[i + 1] - 1 of the packed tokens."""
 
-    head_queries: Tensor | None  # [3 B + 1] ends of the pads, the prefix and the suffix of every row; None: no prefix
-    head_keys: Tensor  # [3 B + 1] the same among the keys
-    tail_queries: Tensor  # [2 B + 1] of every row: none for the pads, then all of the tail, the last queries
-    tail_keys: Tensor  # [2 B + 1] ends of the pads and of the rest of every row
-    in_suffix: Tensor  # [B, tail, 1, 1] whether a query of the tail is in the suffix
+    prefix_cu_seqlens_q: Tensor | None  # [3 B + 1] the pads, the prefix and the suffix of every row; None: no prefix
+    prefix_cu_seqlens_k: Tensor  # [3 B + 1] the same among the keys
+    suffix_cu_seqlens_q: Tensor  # [2 B + 1] of every row: none for the pads, then its last queries, M of them
+    suffix_cu_seqlens_k: Tensor  # [2 B + 1] the pads and the rest of every row
+    in_suffix: Tensor  # [B, M, 1, 1] whether one of the last queries is in the suffix
 
 
 class PrefixFlashAttention(torch.autograd.Function):
     """Attention of q [B, L, H, D] to k, v [B, S, K, D] under a prefix-LM mask -> [B, L, H, D], by two calls of flash
-    attention, on all queries as if they were prefix and on the last ones as if they were suffix.
+    attention: one treats all queries as prefix, one treats the last queries as suffix; each query keeps the one that
+    applies to it.
 
     Equals `attention.attention_reference`: tests/test_cuda_path.py,
     test_two_calls_of_flash_attention_are_the_prefix_mask.
@@ -252,38 +281,37 @@ class PrefixFlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments: Segments, scale: float) -> Tensor:
         """`segments` of the mask for these numbers of queries and keys."""
-        head, tail, saved, count = None, None, [q, k, v], segments.in_suffix.shape[1]
-        if segments.head_queries is not None:
-            head, *more = flash(q, k, v, segments.head_queries, segments.head_keys, scale, causal=False)
-            saved += [head, *more]
+        prefix_out, suffix_out, saved, count = None, None, [q, k, v], segments.in_suffix.shape[1]
+        prefix, suffix = prefix_offsets(segments), suffix_offsets(segments)
+        if prefix[0] is not None:
+            prefix_out, *more = flash(q, k, v, *prefix, scale, causal=False)
+            saved += [prefix_out, *more]
         if count:
-            q_tail = q[:, -count:]
-            tail, *more = flash(q_tail, k, v, segments.tail_queries, segments.tail_keys, scale, causal=True)
-            saved += [tail, *more]
+            suffix_out, *more = flash(q[:, -count:], k, v, *suffix, scale, causal=True)
+            saved += [suffix_out, *more]
         ctx.save_for_backward(*saved)
         ctx.segments, ctx.scale = segments, scale
-        if head is None or tail is None:
-            return tail if head is None else head
-        taken = torch.where(segments.in_suffix, tail, head[:, -count:])
-        return torch.cat((head[:, :-count], taken), dim=1)
+        if prefix_out is None or suffix_out is None:
+            return suffix_out if prefix_out is None else prefix_out
+        last = torch.where(segments.in_suffix, suffix_out, prefix_out[:, -count:])
+        return torch.cat((prefix_out[:, :-count], last), dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    def backward(ctx, gradient: Tensor):
         q, k, v, *saved = ctx.saved_tensors
         segments, count = ctx.segments, ctx.segments.in_suffix.shape[1]
-        found, has_both = [], segments.head_queries is not None and count > 0
-        if segments.head_queries is not None:
-            g_head = g
+        prefix, suffix = prefix_offsets(segments), suffix_offsets(segments)
+        found, has_both = [], prefix[0] is not None and count > 0
+        if prefix[0] is not None:
+            g = gradient
             if has_both:  # nothing flows into a result that was not taken
-                g_head = g.clone(memory_format=torch.contiguous_format)
-                g_head[:, -count:].masked_fill_(segments.in_suffix, 0)
-            ends = segments.head_queries, segments.head_keys
-            found.append(flash_backward(g_head, q, k, v, *saved[:3], *ends, ctx.scale, causal=False))
+                g = gradient.clone(memory_format=torch.contiguous_format)
+                g[:, -count:].masked_fill_(segments.in_suffix, 0)
+            found.append(flash_backward(g, q, k, v, *saved[:3], *prefix, ctx.scale, causal=False))
         if count:
-            g_tail = g[:, -count:].masked_fill(~segments.in_suffix, 0) if has_both else g
-            ends = segments.tail_queries, segments.tail_keys
-            found.append(flash_backward(g_tail, q[:, -count:], k, v, *saved[-3:], *ends, ctx.scale, causal=True))
+            g = gradient[:, -count:].masked_fill(~segments.in_suffix, 0) if has_both else gradient
+            found.append(flash_backward(g, q[:, -count:], k, v, *saved[-3:], *suffix, ctx.scale, causal=True))
         d_q, d_k, d_v = found[0]
         if has_both:
             d_q[:, -count:] += found[1][0]
@@ -291,23 +319,47 @@ class PrefixFlashAttention(torch.autograd.Function):
         return d_q, d_k, d_v, None, None
 
 
-def flash(q, k, v, ends_q, ends_k, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def prefix_offsets(segments: Segments) -> tuple[Tensor | None, Tensor]:
+    """(cu_seqlens_q, cu_seqlens_k) of the call that treats all queries as prefix."""
+    return segments.prefix_cu_seqlens_q, segments.prefix_cu_seqlens_k
+
+
+def suffix_offsets(segments: Segments) -> tuple[Tensor, Tensor]:
+    """(cu_seqlens_q, cu_seqlens_k) of the call that treats the last queries as suffix."""
+    return segments.suffix_cu_seqlens_q, segments.suffix_cu_seqlens_k
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(output [B, L, H, D], log-sum-exp, unused) of one call of torch's variable-length flash attention on the rows of
     q, k, v [B, L or S, heads, D], one after another.
 
-    Segment i of the queries, which ends at ends_q[i + 1], attends to segment i of the keys: to all of it, or causally
-    from the lower right corner.
+    Sequence i of the queries attends to sequence i of the keys: to all of it, or causally from the lower right corner.
     """
     out, lse, rng, *_ = torch.ops.aten._flash_attention_forward(
-        pack(q), pack(k), pack(v), ends_q, ends_k, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+        *map(pack, (q, k, v)), cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
     )
     return out.view(q.shape), lse, rng
 
 
-def flash_backward(g, q, k, v, out, lse, rng, ends_q, ends_k, scale: float, causal: bool) -> list[Tensor]:
+def flash_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rng: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+) -> list[Tensor]:
     """Gradients of q, k and v; arguments as those and the results of `flash`."""
+    packed, lengths = map(pack, (gradient, q, k, v, out)), (q.shape[1], k.shape[1])
     found = torch.ops.aten._flash_attention_backward(
-        *map(pack, (g, q, k, v, out)), lse, ends_q, ends_k, q.shape[1], k.shape[1], 0.0, causal, rng, rng, scale=scale
+        *packed, lse, cu_seqlens_q, cu_seqlens_k, *lengths, 0.0, causal, rng, rng, scale=scale
     )
     return [d.view(t.shape) for d, t in zip(found, (q, k, v), strict=True)]
 
@@ -453,9 +505,10 @@ def cast_lora(model: nn.Module) -> Iterator[None]:
     """Scale and cast the LoRA factors of every layer of `model` once for the block, in a few launches for all layers.
 
     Outside such a block `apply_linears` casts them at every call, to the same values. The masters must not change
-    inside it: it is for the forward and backward passes of one update, or for the tokens of one answer.
+    inside it: it is for the forward and backward passes of one update, or for the tokens of one answer. A block inside
+    another leaves its factors alone.
     """
-    found = [module for module in model.modules() if has_one_adapter(module)]
+    found = [m for m in model.modules() if has_one_adapter(m) and not hasattr(m, CAST_FACTORS)]
     names = [module.active_adapters[0] for module in found]
     pairs = list(zip(found, names, strict=True))
     downs, ups = ([getattr(m, part)[n].weight for m, n in pairs] for part in ("lora_A", "lora_B"))
@@ -536,6 +589,7 @@ class LowRankLinears(torch.autograd.Function):
 
 
 def split_weights(weights: tuple[Tensor, ...]) -> tuple[tuple, tuple, tuple]:
+    """(every W_i, every A_i, every B_i) of the weights of `LowRankLinears.forward`."""
     count = len(weights) // 3
     return weights[:count], weights[count : 2 * count], weights[2 * count :]
 

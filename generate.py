@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from boxes import locs_to_boxes
 from errors import UserError, one_line_errors
 from files import check_ranges, open_image
+from machine import choose_dtype
 from models import classes_of
 from processing_paligemma import to_rgb
 
@@ -34,7 +35,7 @@ class Config:
     max_new_tokens: Annotated[int, Meta(ge=1)] = 64  # longest answer
     temperature: Annotated[float, Meta(ge=0)] = 0.0  # 0: the most probable answer
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0  # sample from the most probable tokens that sum to this probability
-    seed: int = 0  # of sampling
+    seed: int = 0  # sampling seed
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
 
@@ -69,16 +70,13 @@ def draw_boxes(image: Image.Image, answer: str, path: str) -> None:
         raise UserError(f"{path}: cannot be written ({error}): give a .png or .jpg in a folder that exists") from error
 
 
-def choose_dtype(config: Config) -> torch.dtype:
-    """The dtype of the model. Raises UserError for a device that is not available."""
+def dtype_on(device: str, wanted: str) -> torch.dtype:
+    """The dtype of a model on a device. Raises UserError for a device that is not available."""
     try:
-        torch.empty(0, device=config.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={config.device}: {str(error).splitlines()[0]}; give cuda, mps or cpu") from error
-    if config.dtype == "auto":
-        has_bf16 = config.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return getattr(torch, config.dtype)
+        raise UserError(f"--device={device}: {str(error).splitlines()[0]}; give cuda, mps or cpu") from error
+    return choose_dtype(wanted, torch.device(device))[0]
 
 
 @one_line_errors
@@ -86,11 +84,13 @@ def main() -> None:
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     check_ranges(config)
     images = [open_image(path) for path in config.image]
-    dtype = choose_dtype(config)
+    dtype = dtype_on(config.device, config.dtype)
     model_class, processor_class = classes_of(config.model)
     processor = processor_class.from_pretrained(config.model)
     if config.output and not (images and processor.answers_boxes):
         raise UserError(f"--output: needs an image and a model that answers boxes, not {config.model}: leave it out")
+    if config.output and len(images) > 1:
+        raise UserError(f"--output: draws boxes on one image, not on {len(images)}: leave it out")
     model = model_class.from_pretrained(config.model, dtype=dtype, device=config.device)
     batch = {key: tensor.to(config.device) for key, tensor in processor([images], [config.prompt]).items()}
     ids = model.generate(

@@ -20,11 +20,14 @@ from PIL import Image
 from errors import UserError
 from files import decode_typed, open_image, read_bytes, read_typed, resolve_inside
 
+POOL_CELL, OWN_CELL = 64, 256  # pixels of a haystack's cell: of the embedded images, of one's own
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
 TEST_SHARE = 5  # a fifth of the captions of one's own images is for testing
 TEST_BYTES = 256 // TEST_SHARE  # of the first bytes that a caption's hash can have
+MARGIN = 1 / 16  # of a cell, on each side of a transparent image
 LIGHT = 178  # the darkest level of a light background colour
 RESIZED_BYTES = 256 << 20  # of resized images that a pool remembers
+SATURATION = 0.5, 1.5  # the range of the random factor on the difference from grey in training
 GAIN_STD, BRIGHTNESS_STD = 0.15, 0.1  # of the random colours in training, where 1 is the range of a channel
 
 
@@ -60,6 +63,17 @@ def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) ->
         raise UserError(f"{path}: not a readable image pool ({error}); see assets/haystack-pool/README.md") from error
     images = [PoolImage(*row.values()) for row in table.to_pylist()]
     return [image for image in images if splits is None or image.split in splits]
+
+
+def read_split(source: str, split: str) -> list[PoolImage]:
+    """The images of one split of `source`, a folder or a jsonl file, or of the embedded pool where it is empty.
+
+    Of the embedded concepts that are never trained on, in the drawing style of training, so that the style is no other.
+    """
+    images = [image for image in (read_captioned_images(source) if source else read_pool()) if image.split == split]
+    if not source and split == "test_concept":
+        images = [image for image in images if image.style == "noto"]
+    return images
 
 
 def read_captioned_images(source: str | Path) -> list[PoolImage]:
@@ -143,6 +157,12 @@ class Haystack:
         return "; ".join(", ".join(str(i + 1) for i in place) for place in self.needles) or "-1"
 
 
+def arrange(indices: list[int], images: int, grid: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """`Haystack.cells`: pool indices, row after row and image after image, as M grids of N x N."""
+    rows = [tuple(indices[start : start + grid]) for start in range(0, images * grid**2, grid)]
+    return tuple(tuple(rows[m * grid : (m + 1) * grid]) for m in range(images))
+
+
 def needle_prompt(*captions: str) -> str:
     """The short question of the `finetuned` protocol, in the form of PaliGemma's question answering."""
     return f"answer en where is {'; '.join(map(clean_caption, captions))}?"
@@ -184,9 +204,7 @@ class ImagePool:
             shown += rng.sample(others, grid**2)
         indices = [rng.choice(self.by_caption[caption]) for caption in shown]
         places = [(m, row, column) for m in range(images) for row in range(grid) for column in range(grid)]
-        cells = tuple(
-            tuple(tuple(indices[(m * grid + row) * grid :][:grid]) for row in range(grid)) for m in range(images)
-        )
+        cells = arrange(indices, images, grid)
         times = Counter(shown)
         unique = [i for i, caption in enumerate(shown) if times[caption] == 1]
         if len(unique) < needles:
@@ -215,9 +233,7 @@ class ImagePool:
         rng.shuffle(shown)
         indices = [rng.choice(self.by_caption[name]) for name in shown]
         target = rng.choice(self.by_caption[caption])
-        cells = tuple(
-            tuple(tuple(indices[(m * grid + row) * grid :][:grid]) for row in range(grid)) for m in range(images)
-        )
+        cells = arrange(indices, images, grid)
         needles = ()
         if positive:
             place = shown.index(caption)
@@ -253,7 +269,7 @@ class ImagePool:
             if len(self._resized) >= RESIZED_BYTES // (4 * cell * cell):
                 self._resized.pop(next(iter(self._resized)))
             image = self.images[index].open()
-            side = cell * 7 // 8 if image.mode == "RGBA" else cell
+            side = int(cell * (1 - 2 * MARGIN)) if image.mode == "RGBA" else cell
             self._resized[index, cell] = image.resize((side, side), Image.Resampling.LANCZOS)
         return self._resized[index, cell]
 
@@ -267,7 +283,7 @@ def recolour_image(image: Image.Image, rng: random.Random) -> Image.Image:
     colour = pixels[..., :3]
     grey = colour.mean(-1, keepdims=True)
     gain = np.array([rng.gauss(1, GAIN_STD) for _ in range(3)], np.float32)
-    colour = (grey + rng.uniform(0.5, 1.5) * (colour - grey)) * gain + rng.gauss(0, BRIGHTNESS_STD)
+    colour = (grey + rng.uniform(*SATURATION) * (colour - grey)) * gain + rng.gauss(0, BRIGHTNESS_STD)
     colour = (colour.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(np.concatenate((colour, np.asarray(image)[..., 3:]), axis=-1), image.mode)
 

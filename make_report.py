@@ -39,19 +39,20 @@ from arms import (
     read_answers,
     read_arms,
 )
+from diagnostics import SAVED_QUESTIONS
 from errors import UserError, one_line_errors
-from files import open_image, resolve_inside, writing
+from files import open_image, resolve_inside, write_text, writing
 from needle_eval.mmneedle_build import CACHE
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.mmneedle_rules import parse_lenient
 from needle_eval.plots import (
     STYLE,
     Curve,
+    arm_styles,
     draw_calibration,
     draw_confusion,
     draw_forest,
     draw_needle_share,
-    looks,
 )
 from needle_eval.questions import normalise
 from needle_eval.report import open_record, read_attention
@@ -100,8 +101,8 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
         shown = {titles[group]: (found.differences[group], found.pooled(group)) for group in groups}
         title = f"{found.b} minus {found.a}"
         figure = draw_forest(shown, style[found.b]["color"], title, "difference of right answers in points")
-        asked = "score interval over its questions" if measured.folders else "without an interval"
-        text = f"A dot for each seed ({asked})"
+        asked = "score interval over its questions" if measured.folders else "no interval"
+        text = f"One dot per seed ({asked})"
         if len(found.seeds) > 1:
             text += "; diamond: mean over the seeds"
             text += ", 95 % interval of the paired t test" if len(found.seeds) >= MIN_SEEDS else ""
@@ -209,7 +210,7 @@ def section_maps(arms: Arms, notes: list[str]) -> list[str]:
             if not run.is_differential or not (run.folder / "attention.safetensors").exists():
                 continue
             if not (run.folder / "signed_maps.safetensors").exists():
-                notes.append(f"{run.folder}: stores no second map, as in older runs and in presets that subtract none")
+                notes.append(f"{run.folder}: stores no second map: its preset subtracts none")
                 continue
             same = [other.folder for other in standard if other.seed == run.seed]
             title = f"Attention of the answer on the image: {arm}, seed {run.seed}"
@@ -253,7 +254,7 @@ def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: 
                     even[name] = 1 / grid**2
             except UserError as error:
                 notes.append(str(error))
-        source = f"{plots.ATTENTION_QUESTIONS} stored questions of each set, first token of the answer"
+        source = f"{SAVED_QUESTIONS} stored questions of each set, first token of the answer"
     if not shares:
         return []
     figure = draw_needle_share(shares, even, style, "Share of the attention on the needle, by layer")
@@ -491,7 +492,7 @@ th { border-bottom-color: #888; }
 def make_page(folders: Sequence[Path]) -> str:
     """The page about these run folders. Raises UserError for a folder that is no run, and for damaged files."""
     arms, notes = read_arms(folders), []
-    style = looks(arms)
+    style = arm_styles(arms)
     evaluations = measure_evaluations(arms, notes)
     trained = measure_training(arms)
     measured = [*evaluations, *([trained] if trained else [])]
@@ -573,13 +574,11 @@ class Config:
 def main():
     config = tyro.cli(Config, description=__doc__)
     if not config.runs:
-        raise UserError("names no run: give run folders, as in python make_report.py runs/original_seed0")
+        raise UserError("give at least one run folder, as in python make_report.py runs/original_seed0")
     page, output = make_page([Path(run) for run in config.runs]), Path(config.output)
-    temporary = output.with_name(f".{output.name}.tmp")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
+    write_text(output, page)
     print(output)
 
 

@@ -34,14 +34,14 @@ def check_installed(metric: Metric) -> None:
         raise UserError(f"--metric={metric}: {package} is not installed: pip install {package}")
 
 
-def check_answers(metric: Metric, name: str, answers: Sequence[str]) -> None:
-    """Raise UserError, starting with `name`, if a row with these accepted answers cannot be scored."""
+def check_answers(metric: Metric, name: str, suffix: str, answers: Sequence[str]) -> None:
+    """Raise UserError, starting with `name`, if a row with this suffix and these accepted answers cannot be scored."""
     if metric == "vqa" and len(answers) != ANNOTATORS:
         raise UserError(
             f"{name}: --metric=vqa needs the answers of {ANNOTATORS} annotators, the row has {len(answers)}: give them "
-            'as "answers", or take --metric=exact'
+            'as "answers", or use --metric=exact'
         )
-    if metric == "map" and not read_boxes(answers[0]):
+    if metric == "map" and not read_boxes(suffix):
         raise UserError(f"{name}: --metric=map needs boxes, <loc....> four times and a label, in every suffix")
 
 

@@ -4,6 +4,7 @@ What was trained, on what, and how well it answered, from run.json and metrics.j
 """
 
 import re
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -45,7 +46,7 @@ def adapter_card(
 ) -> str:
     """README.md of the folder adapter/.
 
-    `record` is the run.json beside it, `evals` name -> [exact answers, rows] of the last evaluation before it, empty
+    `record` is the run.json beside it, `evals` name -> [exact answers, rows] of the evaluation of these weights, empty
     without one.
     """
     base, config = record["base_model"], record["config"]
@@ -66,7 +67,7 @@ def adapter_card(
         "attention": f"differential, preset {differential.preset}" if differential else "standard",
         "LoRA": ", ".join(f"{key} {value}" for key, value in lora.items()),
         "seed": config.get("seed"),
-        "updates": f"{record.get('step')}, {config.get('batch_size')} examples each",
+        "updates": f"{record.get('step')}, {config['batch_size'] * config['accumulation']} examples each",
     }
     if model_type == "phi3_v":  # transformers has no class for it
         load = LOAD_HERE
@@ -117,5 +118,9 @@ def score_row(rows: str, right: int, n: int) -> str:
 
 
 def hide_folders(path: str) -> str:
-    """A path without the folders of this machine; other text unchanged."""
-    return re.sub(r"(^|:)/\S*/", r"\1", path)
+    """A path, or a value of --data, without the folders of this machine; other text unchanged."""
+    kind, rest = re.fullmatch(r"((?:haystack:|vqav2:)?)(.*)", path, re.DOTALL).groups()
+    for path_class in (PurePosixPath, PureWindowsPath):
+        if path_class(rest).is_absolute():
+            return kind + path_class(rest).name
+    return path

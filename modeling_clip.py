@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from config_fields import Depth, Size
 from errors import UserError
-from modeling_siglip import ACTIVATIONS, Depth, Embedding, SiglipEncoder, Size
+from layers import ACTIVATIONS, Embedding
+from modeling_siglip import SiglipEncoder
 
 
 @dataclass
@@ -68,8 +70,16 @@ class ClipVisionModel(nn.Module):
         self.config = config
         self.embeddings = ClipEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # transformers' spelling
-        self.encoder = SiglipEncoder(config, num_run=config.num_hidden_layers - 1)
+        self.encoder = SiglipEncoder(config, num_layers_run=config.num_hidden_layers - 1)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pre_layrnorm.weight.dtype
+
+    def unused_modules(self) -> list[nn.Module]:
+        """The modules that are stored but never run."""
+        return [*self.encoder.layers[self.encoder.num_layers_run :], self.post_layernorm]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))[:, 1:]

@@ -7,33 +7,32 @@ Sources: PaliGemma (arXiv 2407.07726), PaliGemma 2 (2412.03555), Gemma (2403.082
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves
-from checkpoint import locate, resolve_run
+from attention import PrefixMask
+from config_fields import PALIGEMMA_IMAGE_TOKEN_ID, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
-from files import read_json
 from fused_ops import apply_linears
-from modeling_siglip import (
-    ACTIVATIONS,
-    Depth,
-    Embedding,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    Size,
-    TokenId,
-    read_config,
+from layers import ACTIVATIONS, Embedding
+from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
+from modeling_vlm import (
+    BatchPlan,
+    DecoderAttention,
+    KVCache,
+    Rotary,
+    VisionLanguageBackbone,
+    VisionLanguageModel,
+    read_model_config,
+    run_layers,
 )
-from modeling_vlm import KVCache, VisionLanguageBackbone, VisionLanguageModel
 
 GEMMA2_ONLY = (
     "query_pre_attn_scalar",
@@ -49,7 +48,7 @@ RELEASED_LEARNING_RATE, SMALL_LEARNING_RATE = 1e-4, 2e-3
 def read_rope(data: dict) -> tuple[float, float]:
     """(theta, factor) of a text_config: `rope_parameters` of version 5, `rope_theta` and `rope_scaling` before.
 
-    Raises UserError for scaling other than "linear".
+    Raises UserError for scaling other than "linear", and for "linear" without a factor.
     """
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -58,6 +57,8 @@ def read_rope(data: dict) -> tuple[float, float]:
     if kind not in ("default", "linear") or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"text_config.rope_parameters {rope} is not supported: rope_type must be default or linear")
     theta = rope.get("rope_theta") or data.get("rope_theta") or 10000.0
+    if kind == "linear" and rope.get("factor") is None:
+        raise UserError("text_config.rope_parameters of type linear has no factor: restore the file")
     return theta, rope["factor"] if kind == "linear" else 1.0
 
 
@@ -76,8 +77,8 @@ class GemmaConfig:
     hidden_activation: str = "gelu_pytorch_tanh"
     max_position_embeddings: Size = 8192
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_factor: float = 1.0  # rope_type "linear": positions are divided by it
+    rope_theta: Positive = 10000.0
+    rope_factor: Positive = 1.0  # rope_type "linear": positions are divided by it
     initializer_range: float = 0.02
     # Gemma 2 only
     query_pre_attn_scalar: int | float | None = None  # query scale is this ** -0.5; None means head_dim
@@ -85,7 +86,7 @@ class GemmaConfig:
     # transformers >= 5.23 caps the final logits, 4.52 - 5.0 did not, big_vision never does in training;
     # greedy answers do not change, losses do: None turns it off
     final_logit_softcapping: float | None = None
-    # suffix rows only, as transformers >= 5.23 (big_vision has no window): no effect below 4096 tokens
+    # suffix queries only, as transformers >= 5.23 (big_vision has no window): no effect below 4096 tokens
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None  # sliding_attention or full_attention; None: they alternate
 
@@ -109,6 +110,8 @@ class GemmaConfig:
                 f"text_config.layer_types {list(types)} must be {self.num_hidden_layers} of sliding_attention and "
                 "full_attention"
             )
+        if self.head_dim % 2:
+            raise UserError(f"text_config.head_dim {self.head_dim}: must be even, since rotary dims come in pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"text_config: num_attention_heads {self.num_attention_heads} must be a multiple of "
@@ -135,8 +138,6 @@ class GemmaConfig:
         if activation is None or (activation == "gelu" and not is_gemma2):
             activation = "gelu_pytorch_tanh"  # released configs of Gemma 1 say "gelu" or null and mean the tanh form
         data["hidden_activation"] = activation
-        if data.get("layer_types") is not None:
-            data["layer_types"] = tuple(data["layer_types"])
         return read_config(cls, data, "text_config")
 
     def window_of(self, layer: int) -> int | None:
@@ -162,7 +163,7 @@ class GemmaConfig:
 class PaliGemmaConfig:
     text_config: GemmaConfig = field(default_factory=GemmaConfig)
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
-    image_token_id: TokenId = 257152
+    image_token_id: TokenId = PALIGEMMA_IMAGE_TOKEN_ID
     pad_token_id: TokenId = 0
     eos_token_id: TokenId = 1
     bos_token_id: TokenId = 2
@@ -177,12 +178,7 @@ class PaliGemmaConfig:
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "PaliGemmaConfig":
         """Read `config.json` of a folder or hub id. Unknown keys are tolerated, unknown model types refused."""
-        file = locate(resolve_run(path_or_hub_id)[0]) / "config.json"
-        data = read_json(file)
-        try:
-            return cls.from_dict(data)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from error
+        return read_model_config(cls, path_or_hub_id)
 
     @classmethod
     def from_dict(cls, data: dict) -> "PaliGemmaConfig":
@@ -198,7 +194,7 @@ class PaliGemmaConfig:
                 raise UserError(f"{name} is {part!r:.80} where an object is expected: restore the file")
         top = {"text_config": GemmaConfig.from_dict(text)}
         top["vision_config"] = read_config(SiglipVisionConfig, vision, "vision_config")
-        top["image_token_id"] = data.get("image_token_index", data.get("image_token_id", 257152))
+        top["image_token_id"] = data.get("image_token_index", data.get("image_token_id", PALIGEMMA_IMAGE_TOKEN_ID))
         top["tie_word_embeddings"] = data.get("tie_word_embeddings", True)
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):  # version 5 writes them inside text_config
             value = text.get(name) if data.get(name) is None else data[name]
@@ -237,7 +233,7 @@ class GemmaRMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
-def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
     """cos and sin [B, 1, L, D] of positions [B, L]; angles in float32, tables in `dtype` as in transformers."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=positions.device) / config.head_dim
     # bit-equal to transformers; theta ** -exponent differs by a unit in the last place
@@ -247,53 +243,20 @@ def rotary_tables(config: GemmaConfig, positions: Tensor, dtype: torch.dtype) ->
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class GemmaAttention(nn.Module):
+class GemmaAttention(DecoderAttention):
     def __init__(self, config: GemmaConfig, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.shape = AttentionShape(
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )
-        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        super().__init__(layer, AttentionShape(config.hidden_size, heads, kv_heads, head_dim))
+        self.scale = (config.query_pre_attn_scalar or head_dim) ** -0.5
         self.softcap = config.attn_logit_softcapping
         self.window = config.window_of(layer)
-        query_width, kv_width = (
-            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
-        self.differential = None  # or a DifferentialAttention, see add_differential
+        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
 
-    def attention_inputs(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None
-    ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor], Attend]:
-        """(q, k, v, rotate, attend) of x [B, L, C]: q [B, H, L or rows, D], k and v [B, K, S, D], rotated, keys and
-        values from the cache."""
-        projected = apply_linears(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for t in projected)
-        if rows is not None:
-            q = q[:, :, -rows:]
-        by_halves = self.differential is not None and self.differential.config.rotate_halves
-        rotate = partial(apply_rotary_to_halves if by_halves else apply_rotary, cos=rotary[0], sin=rotary[1])
-        q, k = rotate(q), rotate(k)
-        if self.differential is not None:
-            k = self.differential.extend_keys(x, k, rotate)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        return q, k, v, rotate, Attend(mask, self.scale, self.softcap, self.window)
-
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None = None
-    ) -> Tensor:
-        """x [B, L, C] -> [B, L, C], or the last `rows` positions [B, rows, C]."""
-        q, k, v, rotate, attend = self.attention_inputs(x, rotary, mask, cache, rows)
-        if self.differential is None:
-            out = attend(q, k, v)
-        else:  # a second map, and lambda between the two
-            out = self.differential(x, q, k, v, rotate, attend)
-        return apply_linears(out.transpose(1, 2).flatten(2), self.o_proj)[0]
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        return apply_linears(x, self.q_proj, self.k_proj, self.v_proj)
 
 
 class GemmaMLP(nn.Module):
@@ -323,11 +286,11 @@ class GemmaDecoderLayer(nn.Module):
             self.add_module(name, GemmaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None = None
+        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None = None
     ) -> Tensor:
-        """x [B, L, C] -> [B, L, C], or the last `rows` positions [B, rows, C]."""
-        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, rows)
-        x = x if rows is None else x[:, -rows:]
+        """x [B, L, C] -> [B, L, C], or the last `keep_last` positions [B, keep_last, C]."""
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, keep_last)
+        x = x if keep_last is None else x[:, -keep_last:]
         if not self.has_four_norms:  # here post_attention_layernorm is the norm before the MLP
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -356,21 +319,10 @@ class GemmaModel(nn.Module):
         return x * rounded(math.sqrt(self.config.hidden_size), x.dtype)
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, rows: int | None = None
+        self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, keep_last: int | None = None
     ) -> Tensor:
-        """Embeddings x [B, L, C] at positions [B, L] -> hidden states after the last norm [B, L, C], or the last `rows`
-        of them: the last layer needs keys and values of every position, but queries and MLP only of those."""
-        length = x.shape[1]
-        rotary = rotary_tables(self.config, positions, x.dtype)
-        for index, layer in enumerate(self.layers, 1):
-            layer_rows = rows if index == len(self.layers) else None
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, mask, cache, layer_rows, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, cache, layer_rows)
-        if cache is not None:
-            cache.length += length
-        return self.norm(x)
+        """Embeddings x [B, L, C] at positions [B, L] -> hidden states, see `run_layers`."""
+        return run_layers(self, x, rotary_tables(self.config, positions, x.dtype), mask, cache, keep_last)
 
 
 class PaliGemmaMultiModalProjector(nn.Module):
@@ -396,6 +348,22 @@ class PaliGemmaModel(VisionLanguageBackbone):
     def mask(self, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PrefixMask:
         """Image and prompt see each other in both directions, the suffix is causal."""
         return PrefixMask.from_tensors(attention_mask, token_type_ids)
+
+    def plan(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **images: Tensor,
+    ) -> BatchPlan:
+        """See `VisionLanguageBackbone.plan`. Raises UserError for labels without token types."""
+        if labels is not None and token_type_ids is None:
+            raise UserError(
+                "labels need token_type_ids: without them the answer is in the prefix, where each token sees the next: "
+                "pass those of the processor"
+            )
+        return super().plan(input_ids, attention_mask, token_type_ids, labels, **images)
 
     def positions(self, attention_mask: Tensor) -> Tensor:
         """1-based positions [B, L] that count tokens, not pads (rotary angles are relative, so pads change nothing)."""

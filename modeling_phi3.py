@@ -9,9 +9,9 @@ Sources: Phi-3 (arXiv 2404.14219), LongRoPE (2402.13753), microsoft/Phi-3.5-visi
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,24 +19,31 @@ import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves
-from checkpoint import DIFFERENTIAL_PREFIX, locate, resolve_run
+from attention import PrefixMask, apply_rotary
+from checkpoint import DIFFERENTIAL_PREFIX
+from config_fields import DECODER_ALONE, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
-from files import read_json
 from fused_ops import apply_linears
+from layers import ACTIVATIONS, Embedding
 from modeling_clip import ClipVisionConfig, ClipVisionModel
-from modeling_siglip import ACTIVATIONS, Depth, Embedding, Size, TokenId, read_config
-from modeling_vlm import KVCache, VisionLanguageBackbone, VisionLanguageModel
+from modeling_vlm import (
+    DecoderAttention,
+    KVCache,
+    Rotary,
+    VisionLanguageBackbone,
+    VisionLanguageModel,
+    read_model_config,
+    run_layers,
+)
 from processing_phi3v import IMAGE_TOKEN_ID, PAD_TOKEN_ID, PHI_STOP_IDS, ModelFields
 
 MERGE = 2  # MERGE x MERGE neighbouring features become one image token
 LEARNING_RATE = 4e-5  # of Phi-3-vision's fine-tuning scripts
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
 ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
-Factors = tuple[Annotated[float, msgspec.Meta(gt=0)], ...]
+Factors = tuple[Positive, ...]
 
 
 # ---- configuration
@@ -47,7 +54,7 @@ def read_rope(data: dict) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise UserError(f"rope_scaling is {rope!r:.80} where an object is expected: restore the file")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise UserError(f"rope_scaling type {kind!r:.80} is not supported: must be one of {', '.join(ROPE_TYPES)}")
     first = {**data, **{key: value for key, value in rope.items() if value is not None}}
     names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -72,14 +79,15 @@ class Phi3TextConfig:
     head_dim: Size | None = None  # None: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: Size = 4096
-    original_max_position_embeddings: Size = 4096  # longrope: longer sequences are rotated by the long factors
+    # longrope: longer sequences are rotated by the long factors
+    original_max_position_embeddings: Annotated[int, msgspec.Meta(ge=2, le=1 << 31)] = 4096
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # share of a head that is rotated
     short_factor: Factors | None = None  # longrope: divisors of the R / 2 rotary frequencies; None: default rotary
     long_factor: Factors | None = None
     attention_factor: float | None = None  # longrope: of cos and sin; None: from the two lengths
-    factor: Annotated[float, msgspec.Meta(gt=0)] | None = None  # longrope: of the lengths; None: their ratio
+    factor: Positive | None = None  # longrope: of the lengths; None: their ratio
     sliding_window: Size | None = None  # tokens that a query sees
     initializer_range: float = 0.02
 
@@ -111,7 +119,7 @@ class Phi3TextConfig:
         for name in ("attention_bias", "attention_dropout", "resid_pdrop", "embd_pdrop"):
             if data.get(name):
                 raise UserError(f"{name} {data[name]!r:.80} is not supported: must be absent, false or 0")
-        kv_heads = data.get("num_key_value_heads") or data.get("num_attention_heads", 32)
+        kv_heads = data.get("num_key_value_heads") or data.get("num_attention_heads", cls.num_attention_heads)
         given = {key: value for key, value in data.items() if value is not None}
         return read_config(cls, given | {"num_key_value_heads": kv_heads} | read_rope(data), "config.json")
 
@@ -121,7 +129,7 @@ class Phi3TextConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def rope_border(self) -> int | None:
+    def short_rope_limit(self) -> int | None:
         """Longest sequence that is rotated by the short factors; None where rotary angles do not depend on it."""
         return None if self.short_factor is None else self.original_max_position_embeddings
 
@@ -161,7 +169,8 @@ class Phi3Config:
     image_token_id: TokenId = IMAGE_TOKEN_ID
     pad_token_id: TokenId = PAD_TOKEN_ID
     bos_token_id: TokenId | None = 1
-    stop_ids: tuple[TokenId, ...] = PHI_STOP_IDS  # each ends an answer; the first is learned in training
+    # each ends an answer; the first is learned in training
+    stop_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1)] = PHI_STOP_IDS
     chat_start: str = "<|user|>\n"  # around a prompt
     chat_end: str = "<|end|>\n<|assistant|>\n"
     tie_word_embeddings: bool = False
@@ -170,12 +179,7 @@ class Phi3Config:
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "Phi3Config":
         """Read `config.json` of a folder or hub id. Unknown keys are tolerated, unknown model types refused."""
-        file = locate(resolve_run(path_or_hub_id)[0]) / "config.json"
-        data = read_json(file)
-        try:
-            return cls.from_dict(data)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from error
+        return read_model_config(cls, path_or_hub_id)
 
     @classmethod
     def from_dict(cls, data: dict) -> "Phi3Config":
@@ -205,7 +209,11 @@ class Phi3Config:
             return data | {"architectures": ["Phi3ForCausalLM"]}
         data |= {"architectures": ["Phi3VForCausalLM"], "image_token_id": self.image_token_id}
         data["vision_config"] = dataclasses.asdict(self.vision_config)
-        data["img_processor"] = {"name": "clip_vision_model", "model_name": CLIP_NAME, "image_dim_out": 1024}
+        data["img_processor"] = {
+            "name": "clip_vision_model",
+            "model_name": CLIP_NAME,
+            "image_dim_out": self.vision_config.hidden_size,
+        }
         return data
 
 
@@ -234,7 +242,7 @@ class Phi3RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x) * self.weight
 
 
-def rotary_tables(config: Phi3TextConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(config: Phi3TextConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
     """cos and sin [B, 1, L, R] of 0-based positions [B, L]; angles in float32, tables in `dtype`.
 
     LongRoPE divides the frequencies by one factor each: by the long ones in a row whose last position is at or beyond
@@ -247,13 +255,21 @@ def rotary_tables(config: Phi3TextConfig, positions: Tensor, dtype: torch.dtype)
     if config.short_factor is None:
         frequencies = 1.0 / config.rope_theta**exponent
     else:
-        factors = torch.tensor((config.short_factor, config.long_factor), device=positions.device)
+        factors = rope_factors(config.short_factor, config.long_factor, positions.device)
         is_long = positions.amax(1) >= config.original_max_position_embeddings
         frequencies = (1.0 / (factors * config.rope_theta**exponent))[is_long.long()][:, None]  # [B, 1, R / 2]
         scale = attention_factor(config)
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+@cache
+def rope_factors(short: tuple[float, ...], long: tuple[float, ...], device: torch.device) -> Tensor:
+    """LongRoPE's factors [2, R / 2] on a device, where they are copied once: a copy in every forward pass would make
+    the CPU wait, and could not be captured in a CUDA graph."""
+    with torch.inference_mode(False):  # the first call may be an evaluation, the next one training
+        return torch.tensor((short, long), device=device)
 
 
 def attention_factor(config: Phi3TextConfig) -> float:
@@ -273,51 +289,25 @@ def rotate_first_dims(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((apply_rotary(x[..., :width], cos, sin), x[..., width:]), dim=-1)
 
 
-class Phi3Attention(nn.Module):
+class Phi3Attention(DecoderAttention):
     """Query, key and value projections are one matrix: H D rows of queries, then K D of keys, then K D of values."""
 
+    apply_rotary = staticmethod(rotate_first_dims)
+
     def __init__(self, config: Phi3TextConfig, layer: int):
-        super().__init__()
-        self.layer = layer
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.shape = AttentionShape(
-            config.hidden_size, heads, kv_heads, head_dim, config.rotary_dim, config.short_factor is not None
+        has_rope_factors = config.short_factor is not None
+        super().__init__(
+            layer, AttentionShape(config.hidden_size, heads, kv_heads, head_dim, config.rotary_dim, has_rope_factors)
         )
         self.scale = head_dim**-0.5
         self.window = config.window
         self.widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
         self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
-        self.differential = None  # or a DifferentialAttention, see add_differential
 
-    def attention_inputs(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None
-    ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor], Attend]:
-        """(q, k, v, rotate, attend) of x [B, L, C]: q [B, H, L or rows, D], k and v [B, K, S, D], rotated, keys and
-        values from the cache."""
-        projected = apply_linears(x, self.qkv_proj)[0].split(self.widths, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for t in projected)
-        if rows is not None:
-            q = q[:, :, -rows:]
-        by_halves = self.differential is not None and self.differential.config.rotate_halves
-        rotate = partial(apply_rotary_to_halves if by_halves else rotate_first_dims, cos=rotary[0], sin=rotary[1])
-        q, k = rotate(q), rotate(k)
-        if self.differential is not None:
-            k = self.differential.extend_keys(x, k, rotate)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        return q, k, v, rotate, Attend(mask, self.scale, window=self.window)
-
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None = None
-    ) -> Tensor:
-        """x [B, L, C] -> [B, L, C], or the last `rows` positions [B, rows, C]."""
-        q, k, v, rotate, attend = self.attention_inputs(x, rotary, mask, cache, rows)
-        if self.differential is None:
-            out = attend(q, k, v)
-        else:  # a second map, and lambda between the two
-            out = self.differential(x, q, k, v, rotate, attend)
-        return apply_linears(out.transpose(1, 2).flatten(2), self.o_proj)[0]
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        return apply_linears(x, self.qkv_proj)[0].split(self.widths, dim=-1)
 
 
 class Phi3MLP(nn.Module):
@@ -343,11 +333,11 @@ class Phi3DecoderLayer(nn.Module):
         self.post_attention_layernorm = Phi3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: PrefixMask, cache: KVCache | None, rows: int | None = None
+        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None = None
     ) -> Tensor:
-        """x [B, L, C] -> [B, L, C], or the last `rows` positions [B, rows, C]."""
-        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, rows)
-        x = x[:, -attended.shape[1] :] + attended
+        """x [B, L, C] -> [B, L, C], or the last `keep_last` positions [B, keep_last, C]."""
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, keep_last)
+        x = (x if keep_last is None else x[:, -keep_last:]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -365,27 +355,18 @@ class Phi3Decoder(nn.Module):
         return self.embed_tokens(input_ids)
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, rows: int | None = None
+        self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, keep_last: int | None = None
     ) -> Tensor:
-        """Embeddings x [B, L, C] at positions [B, L] -> hidden states after the last norm [B, L, C], or the last `rows`
-        of them: the last layer needs keys and values of every position, but queries and MLP only of those.
+        """Embeddings x [B, L, C] at positions [B, L] -> hidden states, see `run_layers`.
 
-        Raises UserError for rows that cross `rope_border` while the cache has keys of the other side.
+        Raises UserError for several tokens that cross `short_rope_limit` while the cache has keys of the other side;
+        of single tokens `generate` knows where they end, and no step waits for the device.
         """
-        length, border = x.shape[1], self.config.rope_border
-        has_cached_keys = cache is not None and cache.length > 0 and border is not None
-        if has_cached_keys and bool(((positions[:, 0] <= border) & (positions[:, -1] >= border)).any()):
-            raise UserError(f"a row crosses {border} positions, but its cached keys were rotated by the short factors")
-        rotary = rotary_tables(self.config, positions, x.dtype)
-        for index, layer in enumerate(self.layers, 1):
-            layer_rows = rows if index == len(self.layers) else None
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, mask, cache, layer_rows, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, cache, layer_rows)
-        if cache is not None:
-            cache.length += length
-        return self.norm(x)
+        limit = self.config.short_rope_limit
+        continues = limit is not None and cache is not None and cache.length > 0 and x.shape[1] > 1
+        if continues and bool(((positions[:, 0] <= limit) & (positions[:, -1] >= limit)).any()):
+            raise UserError(f"a row crosses {limit} positions, but its cached keys were rotated by the short factors")
+        return run_layers(self, x, rotary_tables(self.config, positions, x.dtype), mask, cache, keep_last)
 
 
 # ---- images
@@ -404,7 +385,7 @@ class Phi3Projector(nn.Module):
         self.linear_1 = nn.Linear(width, hidden)
         self.linear_2 = nn.Linear(hidden, hidden)
 
-    def forward(self, features: Tensor, grids: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         """Image tokens [N, C] of each image.
 
         features [crops of all images, patches, width of CLIP]: of every image the global view, then its crops row by
@@ -448,36 +429,35 @@ class Phi3Model(VisionLanguageBackbone):
         return PrefixMask.from_tensors(attention_mask, attention_mask)
 
     def positions(self, attention_mask: Tensor) -> Tensor:
-        """0-based positions [B, L] that count tokens, not pads; `rope_border` is a number of tokens."""
+        """0-based positions [B, L] that count tokens, not pads; `short_rope_limit` is a number of tokens."""
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
-    def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    def encode_images(self, pixel_values: Tensor, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
         """Image tokens [N, C] of each image of pixel_values [n, crops, 3, S, S] (the global view, crops row by row,
-        unused ones); image_sizes [n, 2]: height and width in pixels of the grid of crops.
-
-        Raises UserError for a decoder alone, and for sizes that do not fit the pixels.
-        """
-        if self.vision_tower is None:
-            raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
-        grids = self.crop_grids(image_sizes)
+        unused ones), whose crops make these `grids`. Raises UserError for grids that do not fit the pixels."""
         if len(grids) != len(pixel_values) or any(not 1 <= h * w < pixel_values.shape[1] for h, w in grids):
             raise UserError("image_sizes do not fit pixel_values: pass both as the processor returns them")
-        dtype = self.vision_tower.pre_layrnorm.weight.dtype
         crops = torch.cat([image[: 1 + h * w] for image, (h, w) in zip(pixel_values, grids, strict=True)])
-        return self.multi_modal_projector(self.vision_tower(crops.to(dtype)), grids)
+        return self.multi_modal_projector(self.vision_tower(crops), grids)
 
-    def crop_grids(self, image_sizes: Tensor | None) -> list[tuple[int, int]]:
-        """Rows and columns of the crops of each image."""
-        side, sizes = self.config.vision_config.image_size, [] if image_sizes is None else image_sizes.tolist()
-        return [(height // side, width // side) for height, width in sizes]
+    def crop_grids(self, image_sizes: Tensor | None) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the crops of each image, of image_sizes [n, 2]: height and width in pixels of its grid.
+
+        Raises UserError for images of a decoder alone.
+        """
+        if image_sizes is None:
+            return ()
+        if self.config.vision_config is None:
+            raise UserError(DECODER_ALONE)
+        side = self.config.vision_config.image_size
+        return tuple((height // side, width // side) for height, width in image_sizes.tolist())
 
     def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Bool [B, L]: the tokens of the crops, row by row over the whole grid, without line ends, separator and global
         view."""
         is_image, flags = input_ids == self.config.image_token_id, []
-        vision = self.config.vision_config
-        side = 0 if vision is None else vision.image_size // (MERGE * vision.patch_size)
         for rows, columns in self.crop_grids(image_sizes):
+            side = self.config.vision_config.image_size // (MERGE * self.config.vision_config.patch_size)
             grid = torch.ones(rows * side, columns * side + 1, dtype=torch.bool)
             grid[:, -1] = False
             flags += [grid.flatten(), torch.zeros(1 + side * (side + 1), dtype=torch.bool)]

@@ -4,32 +4,17 @@ B images, N patches = (image_size / patch_size)^2, C hidden size, H heads, D hea
 transformers >= 5, so that weights and LoRA adapters can be exchanged.
 """
 
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Annotated, TypeVar
+from dataclasses import dataclass
 
-import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Attend
+from config_fields import Depth, Size
 from differential_attention import AttentionShape
 from errors import UserError
-from files import describe
-
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
-Depth = Annotated[int, msgspec.Meta(ge=1, le=1024)]  # number of layers
-
-ACTIVATIONS = {
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+from layers import ACTIVATIONS, Embedding
 
 
 @dataclass
@@ -64,29 +49,6 @@ class SiglipVisionConfig:
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
-
-
-Config = TypeVar("Config")
-
-
-def read_config(cls: type[Config], data: dict, name: str) -> Config:
-    """The fields of a config dataclass from a part of config.json, called `name` in messages; others are ignored.
-
-    Raises UserError for a value of another type or out of range.
-    """
-    known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-    try:
-        return msgspec.convert(known, cls)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{name}: {describe(error)}: restore the file") from error
-
-
-class Embedding(nn.Embedding):
-    """Draws no weights on the meta device, where a draw would import torch.compile, which takes most of a second."""
-
-    def reset_parameters(self):
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
 
 class SiglipEmbeddings(nn.Module):
@@ -156,14 +118,14 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    def __init__(self, config: SiglipVisionConfig, num_run: int | None = None):
+    def __init__(self, config: SiglipVisionConfig, num_layers_run: int | None = None):
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.num_run = num_run or len(self.layers)  # layers that run; CLIP stores one more
+        self.num_layers_run = num_layers_run or len(self.layers)  # CLIP stores one more, which never runs
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[: self.num_run]:
+        for layer in self.layers[: self.num_layers_run]:
             recompute = self.gradient_checkpointing and self.training
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return x
@@ -178,6 +140,10 @@ class SiglipVisionModel(nn.Module):
         self.embeddings = SiglipEmbeddings(config)
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.post_layernorm.weight.dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))

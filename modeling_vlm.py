@@ -5,25 +5,46 @@ B batch, L sequence, K key/value heads, D head dim, C hidden size, n images, N i
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
-from attention import PrefixMask, StepMask
+from attention import Attend, PrefixMask, StepMask, apply_rotary, apply_rotary_to_halves
 from checkpoint import load_weights, locate, resolve_run, save_model_folder
-from differential_attention import DifferentialConfig, add_differential, as_config
+from config_fields import DECODER_ALONE, IGNORED_LABEL
+from differential_attention import AttentionShape, DifferentialConfig, add_differential, as_config
 from errors import UserError
+from files import read_json
 from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
 
-IGNORED_LABEL = -100
 ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
+Rotary = tuple[Tensor, Tensor]  # tables of cos and sin
+
+Config = TypeVar("Config")
 
 
+def read_model_config(config_class: type[Config], path_or_hub_id: str | Path) -> Config:
+    """The configuration in `config.json` of a model folder, run folder or hub id, by `config_class.from_dict`.
+
+    Raises UserError, with the name of the file, for what that refuses.
+    """
+    file = locate(resolve_run(path_or_hub_id)[0]) / "config.json"
+    data = read_json(file)
+    try:
+        return config_class.from_dict(data)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+# ---- the KV cache and decoding, token by token
 class KVCache:
     """Rotated keys and values of every layer, allocated once: [B, K, max_length, D] each, with more key heads where the
     second map of a layer has keys of its own."""
@@ -43,24 +64,25 @@ class KVCache:
             for counts in (key_heads, [shape.num_kv_heads for shape in shapes])
         )
         self.length = 0  # tokens in the cache of every layer; the decoder advances it after its last layer
-        self.place: Tensor | None = None  # [1], see `fix`
+        self.cache_position: Tensor | None = None  # [1], see `make_static`
 
-    def fix(self, place: Tensor):
-        """From now on write one token at a time, at `place` [1], and return the whole cache: tensors of one shape and
-        address, which a CUDA graph needs. What has not been written is zero."""
-        self.place = place
+    def make_static(self, cache_position: Tensor):
+        """Switch to static shapes for a CUDA graph: from now on write one token at a time at position `cache_position`
+        [1] and return the whole buffers; unwritten entries are zeroed."""
+        self.cache_position = cache_position
         for t in (*self.keys, *self.values):
             t[:, :, self.length :] = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [B, K, L, D] to a layer's cache; returns all its keys and values up to here."""
-        if self.place is not None:
-            keys, values = self.keys[layer], self.values[layer]
-            return keys.index_copy_(2, self.place, k), values.index_copy_(2, self.place, v)
+        """Append k, v [B, K, L, D] to a layer's cache, in its dtype; returns all its keys and values up to here."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.cache_position is not None:
+            at = self.cache_position
+            return keys.index_copy_(2, at, k.to(keys.dtype)), values.index_copy_(2, at, v.to(values.dtype))
         end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class StepDecoder:
@@ -72,31 +94,31 @@ class StepDecoder:
 
     def __call__(self, token: Tensor) -> Tensor:
         """Logits after one more token [B] of every row."""
-        self.positions, self.mask = self.positions + 1, self.mask.extend(1)
+        self.positions, self.mask = self.positions + 1, self.mask.extend_by_one()
         return self.run(token)
 
     def run(self, token: Tensor) -> Tensor:
         decoder = self.model.model.language_model
-        hidden = decoder(decoder.embed(token[:, None]), self.positions, self.mask, self.cache, rows=1)
+        hidden = decoder(decoder.embed(token[:, None]), self.positions, self.mask, self.cache, keep_last=1)
         return self.model.head(hidden[:, -1])
 
 
-class FixedStepDecoder(StepDecoder):
-    """The same on tensors of fixed shape and address, so that on CUDA one graph, captured at the first token, is
-    replayed for all others. Nothing in it waits for the device."""
+class StaticStepDecoder(StepDecoder):
+    """Decodes on tensors of fixed shape and address: on CUDA a graph captured at the first token is replayed for the
+    others. Nothing in it waits for the device."""
 
     def __init__(self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor):
         super().__init__(model, cache, mask, positions)
         self.start, self.positions = mask.start, self.positions.clone()
-        self.place = torch.full((1,), cache.length - 1, device=positions.device)
-        cache.fix(self.place)
+        self.cache_position = torch.full((1,), cache.length - 1, device=positions.device)
+        cache.make_static(self.cache_position)
         self.token = torch.zeros(len(positions), dtype=torch.long, device=positions.device)
         self.graph, self.logits = None, None
 
     def __call__(self, token: Tensor) -> Tensor:
         self.token.copy_(token)
         self.positions.add_(1)
-        self.place.add_(1)
+        self.cache_position.add_(1)
         if self.graph is not None:
             self.graph.replay()
         elif token.device.type == "cuda":
@@ -106,7 +128,8 @@ class FixedStepDecoder(StepDecoder):
         return self.logits
 
     def capture(self):
-        """Record the graph, whose first run also gives the logits of this token: a run at one place can be repeated."""
+        """Record the graph, whose first run also gives the logits of this token: writing a position twice changes
+        nothing."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # allocates what cannot be allocated while a graph is recorded
@@ -118,52 +141,117 @@ class FixedStepDecoder(StepDecoder):
         self.graph.replay()
 
     def run(self, token: Tensor) -> Tensor:
-        self.mask = StepMask(self.start, self.place)
+        self.mask = StepMask(self.start, self.cache_position)
         return super().run(token)
 
 
-class BorderStepDecoder(StepDecoder):
-    """The same for rotary factors that change at a border: a row that crosses it is rotated by other factors from its
-    first token on, so the cache is computed again."""
+class LongRopeStepDecoder(StepDecoder):
+    """Decodes with longrope: when a row reaches `limit` positions its frequencies change from its first token on, so
+    the whole sequence is run again."""
 
     def __init__(
-        self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor, x: Tensor, border: int
+        self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor, x: Tensor, limit: int
     ):
         """x [B, L, C]: embeddings of the prompts."""
         super().__init__(model, cache, mask, positions)
-        self.border, self.sequence = border, (x, positions)
+        self.limit, self.steps = limit, [(x, positions)]
 
     def run(self, token: Tensor) -> Tensor:
         decoder = self.model.model.language_model
         step = decoder.embed(token[:, None]), self.positions
-        self.sequence = tuple(torch.cat(pair, dim=1) for pair in zip(self.sequence, step, strict=True))
-        if bool((self.positions == self.border).any()):
-            step, self.cache.length = self.sequence, 0
-        return self.model.head(decoder(*step, self.mask, self.cache, rows=1)[:, -1])
+        self.steps.append(step)
+        if bool((self.positions == self.limit).any()):
+            step, self.cache.length = tuple(torch.cat(parts, dim=1) for parts in zip(*self.steps, strict=True)), 0
+        return self.model.head(decoder(*step, self.mask, self.cache, keep_last=1)[:, -1])
 
 
 def choose_step_decoder(device: str) -> type[StepDecoder]:
     """How tokens are decoded on a type of device: on a GPU launches take longer than the work of a step."""
-    return StepDecoder if device == "cpu" else FixedStepDecoder
+    return StepDecoder if device == "cpu" else StaticStepDecoder
 
 
+# ---- decoders: the place where standard attention becomes differential
+class DecoderAttention(nn.Module):
+    """The attention of a decoder layer. A family makes its projections, `o_proj` among them, sets `scale` and where it
+    has them `softcap` and `window`, and implements `project`; `apply_rotary` is its rotary embedding of whole heads."""
+
+    softcap: float | None = None
+    window: int | None = None
+    apply_rotary: Callable[..., Tensor] = staticmethod(apply_rotary)
+
+    def __init__(self, layer: int, shape: AttentionShape):
+        super().__init__()
+        self.layer, self.shape = layer, shape
+        self.differential = None  # or a DifferentialAttention, see add_differential
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Queries [B, L, H D], keys and values [B, L, K D] of x [B, L, C]."""
+        raise NotImplementedError
+
+    def attention_inputs(
+        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor], Attend]:
+        """(q, k, v, rotate, attend) of x [B, L, C]: q [B, H, L or keep_last, D], k and v [B, K, S, D], rotated, keys
+        and values from the cache."""
+        q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for t in self.project(x))
+        if keep_last is not None:
+            q = q[:, :, -keep_last:]
+        by_halves = self.differential is not None and self.differential.config.rotate_halves
+        rotate = partial(apply_rotary_to_halves if by_halves else self.apply_rotary, cos=rotary[0], sin=rotary[1])
+        q, k = rotate(q), rotate(k)
+        if self.differential is not None:
+            k = self.differential.extend_keys(x, k, rotate)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        return q, k, v, rotate, Attend(mask, self.scale, self.softcap, self.window)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None = None
+    ) -> Tensor:
+        """x [B, L, C] -> [B, L, C], or the last `keep_last` positions [B, keep_last, C]."""
+        q, k, v, rotate, attend = self.attention_inputs(x, rotary, mask, cache, keep_last)
+        if self.differential is None:
+            out = attend(q, k, v)
+        else:  # a second map, and lambda between the two
+            out = self.differential(x, q, k, v, rotate, attend)
+        return apply_linears(out.transpose(1, 2).flatten(2), self.o_proj)[0]
+
+
+def run_layers(
+    decoder: nn.Module, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None
+) -> Tensor:
+    """Embeddings x [B, L, C] -> hidden states after the last norm [B, L, C], or the last `keep_last` of them (None:
+    all): the last layer needs keys and values of every position, but queries and MLP only of those."""
+    length = x.shape[1]
+    for layer in decoder.layers:
+        arguments = x, rotary, mask, cache, keep_last if layer is decoder.layers[-1] else None
+        recompute = decoder.gradient_checkpointing and decoder.training
+        x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+    if cache is not None:
+        cache.length += length
+    return decoder.norm(x)
+
+
+# ---- models
 @dataclass(frozen=True)
 class BatchPlan:
-    """What the host needs to know of a batch, made of tensors on the CPU: nothing is read back from the device."""
+    """Everything about a batch that Python code branches on, computed from the CPU tensors of the collated batch, so
+    that the forward pass never synchronises with the device."""
 
     mask: PrefixMask
     tokens: int  # of all rows, without pads
     image_tokens: int
-    label_rows: int = 0  # of the last positions, how many are needed to predict the labels
-    predictors: Tensor | None = None  # [n] of the positions [B, label_rows], flattened, those that predict a label
+    label_positions: int = 0  # at the end of the rows: how many are needed to predict the labels
+    predictors: Tensor | None = None  # [n], indices into the flattened [B, label_positions] that predict a label
     labels: Tensor | None = None  # [n]
+    grids: tuple[tuple[int, int], ...] = ()  # rows and columns of the crops of each image, where images have crops
 
     @property
     def label_count(self) -> int:
         return 0 if self.labels is None else len(self.labels)
 
     def to(self, device: torch.device | str) -> "BatchPlan":
-        """The plan with its tensors on `device`; the host is not made to wait."""
+        """The plan with its tensors on `device`; the CPU is not made to wait."""
         mask, predictors, labels = self.mask.to(device), self.predictors, self.labels
         if labels is not None:
             predictors, labels = torch.stack((predictors, labels)).to(device, non_blocking=True)
@@ -188,33 +276,56 @@ class VisionLanguageBackbone(nn.Module):
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        **_,
+        image_sizes: Tensor | None = None,
+        **_: Tensor,
     ) -> BatchPlan:
         """The plan of a batch, arguments as in `VisionLanguageModel.forward`; of tensors on a CPU it makes no device
         wait."""
         mask, tokens = self.mask(attention_mask, token_type_ids), int(attention_mask.sum())
         image_tokens = int((input_ids == self.config.image_token_id).sum())
+        plan = BatchPlan(mask, tokens, image_tokens, grids=self.crop_grids(image_sizes))
         if labels is None:
-            return BatchPlan(mask, tokens, image_tokens)
+            return plan
         has_label = labels != IGNORED_LABEL
         columns = has_label.any(0)
         first = int(columns.int().argmax()) if bool(columns.any()) else labels.shape[1] - 1
-        rows = labels.shape[1] - max(first - 1, 0)  # a label is predicted one position before it
-        next_labels = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, -rows:].flatten()
+        count = labels.shape[1] - max(first - 1, 0)  # a label is predicted one position before it
+        next_labels = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, -count:].flatten()
         predictors = (next_labels != IGNORED_LABEL).nonzero().squeeze(1)
-        return BatchPlan(mask, tokens, image_tokens, rows, predictors, next_labels[predictors])
+        return replace(plan, label_positions=count, predictors=predictors, labels=next_labels[predictors])
 
-    def image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> ImageFeatures:
+    def crop_grids(self, image_sizes: Tensor | None) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the crops of each image; () for families whose images have no crops."""
+        return ()
+
+    def image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        grids: tuple[tuple[int, int], ...] = (),
+    ) -> ImageFeatures:
         """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower.
-        `image_sizes` is for families whose images have crops.
+        Families whose images have crops need `image_sizes`, or the `grids` of the batch's plan.
 
         A frozen tower runs without autocast, whose casts to float32 would only cost time: its features are those of
-        generation.
+        generation. Raises UserError for a decoder alone.
         """
-        dtype, tower = self.vision_tower.post_layernorm.weight.dtype, (self.vision_tower, self.multi_modal_projector)
-        trains = any(p.requires_grad for part in tower for p in part.parameters())
+        if self.vision_tower is None:
+            raise UserError(DECODER_ALONE)
+        parts = self.vision_tower, self.multi_modal_projector
+        trains = any(p.requires_grad for part in parts for p in part.parameters())
         with contextlib.nullcontext() if trains else torch.autocast(pixel_values.device.type, enabled=False):
-            return self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))
+            return self.encode_images(pixel_values.to(self.vision_tower.dtype), grids or self.crop_grids(image_sizes))
+
+    def encode_images(self, pixel_values: Tensor, grids: tuple[tuple[int, int], ...]) -> ImageFeatures:
+        """`image_features` of pixels in the dtype of the tower."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
+
+    def zero_of_trained_parts(self) -> Tensor | float:
+        """0, computed from every parameter of tower and projector that trains: without images they get a gradient of
+        zeros instead of none, for which DistributedDataParallel would wait."""
+        parts = [part for part in (self.vision_tower, self.multi_modal_projector) if part is not None]
+        return sum(0 * p.flatten()[0] for part in parts for p in part.parameters() if p.requires_grad)
 
     def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Bool [B, L]: the image tokens that are patches, row by row."""
@@ -233,12 +344,15 @@ class VisionLanguageBackbone(nn.Module):
             if tokens:
                 raise UserError("input_ids contain <image> tokens but there are no images: pass pixel_values")
             return x
-        flat = torch.cat(tuple(image_features))  # [features of all images, C]
-        if tokens != len(flat):
+        lengths = [len(features) for features in image_features]
+        if tokens != sum(lengths):
             raise UserError(
-                f"input_ids contain {tokens} <image> tokens but the images have {len(flat)} features "
-                f"({len(image_features)} x {len(image_features[0])}): pass every image of every prompt once"
+                f"input_ids contain {tokens} <image> tokens but the images have {sum(lengths)} features {lengths}: "
+                "pass every image of every prompt once"
             )
+        if not lengths:
+            return x
+        flat = torch.cat(tuple(image_features))  # [features of all images, C]
         return x.masked_scatter(is_image[..., None], flat.to(x.dtype))
 
     def forward(
@@ -248,17 +362,20 @@ class VisionLanguageBackbone(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         image_features: ImageFeatures | None = None,
-        rows: int | None = None,
+        keep_last: int | None = None,
         image_sizes: Tensor | None = None,
         plan: BatchPlan | None = None,
     ) -> Tensor:
-        """Hidden states [B, L, C], or of the last `rows` positions; other arguments as in `VisionLanguageModel`."""
+        """Hidden states [B, L, C], or of the last `keep_last` positions; other arguments as in
+        `VisionLanguageModel`."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        plan = plan or self.plan(input_ids, attention_mask, token_type_ids)
+        plan = plan or self.plan(input_ids, attention_mask, token_type_ids, image_sizes=image_sizes)
         if image_features is None and pixel_values is not None:
-            image_features = self.image_features(pixel_values, image_sizes)
+            image_features = self.image_features(pixel_values, image_sizes, plan.grids)
         x = self.embed(input_ids, image_features, plan.image_tokens)
-        return self.language_model(x, self.positions(attention_mask), plan.mask, rows=rows)
+        if image_features is None and self.training:
+            x = x + self.zero_of_trained_parts()
+        return self.language_model(x, self.positions(attention_mask), plan.mask, keep_last=keep_last)
 
 
 @dataclass
@@ -308,8 +425,10 @@ class VisionLanguageModel(nn.Module):
         A folder with differential attention brings its own configuration; elsewhere `differential` (a
         DifferentialConfig or a preset's name) adds it at its initial values, in float32 whatever `dtype` is. The model
         is built on the meta device and filled from memory-mapped safetensors: there is no second copy of the weights.
-        Raises UserError, one line with file and key, for anything that does not fit.
+        Raises UserError, one line with file and key, for anything that does not fit, and for float16.
         """
+        if dtype == torch.float16:
+            raise UserError("dtype float16: Gemma overflows in it: use bfloat16 or float32")
         base, adapter = resolve_run(path_or_hub_id)
         folder = locate(base)
         stored = find_differential(folder, adapter)
@@ -333,9 +452,17 @@ class VisionLanguageModel(nn.Module):
         """Write config.json and safetensors. transformers loads a standard model back with equal logits.
 
         Differential attention is saved in a file of its own, with a model_type and names of the weight files that make
-        transformers refuse the folder instead of loading it as a standard model.
+        transformers refuse the folder instead of loading it as a standard model. Raises UserError for a model with an
+        adapter or 4-bit weights, whose folder nothing could load.
         """
-        save_model_folder(self.state_dict(), self.config.to_dict(), folder, partial(save_differential, self))
+        state = self.state_dict()
+        if any(".lora_" in name or ".base_layer." in name or ".modules_to_save." in name for name in state):
+            raise UserError(
+                "save_pretrained: the model has an adapter: merge it (adapters.merge), or keep its run folder"
+            )
+        if getattr(self, "is_loaded_in_4bit", False):
+            raise UserError("save_pretrained: the weights are in 4 bits: keep the model that they were made of")
+        save_model_folder(state, self.config.to_dict(), folder, partial(save_differential, self))
 
     def gradient_checkpointing_enable(self, enabled: bool = True):
         """Recompute layers in the backward pass: less memory, same results."""
@@ -358,18 +485,27 @@ class VisionLanguageModel(nn.Module):
     ) -> VisionLanguageOutput:
         """`logits` or `loss` of a batch.
 
-        input_ids, attention_mask (1 token, 0 pad; None: no pads), token_type_ids (1 suffix; None: all prefix), labels
-        (-100: no loss): [B, L]; pixel_values and image_sizes: the images of all prompts in order, as the processor
-        returns them, or instead their image_features. Without labels: logits [B, L, V], or of the last `logits_to_keep`
-        positions. With labels: the loss, the float32 mean over all label tokens of the batch, for which the head runs
-        on their positions only; logits only if `logits_to_keep` is given. `plan`: what `model.plan` returns for the
-        batch; without it the host makes it now, and waits for a device that holds the tensors.
+        input_ids, attention_mask (1 token, 0 pad; None: no pads), token_type_ids (1 suffix; None: all prefix, which
+        PaliGemma refuses beside labels), labels (-100: no loss): [B, L]; pixel_values and image_sizes: the images of
+        all prompts in order, as the processor returns them, or instead their image_features. Without labels: logits
+        [B, L, V], or of the last `logits_to_keep` positions. With labels: the loss, the float32 mean over all label
+        tokens of the batch, for which the head runs on their positions only; logits only if `logits_to_keep` is given.
+        `plan`: what `model.plan` returns for the batch; without it it is made now, and the CPU waits for a device that
+        holds the tensors. Raises UserError for `logits_to_keep` below 1.
         """
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise UserError(f"logits_to_keep {logits_to_keep}: must be at least 1, or None for all positions")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        plan = plan or self.model.plan(input_ids, attention_mask, token_type_ids, labels)
-        rows = logits_to_keep if labels is None else max(plan.label_rows, logits_to_keep or 0)
+        plan = plan or self.model.plan(input_ids, attention_mask, token_type_ids, labels, image_sizes=image_sizes)
         hidden = self.model(
-            input_ids, pixel_values, attention_mask, token_type_ids, image_features, rows, image_sizes, plan
+            input_ids,
+            pixel_values,
+            attention_mask,
+            token_type_ids,
+            image_features=image_features,
+            keep_last=logits_to_keep if labels is None else max(plan.label_positions, logits_to_keep or 0),
+            image_sizes=image_sizes,
+            plan=plan,
         )
         loss = logits = None
         if labels is not None:
@@ -383,11 +519,11 @@ class VisionLanguageModel(nn.Module):
         return apply_softcap(apply_linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
 
     def label_loss(self, hidden: Tensor, plan: BatchPlan) -> Tensor:
-        """Mean cross entropy, float32, of hidden states [B, at least label_rows, C] at each position whose next token
-        has a label."""
+        """Mean cross entropy, float32, of hidden states [B, at least label_positions, C] at each position whose next
+        token has a label."""
         softcap = self.config.text_config.final_logit_softcapping
-        rows = hidden[:, -plan.label_rows :].flatten(0, 1).index_select(0, plan.predictors)
-        return head_loss(rows, self.lm_head, plan.labels, softcap)
+        hidden = hidden[:, -plan.label_positions :].flatten(0, 1).index_select(0, plan.predictors)
+        return head_loss(hidden, self.lm_head, plan.labels, softcap)
 
     # ---- generation
     @torch.no_grad()
@@ -409,54 +545,76 @@ class VisionLanguageModel(nn.Module):
 
         Greedy at temperature 0, otherwise sampled from the smallest set of tokens whose probability reaches `top_p`.
         Stops when every row has its eos. `token_type_ids` is accepted for `model.generate(**batch)`: a prompt is all
-        prefix. `plan` as in `forward`. Raises UserError for a row that ends in a pad, a suffix, too many positions, and
+        prefix. `plan` as in `forward`. Raises UserError for what `check_prompts` refuses, a negative temperature, and
         NaN logits.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if not bool(attention_mask[:, -1].all()):
-            raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
-        if token_type_ids is not None and bool(token_type_ids.any()):
-            raise UserError("generate takes prompts only, but token_type_ids mark a suffix: leave it out of the batch")
-        batch, length = input_ids.shape
-        limit = self.config.text_config.max_position_embeddings
-        if length + max_new_tokens > limit:
-            raise UserError(
-                f"the sequence needs {length + max_new_tokens} positions but the model has {limit}: use fewer or "
-                "smaller images"
-            )
+        length = input_ids.shape[1] + max_new_tokens
+        check_prompts(attention_mask, token_type_ids, length, self.config.text_config.max_position_embeddings)
+        if temperature < 0:
+            raise UserError(f"temperature {temperature}: must be at least 0")
+        plan = plan or self.model.plan(input_ids, attention_mask, image_sizes=image_sizes)
         if image_features is None and pixel_values is not None:
-            image_features = self.model.image_features(pixel_values, image_sizes)
-        decoder = self.model.language_model
-        plan, positions = plan or self.model.plan(input_ids, attention_mask), self.model.positions(attention_mask)
+            image_features = self.model.image_features(pixel_values, image_sizes, plan.grids)
         x = self.model.embed(input_ids, image_features, plan.image_tokens)
-        cache = KVCache(decoder, batch, length + max_new_tokens, x.dtype, x.device)
-        border = getattr(self.config.text_config, "rope_border", None)
+        positions = self.model.positions(attention_mask)
+        cache = KVCache(self.model.language_model, len(x), length, x.dtype, x.device)
 
-        new_ids, finished = [], torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        def choose(logits: Tensor) -> Tensor:
+            return sample(logits, temperature, top_p, generator)
+
         with cast_lora(self):
-            logits = self.head(decoder(x, positions, plan.mask, cache, rows=1)[:, -1])
-            if bool(logits.isnan().any()):  # memory-mapped weights are not read when they are loaded
-                raise UserError(f"{getattr(self, 'name_or_path', 'the model')}: gives NaN: its weights are damaged")
-            if border is None:
-                next_logits = choose_step_decoder(x.device.type)(self, cache, plan.mask, positions)
-            else:
-                next_logits = BorderStepDecoder(self, cache, plan.mask, positions, x, border)
-            for step in range(max_new_tokens):
-                token = sample(logits, temperature, top_p, generator)
-                token = token.masked_fill(finished, self.config.pad_token_id)
-                new_ids.append(token)
-                for stop_id in self.config.stop_ids:
-                    finished = finished | (token == stop_id)
-                if step + 1 == max_new_tokens or bool(finished.all()):
-                    break
-                logits = next_logits(token)
+            new_ids = self.continue_prompts(x, positions, plan.mask, cache, max_new_tokens, choose)
         return torch.cat([input_ids, *(token[:, None] for token in new_ids)], dim=1)
+
+    def continue_prompts(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: PrefixMask,
+        cache: KVCache,
+        max_new_tokens: int,
+        choose: Callable[[Tensor], Tensor],
+    ) -> list[Tensor]:
+        """New tokens [B], one after another, of embedded prompts x [B, L, C] at positions [B, L]; the cache is empty.
+
+        `choose(logits)` gives the next tokens [B] of logits [B, V]. Raises UserError for NaN logits.
+        """
+        logits = self.head(self.model.language_model(x, positions, mask, cache, keep_last=1)[:, -1])
+        if bool(logits.isnan().any()):  # memory-mapped weights are not read when they are loaded
+            raise UserError(f"{getattr(self, 'name_or_path', 'the model')}: gives NaN: its weights are damaged")
+        limit, last = getattr(self.config.text_config, "short_rope_limit", None), positions[:, -1]
+        if limit is not None and bool(((last < limit) & (last + max_new_tokens > limit)).any()):
+            next_logits = LongRopeStepDecoder(self, cache, mask, positions, x, limit)
+        else:
+            next_logits = choose_step_decoder(x.device.type)(self, cache, mask, positions)
+        new_ids, finished = [], torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for step in range(max_new_tokens):
+            token = choose(logits).masked_fill(finished, self.config.pad_token_id)
+            new_ids.append(token)
+            for stop_id in self.config.stop_ids:
+                finished = finished | (token == stop_id)
+            if step + 1 == max_new_tokens or bool(finished.all()):
+                break
+            logits = next_logits(token)
+        return new_ids
+
+
+def check_prompts(attention_mask: Tensor, token_type_ids: Tensor | None, length: int, limit: int) -> None:
+    """Raise UserError for prompts that `generate` cannot continue: a row that ends in a pad, a suffix, or a `length`
+    with the answer beyond the model's `limit` of positions."""
+    if not bool(attention_mask[:, -1].all()):
+        raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
+    if token_type_ids is not None and bool(token_type_ids.any()):
+        raise UserError("generate takes prompts only, but token_type_ids mark a suffix: leave it out of the batch")
+    if length > limit:
+        raise UserError(f"the sequence needs {length} positions but the model has {limit}: use fewer or smaller images")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Next tokens [B] of logits [B, V]; nucleus sampling (Holtzman et al., arXiv 1904.09751), greedy at temperature
     0."""
-    if temperature <= 0:
+    if temperature == 0:
         return logits.argmax(-1)
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities

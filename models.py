@@ -6,15 +6,13 @@ from checkpoint import DIFFERENTIAL_PREFIX, locate, resolve_run
 from errors import UserError
 from files import read_json
 from modeling_vlm import VisionLanguageModel
-from processing_paligemma import PaliGemmaProcessor
+from processing_paligemma import PaliGemmaProcessor, Processor
 from processing_phi3v import Phi3Processor, Phi3VProcessor
 
 SUPPORTED = ("paligemma", "phi3", "phi3_v")
 
 
-def classes_of(
-    path_or_hub_id: str | Path,
-) -> tuple[type[VisionLanguageModel], type[PaliGemmaProcessor | Phi3Processor]]:
+def classes_of(path_or_hub_id: str | Path) -> tuple[type[VisionLanguageModel], type[Processor]]:
     """(model class, processor class) of a hub id, a model folder or a run folder.
 
     Raises UserError for a model_type that is not supported.

@@ -25,9 +25,9 @@ from matplotlib.patches import Rectangle
 from msgspec import Meta
 from PIL import Image
 
-from diagnostics import needle_share
+from diagnostics import SAVED_QUESTIONS, needle_share
 from errors import UserError, one_line_errors
-from files import check_ranges, open_image, reading, resolve_inside, writing
+from files import atomic_file, check_ranges, open_image, reading, resolve_inside, writing
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import (
     CHANCE,
@@ -54,11 +54,11 @@ RIGHT, WRONG = COLOURS[0], COLOURS[1]  # colours of answers
 FOUND, MISSED = dict(edgecolor="#56B4E9", linestyle="solid"), dict(edgecolor="#D55E00", linestyle="dashed")
 SIGNED_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("signed", [COLOURS[0], "white", COLOURS[1]])
 DARKEST = 0.75  # opacity of the black over a part of an image that is not attended to
+CONTRAST = 1.5  # exponent of the opacity between 0 and DARKEST
 SHOWN_STEPS = 30  # lines in a panel of lambda by depth
 CLIPPED = 0.01  # share of the values of maps that are beyond the scale of colours
 SMOOTHING = 0.5  # weight of the past in a smoothed loss
 SHOWN_SETS = 4  # evaluation sets in answers.png
-ATTENTION_QUESTIONS = 2  # of each grid in attention.png
 PANEL, LINE = 2.2, 0.14  # inches: the side of an image, the height of a line of its title
 TITLE_WIDTH = 30  # characters
 LAST_FIGURE = "loss.png"  # drawn last: if it exists, all of them do
@@ -73,7 +73,7 @@ def draw_run(folder: Path):
     title = run_title(folder, record)
     images = [sample for sample in samples if sample.get("image")]
     if not images:
-        print(f"{folder / 'samples.jsonl'}: names no images, as in runs of older versions: answers.png is not drawn")
+        print(f"{folder / 'samples.jsonl'}: has no images (rows of text alone): answers.png is not drawn")
     with plt.rc_context(STYLE):
         if images:
             save(draw_answers(folder, images, title), folder / "plots" / "answers.png")
@@ -97,14 +97,12 @@ def is_drawn(folder: Path) -> bool:
 
 def save(figure: Figure, path: Path):
     """Write a figure completely or not at all, and close it."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, format="png")
-            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
 
 
@@ -181,9 +179,11 @@ def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Fi
 
 def lambda_curves(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """{layer: [(step, lambda)]}: the start, then every logged update. Where lambda depends on the token and is not
-    logged, its mean at every evaluation."""
+    logged, its mean at every evaluation; {} for a method without lambda."""
     measured = [
-        (line["step"], {n: m["lambda"] for n, m in line["inside"].items()}) for line in lines if "inside" in line
+        (line["step"], {n: m["lambda"] for n, m in line["inside"].items() if "lambda" in m})
+        for line in lines
+        if "inside" in line
     ]
     logged = [(line["step"], line["lambda"]) for line in lines if "lambda" in line]
     points = [*(point for point in measured if point[0] == 0), *logged] if logged else measured
@@ -304,7 +304,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
             panel.axis("off")
             outline_cell(panel, sample["answer"], sample["grid"], FOUND)
     for panels, run, tensors, samples in zip(axes[1:], runs, stored, questions, strict=True):
-        maps = [tensors[sample["set"]][:, i % ATTENTION_QUESTIONS, token] for i, sample in enumerate(samples)]
+        maps = [tensors[sample["set"]][:, i % SAVED_QUESTIONS, token] for i, sample in enumerate(samples)]
         shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]  # of each layer
         layer = int(torch.stack(shares).mean(0).argmax())
         for panel, m, share in zip(panels, maps, shares, strict=True):
@@ -321,29 +321,42 @@ def darken(panel: Axes, attention: torch.Tensor):
     """Darken the image of a panel where a map [side, side] is low, so that it shines where the map is high."""
     height, width = panel.get_images()[0].get_array().shape[:2]
     light = attention.clamp(min=0).numpy()
-    shade = DARKEST * (1 - light / light.max()) ** 1.5 if light.max() > 0 else np.full_like(light, DARKEST)
+    shade = DARKEST * (1 - light / light.max()) ** CONTRAST if light.max() > 0 else np.full_like(light, DARKEST)
     extent = (0, width, height, 0)
     panel.imshow(np.zeros_like(light), cmap="gray", alpha=shade, extent=extent, interpolation="bicubic")
 
 
 def read_attention(run: Path) -> dict[str, torch.Tensor]:
     """{evaluation set: [layers, questions, answer tokens, image tokens]} of a finished run."""
+    if reason := why_no_attention(run):
+        raise UserError(reason)
     file = run / "attention.safetensors"
-    if not file.exists():
-        raise UserError(f"{file}: missing: finish the run, with haystack data, first")
     with reading(file):
         tensors = safetensors.torch.load_file(file)
-    if any(maps.ndim != 4 or maps.shape[1] < ATTENTION_QUESTIONS for maps in tensors.values()):
+    if any(maps.ndim != 4 for maps in tensors.values()):
         raise UserError(f"{file}: holds other tensors than a run saves: restore it")
+    if any(maps.shape[1] < SAVED_QUESTIONS for maps in tensors.values()):
+        raise UserError(
+            f"{file}: has fewer than {SAVED_QUESTIONS} questions of each set: give --eval_samples of {SAVED_QUESTIONS} "
+            "or more"
+        )
     return tensors
 
 
+def why_no_attention(run: Path) -> str:
+    """Why the attention of a run cannot be drawn; "" where it can."""
+    file = run / "attention.safetensors"
+    if not file.exists():
+        return f"{file}: missing: finish the run, with haystack data, first"
+    if not any(sample.get("grid") for sample in read_samples(run)):
+        return f"{run}: attention on haystacks of several images is not drawn"
+    return ""
+
+
 def read_attention_of_one_image(run: Path) -> dict[str, torch.Tensor]:
-    """`read_attention` of the sets whose haystacks are one image, in which the needle's cell is known; all sets where
-    samples.jsonl names no such haystack."""
-    tensors, samples = read_attention(run), read_samples(run)
-    names = {sample["set"] for sample in samples if sample.get("grid")}
-    return {name: maps for name, maps in tensors.items() if name in names} or tensors
+    """`read_attention` of the sets whose haystacks are one image, in which the needle's cell is known."""
+    names = {sample["set"] for sample in read_samples(run) if sample.get("grid")}
+    return {name: maps for name, maps in read_attention(run).items() if name in names}
 
 
 def attention_questions(run: Path, sets: list[str]) -> list[dict]:
@@ -353,8 +366,8 @@ def attention_questions(run: Path, sets: list[str]) -> list[dict]:
     found = []
     for name in sets:
         of_set = [s for s in samples if s["step"] == last and s["set"] == name and s.get("image") and s.get("grid")]
-        found += of_set[:ATTENTION_QUESTIONS]
-    if len(found) < ATTENTION_QUESTIONS * len(sets):
+        found += of_set[:SAVED_QUESTIONS]
+    if len(found) < SAVED_QUESTIONS * len(sets):
         raise UserError(f"{run / 'samples.jsonl'}: does not name the images of {', '.join(sets)}: run it again")
     return found
 
@@ -384,7 +397,7 @@ def square(maps: torch.Tensor) -> torch.Tensor:
 
 
 # ---- several runs of several arms
-Style = dict[str, dict[str, str]]  # colour and marker by arm, as `looks` gives them
+Style = dict[str, dict[str, str]]  # colour and marker by arm, as `arm_styles` gives them
 
 
 def draw_losses(curves: dict[str, list[Curve]], style: Style, title: str) -> Figure:
@@ -466,7 +479,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     }
     layer = needle_layer(attention, samples)
     maps = [
-        [square(column(parts[sample["set"]][:, :, i % ATTENTION_QUESTIONS, 0]))[layer] for column in columns.values()]
+        [square(column(parts[sample["set"]][:, :, i % SAVED_QUESTIONS, 0]))[layer] for column in columns.values()]
         for i, sample in enumerate(samples)
     ]
     heads = [f"{name}\nlayer {layer}" for name in columns]
@@ -476,7 +489,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
             of_layer = needle_layer(theirs, samples)
             heads.insert(0, f"standard, A\nlayer {of_layer}")
             for i, sample in enumerate(samples):
-                maps[i].insert(0, square(theirs[sample["set"]][:, i % ATTENTION_QUESTIONS, 0])[of_layer])
+                maps[i].insert(0, square(theirs[sample["set"]][:, i % SAVED_QUESTIONS, 0])[of_layer])
     limit = float(torch.cat([m.abs().flatten() for row in maps for m in row]).quantile(1 - CLIPPED))
     shape = len(samples), 1 + len(heads)
     size = 1.85 * shape[1] + 0.8, 2.0 * shape[0] + 0.8
@@ -508,7 +521,7 @@ def draw_signed(panel: Axes, m: torch.Tensor, limit: float) -> AxesImage:
 
 def needle_layer(attention: dict[str, torch.Tensor], samples: list[dict]) -> int:
     """The layer with the most attention on the needle over these haystacks, at the first token of the answer."""
-    maps = [attention[sample["set"]][:, i % ATTENTION_QUESTIONS, 0] for i, sample in enumerate(samples)]
+    maps = [attention[sample["set"]][:, i % SAVED_QUESTIONS, 0] for i, sample in enumerate(samples)]
     shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]
     return int(torch.stack(shares).mean(0).argmax())
 
@@ -534,14 +547,14 @@ def main():
     config = tyro.cli(Config, description=__doc__)
     check_ranges(config)
     if not config.runs:
-        raise UserError("names no run: give run folders, as in python plots.py runs/original_seed0")
+        raise UserError("give at least one run folder, as in python plots.py runs/original_seed0")
     runs = [Path(run) for run in config.runs]
     for run in runs:
         draw_run(run)
         print(run / "plots")
-    without_images = [run for run in runs if not any(sample.get("image") for sample in read_samples(run))]
-    if len(runs) > 1 and without_images:
-        print(f"{without_images[0] / 'samples.jsonl'}: names no images: attention.png is not drawn")
+    reasons = [reason for run in runs if (reason := why_no_attention(run))]
+    if len(runs) > 1 and reasons:
+        print(f"attention.png is not drawn: {reasons[0]}")
     elif len(runs) > 1:
         with plt.rc_context(STYLE):
             path = runs[-1] / "plots" / "attention.png"

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from boxes import LOC_TOKENS
 from checkpoint import locate, resolve_run
+from config_fields import IGNORED_LABEL, PALIGEMMA_IMAGE_TOKEN_ID, Positive, TokenId
 from errors import UserError
 from files import PathLike, one_line, read_bytes, read_typed
 
-IGNORED_LABEL = -100  # the loss skips it
 ANSWER_TOKEN = re.compile(r"<loc\d{4}>|<seg\d{3}>")
+MAX_PIXEL = 255  # of 8 bits
+GREY16_TO_GREY8 = 65_535 / MAX_PIXEL
 MAX_QUOTE = 60  # characters of a user's text in an error message
 
 Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 Row = tuple[list[int], list[int]]  # token ids and token types of one example
 
 
@@ -64,7 +64,7 @@ class ModelFields(msgspec.Struct):
 
     def token_ids(self) -> dict[str, int]:
         """The four ids as arguments of `PaliGemmaProcessor`."""
-        image_ids = (self.image_token_index, self.image_token_id, 257152)
+        image_ids = (self.image_token_index, self.image_token_id, PALIGEMMA_IMAGE_TOKEN_ID)
         ids = {"image_token_id": next(i for i in image_ids if i is not None)}
         for name, default in (("bos_token_id", 2), ("eos_token_id", 1), ("pad_token_id", 0)):
             values = (getattr(self, name), getattr(self.text_config, name), default)
@@ -127,7 +127,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float32)
-        scale = 257 if image.mode != "I" or grey.max() > 255 else 1
+        scale = GREY16_TO_GREY8 if image.mode != "I" or grey.max() > 255 else 1
         image = Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8))
     if image.mode == "La":  # PIL converts it to LA only; transformers fails
         image = image.convert("LA")
@@ -137,9 +137,81 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# ---- the processor
+# ---- the processors
+class Processor:
+    """What the processors of all families share: batches of images, prompts and answers, and the text of token ids.
+
+    A family sets the attributes below and implements `encode`, `count_image_tokens` and `image_inputs`.
+    """
+
+    answers_boxes: ClassVar[bool]  # whether its tokens include locations
+    tokenizer: Tokenizer
+    pad_token_id: int
+    skipped: set[int]  # by decode: special tokens and IGNORED_LABEL
+
+    def __post_init__(self):
+        self.tokenizer.no_padding()  # tokenizer.json may contain both from an earlier use
+        self.tokenizer.no_truncation()
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None,
+        text: str | Sequence[str],
+        suffix: str | Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Images and prompts as one batch, padded on the left.
+
+        images: one PIL image per prompt, a list of images per prompt, or None. text: B prompts. suffix: B answers, in
+        training only: a batch for generation must not contain them. One string, and one image, is a batch of one.
+
+        Returns input_ids, attention_mask, token_type_ids (1 on the answer and its stop token, else 0), all [B, L]
+        int64; what `image_inputs` returns for every image, stacked; with a suffix labels [B, L] (-100 outside the
+        answer and its stop token). Raises UserError for lists of unequal length, and what `encode` refuses.
+        """
+        text = [text] if isinstance(text, str) else list(text)
+        suffixes = [suffix] if isinstance(suffix, str) else [None] * len(text) if suffix is None else list(suffix)
+        images = [images] if isinstance(images, Image.Image) else [[]] * len(text) if images is None else images
+        images = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in images]
+        if not len(images) == len(text) == len(suffixes):
+            counts = f"{len(images)} images or lists of images, {len(text)} prompts, {len(suffixes)} suffixes"
+            raise UserError(f"{counts}: give one of each per prompt; several images of one prompt go in a list")
+        rows = [
+            self.encode(prompt, answer, [self.count_image_tokens(image.size) for image in group])
+            for prompt, answer, group in zip(text, suffixes, images, strict=True)
+        ]
+        return self.pad(rows) | stack_inputs([self.image_inputs(image) for group in images for image in group])
+
+    def encode(self, prefix: str, suffix: str | None = None, images: int | Sequence[int] = 0) -> Row:
+        """One prompt as (ids, token types): the prompt, its answer, a stop token. `images`: the number of image tokens
+        of each image, or a number of images. Raises UserError if a string contains a token that the layout sets."""
+        raise NotImplementedError
+
+    def count_image_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of this (width, height)."""
+        raise NotImplementedError
+
+    def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """What the model takes of one image, without a batch dimension."""
+        raise NotImplementedError
+
+    def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows of `encode` as a batch, see `pad_rows`."""
+        return pad_rows(rows, self.pad_token_id)
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """One row of ids [L] as text. Skipping drops special tokens and labels of -100; `<loc....>` and `<seg...>`
+        stay, since they are part of an answer."""
+        ids = torch.as_tensor(ids).tolist()
+        shown = [i for i in ids if i not in self.skipped] if skip_special_tokens else ids
+        return self.tokenizer.decode(shown, skip_special_tokens=False)
+
+    def batch_decode(self, ids: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = True) -> list[str]:
+        """Rows of ids [B, L] as B texts."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
+
+
 @dataclass(eq=False)
-class PaliGemmaProcessor:
+class PaliGemmaProcessor(Processor):
     """Turns images and prompts into the tensors that PaliGemma takes, and token ids back into text.
 
     `image_size` and `patch_size` are in pixels; the ids are those of the model's config. `source` names the tokenizer
@@ -158,13 +230,12 @@ class PaliGemmaProcessor:
     pad_token_id: int = 0
     image_mean: Sequence[float] = (0.5, 0.5, 0.5)
     image_std: Sequence[float] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
+    rescale_factor: float = 1 / MAX_PIXEL
     resample: int = Image.Resampling.BICUBIC
     source: str = "the tokenizer"
 
     def __post_init__(self):
-        self.tokenizer.no_padding()  # tokenizer.json may contain both from an earlier use
-        self.tokenizer.no_truncation()
+        super().__post_init__()
         self.num_image_tokens = (self.image_size // self.patch_size) ** 2  # N
         # The layout sets these four; inside a user's text they would shift images or labels.
         self.reserved = {
@@ -196,55 +267,20 @@ class PaliGemmaProcessor:
             **read_image_settings(folder, vision.image_size),
         )
 
-    def __call__(
-        self,
-        images: Image.Image | Sequence[Image.Image | Sequence[Image.Image]],
-        text: str | Sequence[str],
-        suffix: str | Sequence[str] | None = None,
-    ) -> dict[str, Tensor]:
-        """Images and prompts as one batch, padded on the left.
-
-        images: one PIL image per prompt, or a list of images per prompt. text: B prefixes. suffix: B answers, in
-        training only: a batch for generation must not contain them. One image with one string is a batch of one.
-
-        Returns input_ids, attention_mask, token_type_ids (1 on suffix and `<eos>`, else 0), all [B, L] int64;
-        pixel_values [n, 3, S, S] float32; with a suffix labels [B, L] (-100 outside the suffix and its `<eos>`).
-        Raises UserError for lists of unequal length, a prompt without image, and what `encode` refuses.
-        """
-        text = [text] if isinstance(text, str) else list(text)
-        suffix = [suffix] if isinstance(suffix, str) else suffix
-        images = [images] if isinstance(images, Image.Image) else images
-        images = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in images]
-        suffixes = [None] * len(text) if suffix is None else list(suffix)
-        if not len(images) == len(text) == len(suffixes):
-            counts = f"{len(images)} images or lists of images, {len(text)} prompts, {len(suffixes)} suffixes"
-            raise UserError(f"{counts}: give one of each per prompt; several images of one prompt go in a list")
-        if [] in images:
-            raise UserError(f"prompt {quote(text[images.index([])])} has no image: give it at least one")
-        rows = [
-            self.encode(prefix, answer, len(group))
-            for prefix, answer, group in zip(text, suffixes, images, strict=True)
-        ]
-        return self.pad(rows) | stack_inputs([self.image_inputs(image) for group in images for image in group])
-
-    def encode(self, prefix: str, suffix: str | None = None, num_images: int | Sequence[int] = 1) -> Row:
+    def encode(self, prefix: str, suffix: str | None = None, images: int | Sequence[int] = 1) -> Row:
         """One prompt as (ids, token types): `<image>` x N M, bos, prefix, newline, suffix, eos.
 
-        num_images: M, or the number of image tokens of each image.
+        images: M, or the number of image tokens of each image.
         Raises UserError if a string contains `<image>`, `<bos>`, `<eos>` or `<pad>`.
         """
         # One string, as in transformers. big_vision tokenizes "\n" separately: other ids after a prefix in newline.
         prompt = [self.bos_token_id, *self._tokenize("prompt", prefix + "\n")]
         answer = [] if suffix is None else [*self._tokenize("suffix", suffix), self.eos_token_id]
-        if not isinstance(num_images, int) and len(num_images) == 0:
+        if not isinstance(images, int) and len(images) == 0:
             raise UserError(f"prompt {quote(prefix)} has no image, which PaliGemma needs: give it at least one")
-        tokens = num_images * self.num_image_tokens if isinstance(num_images, int) else sum(num_images)
+        tokens = images * self.num_image_tokens if isinstance(images, int) else sum(images)
         prefix_ids = [self.image_token_id] * tokens + prompt
         return prefix_ids + answer, [0] * len(prefix_ids) + [1] * len(answer)
-
-    def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Rows of `encode` as a batch, see `pad_rows`."""
-        return pad_rows(rows, self.pad_token_id)
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
         """Image tokens of an image of this (width, height): N, whatever it is."""
@@ -263,17 +299,6 @@ class PaliGemmaProcessor:
         values = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous() * self.rescale_factor
         mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
         return (values - mean[:, None, None]) / std[:, None, None]
-
-    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
-        """One row of ids [L] as text. Skipping drops `<image>`, bos, eos, pad and labels of -100; `<loc....>` and
-        `<seg...>` stay, since they are part of an answer."""
-        ids = torch.as_tensor(ids).tolist()
-        shown = [i for i in ids if i not in self.skipped] if skip_special_tokens else ids
-        return self.tokenizer.decode(shown, skip_special_tokens=False)
-
-    def batch_decode(self, ids: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = True) -> list[str]:
-        """Rows of ids [B, L] as B texts."""
-        return [self.decode(row, skip_special_tokens) for row in ids]
 
     def _tokenize(self, role: str, text: str) -> list[int]:
         """Ids of a prompt or suffix. Raises UserError if they include a token that the layout sets."""
@@ -299,7 +324,9 @@ class PaliGemmaProcessor:
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     """Rows of ids and token types, padded on the left: input_ids, attention_mask, token_type_ids, and labels if any row
-    has a suffix, [B, L]."""
+    has a suffix, [B, L]. Raises UserError without rows."""
+    if not rows:
+        raise UserError("a batch without prompts: give at least one")
     shape = len(rows), max(len(ids) for ids, _ in rows)
     input_ids = torch.full(shape, pad_token_id)
     attention_mask, token_type_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)

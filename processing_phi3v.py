@@ -24,19 +24,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import locate, resolve_run
+from config_fields import DECODER_ALONE, IGNORED_LABEL, Positive, TokenId
 from errors import UserError
 from files import PathLike, read_typed
 from processing_paligemma import (
-    IGNORED_LABEL,
+    MAX_PIXEL,
     Pixels,
-    Positive,
+    Processor,
     Row,
     Three,
-    TokenId,
-    pad_rows,
     quote,
     read_tokenizer,
-    stack_inputs,
     to_rgb,
 )
 
@@ -62,7 +60,7 @@ class ModelFields:
     """The fields of config.json that the processor needs; defaults as in `Phi3Config`."""
 
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 32064
-    eos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | Annotated[list[TokenId], msgspec.Meta(min_length=1)] | None = None
     pad_token_id: TokenId | None = None
     image_token_id: TokenId = IMAGE_TOKEN_ID
     chat_start: str = "<|user|>\n"
@@ -95,7 +93,7 @@ class ImageFields(msgspec.Struct):
 
 # ---- text
 @dataclass(eq=False)
-class Phi3Processor:
+class Phi3Processor(Processor):
     """The tokenizer of a Phi-3 decoder with its chat layout; `Phi3VProcessor` adds images.
 
     `chat_start` and `chat_end` stand around a prompt; `stop_ids` end an answer, the first one is learned. `source`
@@ -113,8 +111,7 @@ class Phi3Processor:
     source: str = "the tokenizer"
 
     def __post_init__(self):
-        self.tokenizer.no_padding()  # tokenizer.json may contain both from an earlier use
-        self.tokenizer.no_truncation()
+        super().__post_init__()
         added = self.tokenizer.get_added_tokens_decoder().items()
         # the layout sets these; inside a user's text they would shift images, turns or labels
         self.reserved = {i: token.content for i, token in added if token.special}
@@ -149,34 +146,6 @@ class Phi3Processor:
         """Further arguments of the class, about images, from the files of a model folder."""
         return {}
 
-    def __call__(
-        self,
-        images: Image.Image | Sequence[Image.Image | Sequence[Image.Image]] | None,
-        text: str | Sequence[str],
-        suffix: str | Sequence[str] | None = None,
-    ) -> dict[str, Tensor]:
-        """Images and prompts as one batch, padded on the left.
-
-        images: one PIL image per prompt, a list of images per prompt (which may be empty), or None. text: B prompts.
-        suffix: B answers, in training only: a batch for generation must not contain them. One string is a batch of one.
-
-        Returns input_ids, attention_mask, token_type_ids (1 on answer and stop token, else 0), all [B, L] int64; what
-        `image_inputs` returns for every image, stacked; with a suffix labels [B, L] (-100 outside the answer).
-        Raises UserError for lists of unequal length, and what `encode` refuses.
-        """
-        text = [text] if isinstance(text, str) else list(text)
-        suffixes = [suffix] if isinstance(suffix, str) else [None] * len(text) if suffix is None else list(suffix)
-        images = [images] if isinstance(images, Image.Image) else [[]] * len(text) if images is None else images
-        images = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in images]
-        if not len(images) == len(text) == len(suffixes):
-            counts = f"{len(images)} images or lists of images, {len(text)} prompts, {len(suffixes)} suffixes"
-            raise UserError(f"{counts}: give one of each per prompt; several images of one prompt go in a list")
-        rows = [
-            self.encode(prompt, answer, [self.count_image_tokens(image.size) for image in group])
-            for prompt, answer, group in zip(text, suffixes, images, strict=True)
-        ]
-        return self.pad(rows) | stack_inputs([self.image_inputs(image) for group in images for image in group])
-
     def encode(self, prefix: str, suffix: str | None = None, images: int | Sequence[int] = 0) -> Row:
         """One prompt as (ids, token types): the turn of the user, the answer, the first stop token.
 
@@ -201,7 +170,7 @@ class Phi3Processor:
     def add_tags(self, prompt: str, num_images: int) -> str:
         """The prompt with a tag for each image. Raises UserError for images: there is no tower."""
         if num_images:
-            raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
+            raise UserError(DECODER_ALONE)
         return prompt
 
     def split(self, text: str) -> list[str]:
@@ -217,25 +186,11 @@ class Phi3Processor:
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
         """Image tokens of an image of this (width, height). Raises UserError: there is no tower."""
-        raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
+        raise UserError(DECODER_ALONE)
 
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         """What the model takes of one image, without a batch dimension. Raises UserError: there is no tower."""
-        raise UserError("the model is a decoder alone (model_type phi3): leave the images out")
-
-    def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Rows of `encode` as a batch, see `pad_rows`."""
-        return pad_rows(rows, self.pad_token_id)
-
-    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
-        """One row of ids [L] as text. Skipping drops special tokens and labels of -100."""
-        ids = torch.as_tensor(ids).tolist()
-        shown = [i for i in ids if i not in self.skipped] if skip_special_tokens else ids
-        return self.tokenizer.decode(shown, skip_special_tokens=False)
-
-    def batch_decode(self, ids: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = True) -> list[str]:
-        """Rows of ids [B, L] as B texts."""
-        return [self.decode(row, skip_special_tokens) for row in ids]
+        raise UserError(DECODER_ALONE)
 
 
 # ---- images
@@ -283,7 +238,7 @@ class Phi3VProcessor(Phi3Processor):
         return prompt if numbers else "".join(f"<|image_{number}|>\n" for number in expected) + prompt
 
     def split(self, text: str) -> list[str]:
-        return TAG.sub("\0", text).split("\0")
+        return TAG.split(text)[::2]  # what is between the parts are the numbers of the tags
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the crops of an image of this (width, height)."""
@@ -336,7 +291,7 @@ class Phi3VProcessor(Phi3Processor):
         canvas.paste(image, (0, (canvas.height - image.height) // 2))
         if is_upright:
             canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
-        values = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float() / 255
+        values = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float() / MAX_PIXEL
         mean, std = (torch.tensor(list(numbers))[:, None, None] for numbers in (self.image_mean, self.image_std))
         values = (values - mean) / std
         view = F.interpolate(values[None], size=(side, side), mode="bicubic")

@@ -7,16 +7,13 @@ samples), tensorboard/, checkpoints/step-*/, best/, final/, plots/.
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -34,6 +31,7 @@ from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run, weights_finger
 from errors import UserError
 from files import (
     LOCK,
+    MESSAGE_LENGTH,
     check_ranges,
     describe,
     lock_folder,
@@ -46,16 +44,16 @@ from files import (
     remove,
     verify_manifest,
     write_json,
+    write_text,
     writing,
 )
+from machine import choose_dtype, device_name, git_commit, make_accelerator, portable_path, versions
 
 if TYPE_CHECKING:
     from data import Source
     from finetune_original import Config
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
-ROOT = Path(__file__).resolve().parent
-GPU_WORKERS = 4  # data loading processes of each process on a GPU
 TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed while it started may leave without run.json
 # a run may continue with other values of these fields: they change what is logged and saved, not what is computed
 RESUMABLE_FIELDS = {
@@ -75,11 +73,14 @@ RESUMABLE_FIELDS = {
     "vision_cache_gb",
     "vision_cache_dir",
 }
-# why other fields cannot change; those in neither set changed the steps made so far
+# why other fields cannot change; those in none of these sets changed the steps made so far
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
 DATA_ORDER |= {"group_by_length"}
+HAYSTACK_FIELDS = ("grids", "shapes", "recolour", "negatives")  # of data that is generated
+EVALUATION = {"eval_samples", "eval_batch_size", "max_new_tokens", "metric", "patience"}
 LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger one
 RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # beside the configuration
+NOT_COMPARED = {"arm", "differential", "processes", *RESUMABLE_FIELDS}  # what a run and its baseline may differ in
 SAVED_SHAPES = {
     "model",
     "base_model",
@@ -92,25 +93,6 @@ SAVED_SHAPES = {
     "train_vision",
     "train_projector",
     "differential",
-}
-ADDED_FIELDS = {  # the values of runs of before they existed
-    "shapes": [],
-    "recolour": False,
-    "average_last": 0.0,
-    "metric": "exact",
-    "patience": 0,
-    "use_dora": False,
-    "use_rslora": False,
-    "train_vision": "no",
-    "train_projector": "no",
-    "vision_lr": None,
-    "projector_lr": None,
-}
-LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-    "ACCELERATE_USE_FSDP": "false",
-    "ACCELERATE_USE_DEEPSPEED": "false",
-    "ACCELERATE_USE_MEGATRON_LM": "false",
 }
 
 
@@ -132,6 +114,7 @@ class Run:
     finished: bool = False  # there is nothing left to train
     resume: Path | None = None  # the checkpoint that it continues from
     found: "FolderState | None" = None  # the folder as it was when the run was opened
+    repeats_evaluation: bool = False  # of the checkpoint's step, whose log lines are dropped
     started: bool = False  # the folder is this run's: it may write there
     metrics: list[dict] = field(default_factory=list)
     initial_differential: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # values before training
@@ -283,34 +266,13 @@ def open_run(config: "Config", arm: str) -> Run:
     """
     check_config(config)
     accelerator = make_accelerator()
-    base = resolve_run(config.model)[0]
     dtype, reason = choose_dtype(config.dtype, accelerator.device)
-    record = {
-        "arm": arm,
-        "base_model": portable_path(base),
-        "base_revision": hub_revision(base),
-        "base_weights": weights_fingerprint(base) if os.path.isdir(base) else None,
-        "config": json.loads(json.dumps(asdict(config))),
-        "device": device_name(accelerator.device),
-        "dtype": str(dtype),
-        "processes": accelerator.num_processes,
-        "versions": versions(),
-        "commit": git_commit(),
-    }
+    record = make_record(config, arm, accelerator, dtype)
     folder = Path(config.output_dir or f"runs/{arm}_seed{config.seed}")
     run = Run(folder, accelerator, dtype, record, strict=config.strict_data)
     if not config.eval_only:
         run.found = read_folder_state(folder)
-    is_longer, stored = False, {}
-    if run.found and run.found.record is not None and not config.overwrite:
-        stored = read_run_record(run.folder)
-        is_longer = check_same_config(run, stored)
-        run.finished = run.found.finished and not is_longer
-        run.resume = None if run.finished else newest_checkpoint(run)
-    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
-    start |= {"extended": is_longer} | {key: record[key] for key in ("processes", "device", "versions", "commit")}
-    record["starts"] = [*stored.get("starts", []), start]
-    record["id"] = stored.get("id", folder.resolve().name if stored else uuid.uuid4().hex)
+    is_longer = decide_resume(run)
     if len(set(gather_object([(run.finished, str(run.resume))]))) > 1:
         raise UserError(f"{run.folder}: differs between nodes: give an --output_dir on a disk that all of them share")
     if run.finished:
@@ -325,6 +287,49 @@ def open_run(config: "Config", arm: str) -> Run:
     run.print(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
     run.print(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {reason}")
     return run
+
+
+def make_record(config: "Config", arm: str, accelerator: accelerate.Accelerator, dtype: torch.dtype) -> dict[str, Any]:
+    """What run.json says of a run before it starts."""
+    base = resolve_run(config.model)[0]
+    return {
+        "arm": arm,
+        "base_model": portable_path(base),
+        "base_revision": hub_revision(base),
+        "base_weights": weights_fingerprint(base) if os.path.isdir(base) else None,
+        "config": json.loads(json.dumps(asdict(config))),
+        "device": device_name(accelerator.device),
+        "dtype": str(dtype),
+        "processes": accelerator.num_processes,
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+
+
+def decide_resume(run: Run) -> bool:
+    """Set `finished` and `resume` of a run from the folder that was found, and add this start and the id to its record;
+    returns whether it is finished and is to be extended."""
+    is_longer, stored = False, {}
+    if run.found and run.found.record is not None and not run.record["config"]["overwrite"]:
+        stored = read_run_record(run.folder)
+        if has_weights(run):
+            is_longer = check_same_config(run, stored)
+            run.finished = run.found.finished and not is_longer
+            run.resume = None if run.finished else newest_checkpoint(run)
+            run.repeats_evaluation = run.resume is not None and was_evaluated(run.folder, step_of(run.resume))
+        elif comparable(stored) != comparable(run.record):
+            run.print(f"{run.folder}: has saved no weights yet, so it starts again with these flags")
+            stored = {}
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
+    start |= {"extended": is_longer} | {key: run.record[key] for key in ("processes", "device", "versions", "commit")}
+    run.record["starts"] = [*stored.get("starts", []), start]
+    run.record["id"] = stored.get("id", run.folder.resolve().name if stored else uuid.uuid4().hex)
+    return is_longer
+
+
+def has_weights(run: Run) -> bool:
+    """Whether the folder of the run holds weights, which another configuration must not delete unasked."""
+    return bool(run.found.checkpoints) or any((run.folder / name).exists() for name in ("best", "final"))
 
 
 class FolderState(NamedTuple):
@@ -373,35 +378,6 @@ def is_finished(folder: Path, record: bytes | None) -> bool:
     return asked == made
 
 
-def choose_workers(workers: int, device: torch.device) -> int:
-    """Number of processes that load data beside each process that computes; -1 means none on a CPU, some on a GPU."""
-    return workers if workers >= 0 else GPU_WORKERS * (device.type == "cuda")
-
-
-@contextmanager
-def out_of_memory_as(advice: str) -> Iterator[None]:
-    """Inside the block, a GPU that is out of memory raises a UserError with this advice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU is out of memory: {advice} ({one_line(error)[:160]})") from error
-
-
-def make_accelerator() -> accelerate.Accelerator:
-    """One process, or those of torchrun. Raises UserError for settings of a launcher that would change the training."""
-    for name, neutral in LAUNCHER_SETTINGS.items():
-        if os.environ.get(name, neutral).lower() != neutral:
-            raise UserError(f"{name}={os.environ[name]}: unset it: use torchrun, and the flags of this script")
-    on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # accelerate must be asked to use the CPU
-    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")  # autocast is the run's own
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != accelerator.num_processes:
-        raise UserError(
-            f"{started} processes were started but {accelerator.num_processes} found each other: use torchrun"
-        )
-    return accelerator
-
-
 def check_config(config: "Config"):
     """Raise UserError for values out of range, combinations that do not work, and a missing tracker."""
     check_ranges(config)
@@ -413,6 +389,15 @@ def check_config(config: "Config"):
         raise UserError("--shard=True --vision_cache_gb: all processes must run a sharded tower: use one of the two")
     if config.metric != "exact" and config.data.partition(":")[0] == "haystack":
         raise UserError(f"--metric={config.metric}: haystacks are scored by exact answers: leave it out")
+    if config.vision_lr is not None and config.train_vision == "no":
+        raise UserError("--vision_lr: the vision tower does not train: add --train_vision=lora")
+    if config.projector_lr is not None and config.train_projector == "no":
+        raise UserError("--projector_lr: the projector does not train: add --train_projector=lora")
+    if config.data.partition(":")[0] != "haystack":
+        defaults = {field.name: field.default for field in fields(config)}
+        for name in HAYSTACK_FIELDS:
+            if getattr(config, name) != defaults[name]:
+                raise UserError(f"--{name}: applies to haystacks only, --data={config.data} has none: leave it out")
     if config.patience and config.average_last:  # of the last updates, whose number is not known
         raise UserError("--patience --average_last: training may stop before the average begins: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -475,8 +460,7 @@ def log_skipped(run: Run, faults: list[str]):
     earlier = read_bytes(file).decode("utf-8", errors="replace").splitlines() if file.exists() else []
     run.skipped |= {*faults, *earlier}
     if run.skipped:
-        with writing(file):
-            file.write_text("".join(f"{reason}\n" for reason in sorted(run.skipped)), encoding="utf-8")
+        write_text(file, "".join(f"{reason}\n" for reason in sorted(run.skipped)))
 
 
 def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
@@ -505,19 +489,6 @@ def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
             run.tracker.writer.file_writer.add_summary(summary)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype, reason): bfloat16 where the card supports it, else float32; never float16, in which Gemma overflows."""
-    if wanted == "nf4":
-        if device.type != "cuda":
-            raise UserError("--dtype=nf4: 4-bit weights need a CUDA card: use float32 or bfloat16 here")
-        return torch.bfloat16, "4-bit weights compute in it"
-    if wanted != "auto":
-        return getattr(torch, wanted), "the configuration says so"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "the card supports it"
-    return torch.float32, f"bfloat16 is not known to be fast and safe on {device.type}"
-
-
 # ---- comparing a run with what is asked
 class Start(msgspec.Struct):
     """When and where the command was started; `step`: of the checkpoint that it continued from."""
@@ -544,12 +515,8 @@ class RunRecord(msgspec.Struct):
 def read_run_record(folder: Path) -> dict[str, Any]:
     """The run.json of a folder. Raises UserError for a field of another type."""
     file = folder / "run.json"
-    record = read_json(file)
-    try:
-        msgspec.convert(record, RunRecord)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{file}: {str(error).replace('`', '')}: restore it, or pass --overwrite=True") from error
-    return record
+    read_typed(file, RunRecord, "restore it, or pass --overwrite=True")
+    return read_json(file)
 
 
 def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
@@ -558,8 +525,6 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
     Raises UserError, with the reason, if it cannot continue with that.
     """
     old, new = comparable(stored), comparable(run.record)
-    if stored.get("base_weights") is None:  # of before it was recorded
-        new["base_weights"] = old["base_weights"]
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
     grown = {k for k in LENGTH & set(changed) if type(old.get(k)) in (int, float) and new[k] > old[k]}
     is_longer = run.found.finished and bool(grown)
@@ -567,10 +532,11 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
     refused = {k: change for k, change in changed.items() if k not in allowed}
     if refused:
         reasons = {"order of the data": DATA_ORDER, "shapes of what is saved": SAVED_SHAPES}
+        reasons |= {"which answers choose best/": EVALUATION}
         lines = []
         for reason, names in reasons.items():
             lines += [f"{reason}: {change}" for k, change in refused.items() if k.partition(".")[0] in names]
-        known = DATA_ORDER | SAVED_SHAPES
+        known = DATA_ORDER | SAVED_SHAPES | EVALUATION
         lines += [f"steps made so far: {change}" for k, change in refused.items() if k.partition(".")[0] not in known]
         raise UserError(
             f"{run.folder} holds a run of another configuration ({'; '.join(lines)}): give another --output_dir, "
@@ -594,14 +560,22 @@ def check_last_checkpoint(run: Run):
 
 def comparable(record: dict) -> dict:
     """The configuration in a run.json, nested fields under dotted names, and the fields beside it that matter."""
-    flat = dict(ADDED_FIELDS)
+    flat = {}
     for key, value in record.get("config", {}).items():
         nested = value.items() if isinstance(value, dict) else ()
         flat |= {f"{key}.{k}": v for k, v in nested} or {key: value}
-    if "differential.second" in flat:  # before there was a choice, pairs were adjacent
-        pairing = "adjacent" if flat["differential.second"] == "pairs" else "groups"
-        flat.setdefault("differential.pairing", pairing)
     return flat | {k: record.get(k) for k in RECORDED}
+
+
+def differing_fields(record: dict, other: dict) -> list[str]:
+    """In what else than attention two runs differ, by their run.json: hyperparameters, base model, data."""
+
+    def compared(record: dict) -> dict:
+        flat = {k: v for k, v in comparable(record).items() if k.partition(".")[0] not in NOT_COMPARED}
+        return flat | {f"contents of {name}": hashes for name, hashes in record.get("data", {}).items()}
+
+    ours, theirs = compared(record), compared(other)
+    return [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
 
 
 def check_same_data(run: Run, sources: dict[str, "Source"]):
@@ -627,10 +601,10 @@ class TrainerState(msgspec.Struct):
 
     step: Natural
     best: float
+    stale: Natural  # evaluations since the best one
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
-    stale: Natural = 0  # evaluations since the best one
-    average: dict[str, Any] = {}  # see training.update_average
+    average: dict[str, Any] = {}  # from the first update on that --average_last takes in, see training.update_average
     averaged: Natural = 0
 
 
@@ -676,7 +650,9 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(file, weights_only=True, map_location="cpu")
         checked = msgspec.convert(state, TrainerState)
     except Exception as error:  # a damaged zip or pickle raises anything
-        raise UserError(f"{file}: damaged or missing ({one_line(error)[:200]}): delete {checkpoint}") from error
+        raise UserError(
+            f"{file}: damaged or missing ({one_line(error)[:MESSAGE_LENGTH]}): delete {checkpoint}"
+        ) from error
     if checked.step != step_of(checkpoint):
         raise UserError(f"{file}: of step {checked.step}, not of {checkpoint.name}: delete {checkpoint}")
     return state
@@ -768,13 +744,17 @@ def read_log(file: Path, type_: type[LogLine]) -> list[dict[str, Any]]:
 def trim_logs(folder: Path, first_step: int):
     """Drop what was logged after the checkpoint of `first_step`, and the evaluation at it: they are repeated."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-        file, temporary = folder / name, folder / f".{name}.tmp"
+        file = folder / name
         if file.exists():
             lines = read_bytes(file).decode("utf-8", errors="replace").splitlines(keepends=True)
-            kept = "".join(line for line in lines if is_kept(line, first_step))
-            with writing(file):
-                temporary.write_text(kept, encoding="utf-8")
-                temporary.replace(file)
+            write_text(file, "".join(line for line in lines if is_kept(line, first_step)))
+
+
+def was_evaluated(folder: Path, step: int) -> bool:
+    """Whether metrics.jsonl has an evaluation at this step; `trim_logs` drops it."""
+    file = folder / "metrics.jsonl"
+    lines = read_bytes(file).decode("utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
+    return any(is_kept(line, step + 1) and not is_kept(line, step) for line in lines)
 
 
 def is_kept(line: str, first_step: int) -> bool:
@@ -785,51 +765,3 @@ def is_kept(line: str, first_step: int) -> bool:
     except (ValueError, RecursionError):  # the process was killed while it wrote the line, or it is damaged
         return False
     return line.endswith("\n") and (step < first_step or (step == first_step and "loss" in entry))
-
-
-# ---- facts for run.json
-def portable_path(base: str) -> str:
-    """A folder inside the repository as a path relative to it, so that a run folder can be moved with it."""
-    path = Path(base).resolve()
-    if not Path(base).is_dir():
-        return str(base).partition("@")[0]  # the revision is recorded separately
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def peak_memory(device: torch.device) -> str:
-    """Peak memory of the card, or of this process where the system reports it."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the card"
-    if sys.platform == "win32":
-        return "unknown"
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    import peft
-    import transformers
-
-    return {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)} | {
-        "python": platform.python_version()
-    }
-
-
-def git_commit() -> str | None:
-    """`git describe` of the repository, None outside of one, as where the package is installed."""
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except OSError:  # git is not installed
-        return None
-    return git.stdout.strip() or None

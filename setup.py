@@ -24,7 +24,7 @@ CHECKOUT_ONLY = (  # the study reads its plan from git
 )
 SOURCES = [file for file in sorted(ROOT.glob("*.py")) if not any(map(file.match, CHECKOUT_ONLY))]
 SOURCES += sorted(ROOT.glob("needle_eval/*.py"))
-ASSETS = [file for file in sorted(ROOT.glob("assets/*/*")) if file.is_file() and file.suffix != ".py"]
+ASSETS = [file for file in sorted(ROOT.glob("assets/*/**/*")) if file.is_file() and file.suffix not in (".py", ".pyc")]
 LOCAL = sorted({file.relative_to(ROOT).parts[0].removesuffix(".py") for file in SOURCES})
 
 

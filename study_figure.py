@@ -1,4 +1,4 @@
-"""The figure of the study, from the plan and the committed records alone: four panels, one PNG."""
+"""The figure of the study, from the plan and the committed records alone: one PNG of up to four panels."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from study_report import (
     Group,
     Record,
     accuracy_by_cells,
-    answer,
     contrast,
     core_arms,
     core_contrasts,
@@ -31,7 +30,6 @@ from study_report import (
     planned_symbolic,
     points,
     secondary_contrasts,
-    symbolic_answer,
 )
 
 matplotlib.use("Agg")
@@ -63,35 +61,34 @@ FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.tit
 
 
 def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path: Path) -> None:
-    """The study in four panels, as a PNG of equal bytes for equal records and versions. Replications are not drawn.
+    """Studies A and B1 in up to four panels, as a PNG of equal bytes for equal records and versions.
 
-    A panel whose runs are not all finished says so instead of showing differences. While the plan has no section A,
-    there is panel c alone.
+    A study whose runs are not all finished has no panel, and replications are not drawn.
     """
-    groups = {study: group_records(plan[study], study, records)[:1] for study in plan}
+    conversion, symbolic = (first_group(plan, study, records) for study in ("A", "B1"))
+    if conversion and conversion.missing(core_arms(conversion.section)):
+        conversion = None
+    if symbolic and len(symbolic.records) < planned_symbolic(symbolic.section):
+        symbolic = None
+    panels = [
+        ("Needles found: difference from standard", draw_forest, conversion),
+        ("Accuracy against the number of cells", draw_cells, conversion),
+        ("From scratch: runs that do not yet retrieve", draw_survival, symbolic),
+        ("Attention on the needle and accuracy", draw_share, conversion),
+    ]
+    panels = [(title, draw, group) for title, draw, group in panels if group is not None]
     with plt.rc_context(FIGURE_STYLE):
-        if "A" in plan:
-            figure, axes = plt.subplots(2, 2, layout="constrained")
-            places = dict(zip("abcd", axes.flat, strict=True))
+        if len(panels) > 1:
+            figure, axes = plt.subplots(2, 2, layout="constrained", squeeze=False)
         else:
-            figure, axes = plt.subplots(figsize=SINGLE_PANEL, layout="constrained")
-            places = {"c": axes}
-        panels = {
-            "A": [
-                ("a  Needles found: difference from standard", draw_forest),
-                ("b  Accuracy against the number of cells", draw_cells),
-                ("d  Attention on the needle and accuracy", draw_share),
-            ],
-            "B1": [("c  From scratch: runs that do not yet retrieve", draw_survival)],
-        }
-        for study, panels_of_study in panels.items():
-            for title, draw in panels_of_study if study in plan else ():
-                panel = places[title[0]]
-                panel.set_title(title)
-                note = draw(panel, groups[study][0]) if groups.get(study) else "no run is finished"
-                if note:
-                    panel.axis("off")
-                    panel.text(0.5, 0.5, note, transform=panel.transAxes, **NOTE)
+            figure, axes = plt.subplots(figsize=SINGLE_PANEL, layout="constrained", squeeze=False)
+        for panel in axes.flat[len(panels) :]:
+            panel.axis("off")
+        for letter, panel, (title, draw, group) in zip("abcd", axes.flat, panels, strict=False):
+            panel.set_title(f"{letter}  {title}" if len(panels) > 1 else title)
+            draw(panel, group)
+        if not panels:
+            axes[0, 0].text(0.5, 0.5, "no study is finished", transform=axes[0, 0].transAxes, **NOTE)
         with writing(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             # matplotlib's own entry names its version
@@ -105,15 +102,14 @@ def look(arm: str) -> dict[str, str]:
     return dict(color=colour, marker=marker)
 
 
-def unfinished(group: Group) -> str | None:
-    """What a panel of study A says before all core runs are in; None afterwards."""
-    return answer(group) if group.missing(core_arms(group.section)) else None
+def first_group(plan: dict[str, dict[str, Any]], study: str, records: Sequence[Record]) -> Group | None:
+    """The runs of a study in its planned environment; None where it has none."""
+    groups = group_records(plan[study], study, records) if study in plan else []
+    return groups[0] if groups else None
 
 
-def draw_forest(panel: Axes, group: Group) -> str | None:
+def draw_forest(panel: Axes, group: Group) -> None:
     """A row for each arm: dots are seeds, the bar is the 95 % interval, the open diamond is against additive."""
-    if note := unfinished(group):
-        return note
     measure = partial(points, conditions=endpoint_conditions(group.section))
     found = {c.a: c for c in (core_contrasts(group)[0], *secondary_contrasts(group))}
     arms = [arm for arm in group.arms() if arm in found]
@@ -139,13 +135,10 @@ def draw_forest(panel: Axes, group: Group) -> str | None:
         f"points of endpoint N, 95 % intervals; dots: seeds\nopen diamonds: against additive; band: ±{MARGIN:g}"
     )
     panel.grid(axis="y", visible=False)
-    return None
 
 
-def draw_cells(panel: Axes, group: Group) -> str | None:
+def draw_cells(panel: Axes, group: Group) -> None:
     """Mean accuracy of the core arms with the 95 % interval over seeds, against log2 of the cells."""
-    if note := unfinished(group):
-        return note
     cells = []
     for arm in core_arms(group.section):
         curves = [accuracy_by_cells(record) for record in group.of_arm(arm).values()]
@@ -166,14 +159,10 @@ def draw_cells(panel: Axes, group: Group) -> str | None:
     panel.set(xlabel="cells among which the needle is", ylabel="exact answers", ylim=(0, 1.02))
     panel.yaxis.set_major_formatter(PERCENT)
     panel.legend(loc="lower left", bbox_to_anchor=(0, 0.3))
-    return None
 
 
-def draw_survival(panel: Axes, group: Group) -> str | None:
+def draw_survival(panel: Axes, group: Group) -> None:
     """Share of the runs below 75 % accuracy after so many steps; a line style for each number of pairs."""
-    planned = planned_symbolic(group.section)
-    if len(group.records) < planned:
-        return symbolic_answer(group)
     numbers = sorted({record.pairs for record in group.records})
     for pairs, style in zip(numbers, ("solid", "dashed", "dotted"), strict=False):
         first = math.inf
@@ -195,18 +184,13 @@ def draw_survival(panel: Axes, group: Group) -> str | None:
     panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     panel.yaxis.set_major_formatter(PERCENT)
     panel.legend(loc="lower left")
-    return None
 
 
-def draw_share(panel: Axes, group: Group) -> str | None:
+def draw_share(panel: Axes, group: Group) -> None:
     """A point for each seed of the core arms; an arrow leads to the accuracy without the second map."""
-    if note := unfinished(group):
-        return note
     conditions, layer = endpoint_conditions(group.section), group.section.get("attention_layer")
     runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
     runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]
-    if not runs:
-        return "attention on the needle was not measured"
     for arm in dict.fromkeys(arm for arm, _ in runs):
         found = [record for of, record in runs if of == arm]
         shares = [needle_share(record, layer) / 100 for record in found]
@@ -224,4 +208,3 @@ def draw_share(panel: Axes, group: Group) -> str | None:
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(PERCENT)
     panel.legend()
-    return None

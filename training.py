@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +34,7 @@ from adapters import (
 from checkpoint import locate, resolve_run
 from data import Haystacks, Source, batch_order, encode_row, loader, text_lengths
 from diagnostics import (
+    SAVED_QUESTIONS,
     answer_attention,
     first_map,
     lambda_values,
@@ -48,25 +49,22 @@ from differential_attention import (
     unfreeze_differential,
 )
 from errors import TrainingFailed, UserError
-from files import atomic_folder, write_json, write_manifest, writing
+from files import MESSAGE_LENGTH, atomic_folder, one_line, write_json, write_manifest, writing
 from fused_ops import cast_lora
+from machine import choose_workers, out_of_memory_as, peak_memory
 from metrics import check_answers, score_answers
 from model_card import adapter_card
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
-from needle_eval.statistics import wilson
-from processing_paligemma import PaliGemmaProcessor
+from needle_eval.statistics import format_rate, rate
+from processing_paligemma import Processor
 from run_folder import (
-    ADDED_FIELDS,
-    RESUMABLE_FIELDS,
     Run,
     Stopped,
     check_same_data,
-    choose_workers,
+    differing_fields,
     find_checkpoints,
     load_optimizer,
-    out_of_memory_as,
-    peak_memory,
     read_metrics,
     read_run_record,
     read_trainer_state,
@@ -80,8 +78,6 @@ if TYPE_CHECKING:
 
 PROBE_ROWS = 8  # prompts on which both maps are measured at every evaluation
 SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first and the last
-ATTENTION_ROWS = 3  # questions of each grid whose attention is saved
-SHOWN_ANSWERS = 2  # answers of each set in samples.jsonl, with their images
 SAMPLE_SIDE = 512  # pixels, at most, of an image in samples/
 SMALLER_BATCH = (
     "lower --batch_size and raise --accumulation by the same factor, which keeps the result, or set "
@@ -129,7 +125,7 @@ def prepare_parts(config: "Config", model: nn.Module, trained: dict[str, str]):
             raise UserError(f"--train_vision, --train_projector: {config.model} is a decoder alone: leave them out")
         if how == "full":
             if differential_parameters(module):  # peft would copy and save them with the part
-                raise UserError("--train_vision=full: the tower has differential attention: take --train_vision=lora")
+                raise UserError("--train_vision=full: the tower has differential attention: use --train_vision=lora")
             module.float()
 
 
@@ -212,7 +208,7 @@ def train(
     config: "Config",
     model: nn.Module,
     adapted: nn.Module,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     source: Source,
     eval_sets: dict[str, Source],
 ):
@@ -228,16 +224,22 @@ def train(
     lengths = text_lengths(source, processor) if config.group_by_length else None
     cache = make_vision_cache(config, model, source)
     optimizer, state = init_or_resume_optimizer(run, config, adapted)
+    done = state["step"]
+    if run.resume and (total_steps < done or (total_steps == done and done in run.extended_at)):
+        raise UserError(
+            f"{run.folder}: {done} updates are made, --max_steps and --epochs ask for {total_steps}: give more"
+        )
     if config.shard:
         shard_frozen_layers(model, adapted, accelerator)
     wrapped, optimizer = accelerator.prepare(adapted, optimizer)
     print_setup(run, config, model, adapted, processor, source, total_steps)
     check_same_data(run, {"train": source, **eval_sets})
-    questions = make_questions(config, model, processor, eval_sets)
+    evaluation = make_evaluation(run, config, model, processor, eval_sets)
     start_folder(run, [fault for rows in (source, *eval_sets.values()) for fault in rows.skipped])
     start_tracker(run, config, eval_sets)
     limit = prompt_limit(config, model)
-    probe = first_rows(run, limit, processor, next(iter(eval_sets.values())), PROBE_ROWS, with_suffix=False)
+    headline_set = next(iter(eval_sets.values()))
+    evaluation.probe = first_rows(run, limit, processor, headline_set, PROBE_ROWS, with_suffix=False)
     if state["step"] == 0 and stored_differential_folder(config) is None:  # stored parameters include the selection
         select_heads(model, first_rows(run, limit, processor, source, PROBE_ROWS, with_suffix=False))
 
@@ -250,7 +252,7 @@ def train(
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
             # a broken evaluation fails now, not after hours
-            evaluate(run, config, model, processor, questions, SHORT_EVALUATION * config.eval_batch_size)
+            evaluate(evaluation, evaluation.short)
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
                 is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
@@ -268,10 +270,9 @@ def train(
                 if last_step:
                     load_average(adapted, state)
                     check_lambda_moved(run, model, step)
-                if step % config.eval_every == 0 or last_step or step in run.extended_at:
-                    evaluate_and_log(
-                        run, config, model, adapted, processor, eval_sets, questions, probe, state, last_step
-                    )
+                is_repeated = step == first_step and run.repeats_evaluation
+                if step % config.eval_every == 0 or last_step or step in run.extended_at or is_repeated:
+                    evaluate_and_log(evaluation, adapted, state, last_step)
                 if is_stale and step < total_steps:
                     run.print(f"stopped after step {step}: no better score in {config.patience} evaluations")
                 if last_step:
@@ -348,6 +349,8 @@ def train(
         save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
     save_snapshot(run, adapted, run.folder / "final", {"step": state["step"], "seconds": round(seconds, 1)})
+    if cache is not None:
+        run.print(f"vision cache: {cache.hits:,} of {cache.hits + cache.misses:,} images were encoded before")
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
     run.print(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder} --image=...")
     run.finish()
@@ -357,7 +360,7 @@ def training_batches(
     run: Run,
     config: "Config",
     model: nn.Module,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     source: Source,
     first_step: int,
     lengths: list[int] | None = None,
@@ -401,7 +404,7 @@ def make_vision_cache(config: "Config", model: nn.Module, source: Source) -> Vis
 
 
 def first_rows(
-    run: Run, limit: int, processor: PaliGemmaProcessor, source: Source, count: int, with_suffix: bool
+    run: Run, limit: int, processor: Processor, source: Source, count: int, with_suffix: bool
 ) -> dict[str, Tensor]:
     """The first `count` rows of a source, of at most `limit` tokens, as a batch on the device."""
     rows = [[(0, i) for i in range(min(count, len(source)))]]
@@ -477,7 +480,7 @@ def save_adapter(run: Run, adapted: nn.Module, folder: Path, state: dict):
     save_differential(adapted, folder)
     record = run.record | state
     write_json(folder / "run.json", record)
-    evals = [line["eval"] for line in read_metrics(run.folder) if "eval" in line and line["step"] <= state["step"]]
+    evals = [line["eval"] for line in read_metrics(run.folder) if "eval" in line and line["step"] == state["step"]]
     model_type = adapted.get_base_model().config.model_type
     card = adapter_card(record, evals[-1] if evals else {}, differential_config(adapted), model_type)
     (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
@@ -502,7 +505,7 @@ def save_trainer_state(state: dict, path: Path):
     try:
         torch.save(state, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk in its own way
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)[:MESSAGE_LENGTH]
         raise UserError(
             f"{path.parent}: cannot be written ({reason}): free some space; earlier checkpoints stay"
         ) from error
@@ -517,20 +520,24 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
     run.accelerator.wait_for_everyone()
 
 
-def save_attention(run: Run, model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]):
+def save_attention(run: Run, model: nn.Module, processor: Processor, eval_sets: dict[str, Source]):
     """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors.
 
-    Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors.
+    Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors. What
+    does not fit the GPU's memory is left out.
     """
     tensors, signed = {}, {}
-    with gathered(model):
-        for name, source in eval_sets.items():
-            if run.is_main and source.chance and source.counts_for_best:
-                batch = first_rows(run, max_length(model), processor, source, ATTENTION_ROWS, with_suffix=True)
-                tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
-                parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
-                if bool(parts[1].any()):
-                    signed[name] = parts.float().cpu().contiguous()
+    try:
+        with gathered(model):
+            for name, source in eval_sets.items():
+                if run.is_main and source.chance and source.counts_for_best:
+                    batch = first_rows(run, max_length(model), processor, source, SAVED_QUESTIONS, with_suffix=True)
+                    tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
+                    parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
+                    if bool(parts[1].any()):
+                        signed[name] = parts.float().cpu().contiguous()
+    except torch.OutOfMemoryError as error:  # explicit maps need more than training does, and final/ does not need them
+        run.print(f"attention is not saved of all sets: the GPU is out of memory ({one_line(error)[:MESSAGE_LENGTH]})")
     for file, found in (("attention.safetensors", tensors), ("signed_maps.safetensors", signed)):
         if found:
             with writing(run.folder / file):
@@ -556,13 +563,39 @@ class SourceImage:
 class Score(NamedTuple):
     """Answers to an evaluation set."""
 
-    right: int  # exact answers
+    correct: int  # exact answers
     n: int
     rows: list[dict]  # as `answer_questions` returns them
 
 
+@dataclass
+class Evaluation:
+    """What a run is evaluated on, and the model that answers."""
+
+    run: Run
+    config: "Config"
+    model: nn.Module
+    processor: Processor
+    sets: dict[str, Source]
+    questions: dict[str, list[Question]]  # the rows of every set
+    probe: dict[str, Tensor] = field(default_factory=dict)  # prompts on which both maps are measured
+
+    @property
+    def short(self) -> int:
+        """Questions of each set in the evaluations between the first and the last; `best/` is chosen by them."""
+        return SHORT_EVALUATION * self.config.eval_batch_size
+
+
+def make_evaluation(
+    run: Run, config: "Config", model: nn.Module, processor: Processor, eval_sets: dict[str, Source]
+) -> Evaluation:
+    """The evaluation of a run, without a probe. Raises UserError for a row that --metric cannot score."""
+    questions = make_questions(config, model, processor, eval_sets)
+    return Evaluation(run, config, model, processor, eval_sets, questions)
+
+
 def make_questions(
-    config: "Config", model: nn.Module, processor: PaliGemmaProcessor, eval_sets: dict[str, Source]
+    config: "Config", model: nn.Module, processor: Processor, eval_sets: dict[str, Source]
 ) -> dict[str, list[Question]]:
     """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error.
 
@@ -582,32 +615,25 @@ def make_questions(
             fields = dict(setting=name, images=images, prompt=prefix, ground_truth=suffix)
             if config.metric != "exact":
                 answers = source.answers(row)
-                check_answers(config.metric, source.id(row), answers)
+                check_answers(config.metric, source.id(row), suffix, answers)
                 fields["fields"] = {"answers": answers}  # of the answer row
             question = Question(id=source.id(row), max_new_tokens=config.max_new_tokens, error=error, **fields)
             questions[name].append(question)
     return questions
 
 
-def evaluate(
-    run: Run,
-    config: "Config",
-    model: nn.Module,
-    processor: PaliGemmaProcessor,
-    questions: dict[str, list[Question]],
-    count: int | None = None,
-) -> dict[str, Score]:
+def evaluate(evaluation: Evaluation, count: int | None = None) -> dict[str, Score]:
     """The score of each evaluation set, on its first `count` questions or on all.
 
     Answers are greedy and scored by MMNeedle's strict rule. A row that cannot be used is reported and not counted
     (eval_mmnih.py counts it as wrong).
     Raises Stopped, and UserError for a set without a usable row.
     """
-    answerer = Answerer(
-        model, processor, run.accelerator, run.dtype, config.eval_batch_size, choose_workers(config.workers, run.device)
-    )
+    run, config, model = evaluation.run, evaluation.config, evaluation.model
+    workers = choose_workers(config.workers, run.device)
+    answerer = Answerer(model, evaluation.processor, run.accelerator, run.dtype, config.eval_batch_size, workers)
     scores = {}
-    for name, asked in questions.items():
+    for name, asked in evaluation.questions.items():
         with gathered(model), without_compiling(config), out_of_memory_as("lower --eval_batch_size"):
             rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
         answered = [row for row in rows if "error" not in row]
@@ -617,36 +643,30 @@ def evaluate(
                 run.skip(UserError(row["error"] if is_named else f"{row['id']}: {row['error']}"))
         if not answered:
             raise UserError(f"{name}: none of its {len(rows)} rows can be used: check its images")
-        right = sum(is_exact(row["response"], row["ground_truth"]) for row in answered)
-        scores[name] = Score(right, len(answered), answered)
+        correct = sum(is_exact(row["response"], row["ground_truth"]) for row in answered)
+        scores[name] = Score(correct, len(answered), answered)
     return scores
 
 
 @torch.inference_mode()
-def evaluation_losses(
-    run: Run,
-    config: "Config",
-    model: nn.Module,
-    processor: PaliGemmaProcessor,
-    eval_sets: dict[str, Source],
-    questions: dict[str, list[Question]],
-) -> dict[str, float]:
+def evaluation_losses(evaluation: Evaluation) -> dict[str, float]:
     """Mean loss of a label token of each evaluation set, on the rows that every evaluation answers.
 
     The same rows at every evaluation, so that the losses make a curve. A row that cannot be used is left out. Raises
     Stopped, and UserError for a set without a usable row.
     """
+    run, config, model = evaluation.run, evaluation.config, evaluation.model
     model.eval()
     rank, world, size = run.accelerator.process_index, run.accelerator.num_processes, config.eval_batch_size
     losses = {}
-    for name, source in eval_sets.items():
+    for name, source in evaluation.sets.items():
         run.raise_if_stopped()
-        first = enumerate(questions[name][: SHORT_EVALUATION * size])
+        first = enumerate(evaluation.questions[name][: evaluation.short])
         rows = [(0, row) for row, question in first if not question.error][rank::world]
         total = torch.zeros(2, device=run.device)  # loss of all label tokens, their number
         batches = loader(
             source,
-            processor,
+            evaluation.processor,
             [rows[start : start + size] for start in range(0, len(rows), size)],
             with_suffix=True,
             workers=choose_workers(config.workers, run.device),
@@ -668,55 +688,53 @@ def evaluation_losses(
     return losses
 
 
-def evaluate_and_log(
-    run: Run,
-    config: "Config",
-    model: nn.Module,
-    adapted: nn.Module,
-    processor: PaliGemmaProcessor,
-    eval_sets: dict[str, Source],
-    questions: dict[str, list[Question]],
-    probe: dict[str, Tensor],
-    state: dict,
-    last_step: bool,
-):
+def evaluate_and_log(evaluation: Evaluation, adapted: nn.Module, state: dict, last_step: bool):
     """Evaluate, on all rows before and after training and on a few batches of each set in between; log; save best/."""
-    step = state["step"]
+    run, config, step = evaluation.run, evaluation.config, state["step"]
     is_full = last_step or step in (0, *run.extended_at)
-    count = None if is_full else SHORT_EVALUATION * config.eval_batch_size
-    scores = evaluate(run, config, model, processor, questions, count)
+    scores = evaluate(evaluation, None if is_full else evaluation.short)
     with without_compiling(config):
-        losses = evaluation_losses(run, config, model, processor, eval_sets, questions)
-        maps = measure_maps(model, probe)
+        losses = evaluation_losses(evaluation)
+        maps = measure_maps(evaluation.model, evaluation.probe)
 
-    line = {"step": step, "eval": {name: [score.right, score.n] for name, score in scores.items()}}
+    line = {"step": step, "eval": {name: [score.correct, score.n] for name, score in scores.items()}}
     line |= {"eval_loss": losses}
     if config.metric != "exact":
         line["metric"] = {name: score_answers(config.metric, score.rows) for name, score in scores.items()}
     run.log(line | ({"inside": maps} if maps else {}))
-    rates = {name: score.right / score.n for name, score in scores.items()}
-    tracked = {"exact": rates, config.metric: line.get("metric", rates), "eval_loss": losses, "inside": maps}
-    run.track(step, tracked)
+    rates = {name: score.correct / score.n for name, score in scores.items()}
+    run.track(step, {"exact": rates, config.metric: line.get("metric", rates), "eval_loss": losses, "inside": maps})
+    log_samples(evaluation, step, scores)
+    results = [f"{name} {score.correct}/{score.n}, loss {losses[name]:.3f}" for name, score in scores.items()]
+    run.print(f"step {step}: " + "; ".join(results))
+    if step > 0:
+        keep_best(evaluation, adapted, state, headline_rate(evaluation, scores), last_step)
+
+
+def log_samples(evaluation: Evaluation, step: int, scores: dict[str, Score]):
+    """The first answers to every set into samples.jsonl, their images into samples/."""
+    run = evaluation.run
     for number, (name, score) in enumerate(scores.items()):
-        asked = {question.id: question for question in questions[name]}
-        for place, row in enumerate(score.rows[:SHOWN_ANSWERS]):
+        asked = {question.id: question for question in evaluation.questions[name]}
+        for place, row in enumerate(score.rows[:SAVED_QUESTIONS]):
             image = f"samples/{number}-{place}.png" if asked[row["id"]].images else ""
             save_sample_image(run, asked[row["id"]], run.folder / image)
             sample = {"step": step, "set": name, "id": row["id"], "prompt": row["prompt"]}
             sample |= {"answer": row["ground_truth"], "response": row["response"], "image": image}
-            run.log(sample | haystack_grid(eval_sets[name]), "samples.jsonl")
+            run.log(sample | haystack_grid(evaluation.sets[name]), "samples.jsonl")
             run.track_sample(place, sample)
-    results = [f"{name} {score.right}/{score.n}, loss {losses[name]:.3f}" for name, score in scores.items()]
-    run.print(f"step {step}: " + "; ".join(results))
 
-    rate = headline_rate(scores, eval_sets, questions, config)
-    if step > 0:
-        state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
-    # of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts
-    if step > 0 and (rate > state["best"] or (last_step and rate == state["best"])):
+
+def keep_best(evaluation: Evaluation, adapted: nn.Module, state: dict, rate: float, last_step: bool):
+    """Count the evaluations since the best one in `state`, and save best/ where this one is better.
+
+    Of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts.
+    """
+    state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
+    if rate > state["best"] or (last_step and rate == state["best"]):
         state["best"] = rate
-        raise_if_not_finite(run, adapted, step)
-        save_snapshot(run, adapted, run.folder / "best", {"step": step})
+        raise_if_not_finite(evaluation.run, adapted, state["step"])
+        save_snapshot(evaluation.run, adapted, evaluation.run.folder / "best", {"step": state["step"]})
 
 
 def save_sample_image(run: Run, question: Question, file: Path):
@@ -742,19 +760,17 @@ def haystack_grid(source: Source) -> dict[str, int]:
     return {"grid": source.shapes[0][1]} if is_one_image else {}
 
 
-def headline_rate(
-    scores: dict[str, Score], eval_sets: dict[str, Source], questions: dict[str, list[Question]], config: "Config"
-) -> float:
+def headline_rate(evaluation: Evaluation, scores: dict[str, Score]) -> float:
     """What `best/` is chosen by: --metric on the first batches of the sets that count for it.
 
     The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
     """
     rows = []
     for name, score in scores.items():
-        if eval_sets[name].counts_for_best:
-            first = {question.id for question in questions[name][: SHORT_EVALUATION * config.eval_batch_size]}
+        if evaluation.sets[name].counts_for_best:
+            first = {question.id for question in evaluation.questions[name][: evaluation.short]}
             rows += [row for row in score.rows if row["id"] in first]
-    return score_answers(config.metric, rows)
+    return score_answers(evaluation.config.metric, rows)
 
 
 # ---- what is printed
@@ -763,7 +779,7 @@ def print_setup(
     config: "Config",
     model: nn.Module,
     adapted: nn.Module,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     source: Source,
     total_steps: int,
 ):
@@ -776,6 +792,11 @@ def print_setup(
         f"{update} examples per update = batch of {config.batch_size} over {world} process(es) x {config.accumulation} "
         f"accumulated; {total_steps} updates; {len(source)} examples per epoch"
     )
+    if config.warmup_steps >= total_steps:
+        run.print(
+            f"--warmup_steps={config.warmup_steps}: as long as the run or longer ({total_steps} updates), so the "
+            "learning rate only rises: lower it"
+        )
     rows = [[(0, 0), (0, 1 % len(source))]]  # (epoch, row)
     ((examples, batch),) = loader(source, processor, rows, True, skip=run.skip, max_length=max_length(model))
     for i, example in enumerate(examples):
@@ -787,7 +808,7 @@ def print_setup(
 def print_scores(run: Run, config: "Config", scores: dict[str, Score]):
     """Print the accuracy of every evaluation set, and --metric beside it."""
     for name, score in scores.items():
-        line = f"{name:28}{percent_with_interval(score.right, score.n):>22}  n = {score.n}"
+        line = f"{name:28}{format_rate(rate(score.correct, score.n)):>22}  n = {score.n}"
         if config.metric != "exact":
             line += f"  {config.metric} {100 * score_answers(config.metric, score.rows):.1f}"
         run.print(line)
@@ -801,7 +822,7 @@ def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
     lines = [f"\n{'held-out exact accuracy':28}{head}{'n':>7}{'chance':>9}"]
     for name, source in eval_sets.items():
         cells = "".join(
-            f"{percent_with_interval(*scores[name]) if name in scores else '-':>22}" for scores in columns.values()
+            f"{format_rate(rate(*scores[name])) if name in scores else '-':>22}" for scores in columns.values()
         )
         chance = "" if source.chance is None else f"{100 * source.chance:.2f}"
         lines.append(f"{name:28}{cells}{evals[-1][name][1]:>7}{chance:>9}")
@@ -818,21 +839,12 @@ def baseline_column(run: Run) -> dict[str, dict]:
     if folder == run.folder or not (folder / "final").exists():
         return {}
     try:
-        theirs = read_run_record(folder)["config"]
+        different = differing_fields(run.record, read_run_record(folder))
         evals = [line["eval"] for line in read_metrics(folder) if "eval" in line]
     except UserError as error:
         run.print(f"{folder}: not shown beside this run ({error})")
         return {}
-    ours = run.record["config"]
-    theirs = ADDED_FIELDS | theirs
-    different = [k for k in ours if k not in {"differential", *RESUMABLE_FIELDS} and ours[k] != theirs.get(k)]
     if different or not evals:
         run.print(f"{folder}: not shown beside this run, which differs in {', '.join(different) or 'its evaluations'}")
         return {}
     return {"original, after": evals[-1]}
-
-
-def percent_with_interval(right: int, n: int) -> str:
-    """A rate in percent with its 95 % Wilson interval."""
-    low, high = wilson(right, n)
-    return f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -30,9 +30,8 @@ class FeatureStore:
     """Features [N, C] of images by name, as `model.model.image_features` gives them."""
 
     def __init__(self, model: torch.nn.Module):
-        self.model = model  # a PaliGemmaForConditionalGeneration
+        self.model = model  # a VisionLanguageModel
         self.entries: dict[Hashable, Tensor] = {}
-        self.hits = self.misses = 0
 
     @torch.no_grad()
     def encode(
@@ -47,12 +46,11 @@ class FeatureStore:
         device = self.model.lm_head.weight.device
         rows = {name: self.find(name) for name in names}
         missing = [name for name, row in rows.items() if row is None]
-        self.hits, self.misses = self.hits + len(names) - len(missing), self.misses + len(missing)
         if missing:
             size, encoded = batch_size or len(missing), []
             for start in range(0, len(missing), size):
                 inputs = stack_inputs([pixels[name] for name in missing[start : start + size]])
-                inputs = {key: part.to(device, non_blocking=True) for key, part in inputs.items()}
+                inputs["pixel_values"] = inputs["pixel_values"].to(device, non_blocking=True)  # sizes stay on the CPU
                 encoded += self.model.model.image_features(**inputs)
             for name, row in zip(missing, encoded, strict=True):
                 rows[name] = row

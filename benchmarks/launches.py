@@ -130,7 +130,7 @@ def one_token(model: torch.nn.Module, batch: dict, with_adapter: bool) -> Counte
 
 def table(rows: dict[str, Counted]) -> list[str]:
     lines = [f"| {name} | {row['launches']:,} | {row['waits']} |" for name, row in rows.items()]
-    return ["| work | launches | waits |", "|---|---|---|", *lines]
+    return ["| work | launches | syncs |", "|---|---|---|", *lines]
 
 
 def main():

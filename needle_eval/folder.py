@@ -22,18 +22,17 @@ from filelock import BaseFileLock
 from checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFERENTIAL, locate, resolve_run, weights_fingerprint
 from errors import UserError
 from files import decode_typed, lock_folder, read_bytes, read_json, write_json, writing
+from machine import device_name, git_commit, portable_path, versions
 from needle_eval.questions import Question, check_row
-from processing_paligemma import PaliGemmaProcessor
-from run_folder import device_name, git_commit, portable_path, versions
+from processing_paligemma import Processor
 
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
-COMMON_FLAGS = ("benchmark", "data", "image_folder", "prefix", "samples", "seed")  # what decides any questions
-UNNAMED = ("benchmark", "data", "image_folder")  # not in the name of a folder unless the benchmark says so
-NOT_ASKED = ("attention", "skip_none")  # flags of a benchmark that change no question
+COMMON_FLAGS = ("benchmark", "data", "prefix", "samples")  # what decides the questions of every benchmark
+UNNAMED_FLAGS = ("benchmark", "data", "image_folder")  # not in the name of a folder unless the benchmark says so
+FLAGS_WITHOUT_QUESTIONS = ("attention", "skip_none")  # flags of a benchmark that change no question
 COMPARED = ("benchmark", "model", "weights", "questions", "config", "dtype")  # one evaluation has one of each
-RENAMED = {"pictures": "image_folder"}  # older eval.json files have the first
 SLUG_LENGTH = 120
 NAME_LENGTH = 40  # of a flag's value in a folder's name
 
@@ -64,26 +63,26 @@ def evaluation_name(config: "Config", benchmark: ModuleType) -> str:
 
     As in "mmneedle-official-MMNEEDLE-images_1_10": evaluations in other settings have folders of their own.
     """
-    flags = [flag for flag in asked_flags(benchmark) if flag not in (*UNNAMED, *benchmark.NAME_FLAGS)]
+    flags = [flag for flag in asked_flags(benchmark) if flag not in (*UNNAMED_FLAGS, *benchmark.NAME_FLAGS)]
     defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in flags}
-    plain = complete(dataclasses.replace(config, **defaults), benchmark)  # the same without these flags
-    parts = [short(getattr(config, flag)) for flag in benchmark.NAME_FLAGS if getattr(config, flag)]
+    plain = fill_defaults(dataclasses.replace(config, **defaults), benchmark)  # the same without these flags
+    parts = [short_value(getattr(config, flag)) for flag in benchmark.NAME_FLAGS if getattr(config, flag)]
     changed = [flag for flag in flags if getattr(config, flag) != getattr(plain, flag)]
-    parts += [f"{flag}_{short(getattr(config, flag)).strip('_')}" for flag in changed]
+    parts += [f"{flag}_{short_value(getattr(config, flag)).strip('_')}" for flag in changed]
     return "-".join([config.benchmark, *parts])
 
 
-def complete(config: "Config", benchmark: ModuleType) -> "Config":
+def fill_defaults(config: "Config", benchmark: ModuleType) -> "Config":
     """The configuration with the benchmark's own values for flags that were left empty."""
     return dataclasses.replace(config, **getattr(benchmark, "complete_flags", lambda config: {})(config))
 
 
 def asked_flags(benchmark: ModuleType) -> list[str]:
     """The flags that decide what is asked."""
-    return [*COMMON_FLAGS, *(flag for flag in benchmark.FLAGS if flag not in NOT_ASKED)]
+    return [*COMMON_FLAGS, *(flag for flag in benchmark.FLAGS if flag not in FLAGS_WITHOUT_QUESTIONS)]
 
 
-def short(value: object) -> str:
+def short_value(value: object) -> str:
     """A flag's value as part of a folder's name."""
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return re.sub(r"[^\w.]+", "_", text.rstrip("/"))[-NAME_LENGTH:]
@@ -95,7 +94,7 @@ def make_record(
     benchmark: ModuleType,
     questions: list[Question],
     model: str,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     dtype: torch.dtype,
     accelerator: Accelerator,
 ) -> dict:
@@ -129,7 +128,7 @@ def hash_weights(model: str) -> str:
 
 
 class AskedConfig(msgspec.Struct):
-    """What a table needs of the configuration in eval.json; older files may lack fields."""
+    """What a table needs of the configuration in eval.json; only MMNeedle has a protocol."""
 
     data: str = ""
     prefix: str = ""
@@ -147,12 +146,11 @@ class Record(msgspec.Struct):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """eval.json of a folder, fields of older files under their names of today. Raises UserError for other types."""
+    """eval.json of a folder. Raises UserError for fields of other types."""
     file = folder / "eval.json"
     record = read_json(file)
     fields = msgspec.to_builtins(decode_typed(read_bytes(file), Record, file, "give a folder that eval_mmnih.py wrote"))
-    config = {RENAMED.get(key, key): value for key, value in record.get("config", {}).items()}
-    return fields | record | {"config": config}
+    return fields | record
 
 
 def changed_fields(old: dict, new: dict, names: tuple[str, ...] = COMPARED) -> list[str]:

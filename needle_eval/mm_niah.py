@@ -27,13 +27,14 @@ from needle_eval.questions import (
     check_unique_ids,
     read_rows,
 )
-from needle_eval.statistics import mean_rate
+from needle_eval.statistics import format_percent, format_rate, mean_rate
 
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
 TASKS = ("retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image")
-FLAGS = NAME_FLAGS = ()  # no flags of its own
+FLAGS = ("image_folder",)
+NAME_FLAGS = ()
 LONG_QUESTIONS_ARE_WRONG = True  # a document that does not fit the model is answered wrong; other benchmarks refuse it
 IMAGE_MARK = "<image>"  # where an image stands in the text
 CONTEXT_BINS = (1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 40000, 48000, 64000)  # tokens, from here on
@@ -278,10 +279,8 @@ def context_bin(length: float) -> int | None:
 
 def depth_bin(depth: float | list[float]) -> int:
     """The fifth of the document that a needle, or the mean of several, is in; 0.6 is in 2, as the official division has
-    it. Raises ValueError outside [0, 1]."""
+    it."""
     depth = sum(depth) / len(depth) if isinstance(depth, list) else depth
-    if not 0 <= depth <= 1:
-        raise ValueError(f"placed_depth {depth} lies outside [0, 1]")
     return min(int(depth / (1 / DEPTH_BINS)), DEPTH_BINS - 1)
 
 
@@ -354,26 +353,22 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
         lines += [f"\n{model}", format_line("MM-NIAH", "n", "dropped", "official", "mean over rows", bins)]
         for task, found in scores["tasks"].items():
             mean = found["mean"]
-            interval = f"{percent(mean['rate'])} [{percent(mean['low'])}, {percent(mean['high'])}]"
+            interval = format_rate(mean)
             filled = [any(cell["n"] for cell in column) for column in found["cells"]]
             contexts = [
-                percent(value if rows else None) for value, rows in zip(found["by_context"], filled, strict=True)
+                format_percent(value if rows else None) for value, rows in zip(found["by_context"], filled, strict=True)
             ]
             lines.append(
-                format_line(task, found["n"], found["dropped"], percent(found["official"]), interval, contexts)
+                format_line(task, found["n"], found["dropped"], format_percent(found["official"]), interval, contexts)
             )
         overall = scores["overall"]
         if overall is None:
             lines.append(f"no overall score: {len(scores['tasks'])} of {len(TASKS)} tasks")
         else:
-            contexts = [percent(value) for value in overall["by_context"]]
-            official, mean = percent(overall["official"]), percent(overall["mean"])
+            contexts = [format_percent(value) for value in overall["by_context"]]
+            official, mean = format_percent(overall["official"]), format_percent(overall["mean"])
             lines.append(format_line("overall", "", "", official, mean, contexts))
     return lines
-
-
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def format_line(name: str, n: object, dropped: object, official: str, mean: str, contexts: list[str]) -> str:

@@ -21,12 +21,13 @@ from needle_eval.mmneedle_prompts import ABSENT, check_protocol, make_settings
 from needle_eval.mmneedle_release import read_questions
 from needle_eval.mmneedle_rules import cell_of_box, is_well_formed, parse_lenient, prepare_rows, score_strict
 from needle_eval.questions import AnswerRow, Question, check_some_image_exists
-from needle_eval.statistics import rate
+from needle_eval.statistics import format_rate, mean_of_independent, rate
 
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
-FLAGS = ("split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
+FLAGS = ("seed", "split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
+BUILDING_FLAGS = ("seed", "split", "cell")  # of haystacks that are built, not of the release
 NAME_FLAGS = ("protocol", "data", "split")  # whose values are always part of an evaluation folder's name
 GRIDS, QUADRANT_GRIDS = (2, 4), (2,)  # where --grids is left empty
 HAS_CELLS = True  # its scores are drawn as maps of cells, and models side by side
@@ -50,9 +51,14 @@ def load_questions(config: "Config") -> list[Question]:
         check_protocol(config.protocol, setting)
     if config.attention and config.protocol not in PLACE_PROTOCOLS:
         raise UserError(f"--attention: needs a protocol that answers a place: {', '.join(PLACE_PROTOCOLS)}")
+    if config.attention and 1 not in config.needles:
+        raise UserError("--attention: is measured with one needle: add 1 to --needles")
+    builds = config.data.partition(":")[0] == "haystack"
+    ignored = [flag for flag in BUILDING_FLAGS if getattr(config, flag)]
+    if ignored and not builds:
+        raise UserError(f"--{ignored[0]}: does not apply to the released files of --data={config.data}: leave it out")
     questions = []
     for setting in settings:
-        builds = config.data.partition(":")[0] == "haystack"
         folder = build_haystacks(config, setting) if builds else Path(config.data)
         questions += read_questions(folder, setting, config.protocol, config.samples, config.per_cell, config.prefix)
     check_some_image_exists(questions, "complete the data folder")
@@ -179,14 +185,14 @@ def score_places(rows: list[dict], verdicts: list[dict], place_of: Callable, pla
 
 
 def balanced(one: dict, other: dict) -> dict:
-    """The mean of two independent rates; its interval from theirs (Zou and Donner 2008, MOVER)."""
-    mean = (one["rate"] + other["rate"]) / 2
-    below, above = (math.hypot(*(r["rate"] - r[end] for r in (one, other))) / 2 for end in ("low", "high"))
-    return {"rate": mean, "low": mean - below, "high": mean + above, "n": one["n"] + other["n"]}
+    """The mean of two independent rates."""
+    mean, low, high = mean_of_independent([(r["rate"], r["low"], r["high"]) for r in (one, other)])
+    return {"rate": mean, "low": low, "high": high, "n": one["n"] + other["n"]}
 
 
 def score_baselines(positives: list[dict]) -> dict:
-    """Rates of three answerers without eyes: a uniform guess, the best constant on these rows, and always "-1"."""
+    """Rates of three baselines that do not see the image: a uniform guess, the best constant on these rows, and always
+    "-1"."""
     always = {"existence, positives": 0.0, "existence, negatives": 1.0, "balanced existence": 0.5, "exact": 0.0}
     if not positives:
         return {"always -1": always}
@@ -240,14 +246,14 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
             for metric in (*metrics, "format failures"):
                 if metric in columns[0]:
                     title = "ranked " * (ranked and "exact" in metric) + metric
-                    cells = "".join(f"{percent(column[metric]) if column else '-':>26}" for column in columns)
+                    cells = "".join(f"{format_rate(column[metric]) if column else '-':>26}" for column in columns)
                     lines.append(f"  {title:30}{cells}{format_baselines(first[setting]['baselines'], kind, metric)}")
             broken = [column["broken"] if column else "-" for column in columns]
             if any(count not in (0, "-") for count in broken):
                 lines.append(f"  {'broken, counted wrong':30}" + "".join(f"{count:>26}" for count in broken))
         if "balanced existence" in first[setting]:
             rates = [scores.get(setting, {}).get("balanced existence") for scores in scores_by_model.values()]
-            cells = [percent(rate) if rate else "-" for rate in rates]
+            cells = [format_rate(rate) if rate else "-" for rate in rates]
             lines.append(f"{'balanced existence':32}" + "".join(f"{cell:>26}" for cell in cells) + f"{'50.0':>28}")
     for name, scores in scores_by_model.items():
         for setting, found in scores.get("attention", {}).items():
@@ -269,13 +275,6 @@ def format_baselines(baselines: dict, kind: str, metric: str) -> str:
         always = None if None in rates else 0.0
     cells = zip((*rates, always), (10, 10, 8), strict=True)
     return "".join(f"{'' if r is None else f'{100 * r:.1f}':>{width}}" for r, width in cells)
-
-
-def percent(found: dict) -> str:
-    """A rate and its interval in percent."""
-    if found["rate"] is None:
-        return "-"
-    return f"{100 * found['rate']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
 def describe(config: "Config", image_size: int, num_image_tokens: int) -> list[str]:

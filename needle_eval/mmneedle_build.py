@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from files import atomic_folder, verify_manifest, write_json, write_manifest
-from haystack import TEST_SHARE, Haystack, ImagePool, PoolImage, read_captioned_images, read_pool
+from haystack import OWN_CELL, POOL_CELL, TEST_SHARE, Haystack, ImagePool, PoolImage, read_split
 from needle_eval.mmneedle_prompts import Setting
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 CACHE = Path("runs/haystacks")
 NEGATIVES_FROM = 5000  # ids below are positives
-POOL_CELL, OWN_CELL = 64, 256  # pixels of a cell: of the embedded images, of one's own
 BUILDER = 3  # raise it when other bytes are written: older folders are then left alone
 
 
@@ -29,6 +28,8 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
     source = config.data.partition(":")[2]
     split = config.split or ("test" if source else "test_style")
     images = read_split(source, split)
+    if not images:
+        raise UserError(f"--split={split}: {source or 'the embedded pool'} has no such images")
     cell, samples = config.cell or (OWN_CELL if source else POOL_CELL), config.samples or setting.default_samples
     if samples > NEGATIVES_FROM:
         raise UserError(f"--samples={samples}: at most {NEGATIVES_FROM}, where the ids of negatives begin")
@@ -46,16 +47,6 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
                 write_haystacks(ImagePool(images), new, setting, samples, config.seed, cell)
                 write_manifest(new)
     return folder
-
-
-def read_split(source: str, split: str) -> list[PoolImage]:
-    """The images of one split of `source`, a folder or a jsonl file, or of the embedded pool where it is empty."""
-    images = [image for image in (read_captioned_images(source) if source else read_pool()) if image.split == split]
-    if not source and split == "test_concept":
-        images = [image for image in images if image.style == "noto"]  # never trained, as in test_style
-    if not images:
-        raise UserError(f"--split={split}: {source or 'the embedded pool'} has no such images")
-    return images
 
 
 def check_captions(data: str, split: str, images: list[PoolImage], setting: Setting):

@@ -36,7 +36,7 @@ TITLE_WIDTH = 48  # characters on a line of a panel's title
 COLUMNS = 4  # panels beside each other
 
 
-def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def arm_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Colour and marker of every arm: black circles for the first one, the baseline."""
     styles = list(zip(COLOURS[-1:] + COLOURS[:-1], MARKERS[-1:] + MARKERS[:-1], strict=True))
     chosen = {name: styles[number % len(styles)] for number, name in enumerate(names)}

@@ -20,15 +20,17 @@ from needle_eval.questions import (
     check_unique_ids,
     read_rows,
 )
-from needle_eval.statistics import rate
+from needle_eval.statistics import format_percent, format_rate, rate
 
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
 SPLITS = ("random", "popular", "adversarial")
-FLAGS = NAME_FLAGS = ()  # no flags of its own
+FLAGS = ("image_folder",)
+NAME_FLAGS = ()
 MAX_NEW_TOKENS = 10
-SOURCE = "take it from AoiDragon/POPE, output/coco"
+DIGITS = 2  # of percentages, as the paper has them
+SOURCE = "use that of AoiDragon/POPE, output/coco"
 
 
 # ---- questions
@@ -37,7 +39,7 @@ def load_questions(config: "Config") -> list[Question]:
 
     Raises UserError that names the file and line of a bad row, and when none of the images exists.
     """
-    if config.data == "haystack" or not config.image_folder:
+    if config.data.partition(":")[0] == "haystack" or not config.image_folder:
         raise UserError("POPE needs --data, the folder of its files, and --image_folder, that of COCO val2014")
     folder, images = Path(config.data), Path(config.image_folder)
     questions = [q for split in SPLITS for q in read_split(folder, images, split, config.prefix, config.samples)]
@@ -178,21 +180,19 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
             lines += [format_metrics(f"  {name}", found) for name, found in scores[split]["baselines"].items()]
         mean = scores["mean"]
         name = f"mean of {mean['splits']}"
-        lines.append(format_line(name, "", percent(mean["accuracy"]), "", "", percent(mean["f1"])))
+        lines.append(
+            format_line(name, "", format_percent(mean["accuracy"], DIGITS), "", "", format_percent(mean["f1"], DIGITS))
+        )
     return lines
 
 
 def format_metrics(name: str, found: dict) -> str:
     accuracy = found["accuracy"]
-    interval = f"{percent(accuracy['rate'])} [{percent(accuracy['low'])}, {percent(accuracy['high'])}]"
+    interval = format_rate(accuracy, DIGITS)
     rates = [found["precision"]["rate"], found["recall"]["rate"], found["f1"], found["yes_ratio"]["rate"]]
     if "invalid" in found:  # a constant answer has none
         rates.append(found["invalid"]["rate"])
-    return format_line(name, str(found["n"]), interval, *map(percent, rates))
-
-
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f}"
+    return format_line(name, str(found["n"]), interval, *(format_percent(value, DIGITS) for value in rates))
 
 
 def format_line(name: str, n: str, accuracy: str, *others: str) -> str:

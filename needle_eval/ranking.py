@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modeling_vlm import BatchPlan, ImageFeatures, KVCache
-from processing_paligemma import PaliGemmaProcessor
+from processing_paligemma import Processor
 
 CANDIDATES_AT_ONCE = 64  # rows of one forward pass
 
@@ -16,7 +16,7 @@ CANDIDATES_AT_ONCE = 64  # rows of one forward pass
 @torch.no_grad()
 def rank_candidates(
     model: torch.nn.Module,
-    processor: PaliGemmaProcessor,
+    processor: Processor,
     batch: dict[str, Tensor],
     plan: BatchPlan,
     features: ImageFeatures | None,
@@ -35,7 +35,7 @@ def rank_candidates(
     mask, positions = plan.mask, model.model.positions(batch["attention_mask"])
     x = model.model.embed(batch["input_ids"], features, plan.image_tokens)
     cache = KVCache(language, count, length, x.dtype, x.device)
-    first = model.head(language(x, positions, mask, cache, rows=1)[:, -1]).float().log_softmax(-1)  # [B, V]
+    first = model.head(language(x, positions, mask, cache, keep_last=1)[:, -1]).float().log_softmax(-1)  # [B, V]
     best = []
     for row in range(count):
         valid = batch["attention_mask"][row]
@@ -65,9 +65,7 @@ def continue_prompt(model: torch.nn.Module, cache: KVCache, valid: Tensor, row: 
     return model.head(hidden[:, :-1]).float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-def candidate_tensors(
-    processor: PaliGemmaProcessor, candidates: tuple[str, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def candidate_tensors(processor: Processor, candidates: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids [A, T] of the answers and their `<eos>`, padded on the right, and 1.0 at their tokens, else 0 [A, T]."""
     rows = [processor.encode("", text, 0) for text in candidates]
     rows = [[i for i, is_answer in zip(*row, strict=True) if is_answer] for row in rows]

@@ -214,7 +214,10 @@ def pair_folders(first: str, second: str) -> list[tuple[Path, Path]]:
     if [len(arm) for arm in arms] == [1, 1]:
         return [(arms[0][0], arms[1][0])]
     seeds = [{seed_of(folder): folder for folder in arm} for arm in arms]
-    if set(seeds[0]) != set(seeds[1]) or any(len(s) < len(arm) for s, arm in zip(seeds, arms, strict=True)):
+    for pattern, arm, of_arm in zip((first, second), arms, seeds, strict=True):
+        if len(of_arm) < len(arm):
+            raise UserError(f"{pattern}: matches several runs of one seed: give a pattern with one run of each seed")
+    if set(seeds[0]) != set(seeds[1]):
         both = " and ".join(str(sorted(s)) for s in seeds)
         raise UserError(f"{first} and {second}: seeds {both} cannot be paired: evaluate the same seeds of both arms")
     return [(seeds[0][seed], seeds[1][seed]) for seed in sorted(seeds[0])]
@@ -265,5 +268,6 @@ def format_seeds(name: str, over: dict) -> str:
         return f"{100 * found['mean']:.1f}{ends}"
 
     first, second, difference = (interval(over[key]) for key in ("first", "second", "difference"))
-    p = "" if over["difference"]["p"] is None else f", p = {over['difference']['p']:.3g}"
-    return f"{name:24}{first} -> {second}, difference {difference}{p}, n = {over['first']['n']} seeds"
+    n, p = over["first"]["n"], over["difference"]["p"]
+    test = f", p = {p:.3g}" if p is not None else ", the same in every seed" if n >= MIN_SEEDS else ""
+    return f"{name:24}{first} -> {second}, difference {difference}{test}, n = {n} seeds"

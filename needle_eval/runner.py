@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from files import decode_typed, read_bytes, writing
+from files import decode_typed, read_bytes, write_text, writing
 from needle_eval.questions import ImageReference, Question, open_reference
 from needle_eval.ranking import rank_candidates
-from processing_paligemma import PaliGemmaProcessor
+from processing_paligemma import Processor
 from vision_cache import FeatureStore
 
 FEATURE_BYTES = 2 << 30  # of image features that stay on the model's device
@@ -39,7 +39,7 @@ class Answerer:
     """A model, its processor, and how its answers are computed."""
 
     model: torch.nn.Module
-    processor: PaliGemmaProcessor
+    processor: Processor
     accelerator: Accelerator
     dtype: torch.dtype  # bfloat16: under autocast
     batch_size: int = 32  # questions answered at once
@@ -122,7 +122,7 @@ def plan_images(
     return plan
 
 
-def mark_too_long(questions: list[Question], processor: PaliGemmaProcessor, limit: int) -> list[Question]:
+def mark_too_long(questions: list[Question], processor: Processor, limit: int) -> list[Question]:
     """The questions; those that do not fit `limit` positions with their longest answer have an error."""
     marked = []
     for question in questions:
@@ -168,7 +168,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
 class OpenedImages(Dataset):
     """For every batch, and each of its new images: what the model takes of it, or what is wrong with it."""
 
-    def __init__(self, images: list[list[ImageReference]], processor: PaliGemmaProcessor):
+    def __init__(self, images: list[list[ImageReference]], processor: Processor):
         self.images, self.processor = images, processor
 
     def __len__(self) -> int:
@@ -282,10 +282,7 @@ def read_answers(file: Path, questions: list[Question], cut_last_line: bool = Fa
 
 def write_answers(file: Path, rows: list[dict]):
     """Write the file again, whole and in order."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with writing(file):
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(file)
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class AnswerLog:

@@ -17,6 +17,7 @@ from errors import UserError
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3  # of an interval over seeds: with two it covers nearly every possible rate
+ROUNDING = 1e-9  # differences of seeds, in any unit, that are no further apart are equal
 
 
 # ---- one run
@@ -32,6 +33,17 @@ def rate(right: int, total: int) -> dict:
     """{"right", "n", "rate", "low", "high"} of a count, with its Wilson interval; for n = 0 the rate is None."""
     low, high = wilson(right, total)
     return {"right": right, "n": total, "rate": right / total if total else None, "low": low, "high": high}
+
+
+def format_percent(fraction: float | None, digits: int = 1) -> str:
+    """A fraction in percent; "-" for none."""
+    return "-" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def format_rate(found: dict, digits: int = 1) -> str:
+    """A `rate` in percent with its interval, as in 25.0 [22.4, 27.8]; "-" without a sample."""
+    value, low, high = (format_percent(found[key], digits) for key in ("rate", "low", "high"))
+    return value if found["rate"] is None else f"{value} [{low}, {high}]"
 
 
 def mean_rate(scores: Sequence[float]) -> dict:
@@ -77,9 +89,17 @@ def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> dict
     return {"mean": b - a, "low": b - a - math.sqrt(below), "high": b - a + math.sqrt(above)}
 
 
+def mean_of_independent(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The same of the unweighted mean of independent (estimate, low, high), by MOVER (Zou and Donner 2008)."""
+    mean = statistics.fmean(estimate for estimate, _, _ in estimates)
+    below = math.hypot(*(estimate - low for estimate, low, _ in estimates)) / len(estimates)
+    above = math.hypot(*(high - estimate for estimate, _, high in estimates)) / len(estimates)
+    return mean, mean - below, mean + above
+
+
 # ---- several seeds
-def mean_over_seeds(rates: Sequence[float], lowest: float = 0.0) -> dict:
-    """{"n", "mean", "low", "high"} over the seeds of one arm: Student's t interval, cut off at `lowest` and 1.
+def mean_over_seeds(rates: Sequence[float]) -> dict:
+    """{"n", "mean", "low", "high"} over the seeds of one arm: Student's t interval, cut off at 0 and 1.
 
     The interval is None for fewer than `MIN_SEEDS` seeds, the mean for none.
     """
@@ -88,27 +108,31 @@ def mean_over_seeds(rates: Sequence[float], lowest: float = 0.0) -> dict:
     if n < MIN_SEEDS:
         return {"n": n, "mean": mean, "low": None, "high": None}
     spread = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(rates) / math.sqrt(n)
-    return {"n": n, "mean": mean, "low": max(lowest, mean - spread), "high": min(1.0, mean + spread)}
+    return {"n": n, "mean": mean, "low": max(0.0, mean - spread), "high": min(1.0, mean + spread)}
 
 
 def paired_over_seeds(a_rates: Sequence[float], b_rates: Sequence[float]) -> dict:
-    """`mean_over_seeds` of b - a, seed by seed, and "p": the two-sided p value of the paired t test.
+    """{"n", "mean", "low", "high", "p"} of b - a, seed by seed: `paired_t`, its interval cut off at -1 and 1.
 
-    Interval and p are None for fewer than `MIN_SEEDS` seeds. Raises UserError where the arms have not the same number.
+    Interval and p are None for fewer than `MIN_SEEDS` seeds and where all differences are equal: without a spread over
+    the seeds there is nothing to test against. Raises UserError where the arms have not the same number.
     """
     if len(a_rates) != len(b_rates):
         raise UserError(f"{len(a_rates)} and {len(b_rates)} seeds cannot be paired: give the same seeds of both arms")
     differences = [b - a for a, b in zip(a_rates, b_rates, strict=True)]
-    over, n = mean_over_seeds(differences, lowest=-1.0), len(differences)
-    if n < MIN_SEEDS:
-        return over | {"p": None}
-    if max(differences) == min(differences):  # t is infinite, or 0 / 0
-        return over | {"p": float(over["mean"] == 0)}
-    t = over["mean"] / (statistics.stdev(differences) / math.sqrt(n))
-    return over | {"p": 2 * float(stats.t.sf(abs(t), n - 1))}
+    n = len(differences)
+    if n < MIN_SEEDS or not has_spread(differences):
+        return {"n": n, "mean": statistics.fmean(differences), "low": None, "high": None, "p": None}
+    test = paired_t(differences)
+    return {"n": n, "mean": test["mean"], "low": max(-1.0, test["low"]), "high": min(1.0, test["high"]), "p": test["p"]}
 
 
 # ---- differences over seeds, in any unit
+def has_spread(differences: Sequence[float]) -> bool:
+    """Whether differences are further apart than rounding: without a spread there is no t test."""
+    return max(differences) - min(differences) > ROUNDING
+
+
 def paired_t(differences: Sequence[float], confidence: float = CONFIDENCE) -> dict:
     """{"n", "mean", "sd", "low", "high", "p"} of paired differences: Student's t, two-sided, not cut off.
 
@@ -118,8 +142,8 @@ def paired_t(differences: Sequence[float], confidence: float = CONFIDENCE) -> di
     if n < MIN_SEEDS:
         raise UserError(f"{n} paired seeds: a t test needs at least {MIN_SEEDS}")
     mean, sd = statistics.fmean(differences), statistics.stdev(differences)
-    if max(differences) == min(differences):
-        return {"n": n, "mean": mean, "sd": 0.0, "low": mean, "high": mean, "p": float(mean == 0)}
+    if not has_spread(differences):
+        return {"n": n, "mean": mean, "sd": 0.0, "low": mean, "high": mean, "p": float(abs(mean) <= ROUNDING)}
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(confidence)
     return {"n": n, "mean": mean, "sd": sd, "low": float(low), "high": float(high), "p": float(test.pvalue)}
@@ -130,7 +154,7 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
 
     It is below 0.05 exactly where the 90 % interval of `paired_t` lies inside +-`margin`.
     """
-    if max(differences) == min(differences):
+    if not has_spread(differences):
         return float(abs(differences[0]) >= margin)
     above = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = stats.ttest_1samp(differences, margin, alternative="less").pvalue

@@ -7,6 +7,8 @@ from haystack import read_pool
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig
 
+torch.set_num_threads(1)  # tests run in two processes: threads that wait for each other make both slow
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):

@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import adapters
+import machine
 import plots
 import run_folder
 import training
@@ -146,7 +147,7 @@ def run(config: Config, start: dict) -> list:
 
 def main(config: str, starts: str):
     torch.set_num_threads(1)
-    run_folder.versions()  # imports peft and transformers, as every fork would
+    machine.versions()  # imports peft and transformers, as every fork would
     importlib.import_module("torch.utils.tensorboard")
     fields = json.loads(Path(config).read_text())
     base = Config(**fields | {"differential": DifferentialConfig(**fields["differential"]).resolve()})

@@ -222,7 +222,8 @@ def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
     alike = PrefixMask.from_tensors(torch.ones(2, keys), types)
     types[1, -5:] = 1
     ragged = PrefixMask.from_tensors(torch.ones(2, keys), types)
-    for mask in (shifted_mask(keys), alike, ragged, shifted_mask(keys).extend(0), None):
+    longer = PrefixMask.from_tensors(torch.ones(2, keys - 1), types[:, 1:]).extend_by_one()
+    for mask in (shifted_mask(keys), alike, ragged, longer, None):
         for window in (None, 2):
             full = torch.ones(1, 1, queries, keys) if mask is None else mask.dense(queries, keys, window)
             built = torch.zeros_like(full, dtype=torch.bool)

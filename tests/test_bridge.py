@@ -205,6 +205,9 @@ def test_a_saved_model_loads_here_and_nowhere_else(tiny_model, batch, tmp_path, 
     assert "transformers_weights" not in again.config.to_dict()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "from differential_transformers import from_pretrained" in card
+    (tmp_path / "README.md").write_text("a model card")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "a model card"
 
 
 def test_a_folder_saved_by_our_port_loads_in_transformers(tiny_model, batch, tmp_path):

@@ -127,6 +127,28 @@ def test_what_transformers_saves_loads(tmp_path, family):
     equal(target, model.state_dict())
 
 
+def test_older_weights_stay_until_the_new_ones_are_in_place(source, tmp_path, monkeypatch):
+    """The moves stop before config.json, which is the last: shards of the older model are still there."""
+    real_replace, moved = os.replace, []
+
+    def replace(file, target):
+        if file.name == "config.json":
+            raise OSError("stopped")
+        moved.append(file.name)
+        real_replace(file, target)
+
+    checkpoint.save_weights(source.state_dict(), tmp_path, max_shard_size="20KB")
+    old = {file.name for file in tmp_path.iterdir()}
+    config = source.config.to_dict()
+    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(replace=replace))
+    with pytest.raises(OSError, match="stopped"):
+        checkpoint.save_model_folder(source.state_dict(), config, tmp_path)
+    assert moved == [SINGLE] and old < {file.name for file in tmp_path.iterdir()}
+    monkeypatch.undo()
+    checkpoint.save_model_folder(source.state_dict(), config, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {SINGLE, "config.json"}
+
+
 def test_what_we_save_transformers_loads(source, tmp_path):
     for folder, size in ((tmp_path / "single", "5GB"), (tmp_path / "sharded", "20KB")):
         source.config.save_pretrained(folder)

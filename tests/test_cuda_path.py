@@ -18,7 +18,7 @@ import finetune_original
 import fused_ops
 import modeling_vlm
 import training
-from attention import PrefixMask, attention_reference, blended_reference, choose_path
+from attention import PrefixMask, attention_reference, blended_reference, choose_path, kernels_of
 from differential_attention import PRESETS, add_differential, unfreeze_differential
 from errors import UserError
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -30,6 +30,9 @@ RAGGED = {  # rows of (prefix, suffix) tokens, padded on the left to nine
     "prompts": [(9, 0), (4, 0)],
     "with a row of pads": [(3, 0), (4, 5), (0, 0)],
     "long suffixes": [(2, 7), (1, 8)],
+    "no prefix": [(0, 9), (0, 4)],
+    "no row without pads": [(0, 5), (0, 4)],
+    "no row without pads, alike": [(0, 5), (0, 5)],
 }
 
 
@@ -109,22 +112,51 @@ def test_flex_attention_is_the_formula(options, monkeypatch):
 
 
 def test_paths_of_a_gpu():
-    def path(keys=300, queries=None, width=16, value=16, dtype=torch.bfloat16, softcap=None, window=None, mask=True):
+    def path(
+        keys=300,
+        queries=None,
+        width=16,
+        value=16,
+        dtype=torch.bfloat16,
+        softcap=None,
+        window=None,
+        mask=True,
+        on="cuda",
+    ):
         q, k, v = (
             torch.empty(2, 4, n, d, dtype=dtype) for n, d in ((queries or keys, width), (keys, width), (keys, value))
         )
         rows = left_padded([(keys - 4, 4), (keys - 5, 3)], keys) if mask else None
-        return choose_path(q, k, v, rows, softcap, window, "cuda")
+        return choose_path(q, k, v, rows, softcap, window, on)
 
     assert path() == path(width=256, value=256) == "varlen"
     assert path(mask=False) == path(dtype=torch.float32) == path(width=264, value=264) == "sdpa"
     assert path(queries=1) == path(softcap=5.0) == path(value=32) == "maps"
     assert path(600, softcap=5.0) == path(600, value=32) == path(window=20) == "flex"
     assert path(600, softcap=5.0, dtype=torch.float32) == "chunks"
+    assert path(on="sdpa") == path(window=20, on="sdpa") == "sdpa"  # an older card, or another kind of device
+    assert path(600, softcap=5.0, on="sdpa") == path(600, value=32, on="sdpa") == "chunks"
     right = PrefixMask.from_tensors(torch.tensor([[1, 1, 0], [1, 1, 1]]))
     x = torch.empty(2, 1, 3, 8).bfloat16()
     assert choose_path(x, x, x, right, None, None, "cuda") == "sdpa"  # padded on the right
     assert choose_path(x, x, x, PrefixMask.from_tensors(torch.ones(2, 3)), None, None, "cuda") == "sdpa"  # no mask
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "kernels"),
+    [
+        ("cpu", None, "cpu"),
+        ("cuda", (9, 0), "cuda"),
+        ("cuda", (8, 0), "cuda"),
+        ("cuda", (7, 5), "sdpa"),
+        ("mps", None, "sdpa"),
+    ],
+)
+def test_only_cards_with_flash_attention_get_its_paths(device, capability, kernels, monkeypatch):
+    """A T4 and Apple's GPUs have SDPA alone."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert kernels_of(torch.device(device)) == kernels
 
 
 # ---- one update of 18 + 27 layers: launches and waits
@@ -313,6 +345,16 @@ def test_the_flag_compile_changes_no_result(tiny_model, tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_a_static_cache_takes_keys_of_another_dtype():
+    """As under autocast, in which the projections of a float32 model are bfloat16."""
+    model = tiny.ours_like(tiny.hf_model("gemma"))
+    caches = [modeling_vlm.KVCache(model.model.language_model, 2, 4, torch.float32, "cpu") for _ in range(2)]
+    k, v = (torch.randn(2, 1, 1, 16).bfloat16() for _ in range(2))
+    caches[0].make_static(torch.zeros(1, dtype=torch.long))
+    for found, expected in zip(*(cache.update(1, k, v) for cache in caches), strict=True):
+        assert torch.equal(found[:, :, :1], expected) and not found[:, :, 1:].any()
+
+
 def test_factors_cast_once_give_the_same_bits(tiny_model):
     model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.bfloat16)
     adapted = training.new_lora(finetune_original.Config(), model)
@@ -320,11 +362,15 @@ def test_factors_cast_once_give_the_same_bits(tiny_model):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
     ids = torch.randint(5, 90, (2, 6))
-    batch = dict(input_ids=ids, pixel_values=None, attention_mask=torch.ones_like(ids), labels=ids)
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.ones_like(ids), labels=ids)
     results = []
     for context in (contextlib.nullcontext(), fused_ops.cast_lora(model)):
         adapted.zero_grad()
         with context:
+            if results:  # generate inside the block, with a block of its own
+                with fused_ops.cast_lora(model):
+                    pass
+                assert any(hasattr(module, fused_ops.CAST_FACTORS) for module in model.modules())
             loss = model(**batch).loss
             loss.backward()
         results.append([loss.detach(), *(p.grad for p in adapted.parameters() if p.requires_grad)])

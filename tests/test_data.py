@@ -436,6 +436,12 @@ def parquet(folder, images=10, **columns):
     return folder
 
 
+def test_a_parquet_row_without_accepted_answers_has_its_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = read_hub(str(parquet(tmp_path / "set", images=2, answers=[["a", "b"], [], None, ["c"]])), "train")
+    assert [rows.answers(i) for i in range(4)] == [("a", "b"), ("red",), ("red",), ("c",)]
+
+
 def test_a_parquet_copy_holds_out_images_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     train, sets = make_data(Config(data=f"hub:{parquet(tmp_path / 'set')}"))
@@ -572,6 +578,9 @@ def test_too_few_captions_of_ones_own_are_counted_and_the_number_needed_is_given
 def test_evaluation_data_beside_haystacks_is_refused():
     with pytest.raises(UserError, match="--eval_data=x: haystack data has test sets of its own"):
         make_data(Config(eval_data="x"))
+    for spec in ("haystack", "haystack:x.jsonl"):
+        with pytest.raises(UserError, match=f"--eval_data={spec}: rows are evaluated on rows"):
+            make_data(Config(data="rows.jsonl", eval_data=spec))
 
 
 def parquet_of(folder, images):

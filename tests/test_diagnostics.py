@@ -8,8 +8,19 @@ import torch
 from test_differential import build, causal, layer, projected, stir
 
 from attention import Attend, apply_rotary, attention_maps
-from diagnostics import compute_layer_maps, measure_maps, row_entropy, select_heads, visit_differential_layers
-from differential_attention import differential_modules
+from diagnostics import (
+    acting_map,
+    answer_attention,
+    compute_layer_maps,
+    first_map,
+    lambda_values,
+    measure_maps,
+    row_entropy,
+    select_heads,
+    subtracted_map,
+    visit_differential_layers,
+)
+from differential_attention import add_differential, differential_modules
 from fused_ops import blend
 
 
@@ -50,10 +61,30 @@ def test_diagnostics():
     start = {name: line["lambda"] for name, line in measure_maps(token, batch).items()}
     assert measure_maps(token, other).items() and all(0 < value < 1 for value in start.values())
     assert {name: line["lambda"] for name, line in measure_maps(token, other).items()} == start
-    single = measure_maps(build("norm_only"), batch)
-    assert all(set(line) == {"lambda", "entropy1"} for line in single.values())
     uniform = torch.full((1, 1, 2, 8), 1 / 8)
     assert row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
+
+
+PAIR = {"entropy1", "entropy2", "cosine", "distance"}
+MEASURED = {
+    "norm_only": {"entropy1"},
+    "gate": {"entropy1"},
+    "additive": PAIR,
+    "sharpen": PAIR,
+    "dex": {"lambda", "entropy1", "cosine", "distance"},
+    "src_gemma_samemap": {"lambda", *PAIR},
+}
+
+
+@pytest.mark.parametrize("preset", MEASURED)
+def test_what_a_method_does_not_have_is_not_measured(preset):
+    """No lambda of a control without one, no second output of a gate; values in their own places."""
+    model, batch = stir(build(preset)), tiny.batch()
+    for name, line in measure_maps(model, batch).items():
+        assert set(line) == MEASURED[preset]
+        assert line["entropy1"] > 0 and -1 <= line.get("cosine", 0) <= 1 + 1e-6
+        value = lambda_values(model).get(name)
+        assert line.get("lambda") == (value if value is None else pytest.approx(value))
 
 
 def test_compiled_layers_are_visited_as_well():
@@ -81,6 +112,13 @@ def test_dex_takes_the_heads_of_highest_entropy():
         assert entropies[name][module.selected == 1].min() > entropies[name][module.selected == 0].max()
 
 
+def test_dex_keeps_one_head_of_a_layer_with_one():
+    model = tiny.ours_like(tiny.hf_model("gemma", num_attention_heads=1))
+    add_differential(model, "dex")
+    select_heads(model, tiny.batch())
+    assert all(module.selected.sum() == 1 for module in differential_modules(model).values())
+
+
 def test_maps_of_the_two_branches_are_attention_maps():
     attend, x, rotary, mask = layer("split")
     q, k, v = projected(attend, x, rotary)
@@ -89,3 +127,17 @@ def test_maps_of_the_two_branches_are_attention_maps():
     )
     torch.testing.assert_close(seen.map1, attention_maps(q, k, causal(), 8**-0.5).flatten(1, 2))
     assert (seen.map1 - seen.map2).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("map_of", [acting_map, first_map, subtracted_map])
+def test_attention_of_answers_of_unequal_length_is_that_of_each_row_alone(map_of):
+    """Cut to the shortest answer: "10, 4, 2" has a token more than "1, 4, 2"."""
+    model, lengths = stir(build("split")), (8, 9, 8)
+    batch = tiny.batch(prefixes=(5, 2, 4), suffixes=lengths)
+    attention = answer_attention(model, batch, map_of)
+    assert attention.shape[1:3] == (3, 8)
+    for row, length in enumerate(lengths):
+        one = {key: tensor[row : row + 1] for key, tensor in batch.items()}
+        alone = answer_attention(model, one, map_of)
+        assert alone.shape[2] == length
+        torch.testing.assert_close(attention[:, row], alone[:, 0, :8], atol=1e-6, rtol=1e-5)

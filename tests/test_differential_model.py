@@ -69,6 +69,7 @@ REFUSED = {
     "rotate_halves needs": dict(rotate_halves=True),
     "at 0 nothing": dict(lambda_start=0.0),
     "at most at 0.9": dict(lambda_start=0.95),
+    "must be 0 to 2147483647": dict(seed=1 << 31),
     "layers 0 to 2": dict(layers=(1, 3)),
     "layers \\(-1,\\)": dict(layers=(-1,)),
     "layers \\(\\)": dict(layers=()),
@@ -196,7 +197,7 @@ def test_cached_logits_and_greedy_tokens_equal_uncached(preset):
             assert (last - expected).norm() <= 1e-6 * expected.norm()
             alive = (found[:, :step] != tiny.EOS).all(1)
             assert torch.equal(expected.argmax(-1)[alive], found[alive, step])
-            mask, at = mask.extend(1), slice(at.stop, at.stop + 1)
+            mask, at = mask.extend_by_one(), slice(at.stop, at.stop + 1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -25,7 +25,7 @@ from files import lock_folder, read_json, write_json
 from haystack import read_pool
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from needle_eval import mm_niah, mmneedle, pope
-from needle_eval.folder import complete, evaluation_name, hash_weights, output_folder, slug
+from needle_eval.folder import evaluation_name, fill_defaults, hash_weights, output_folder, slug
 from needle_eval.mmneedle_build import build_haystacks
 from needle_eval.mmneedle_prompts import Setting
 from needle_eval.plots import cells_title, needles_label
@@ -128,19 +128,13 @@ def test_other_settings_are_in_another_folder(tiny_model, folder, capsys):
         f"{start}-samples_3-grids_2-needles_2",
         f"{start}-samples_3-images_1_2-grids_2",
     ]
-    assert evaluation_name(complete(Config(), mmneedle), mmneedle) == start, "the name of an evaluation at its defaults"
-    assert evaluation_name(complete(Config(protocol="quadrant"), mmneedle), mmneedle) == "mmneedle-quadrant-haystack"
+    assert evaluation_name(fill_defaults(Config(), mmneedle), mmneedle) == start, (
+        "the name of an evaluation at its defaults"
+    )
+    assert (
+        evaluation_name(fill_defaults(Config(protocol="quadrant"), mmneedle), mmneedle) == "mmneedle-quadrant-haystack"
+    )
     assert evaluation_name(Config(benchmark="pope", samples=5), pope) == "pope-samples_5"
-
-
-def test_folders_of_an_older_version_are_scored_and_compared(tiny_model, folder, capsys):
-    evaluate(f"--model={tiny_model}", "--grids=2", "--samples=3", "--output_dir=new")
-    shutil.copytree("new", "old")
-    record = read_json("old/eval.json")
-    record["config"] = {"pictures" if k == "image_folder" else k: v for k, v in record["config"].items()}
-    write_json("old/eval.json", record)
-    assert "1x2x2" in evaluate("--score", "old", "new", capsys=capsys)
-    assert "McNemar p = 1" in evaluate("--compare", "old", "new", capsys=capsys)
 
 
 def test_several_images_and_needles(tiny_model, folder, capsys):
@@ -271,7 +265,7 @@ def write_pope(folder: Path):
 
 def test_pope(tiny_model, folder, capsys):
     write_pope(folder)
-    out = evaluate(f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--pictures=images", capsys=capsys)
+    out = evaluate(f"--model={tiny_model}", "--benchmark=pope", "--data=.", "--image_folder=images", capsys=capsys)
     place = folder / "runs" / "eval" / slug(str(tiny_model)) / "pope"
     result = read_json(place / "scores.json")
     assert result["benchmark"] == "pope" and result["scores"]["popular"]["n"] == 8 and len(result["broken"]) == 3
@@ -335,15 +329,26 @@ def test_numbers_that_no_run_can_have_are_refused(folder, capsys, flag, expected
 
 
 def test_flags_that_would_be_ignored_are_refused(folder, capsys):
-    assert "names no model" in refused(capsys, "--model")
+    assert "--model: give at least one" in refused(capsys, "--model")
     for flag in ("--protocol=detect", "--grids=2", "--cell=64", "--skip_none=True", "--attention=3", "--split=test"):
         message = refused(capsys, "--benchmark=pope", "--data=x", "--image_folder=x", flag)
         assert f"{flag.partition('=')[0]}: does not apply to --benchmark=pope" in message
+    assert "--seed: does not apply to --benchmark=mm-niah" in refused(
+        capsys, "--benchmark=mm-niah", "--data=x", "--seed=1"
+    )
+    assert "--image_folder: does not apply to --benchmark=mmneedle" in refused(capsys, "--image_folder=x")
+    for flag in ("--seed=1", "--cell=64", "--split=test"):
+        message = refused(capsys, "--data=MMNEEDLE", flag)
+        assert f"{flag.partition('=')[0]}: does not apply to the released files of --data=MMNEEDLE" in message
+    assert "--attention: is measured with one needle" in refused(capsys, "--needles", "2", "5", "--attention=3")
+    assert "--protocol: does not apply to --compare" in refused(capsys, "--compare", "a", "b", "--protocol=rank")
+    assert "--attention: does not apply to --score" in refused(capsys, "--score", "a", "--attention=3")
+    assert "--score: does not apply to --compare" in refused(capsys, "--compare", "a", "b", "--score", "a")
 
 
 # ---- continuing, processes
 def test_evaluations_that_start_together_share_what_is_built(folder):
-    """Each in its own process, as two models on two cards are."""
+    """Each in its own process, as two models on two GPUs are."""
     code = (
         "from eval_mmnih import Config; from needle_eval.mmneedle_build import Setting, build_haystacks; "
         "print(build_haystacks(Config(samples=150), Setting(1, 2)))"
@@ -442,11 +447,11 @@ def test_trained_again_is_another_model(tiny_model, folder):
     file = next((folder / "base").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert hash_weights(str(folder / "base")) != hash_weights(str(tiny_model)), "trained again, of the same size"
-    result = output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
+    result = output_folder(fill_defaults(Config(), mmneedle), mmneedle, str(folder / "run"))
     assert result.parts[:2] == ("runs", "eval"), "an adapter that lies in no run writes nothing beside it"
     write_json(folder / "run" / "run.json", {"base_model": str(tiny_model)})
     assert (
-        output_folder(complete(Config(), mmneedle), mmneedle, str(folder / "run"))
+        output_folder(fill_defaults(Config(), mmneedle), mmneedle, str(folder / "run"))
         == folder / "run/eval/mmneedle-finetuned-haystack"
     )
 
@@ -485,7 +490,9 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
     assert not (folder / "out").exists(), "refused before anything is written"
     assert "--protocol=quadrant asks" in refused(capsys, model, "--protocol=quadrant", "--grids=4")
     assert "takes two runs" in refused(capsys, "--compare", "a", "b", "c")
-    assert "takes two runs" in refused(capsys, "--compare") and "--score: names no" in refused(capsys, "--score")
+    assert "takes two runs" in refused(capsys, "--compare") and "--score: give at least one" in refused(
+        capsys, "--score"
+    )
     assert "--skip_none: does not apply to --benchmark=pope" in refused(
         capsys, model, "--skip_none=True", "--benchmark=pope"
     )

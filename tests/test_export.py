@@ -17,11 +17,12 @@ import checkpoint
 import export
 import finetune_diff
 import generate
-from adapters import merge, new_lora, save_lora
+from adapters import attach_adapter, merge, new_lora, save_lora
 from data import loader, make_data
 from differential_attention import DifferentialConfig, differential_parameters
 from files import read_json, write_json, write_manifest
 from finetune_original import Config, finetune
+from model_card import adapter_card, hide_folders
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from models import classes_of
 from processing_paligemma import PaliGemmaProcessor
@@ -172,6 +173,36 @@ def test_the_card_of_an_adapter(runs, arm):
     assert str(runs) not in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_an_update_has_the_examples_of_all_micro_batches():
+    record = {"base_model": "org/name", "config": {"data": "haystack", "batch_size": 8, "accumulation": 4}, "step": 3}
+    assert "| updates | `3, 32 examples each` |" in adapter_card(record, {}, None, "paligemma")
+
+
+def test_a_checkpoint_has_no_scores_of_an_earlier_evaluation(tiny_model, tmp_path):
+    config = Config(model=str(tiny_model), output_dir=str(tmp_path), **SHORT | {"save_every": 1, "keep_checkpoints": 3})
+    finetune(config, "original")
+    texts = {
+        folder: (tmp_path / folder / "adapter/README.md").read_text() for folder in ("checkpoints/step-000001", "final")
+    }
+    assert "Wilson" not in texts["checkpoints/step-000001"] and "Wilson" in texts["final"]
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/jane doe/data/my.jsonl", "my.jsonl"),
+        (r"C:\Users\jane\x.jsonl", "x.jsonl"),
+        ("haystack:/home/jane/pets/", "haystack:pets"),
+        (r"vqav2:C:\Users\jane\coco", "vqav2:coco"),
+        ("haystack", "haystack"),
+        ("hub:org/name", "hub:org/name"),
+        ("assets/sample/rows.jsonl", "assets/sample/rows.jsonl"),
+    ],
+)
+def test_a_card_names_no_folder_of_this_machine(path, shown):
+    assert hide_folders(path) == shown
+
+
 @pytest.mark.parametrize("name", ["org/name", "org/name@abc", "assets/paligemma-nano"])
 def test_the_base_of_an_adapter(tiny_model, tmp_path, monkeypatch, name):
     """A local folder is stored as an absolute path, which does not read as a hub id; a revision separately."""
@@ -185,6 +216,39 @@ def test_the_base_of_an_adapter(tiny_model, tmp_path, monkeypatch, name):
     assert config["base_model_name_or_path"] == local
     assert config["revision"] == ("abc" if "@" in name else None)
     assert checkpoint.resolve_run(tmp_path)[0] == (local if name.startswith("assets") else name)
+
+
+@pytest.mark.parametrize("how", ["no", "full"])
+def test_a_model_with_an_adapter_is_not_saved_as_a_whole(tiny_model, tmp_path, how):
+    """Nothing could load the folder; merged, the model is saved."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    new_lora(Config(train_projector=how), model)
+    with refused("save_pretrained", "merge it"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    merge(model)
+    model.save_pretrained(tmp_path / "model")
+    PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
+def test_a_full_memory_is_not_taken_for_a_fault_of_the_adapter(tiny_model, tmp_path, monkeypatch):
+    """It keeps its own message, which names the flags that help."""
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    save_lora(new_lora(Config(), model), tmp_path)
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attach_adapter(PaliGemmaForConditionalGeneration.from_pretrained(tiny_model), tmp_path)
+
+
+def test_a_model_in_4_bits_is_not_saved(tiny_model, tmp_path):
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
+    model.is_loaded_in_4bit = True  # set by adapters.quantize
+    with refused("save_pretrained", "4 bits"):
+        model.save_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])

@@ -144,6 +144,22 @@ def test_disk_full(tmp_path):
     assert os.listdir(tmp_path / "bare") == []
 
 
+def test_a_file_appears_whole_or_not_at_all_and_a_folder_is_none(tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    files.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), files.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["page.html"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for folder in (".", "..", "runs"):
+        with refused(f"{folder}: is a folder: give the name of a file"):
+            files.write_text(folder, "")
+    assert sorted(os.listdir(tmp_path)) == ["page.html", "runs"]
+
+
 def test_a_leftover_of_another_kind_is_replaced(tmp_path):
     """A folder where the temporary file of write_json should be, a file where that of atomic_folder should be."""
     (tmp_path / ".run.json.tmp").mkdir()

@@ -75,7 +75,7 @@ def test_lambda_warms_up_over_its_share_of_training(config):
 def test_the_saved_run_computes_what_was_trained(config, monkeypatch):
     trained = []
     evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", lambda *args: trained.append(args[2]) or evaluate(*args))
+    monkeypatch.setattr(training, "evaluate", lambda *args: trained.append(args[0].model) or evaluate(*args))
     train(config)
     loaded = PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
     processor = PaliGemmaProcessor.from_pretrained(config.output_dir)
@@ -135,7 +135,7 @@ def test_first_adapters_batches_and_dropout_of_both_arms_are_bit_equal(config, t
         assert all(torch.equal(batch[key], other_batch[key]) for key in batch)
 
 
-@pytest.mark.parametrize("preset", [None, "split", "v2", "v1_width", "additive", "grouped"])
+@pytest.mark.parametrize("preset", [None, "split", "v2", "v1_width", "additive", "grouped", "src_gemma_samemap"])
 def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
     """Values weighed by it are what the layer's attention gives."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=preset)
@@ -151,7 +151,7 @@ def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
         v = attend.attention_inputs(x, rotary, mask, None, None)[2]
         acting = acting_map(attend, x, rotary, mask).unflatten(1, (v.shape[1], -1))
         weighed = apply_maps(acting, v)
-        if preset == "v1_width":  # a norm follows the map
+        if preset in ("v1_width", "src_gemma_samemap"):  # a norm follows the map
             weighed = attend.differential.head_norm(weighed)
         weighed = weighed[:, :, -out.shape[1] :]  # the last layer answers for label rows alone
         torch.testing.assert_close(attend.o_proj(weighed.transpose(1, 2).flatten(2)), out, atol=1e-5, rtol=1e-4)
@@ -201,6 +201,12 @@ def test_results_of_a_finished_baseline_are_printed_beside(config, tmp_path, cap
     assert "original, after" not in capsys.readouterr().out
     train(config)
     assert "original, after" in capsys.readouterr().out
+    ours, theirs = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "original_seed0"))
+    assert run_folder.differing_fields(ours, theirs) == [] and theirs["base_weights"] and "train" in theirs["data"]
+    for key, value in {"base_weights": "x", "base_revision": "y", "dtype": "torch.bfloat16"}.items():
+        assert run_folder.differing_fields(ours, theirs | {key: value}) == [key]
+    other = theirs | {"data": theirs["data"] | {"train": {"rows": 1, "sha256": ""}}}
+    assert run_folder.differing_fields(ours, other) == ["contents of train"]
 
 
 def test_v1_on_one_kv_head_is_refused_before_anything_is_written(config):

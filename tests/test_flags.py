@@ -2,13 +2,22 @@
 
 import contextlib
 import io
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 from refusals import refused
+from tyro._docstrings import get_field_docstring
 
+import demo
+import eval_mmnih
+import export
 import finetune_diff
 import finetune_original
+import generate
+import make_report
+import plots
+import study
 from differential_attention import DifferentialConfig
 from errors import UserError
 from finetune_original import parse_config
@@ -99,6 +108,23 @@ def test_help_groups_the_flags_and_describes_each(capsys, monkeypatch):
     assert "rank of the low-rank updates" in " ".join(lines)
 
 
+SCRIPTS = (demo, eval_mmnih, export, finetune_diff, finetune_original, generate, make_report, plots, study)
+
+
+def descriptions(config_class: type) -> Iterator[tuple[str, str | None]]:
+    """Yields (name, comment as --help shows it) of every field of a Config, those of nested ones too."""
+    for field in fields(config_class):
+        yield field.name, get_field_docstring(config_class, field.name, ())
+        if is_dataclass(field.type):
+            yield from descriptions(field.type)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[script.__name__ for script in SCRIPTS])
+def test_help_describes_every_flag(script):
+    found = dict(descriptions(script.Config))
+    assert found and [name for name, comment in found.items() if not comment] == []
+
+
 def test_haystacks_need_a_size_of_grid():
     with refused("--grids"):
         parse(finetune_original.Config, "--grids")
@@ -115,3 +141,10 @@ def test_help_names_every_preset_and_no_section_of_the_source(capsys, monkeypatc
         text = capsys.readouterr().out
         assert "# ---" not in text and "│ ---" not in text
     assert all(f" {name} " in text for name in PRESETS)
+
+
+def test_the_seed_of_differential_attention_is_that_of_the_run(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["finetune_diff.py", "--differential.seed=3"])
+    with pytest.raises(SystemExit) as end:
+        finetune_diff.main()
+    assert end.value.code == 2 and "--differential.seed: is that of --seed" in capsys.readouterr().err

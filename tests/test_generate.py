@@ -64,3 +64,13 @@ def test_flags_out_of_range_are_one_line(monkeypatch, capsys, flag):
         generate.main()
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: " + flag.partition("=")[0]) and error.count("\n") == 1
+
+
+def test_boxes_on_several_images_are_refused(tiny_model, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images = [str(tmp_path / "a.png")] * 2
+    arguments = ["generate.py", f"--model={tiny_model}", "--image", *images, "--prompt=detect cat", "--output=b.png"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        generate.main()
+    assert end.value.code == 2 and "--output: draws boxes on one image, not on 2" in capsys.readouterr().err

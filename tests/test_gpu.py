@@ -1,4 +1,4 @@
-"""What only a card can show: its kernels beside float64 on the CPU, CUDA graphs, nf4, compiled layers, two cards.
+"""What only a GPU can show: its kernels beside float64 on the CPU, CUDA graphs, nf4, compiled layers, two GPUs.
 
 Skipped without a CUDA device. `GPU_TESTS_DEVICE=cpu pytest tests/test_gpu.py` runs what a CPU can, with flash attention
 by its formula (pretend_cuda.py): it shows that the tests themselves are right.
@@ -32,20 +32,20 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-on_a_card = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 # largest relative error of a tensor, by the norm of the difference
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-4}
 
 
 def check_close(found: Tensor, expected: Tensor, tolerance: float):
-    """`found`, on the card, is `expected`, in float64 on the CPU."""
+    """`found`, on the GPU, is `expected`, in float64 on the CPU."""
     error = (found.detach().double().cpu() - expected).norm() / expected.norm().clamp(min=1e-9)
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
 @pytest.fixture
 def taken(monkeypatch) -> Counter:
-    """Attention paths, counted; on a CPU those of a card."""
+    """Attention paths, counted; on a CPU those of a GPU."""
     counted = Counter()
     if DEVICE == "cpu":
         pretend_cuda.force(monkeypatch, counted)
@@ -116,14 +116,14 @@ def test_every_attention_path_is_the_formula(case, kind, taken):
         dense = mask.dense(queries, length, options.get("window"))
     q1, q2, k, v = wide
     first_keys, second_keys = k.chunk(2, dim=1) if own == 2 else (k, k)
-    on_card = mask and mask.to(DEVICE)
+    on_gpu = mask and mask.to(DEVICE)
     if kind == "standard":
         expected = attention_reference(q1, k, v, dense, scale, softcap)
-        found = attention.attention(leaves[0], *leaves[2:], on_card, scale, **options)
+        found = attention.attention(leaves[0], *leaves[2:], on_gpu, scale, **options)
     else:
         lambda_ = gamma / (1 + gamma)
         expected = blended_reference(q1, q2, first_keys, second_keys, v, dense, scale, lambda_, True, softcap)
-        found = attention.blended_attention(*leaves, on_card, scale, weight, True, **options)
+        found = attention.blended_attention(*leaves, on_gpu, scale, weight, True, **options)
     assert taken == {path: 1} and found.dtype == dtype
     real = torch.ones(batch, 1, queries, 1, dtype=torch.bool)
     if mask is not None:
@@ -142,7 +142,7 @@ def test_every_attention_path_is_the_formula(case, kind, taken):
 
 # ---- models
 def models(preset: str | None, dtype: torch.dtype, family: str = "gemma", **text) -> tuple:
-    """(a model in float64 on the CPU, the same in `dtype` on the card), both with LoRA and ready to train."""
+    """(a model in float64 on the CPU, the same in `dtype` on the GPU), both with LoRA and ready to train."""
     made = []
     for kind, device in ((torch.double, "cpu"), (dtype, DEVICE)):
         model = tiny.ours_like(tiny.hf_model(family, amplify=1.0, **text))
@@ -245,20 +245,20 @@ def test_the_tiled_loss_is_the_formula(dtype, softcap, monkeypatch):
 
 
 # ---- waits
-@on_a_card
+@on_a_gpu
 @pytest.mark.parametrize("preset", [None, "split"])
 def test_a_forward_and_backward_pass_never_wait(preset):
-    """torch itself raises where the host would wait for the card."""
+    """torch itself raises where the host would wait for the GPU."""
     _, model = models(preset, torch.bfloat16)
     batch = tiny.batch(prefixes=(5, 2, 9), suffixes=(3, 4, 2), side="left")
     plan = model.model.plan(**batch).to(DEVICE)
-    on_card = {key: tensor.to(DEVICE) for key, tensor in batch.items()}
+    on_gpu = {key: tensor.to(DEVICE) for key, tensor in batch.items()}
     for checked in (False, True):  # the first pass makes what is made once
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
             with fused_ops.cast_lora(model), torch.autocast(DEVICE, torch.bfloat16):
-                model(**on_card, plan=plan).loss.backward()
+                model(**on_gpu, plan=plan).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -269,8 +269,8 @@ def test_a_forward_and_backward_pass_never_wait(preset):
 def test_a_cuda_graph_decodes_the_tokens_of_the_cpu(family, preset, monkeypatch):
     """Ragged prompts, twice, in float32; the graph is recorded once a call."""
     captured = []
-    real = modeling_vlm.FixedStepDecoder.capture
-    monkeypatch.setattr(modeling_vlm.FixedStepDecoder, "capture", lambda self: captured.append(1) or real(self))
+    real = modeling_vlm.StaticStepDecoder.capture
+    monkeypatch.setattr(modeling_vlm.StaticStepDecoder, "capture", lambda self: captured.append(1) or real(self))
     model = tiny.ours_like(tiny.hf_model(family, amplify=1.0))
     if preset:
         add_differential(model, preset)
@@ -304,7 +304,7 @@ def config(tiny_model, tmp_path) -> Config:
 
 @pytest.mark.parametrize("preset", [None, "split"])
 def test_a_killed_run_continues(preset, config, tmp_path):
-    """Losses as those of a run that was never stopped; sums on a card are not bit-equal."""
+    """Losses as those of a run that was never stopped; sums on a GPU are not bit-equal."""
     arm, differential = ("diff", DifferentialConfig(preset).resolve()) if preset else ("original", None)
     finetune(config, arm, differential)
     resumed = replace(config, output_dir=str(tmp_path / "resumed"))
@@ -321,7 +321,7 @@ def test_accumulation_and_checkpointing_keep_the_losses(config, tmp_path):
     assert dict(logged(replace(config, **changes))) == pytest.approx(dict(logged(config)), rel=2e-2)
 
 
-@on_a_card
+@on_a_gpu
 def test_a_run_in_4_bits_learns(config):
     pytest.importorskip("bitsandbytes")
     finetune(replace(config, dtype="nf4", max_steps=8), "original")
@@ -329,7 +329,7 @@ def test_a_run_in_4_bits_learns(config):
     assert losses[-1] < losses[0]
 
 
-@on_a_card
+@on_a_gpu
 def test_compiled_layers_keep_the_losses(config, tmp_path):
     """Inductor, ragged batches, both arms; the layers share their graphs."""
     for arm, differential in (("original", None), ("diff", DifferentialConfig("split").resolve())):
@@ -344,7 +344,7 @@ def test_compiled_layers_keep_the_losses(config, tmp_path):
         assert dict(logged(compiled)) == pytest.approx(dict(logged(plain)), rel=5e-2)
 
 
-@on_a_card
+@on_a_gpu
 def test_out_of_memory_is_one_line(config):
     """A real one: the process may take 24 MB more."""
     torch.cuda.empty_cache()
@@ -372,7 +372,7 @@ def test_two_cards_train_as_one(shard, config, tmp_path):
         torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0.1)
 
 
-@on_a_card
+@on_a_gpu
 def test_a_folder_loads_onto_the_card(tiny_model):
     ids = torch.randint(5, 90, (2, 6))
     logits = {}

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from errors import UserError
+from needle_eval.report import format_seeds
 from needle_eval.statistics import (
     bootstrap_seeds_and_items,
     calibration_error,
@@ -186,8 +187,17 @@ def test_paired_seeds():
     assert paired_over_seeds(b, a)["p"] == over["p"]
     three = paired_over_seeds([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])  # differences .1 .2 .3: t = 2 sqrt 3, even df
     assert three["p"] == pytest.approx(1 - math.sqrt(12 / 14))
-    assert paired_over_seeds([0.1, 0.2, 0.4], [0.1, 0.2, 0.4])["p"] == 1.0  # no difference at all
-    assert paired_over_seeds([0.0, 0.25, 0.5], [0.5, 0.75, 1.0])["p"] == 0.0  # the same difference in every seed
+
+
+def test_equal_differences_of_all_seeds_have_no_interval_and_no_p_value():
+    """Without a spread over the seeds there is no t test; rounding of rates is no spread."""
+    one_more = ([26 / 40, 30 / 40, 22 / 40], [27 / 40, 31 / 40, 23 / 40])  # questions of 40, one more in every seed
+    for a, b in (one_more, ([0.1, 0.2, 0.4], [0.1, 0.2, 0.4]), ([0.0, 0.25, 0.5], [0.5, 0.75, 1.0])):
+        over = paired_over_seeds(a, b)
+        assert over["mean"] == pytest.approx(b[0] - a[0]) and over["n"] == 3
+        assert over["low"] is over["high"] is over["p"] is None
+    line = format_seeds("2x2", {"first": mean_over_seeds(a), "second": mean_over_seeds(b), "difference": over})
+    assert "the same in every seed, n = 3 seeds" in line and "p =" not in line
 
 
 def test_few_seeds_have_no_interval_and_none_leaves_what_a_rate_can_be():

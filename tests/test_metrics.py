@@ -55,6 +55,13 @@ def test_rouge_is_the_longest_common_subsequence_of_the_closest_answer():
     assert metrics.score_answers("rouge", rows_of([("a b", "a b"), ("x", "a b")])) == 0.5
 
 
+def test_map_needs_boxes_in_the_suffix_which_it_scores():
+    boxes = "<loc0000><loc0000><loc0512><loc0512> cat"
+    metrics.check_answers("map", "row", boxes, ("cat",))
+    with refused("row", "--metric=map needs boxes"):
+        metrics.check_answers("map", "row", "cat", (boxes,))
+
+
 def test_map_averages_over_labels_and_thresholds():
     """A box of IoU 0.72 counts at five of COCO's ten thresholds; a label that is never found has precision 0."""
     pytest.importorskip("pycocotools", reason="pycocotools is not installed")
@@ -127,4 +134,4 @@ def test_vqav2_brings_the_answers_of_its_annotators(tmp_path):
     file.write_text(json.dumps(stored))
     one = read_source(f"vqav2:{tmp_path / 'vqa'}", "val", True)
     assert one.answers(0) == (one.text(0)[1],) and ten.answers(0) == tuple(f"a{n}" for n in range(10))
-    assert one.fingerprint() == ten.fingerprint()  # older runs continue
+    assert one.fingerprint() == ten.fingerprint()  # nothing is trained on them

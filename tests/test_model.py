@@ -195,12 +195,36 @@ def test_sampling_follows_its_generator_and_top_p():
     assert sample(logits, 0.0, 1.0, None).unique().tolist() == [0]
 
 
+def test_labels_without_token_types_are_refused():
+    """Without token types the answer would be prefix, and each of its tokens would see the next."""
+    model, batch = tiny.ours_like(tiny.hf_model("gemma")), tiny.batch()
+    del batch["token_type_ids"]
+    with pytest.raises(UserError, match="labels need token_type_ids"):
+        model(**batch)
+
+
 def test_generate_refuses_weights_that_give_nan():
     model = tiny.ours_like(tiny.hf_model("gemma"))
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     with pytest.raises(UserError, match="gives NaN"):
         model.generate(**tiny.prompts())
+
+
+def test_float16_is_refused(tmp_path):
+    with pytest.raises(UserError, match="float16.*overflows"):
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+def test_arguments_out_of_range_are_refused():
+    model, prompts = tiny.ours_like(tiny.hf_model("gemma")), tiny.prompts()
+    with pytest.raises(UserError, match="logits_to_keep 0"):
+        model(**prompts, logits_to_keep=0)
+    with pytest.raises(UserError, match="temperature -1"):
+        model.generate(**prompts, temperature=-1.0)
+    empty = {name: tensor[:0] for name, tensor in prompts.items()}
+    with pytest.raises(UserError, match="empty"):
+        model(**empty)
 
 
 def test_generate_refuses_what_it_would_get_wrong():
@@ -274,6 +298,12 @@ def test_a_config_tolerates_unknown_keys_and_refuses_unknown_models():
         ("hidden_size", dict(hidden_size="2048"), {}),
         ("num_hidden_layers", dict(num_hidden_layers=10**9), {}),
         ("head_dim", dict(head_dim=0), {}),
+        ("head_dim 7: must be even", dict(head_dim=7), {}),
+        ("no factor", dict(rope_parameters=dict(rope_type="linear")), {}),
+        ("rope_factor", dict(rope_parameters=dict(rope_type="linear", factor=0)), {}),
+        ("rope_theta", dict(rope_theta=-1.0), {}),
+        ("layer_types", dict(model_type="gemma2", layer_types=5), {}),
+        ("layer_types", dict(model_type="gemma2", layer_types=[["full_attention"]]), {}),
         ("patch_size", {}, dict(patch_size=14.5)),
         ("vision_config", {}, [1]),
     ],

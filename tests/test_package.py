@@ -43,9 +43,9 @@ for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None  # importing it fails, as on Windows
 for name in sys.argv[1:]:
     importlib.import_module(name)
-import run_folder, torch
+import machine, torch
 sys.platform = "win32"
-print(run_folder.peak_memory(torch.device("cpu")))
+print(machine.peak_memory(torch.device("cpu")))
 """
 
 
@@ -65,6 +65,13 @@ def test_the_package_is_one_folder_that_works_anywhere(built, tmp_path, monkeypa
     done = child(USE, built, ROOT, ROOT / "tests")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 500
+
+
+def test_the_licences_of_the_images_are_in_the_package_and_no_compiled_code(built):
+    licences = ROOT / "assets" / "haystack-pool" / "LICENSES"
+    names = [str(file.relative_to(ROOT)) for file in licences.rglob("*") if file.is_file()]
+    assert names and all((built / "multimodal_diff" / name).is_file() for name in names)
+    assert not list((built / "multimodal_diff").rglob("*.pyc"))
 
 
 def test_every_command_is_a_main_of_the_package(built):

@@ -8,6 +8,7 @@ import transformers
 from refusals import refused
 from tiny_phi import ORIGINAL, VARIANTS, ids_and_mask, longrope, pair
 
+import modeling_vlm
 from attention import PrefixMask, attention_reference, call_sdpa, sdpa
 from checkpoint import hub_key, rename_key
 from differential_attention import PRESETS, DifferentialConfig, add_differential
@@ -89,6 +90,28 @@ def test_greedy_tokens_equal_transformers_over_the_border(variant):
             ]
         assert torch.stack(uncached).tolist() == expected[0, -new:].tolist()
     assert found[:, -new:].unique().numel() > (2 if variant == "tied heads" else 3)
+
+
+def test_only_rows_that_cross_the_border_are_decoded_on_a_growing_cache(monkeypatch):
+    """On the static cache of a GPU the tokens are the same, also of a row beyond the border and of one up to it."""
+    _, ours = pair("longrope", seed=3)
+    ours.config.stop_ids = ()
+    used, real = [], modeling_vlm.LongRopeStepDecoder.run
+    monkeypatch.setattr(modeling_vlm.LongRopeStepDecoder, "run", lambda *args: used.append(1) or real(*args))
+    batch, new = ids_and_mask((ORIGINAL - 9, ORIGINAL + 3), seed=1), 10  # the last token is at the last short position
+    grown = ours.generate(**batch, max_new_tokens=new)
+    monkeypatch.setattr(modeling_vlm, "choose_step_decoder", lambda _: modeling_vlm.StaticStepDecoder)
+    assert torch.equal(ours.generate(**batch, max_new_tokens=new), grown) and used == []
+    longer = ours.generate(**batch, max_new_tokens=new + 1)
+    assert torch.equal(longer[:, :-1], grown) and len(used) == new
+
+
+def test_a_decoder_alone_has_no_patches():
+    _, ours = pair("longrope")
+    ids = ids_and_mask((5,))["input_ids"]
+    assert not ours.model.patch_tokens(ids).any()
+    with refused("decoder alone"):
+        ours.model.image_features(torch.zeros(1, 3, 4, 4), torch.tensor([[4, 4]]))
 
 
 def test_a_cache_of_the_other_side_of_the_border_is_refused():
@@ -263,6 +286,12 @@ BAD = {
     "num_attention_heads": (dict(num_attention_heads=5), "num_attention_heads"),
     "attention_dropout": (dict(attention_dropout=0.1), "attention_dropout"),
     "vocab_size": (dict(vocab_size="many"), "vocab_size"),
+    "type": (dict(rope_scaling={"type": ["su"]}), "rope_scaling"),
+    "factor": (dict(rope_scaling=longrope() | {"factor": 0}), "factor"),
+    "rope_theta": (dict(rope_scaling={"rope_theta": 0.0}), "rope_theta"),
+    "original": (dict(rope_scaling=longrope(), original_max_position_embeddings=1), "original_max_position_embeddings"),
+    "head_dim": (dict(head_dim=7), "must be even"),
+    "eos_token_id": (dict(eos_token_id=[]), "eos_token_id"),
 }
 
 

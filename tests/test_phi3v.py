@@ -241,6 +241,13 @@ def test_special_tokens_in_a_text_are_refused(words):
             processor.encode("an image", f"an {token} image", 1)
 
 
+def test_a_nul_character_in_a_prompt_is_text_like_another(words):
+    processor = processor_of(words)
+    assert processor.split("a\0b<|image_1|>c") == ["a\0b", "c"]
+    with refused("prompt", "<unk>"):  # the tokenizer here does not know it
+        processor.encode("a\0b<|image_1|>c", None, [4])
+
+
 LLAMA = os.environ.get("PHI3_TOKENIZER")  # a tokenizer.json of Phi-3-vision
 
 
@@ -366,6 +373,28 @@ def test_images_of_unlike_grids_in_one_batch_equal_each_alone(tmp_path):
             assert torch.equal(model(**text, **features, logits_to_keep=1).logits, alone)
         torch.testing.assert_close(model(**batch, logits_to_keep=1).logits[row], alone[0], atol=1e-5, rtol=0)
         assert together[row, -4:].tolist() == model.generate(**one, max_new_tokens=4)[0, -4:].tolist()
+
+
+def test_a_frozen_tower_computes_under_autocast_what_it_does_without(tmp_path):
+    """Training has the features of generation."""
+    folder = tiny_phi.folder(tmp_path)
+    model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
+    batch = processor([golden_image(20, 20)], ["where is this?"])
+    expected = model.requires_grad_(False).model.image_features(batch["pixel_values"], batch["image_sizes"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.model.image_features(batch["pixel_values"], batch["image_sizes"])
+    assert torch.equal(found[0], expected[0])
+
+
+def test_the_plan_has_the_grids_of_the_crops(tmp_path):
+    """Without them the sizes would be read back from the device in every micro-batch."""
+    folder = tiny_phi.folder(tmp_path)
+    model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
+    batch = processor([golden_image(40, 20)], ["where is this?"], ["No"])
+    expected, plan = model(**batch).loss, model.model.plan(**batch)
+    assert plan.grids == ((1, 2),)
+    on_device = batch | {"image_sizes": batch["image_sizes"].to("meta")}  # which cannot be read
+    assert torch.equal(model(**on_device, plan=plan).loss, expected)
 
 
 def test_images_that_do_not_fit_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import safetensors.torch
 import tiny
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
@@ -127,18 +128,35 @@ def test_long_captions_wrap_and_neither_overlap_nor_leave_the_figure(run, figure
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
-def test_runs_of_older_versions_are_drawn_without_images(run, capsys, monkeypatch):
-    def without_image(line: dict) -> dict:
-        return {key: value for key, value in line.items() if key not in ("image", "grid")}
-
-    edit_samples(run, without_image)
+def test_runs_without_images_or_without_haystacks_say_what_is_not_drawn(run, capsys, monkeypatch):
+    """Rows of text alone have neither images nor attention, rows with images no attention."""
     monkeypatch.setattr("sys.argv", ["plots.py", str(run), str(run)])
+    (run / "attention.safetensors").unlink()
     plots.main()
     printed = capsys.readouterr().out
-    assert "answers.png is not drawn" in printed and "attention.png is not drawn" in printed
+    assert "attention.png is not drawn" in printed and "answers.png" not in printed
+    assert sorted(path.name for path in (run / "plots").iterdir()) == NAMES
+    shutil.rmtree(run / "plots")
+    edit_samples(run, lambda line: {key: value for key, value in line.items() if key not in ("image", "grid")})
+    plots.main()
+    printed = capsys.readouterr().out
+    assert "text alone" in printed and "answers.png is not drawn" in printed and "attention.png is not drawn" in printed
     assert sorted(path.name for path in (run / "plots").iterdir()) == [n for n in NAMES if n != "answers.png"]
-    with refused(run / "samples.jsonl", "does not name the images"):
+
+
+def test_attention_of_one_question_or_of_several_images_alone_is_refused_by_its_reason(run, capsys, monkeypatch):
+    file = run / "attention.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: maps[:, :1].contiguous() for name, maps in tensors.items()}, file)
+    with refused(file, "fewer than 2 questions", "--eval_samples"):
         plots.draw_attention([run], 0)
+    safetensors.torch.save_file(tensors, file)
+    edit_samples(run, lambda line: line | {"grid": None})
+    with refused(run, "several images"):
+        plots.draw_attention([run], 0)
+    monkeypatch.setattr("sys.argv", ["plots.py", str(run), str(run)])
+    plots.main()
+    assert "attention.png is not drawn" in capsys.readouterr().out
 
 
 def test_answers_to_other_data_are_drawn_with_their_images(config, tmp_path):

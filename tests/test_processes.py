@@ -131,6 +131,22 @@ def test_two_processes_train_the_phi_family_as_one(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_two_processes_train_the_tower_of_phi_as_one(config, tmp_path, how):
+    """CLIP's last layer never runs, and most micro-batches have no image."""
+    rows = [json.loads(line) for line in Path(config.data).read_text().splitlines()]
+    rows = [row | {"image": row["image"] if index < 2 else None} for index, row in enumerate(rows)]
+    Path(config.data).write_text("\n".join(json.dumps(row) for row in rows))
+    model = str(tiny_phi.folder(tmp_path / "phi"))
+    config = replace(config, model=model, lr=1e-3, batch_size=2, train_vision=how, train_projector="full")
+    finetune(config, "original")
+    together = replace(config, output_dir=str(tmp_path / "together"))
+    check_finished(launch(together, "--standalone", "--nproc-per-node=2"))
+    check_same(together, config)
+    assert any("img_processor" in name for name in saved_lora(config))
+
+
+@pytest.mark.slow
 def test_four_processes_train_as_one(config, tmp_path):
     finetune(config, "original")
     together = replace(config, output_dir=str(tmp_path / "together"))

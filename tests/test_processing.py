@@ -21,7 +21,7 @@ from transformers import PaliGemmaProcessor as HFProcessor
 from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from boxes import boxes_to_locs, locs_to_boxes
+from boxes import locs_to_boxes
 from errors import UserError
 from files import open_image
 from processing_paligemma import PaliGemmaProcessor
@@ -450,25 +450,19 @@ def test_decode_keeps_locations_that_a_tokenizer_marks_special():
     assert processor.decode(torch.tensor(ids)) == "<loc0007><seg001> cat"
 
 
+def test_a_batch_without_prompts_is_refused(tiny):
+    with pytest.raises(UserError, match="give at least one"):
+        tiny([], [])
+
+
 # ---- boxes
 
 
 def test_boxes_are_y_x_y_x_in_1024_steps():
-    text = boxes_to_locs([(20, 10, 100, 40), (0, 0, 200, 80)], ["cat", "red dog"], width=200, height=80)
-    assert text == "<loc0128><loc0102><loc0512><loc0512> cat ; <loc0000><loc0000><loc1023><loc1023> red dog"
-
-
-def test_boxes_round_half_to_even_and_clip():
-    assert boxes_to_locs([(-5, 1.5, 300, 2.5)], ["x"], 100, 1024) == "<loc0002><loc0000><loc0002><loc1023> x"
-
-
-def test_boxes_round_trip():
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.uniform(0, [640, 480], (50, 2, 2)), axis=1).reshape(50, 4)
-    labels = [f"thing {i}" for i in range(50)]
-    found = locs_to_boxes(boxes_to_locs(corners.tolist(), labels, 640, 480), 640, 480)
-    assert [label for _, label in found] == labels
-    np.testing.assert_allclose([box for box, _ in found], corners, atol=640 / 1023)
+    text = "<loc0128><loc0102><loc0512><loc0512> cat ; <loc0000><loc0000><loc1023><loc1023> red dog"
+    cat = (102 / 1024 * 200, 128 / 1024 * 80, 100.0, 40.0)
+    dog = (0.0, 0.0, 1023 / 1024 * 200, 1023 / 1024 * 80)
+    assert locs_to_boxes(text, width=200, height=80) == [(cat, "cat"), (dog, "red dog")]
 
 
 def test_malformed_parts_are_skipped():

@@ -25,7 +25,7 @@ from arms import Contrast, Measured, answer, average, contrasts, measure_evaluat
 from differential_attention import DifferentialConfig
 from files import read_json, write_json
 from finetune_original import finetune
-from needle_eval.plots import STYLE, Difference, looks
+from needle_eval.plots import STYLE, Difference, arm_styles
 
 EVALUATION = "mmneedle-finetuned-haystack-samples_8"
 RIGHT = {"original": 0.25, "diff": 0.5}
@@ -247,14 +247,29 @@ def test_runs_that_were_not_evaluated_are_compared_by_their_last_evaluation(fold
     assert "Wrong answers among the samples" in page.text
 
 
-def test_runs_of_older_versions_lack_the_second_map(folder):
+def test_the_answer_is_about_final_weights_and_the_protocol_of_training(folder):
+    """Whatever the names of other evaluations are: best/ was chosen on rows of the test sets."""
+    runs = [Path("runs/original_seed0"), Path("runs/diff_seed0")]
+    for run in runs:
+        copies = {f"best-{EVALUATION}": "finetuned", "a-quadrant": "quadrant", "best-a": "finetuned"}
+        for name, protocol in copies.items():
+            copy = shutil.copytree(run / "eval" / EVALUATION, run / "eval" / name)
+            record = read_json(copy / "eval.json")
+            record["config"]["protocol"] = protocol
+            write_json(copy / "eval.json", record)
+    names = [measured.name for measured in measure_evaluations(read_arms(runs), [])]
+    assert names[:-1] == [EVALUATION, "a-quadrant", "best-a", f"best-{EVALUATION}"]
+    assert "rank" in names[-1]
+
+
+def test_a_run_that_subtracts_no_map_or_saved_no_attention_has_no_figure_of_it(folder):
     run, notes = Path("runs/diff_seed0"), []
     (run / "signed_maps.safetensors").unlink()
     arms = read_arms([run])
     assert make_report.section_maps(arms, notes) == [] and "stores no second map" in notes[0]
-    assert len(make_report.section_share(arms, [], looks(arms), notes)) == 1  # the map that acts is there
+    assert len(make_report.section_share(arms, [], arm_styles(arms), notes)) == 1  # the map that acts is there
     (run / "attention.safetensors").unlink()
-    assert make_report.section_maps(arms, notes) == make_report.section_share(arms, [], looks(arms), notes) == []
+    assert make_report.section_maps(arms, notes) == make_report.section_share(arms, [], arm_styles(arms), notes) == []
 
 
 def test_arms_are_told_apart_by_their_hyperparameters(folder):
@@ -313,7 +328,7 @@ def test_answered_against_true_cells():
 
 
 def test_every_arm_has_a_look_of_its_own():
-    found = looks("abcdefg")
+    found = arm_styles("abcdefg")
     assert len({(look["color"], look["marker"]) for look in found.values()}) == 7
     assert found["a"]["color"] == "#000000" and arms_.TRAINING
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import plots
 import run_folder
 import training
+from data import HAYSTACKS_PER_EPOCH
 from differential_attention import DifferentialConfig
 from errors import UserError
 from files import MANIFEST, lock_folder, verify_manifest, write_manifest
@@ -119,6 +120,25 @@ def test_changes_are_printed_or_refused_with_a_reason_before_anything_is_written
     for change in ("log_every 1 -> 2", "gradient_checkpointing False -> True"):
         assert f"changed since: {change}" in printed
     assert [step for step, _ in logged(config)] == [1, 2, 3, 4, 6]
+
+
+def test_a_run_that_saved_no_weights_starts_again_with_other_flags(config, monkeypatch, capsys):
+    """As after "the GPU is out of memory: lower --eval_batch_size", which the first evaluation may say."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, refused("out of memory", "lower --eval_batch_size"):
+        patch.setattr(training, "answer_questions", fail)
+        finetune(config, "original")
+    assert (folder_of(config) / "run.json").exists()
+    changed = replace(config, eval_batch_size=2, batch_size=2, accumulation=2)
+    finetune(changed, "original")
+    assert "has saved no weights yet" in capsys.readouterr().out
+    record = json.loads((folder_of(config) / "run.json").read_text())
+    assert record["config"]["eval_batch_size"] == 2 and len(record["starts"]) == 1
+    with refused("which answers choose best/: eval_batch_size 2 -> 4"):
+        finetune(replace(changed, eval_batch_size=4), "original")
 
 
 def test_data_that_changed_within_a_run_is_refused(config, tmp_path):
@@ -245,6 +265,15 @@ def test_an_interrupted_run_ends_like_the_uninterrupted_one(config, tmp_path):
     assert logged(cut) == logged(config) and logged(cut, "eval") == logged(config, "eval")
     expected = saved_lora(config)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved_lora(cut).items())
+
+
+def test_an_evaluation_at_the_checkpoint_is_repeated_with_another_eval_every_too(config):
+    """Its log lines are dropped, and best/ is compared with it."""
+    config = replace(config, eval_every=2, save_every=2)
+    crash(config, 4)
+    assert [step for step, _ in logged(config, "eval")] == [0, 2, 4]
+    finetune(replace(config, eval_every=100), "original")
+    assert [step for step, _ in logged(config, "eval")] == [0, 2, 4, 6]
 
 
 def test_a_killed_process_continues_from_its_last_complete_checkpoint(config, tmp_path):
@@ -447,21 +476,6 @@ def read_header(file: Path) -> dict[str, str]:
         return handle.metadata()
 
 
-def test_runs_of_before_a_flag_existed_continue(config):
-    """run.json then lacks the flag; what the flag is set to now must do what was done then."""
-    differential = DifferentialConfig("split").resolve()
-    finetune(config, "diff", differential)
-    file = Path(config.output_dir) / "run.json"
-    record = json.loads(file.read_text())
-    fields = record["config"] | {"differential": differential.to_dict()}
-    old = {key: value for key, value in fields.items() if key not in run_folder.ADDED_FIELDS}
-    old["differential"] = {key: value for key, value in old["differential"].items() if key != "pairing"}
-    assert len(old) == len(fields) - len(run_folder.ADDED_FIELDS)
-    assert run_folder.comparable(record | {"config": old}) == run_folder.comparable(record | {"config": fields})
-    old["differential"]["second"] = "pairs"
-    assert run_folder.comparable({"config": old})["differential.pairing"] == "adjacent"
-
-
 def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(config, tmp_path, capsys):
     """For loading, for training on, and for continuing; a run of before the weights were recorded loads."""
     shutil.copytree(config.model, tmp_path / "base")
@@ -483,18 +497,6 @@ def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(co
         fields = json.loads(record.read_text())
         record.write_text(json.dumps({key: value for key, value in fields.items() if key != "base_weights"}))
     PaliGemmaForConditionalGeneration.from_pretrained(config.output_dir)
-
-
-def test_an_interrupted_run_of_before_the_weights_were_recorded_continues(config):
-    interrupt(config, 5)
-    for record in folder_of(config).rglob("run.json"):
-        fields = json.loads(record.read_text())
-        assert fields.pop("base_weights")
-        record.write_text(json.dumps(fields))
-    for checkpoint in (folder_of(config) / "checkpoints").iterdir():
-        write_manifest(checkpoint)
-    finetune(config, "original")
-    assert [step for step, _ in logged(config)] == [1, 2, 3, 4, 5, 6]
 
 
 # ---- a longer run
@@ -524,6 +526,16 @@ def test_a_finished_run_is_extended_and_an_interrupted_extension_resumes_with_eq
     starts = json.loads((folder_of(cut) / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 4, 6]
     assert json.loads((folder_of(cut) / "run.json").read_text())["id"] == record["id"]  # both began as one run
+
+
+def test_an_extension_that_makes_no_update_is_refused_and_loses_nothing(config):
+    """A share of an epoch may be fewer updates than --max_steps was, and --max_steps does not count beside --epochs."""
+    finetune(replace(config, max_steps=3), "original")
+    before = (folder_of(config) / "metrics.jsonl").read_text()
+    for updates in (2, 3):
+        with refused("3 updates are made", "give more"):
+            finetune(replace(config, max_steps=3, epochs=updates * config.batch_size / HAYSTACKS_PER_EPOCH), "original")
+        assert (folder_of(config) / "metrics.jsonl").read_text() == before
 
 
 def test_a_run_that_cannot_be_extended_says_why(config):

@@ -188,7 +188,7 @@ def test_nothing_but_spread_is_shown_before_all_core_runs_are_in(records, tmp_pa
 def test_the_plan_alone_gives_a_report_and_a_figure(tmp_path):
     assert format_report(PLAN, []).count("No run is finished.") == 2
     draw_figure(PLAN, [], tmp_path / "study.png")
-    assert Image.open(tmp_path / "study.png").size == (1800, 1520)
+    assert Image.open(tmp_path / "study.png").size == (1280, 840)
 
 
 # ---- the report

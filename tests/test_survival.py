@@ -199,7 +199,7 @@ def test_calls_are_counted(states):
     """All that a run does to the file system is seen, in the order in which it happens."""
     _, calls = states
     fresh = calls["no folder"]
-    assert len(fresh) > 100 and fresh[0] == "os.mkdir ." and fresh[-1] == "os.remove plots/.loss.png.tmp"
+    assert len(fresh) > 100 and fresh[0] == "os.mkdir ." and fresh[-1] == "os.rename plots/.loss.png.tmp"
     for name in ("save", "save_file", "open metrics.jsonl", "os.rename .final.tmp"):
         assert name in fresh
     deleted = [call for call in calls["a finished run of other flags"] if call.startswith("os.remove")]

@@ -10,6 +10,7 @@ import tiny
 import tiny_phi
 import torch
 import transformers
+from PIL import Image
 from refusals import refused
 from runs import interrupt, logged, saved_differential, saved_lora
 
@@ -20,7 +21,9 @@ from differential_attention import DifferentialConfig
 from finetune_diff import Config as DiffConfig
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
+from modeling_phi3 import Phi3VForCausalLM
 from processing_paligemma import PaliGemmaProcessor
+from processing_phi3v import Phi3VProcessor
 from run_folder import check_config, open_run
 
 WAYS = {
@@ -110,6 +113,31 @@ def test_both_arms_start_from_the_same_weights_of_a_trained_tower(config, tiny_m
     assert all(torch.equal(start[0][name], tensor) for name, tensor in start[1].items())
     assert logged(ours) == logged(other)
     assert any("vision_tower" in name for name in saved_differential(other))
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_what_never_runs_in_a_tower_does_not_train(tmp_path, how):
+    """CLIP's last layer and last norm, in a new adapter and in a stored one; a batch without images gives the tower a
+    gradient of zeros."""
+    folder = tiny_phi.folder(tmp_path / "phi")
+    config = Config(model=str(folder), train_vision=how, train_projector="lora", output_dir=str(tmp_path / "run"))
+    model = Phi3VForCausalLM.from_pretrained(folder)
+    adapted = training.add_lora(open_run(config, "original"), config, model)
+    adapters.save_lora(adapted, tmp_path / "adapter")
+    fresh = Phi3VForCausalLM.from_pretrained(folder)
+    stored = adapters.attach_adapter(fresh, tmp_path / "adapter", trainable=True)
+    processor = Phi3VProcessor.from_pretrained(folder)
+    with_image = processor([Image.new("RGB", (20, 20), "red")], ["where is this?"], ["No"])
+    without = processor(None, ["where is this?"], ["No"])
+    for wrapped in (adapted.train(), stored.train()):
+        trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+        assert any("vision_tower" in name for name in trained)
+        assert not any("encoder.layers.2." in name or "post_layernorm" in name for name in trained)
+        for batch in (with_image, without):
+            wrapped.zero_grad(set_to_none=True)
+            wrapped(**batch).loss.backward()
+            assert [name for name, p in trained.items() if p.grad is None] == []
+        assert all(not p.grad.any() for name, p in trained.items() if "vision_tower" in name)
 
 
 def test_rslora_divides_by_the_root_of_the_rank(config):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_data import parquet, vqav2
 
 import adapters
+import machine
 import run_folder
 import training
 from checkpoint import resolve_run
@@ -187,9 +188,9 @@ def stand_in_linear(calls: list):
 
 def test_a_4_bit_base_computes_in_bfloat16(config, monkeypatch):
     """A misspelt name of the compute type would be accepted, and everything computed in float32."""
-    with pytest.raises(UserError, match="--dtype=nf4: 4-bit weights need a CUDA card"):
+    with pytest.raises(UserError, match="--dtype=nf4: 4-bit weights need a CUDA GPU"):
         finetune(replace(config, dtype="nf4"), "original")
-    assert run_folder.choose_dtype("nf4", torch.device("cuda"))[0] == torch.bfloat16
+    assert machine.choose_dtype("nf4", torch.device("cuda"))[0] == torch.bfloat16
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
@@ -287,6 +288,8 @@ def test_training_goes_on_from_the_adapter_of_another_run(config, tmp_path):
     again = replace(config, model=config.output_dir, output_dir=str(tmp_path / "again"))
     finetune(again, "original")
     assert logged(again, "eval")[0][1] == logged(config, "eval")[-1][1]
+    with pytest.raises(UserError, match="--lora_rank: the adapter of .* is trained on as it is: leave it out"):
+        finetune(replace(again, lora_rank=4, overwrite=True), "original")
 
 
 # ---- evaluation
@@ -329,12 +332,24 @@ def test_an_evaluation_row_that_is_too_long_is_named_and_not_counted(config, tmp
     assert [re.search(r"long.jsonl:(\d)", line)[1] for line in named] == ["2", "3"]
 
 
+def test_attention_that_does_not_fit_the_memory_of_the_gpu_does_not_cost_the_run(config, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "answer_attention", fail)
+    finetune(replace(config, max_steps=1), "original")
+    folder = Path(config.output_dir)
+    assert (folder / "final" / "adapter").is_dir() and not (folder / "attention.safetensors").exists()
+    assert "attention is not saved of all sets: the GPU is out of memory" in capsys.readouterr().out
+
+
 def test_best_is_chosen_by_the_sets_that_count_for_it():
     rows = {right: [{"id": "0", "response": "1", "ground_truth": "1" if right else "2"}] for right in (True, False)}
     scores = {name: training.Score(0, 1, rows[name == "a"]) for name in "abc"}
     sets = {name: types.SimpleNamespace(counts_for_best=name != "c") for name in scores}
     questions = {name: [types.SimpleNamespace(id="0")] for name in scores}
-    assert training.headline_rate(scores, sets, questions, Config()) == 0.5
+    evaluation = training.Evaluation(None, Config(), None, None, sets, questions)
+    assert training.headline_rate(evaluation, scores) == 0.5
 
 
 def test_training_stops_when_the_score_has_not_risen_for_the_given_evaluations(config, tmp_path, monkeypatch):
@@ -421,11 +436,10 @@ def test_cached_vision_features_and_batches_of_one_length_train(config, tmp_path
     cached = replace(
         rows, output_dir=str(tmp_path / "cached"), vision_cache_gb=1.0, vision_cache_dir=str(tmp_path / "f")
     )
-    caches = []
-    real = training.VisionCache
-    monkeypatch.setattr(training, "VisionCache", lambda *args: caches.append(real(*args)) or caches[-1])
+    stored, real = [], training.VisionCache.store
+    monkeypatch.setattr(training.VisionCache, "store", lambda *args: stored.append(args[1]) or real(*args))
     finetune(cached, "original")
-    assert caches[0].hits > 0 and caches[0].misses <= 3
+    assert 0 < len(stored) <= 3
     assert logged(cached) == logged(rows)
     assert all(torch.equal(a, b) for a, b in zip(saved_lora(cached).values(), saved_lora(rows).values(), strict=True))
     finetune(replace(rows, output_dir=str(tmp_path / "grouped"), group_by_length=True), "original")
@@ -440,11 +454,26 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
         (dict(shard=True, vision_cache_dir="features"), None, "--shard=True --vision_cache_gb"),
         (dict(shard=True, dtype="nf4"), None, "--shard=True --dtype=nf4"),
         (dict(eval_data="other.jsonl"), None, "--eval_data=other.jsonl"),
+        (dict(vision_lr=1e-3), None, "--vision_lr: the vision tower does not train: add --train_vision=lora"),
+        (dict(projector_lr=1e-3), None, "--projector_lr: .* add --train_projector=lora"),
+        (dict(data=str(SAMPLE_ROWS), negatives=0.5), None, "--negatives: applies to haystacks only"),
+        (dict(data=str(SAMPLE_ROWS), shapes=((2, 2),)), None, "--shapes: applies to haystacks only"),
     ]
     for change, differential, message in cases:
         with pytest.raises(UserError, match=message):
             finetune(replace(config, **change), "original", differential)
     assert not Path(config.output_dir).exists()
+
+
+def test_data_that_cannot_be_read_is_named_before_the_model_is_loaded(config, monkeypatch):
+    monkeypatch.setattr(PaliGemmaForConditionalGeneration, "from_pretrained", None)
+    with pytest.raises(UserError, match="missing.jsonl"):
+        finetune(replace(config, data="missing.jsonl"), "original")
+
+
+def test_a_warm_up_that_is_as_long_as_the_run_is_named(config, capsys):
+    finetune(replace(config, max_steps=1, warmup_steps=1), "original")
+    assert "--warmup_steps=1: as long as the run" in capsys.readouterr().out
 
 
 def test_bfloat16_trains(config):
@@ -561,7 +590,7 @@ def test_the_precision_of_a_launcher_is_not_used(monkeypatch):
     AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     try:
-        assert run_folder.make_accelerator().mixed_precision == "no"
+        assert machine.make_accelerator().mixed_precision == "no"
     finally:
         AcceleratorState._reset_state()
 

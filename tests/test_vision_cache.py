@@ -33,12 +33,13 @@ def test_features_are_computed_once_and_bit_equal(model, images, monkeypatch, tm
     order = torch.tensor([3, 0, 3, 4])  # one of them twice
     for wanted in (order, torch.arange(5), order.flip(0)):
         assert torch.equal(cache.features(images[wanted]), expected[wanted])
-    assert counted == [3, 2] and (cache.misses, cache.hits) == (5, 8)
+    assert counted == [3, 2]
     assert (
         len(cache.entries) == 2 and len(list((tmp_path / "kept").iterdir())) == 3
     )  # the bound holds, the rest is on disk
     again = VisionCache(model, memory_gb=0, folder=tmp_path / "kept")
-    assert torch.equal(again.features(images), expected) and again.hits == 3
+    counted.clear()
+    assert torch.equal(again.features(images), expected) and counted == [2]  # three came from the disk
 
 
 def test_weights_are_hashed_once_per_batch(model, images, monkeypatch):
@@ -73,13 +74,14 @@ def test_stale_features_are_never_returned(model, images, monkeypatch, tmp_path)
     assert counted == []
 
 
-def test_a_damaged_cache_file_is_recomputed(model, images, tmp_path):
+def test_a_damaged_cache_file_is_recomputed(model, images, monkeypatch, tmp_path):
     cache = VisionCache(model, memory_gb=0, folder=tmp_path)
     expected = cache.features(images)
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:-7])
-    assert torch.equal(cache.features(images), expected) and cache.misses == 10
-    assert torch.equal(cache.features(images), expected) and cache.misses == 10  # written again
+    counted = watched(model, monkeypatch)
+    for _ in range(2):  # once computed, then written again
+        assert torch.equal(cache.features(images), expected) and counted == [5]
 
 
 def test_a_tower_that_trains_is_refused(tiny_model, model):
