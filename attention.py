@@ -275,7 +275,6 @@ Kernels = Literal["cpu", "cuda", "sdpa"]
 Path = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
 
 
-@torch.compiler.assume_constant_result
 def kernels_of(device: torch.device) -> Kernels:
     """The kernels of a device: those of a CPU; those of a CUDA card of Ampere or later, which has flash attention and
     FlexAttention (the meta device, on which memory is counted, stands for one); or of another device, SDPA alone."""
@@ -283,6 +282,10 @@ def kernels_of(device: torch.device) -> Kernels:
         return "cpu" if device.type == "cpu" else "cuda"
     has_flash = device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
     return "cuda" if has_flash and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY else "sdpa"
+
+
+# what torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes a second
+kernels_of._dynamo_marked_constant = True
 
 
 def choose_path(

@@ -124,7 +124,7 @@ class RecallDecoder(nn.Module):
         """Logits [B, answers, V] after the last tokens of [B, L]."""
         positions = torch.arange(1, tokens.shape[1] + 1).expand_as(tokens)
         mask = PrefixMask.from_tensors(torch.ones_like(tokens), torch.ones_like(tokens))  # all suffix: causal
-        hidden = self.language_model(self.language_model.embed(tokens), positions, mask, rows=answers)
+        hidden = self.language_model(self.language_model.embed(tokens), positions, mask, keep_last=answers)
         return self.lm_head(hidden)
 
 

@@ -349,8 +349,6 @@ def train(
         save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
     save_snapshot(run, adapted, run.folder / "final", {"step": state["step"], "seconds": round(seconds, 1)})
-    if cache is not None:
-        run.print(f"vision cache: {cache.hits:,} of {cache.hits + cache.misses:,} images were encoded before")
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
     run.print(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder} --image=...")
     run.finish()

@@ -102,6 +102,8 @@ def folder(tmp_path, monkeypatch):
 
 def load(name: str):
     config = SimpleNamespace(prefix="", samples=0, per_cell=0, attention=0, images=(1,), grids=(2,), needles=(1,))
+    config.seed = config.cell = 0
+    config.split = ""
     if name == "mmneedle":
         config.data, config.protocol = "release", "official"
         return mmneedle.load_questions(config)
