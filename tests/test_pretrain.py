@@ -36,7 +36,6 @@ def made(family):
     return model, task_class(Config(family=family, batch_size=4, queries=2, pages=2), images, processor)
 
 
-@pytest.mark.parametrize("family", ["paligemma"], indirect=True)
 def test_the_stored_tokenizer_and_configuration_are_rebuilt(family, made):
     folder, (model, task) = ROOT / "assets" / f"{family}-nano", made
     assert json.loads(task.processor.tokenizer.to_str()) == json.loads((folder / "tokenizer.json").read_text())
