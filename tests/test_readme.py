@@ -124,7 +124,7 @@ def test_flags_of_the_other_commands_are_valid(command):
 
 def test_flags_in_the_text_exist():
     scripts = ("finetune_diff.py", "eval_mmnih.py", "generate.py", "export.py", "study.py", "demo.py")
-    scripts += ("benchmarks/compare.py",)
+    scripts += ("benchmarks/compare.py", "assets/pretrain.py")
     known = FOREIGN_FLAGS.union(*(flags_of(load(script).Config) for script in scripts))
     for name, page in PAGES.items():
         text = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)
