@@ -11,8 +11,8 @@ names all of them, row by row, because with one caption per image alone the loss
 starts with a few concepts, whose number doubles each time it succeeds: with all concepts from the start it stays at
 chance.
 
-Phi's decoder is causal: its image tokens come before the prompt and cannot see it, and `detect` alone stays near chance
-among sixteen cells. Two losses of `PhiTask` help: one shows a head where to look, the other keeps the place of each
+Phi's decoder is causal: its image tokens come before the prompt and cannot see it, which makes `detect` among sixteen
+cells hard. Two losses of `PhiTask` help: one shows a head where to look, the other keeps the place of each
 image token readable.
 
 B batch, N grid cells per side, n images in the pool, S image side in pixels, P patches, C hidden size, V vocabulary.

@@ -115,6 +115,15 @@ def test_a_planted_speed_up_from_scratch_is_called_right(records):
     assert re.search(r"without the norm is faster than V1 is confirmed \(steps against V1: -\d %", text)
 
 
+def test_the_subtraction_is_named_only_against_all_three_controls():
+    """Study C has no arm that adds the second map, so it cannot say that the subtraction is what helps."""
+    found = [Contrast("split", b, list(range(12)), differences(9.0, 2.0)) for b in ("standard", "additive", "flipped")]
+    for one in found:
+        one.holm_p = 0.001
+    assert core_verdict(found) == "helps (and it is the subtraction)"
+    assert core_verdict(found[:2]) == "helps"
+
+
 # ---- what the numbers are
 def test_measures_of_one_run():
     right = {"4 look-alike": 8, "4 noise": 8, "16 look-alike": 7, "16 noise": 5, "64 look-alike": 3, "64 noise": 5}
