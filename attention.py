@@ -484,11 +484,17 @@ def flex(
 ) -> Tensor:
     """FlexAttention under a prefix-LM mask; arguments as those of `attention`, v may be wider than k."""
     blocks = None if mask is None or (mask.sees_all and window is None) else block_mask(mask, q, k, window)
-    cap = None if softcap is None else lambda score, *_: softcap * torch.tanh(score / softcap)
+    cap = None if softcap is None else softcap_score(torch.full((), softcap, device=q.device))
     run = compiled_flex() if q.device.type != "cpu" else flex_module().flex_attention
     shared = q.shape[1] != k.shape[1]
     tiles = flex_tiles(q)
     return run(q, k, v, score_mod=cap, block_mask=blocks, scale=scale, enable_gqa=shared, kernel_options=tiles)
+
+
+def softcap_score(softcap: Tensor) -> Callable[..., Tensor]:
+    """The soft-cap as FlexAttention takes it. A tensor: torch.compile turns a float into an input of the graph, which
+    the kernel cannot read."""
+    return lambda score, *_: softcap * torch.tanh(score / softcap)
 
 
 def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None) -> "BlockMask":
@@ -516,7 +522,7 @@ def flex_module() -> ModuleType:
 @cache
 def compiled_flex() -> Callable:
     """`flex_attention` as one compiled kernel."""
-    return torch.compile(flex_module().flex_attention, dynamic=True)
+    return torch.compile(flex_module().flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex_tiles(q: Tensor) -> dict | None:

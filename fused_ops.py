@@ -525,6 +525,11 @@ def cast_lora(model: nn.Module) -> Iterator[None]:
             delattr(module, CAST_FACTORS)
 
 
+def cast_factors(model: nn.Module) -> list[Tensor]:
+    """All factors of a `cast_lora` block, in the order of the layers."""
+    return [factor for module in model.modules() for factor in getattr(module, CAST_FACTORS, ())]
+
+
 def has_one_adapter(module: nn.Module) -> bool:
     """Whether `module` is a peft LoRA layer with one active adapter on an nn.Linear."""
     is_lora = type(getattr(module, "base_layer", None)) is nn.Linear and hasattr(module, "lora_A")

@@ -5,6 +5,7 @@ B batch, L sequence, K key/value heads, D head dim, C hidden size, n images, N i
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from config_fields import DECODER_ALONE, IGNORED_LABEL
 from differential_attention import AttentionShape, DifferentialConfig, add_differential, as_config
 from errors import UserError
 from files import read_json
-from fused_ops import apply_linears, apply_softcap, cast_lora, head_loss
+from fused_ops import apply_linears, apply_softcap, cast_factors, cast_lora, head_loss
 
 ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
 Rotary = tuple[Tensor, Tensor]  # tables of cos and sin
@@ -63,13 +64,20 @@ class KVCache:
             ]
             for counts in (key_heads, [shape.num_kv_heads for shape in shapes])
         )
+        self.restart()
+
+    def restart(self):
+        """Forget all tokens and grow from the first one again."""
         self.length = 0  # tokens in the cache of every layer; the decoder advances it after its last layer
         self.cache_position: Tensor | None = None  # [1], see `make_static`
 
     def make_static(self, cache_position: Tensor):
         """Switch to static shapes for a CUDA graph: from now on write one token at a time at position `cache_position`
-        [1] and return the whole buffers; unwritten entries are zeroed."""
+        [1] and return the whole buffers. `zero_unwritten` comes first: what is masked must be finite."""
         self.cache_position = cache_position
+
+    def zero_unwritten(self):
+        """Zero all entries that hold no token yet."""
         for t in (*self.keys, *self.values):
             t[:, :, self.length :] = 0
 
@@ -109,11 +117,21 @@ class StaticStepDecoder(StepDecoder):
 
     def __init__(self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor):
         super().__init__(model, cache, mask, positions)
-        self.start, self.positions = mask.start, self.positions.clone()
+        self.start, self.positions = mask.start.clone(), self.positions.clone()
         self.cache_position = torch.full((1,), cache.length - 1, device=positions.device)
+        cache.zero_unwritten()
         cache.make_static(self.cache_position)
         self.token = torch.zeros(len(positions), dtype=torch.long, device=positions.device)
-        self.graph, self.logits = None, None
+        self.graph, self.logits, self.lora_factors = None, None, []
+
+    def restart(self, mask: PrefixMask, positions: Tensor):
+        """Go on from other prompts, which are in the cache, with the same graph."""
+        self.start.copy_(mask.start)
+        self.positions.copy_(positions[:, -1:])
+        self.cache_position.fill_(self.cache.length - 1)
+        self.cache.make_static(self.cache_position)
+        if self.lora_factors:  # the graph reads the tensors that `cast_lora` had made when it was captured
+            torch._foreach_copy_(self.lora_factors, cast_factors(self.model))
 
     def __call__(self, token: Tensor) -> Tensor:
         self.token.copy_(token)
@@ -130,19 +148,60 @@ class StaticStepDecoder(StepDecoder):
     def capture(self):
         """Record the graph, whose first run also gives the logits of this token: writing a position twice changes
         nothing."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # allocates what cannot be allocated while a graph is recorded
-            self.run(self.token)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.run(self.token)
+        caches_casts = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # its casts end with the block of autocast, the graph may not
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # allocates what cannot be allocated while a graph is recorded
+                self.run(self.token)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.run(self.token)
+        finally:
+            torch.set_autocast_cache_enabled(caches_casts)
+        self.lora_factors = cast_factors(self.model)
         self.graph.replay()
 
     def run(self, token: Tensor) -> Tensor:
         self.mask = StepMask(self.start, self.cache_position)
         return super().run(token)
+
+
+class GraphCache:
+    """Keeps the KV cache and the CUDA graph of one call of `generate` for the next, which replays the graph where it
+    has as many rows and, rounded up to LENGTH_STEP, the same length. On a CPU nothing is kept.
+
+    It belongs to one model, whose weights may take other values in place. Make a new one after anything else about the
+    model has changed: an adapter was added, merged or switched, lambda was set to 0, or the model was moved.
+    """
+
+    LENGTH_STEP = 64
+
+    def __init__(self):
+        self.key, self.cache, self.decoder = None, None, None
+
+    def empty_cache(self, model: "VisionLanguageModel", rows: int, length: int, like: Tensor) -> KVCache:
+        """An empty KV cache for `rows` of at most `length` tokens, in the dtype and on the device of `like`: the one
+        that was kept, if it fits."""
+        length = math.ceil(length / self.LENGTH_STEP) * self.LENGTH_STEP
+        kind = like.device.type
+        casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = rows, length, like.dtype, like.device, casts, torch.is_inference_mode_enabled()
+        if self.decoder is None or key != self.key:
+            self.key, self.decoder, self.cache = key, None, None  # free the old one first
+            self.cache = KVCache(model.model.language_model, rows, length, like.dtype, like.device)
+        self.cache.restart()
+        return self.cache
+
+    def step_decoder(self, model: "VisionLanguageModel", mask: PrefixMask, positions: Tensor) -> StaticStepDecoder:
+        """The decoder of prompts that are in the cache."""
+        if self.decoder is None:
+            self.decoder = StaticStepDecoder(model, self.cache, mask, positions)
+        else:
+            self.decoder.restart(mask, positions)
+        return self.decoder
 
 
 class LongRopeStepDecoder(StepDecoder):
@@ -540,13 +599,14 @@ class VisionLanguageModel(nn.Module):
         token_type_ids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         plan: BatchPlan | None = None,
+        graphs: GraphCache | None = None,
     ) -> Tensor:
         """Continue prompts [B, L], padded on the left -> ids [B, L + new], with pad tokens after the eos of a row.
 
         Greedy at temperature 0, otherwise sampled from the smallest set of tokens whose probability reaches `top_p`.
         Stops when every row has its eos. `token_type_ids` is accepted for `model.generate(**batch)`: a prompt is all
-        prefix. `plan` as in `forward`. Raises UserError for what `check_prompts` refuses, a negative temperature, and
-        NaN logits.
+        prefix. `plan` as in `forward`; `graphs`: of several calls on a GPU, which then share a CUDA graph. Raises
+        UserError for what `check_prompts` refuses, a negative temperature, and NaN logits.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         length = input_ids.shape[1] + max_new_tokens
@@ -558,13 +618,16 @@ class VisionLanguageModel(nn.Module):
             image_features = self.model.image_features(pixel_values, image_sizes, plan.grids)
         x = self.model.embed(input_ids, image_features, plan.image_tokens)
         positions = self.model.positions(attention_mask)
-        cache = KVCache(self.model.language_model, len(x), length, x.dtype, x.device)
+        if graphs is None or choose_step_decoder(x.device.type) is StepDecoder:
+            graphs, cache = None, KVCache(self.model.language_model, len(x), length, x.dtype, x.device)
+        else:
+            cache = graphs.empty_cache(self, len(x), length, like=x)
 
         def choose(logits: Tensor) -> Tensor:
             return sample(logits, temperature, top_p, generator)
 
         with cast_lora(self):
-            new_ids = self.continue_prompts(x, positions, plan.mask, cache, max_new_tokens, choose)
+            new_ids = self.continue_prompts(x, positions, plan.mask, cache, max_new_tokens, choose, graphs)
         return torch.cat([input_ids, *(token[:, None] for token in new_ids)], dim=1)
 
     def continue_prompts(
@@ -575,8 +638,10 @@ class VisionLanguageModel(nn.Module):
         cache: KVCache,
         max_new_tokens: int,
         choose: Callable[[Tensor], Tensor],
+        graphs: GraphCache | None,
     ) -> list[Tensor]:
-        """New tokens [B], one after another, of embedded prompts x [B, L, C] at positions [B, L]; the cache is empty.
+        """New tokens [B], one after another, of embedded prompts x [B, L, C] at positions [B, L]; the cache is empty,
+        and with `graphs` it is theirs.
 
         `choose(logits)` gives the next tokens [B] of logits [B, V]. Raises UserError for NaN logits.
         """
@@ -586,6 +651,8 @@ class VisionLanguageModel(nn.Module):
         limit, last = getattr(self.config.text_config, "short_rope_limit", None), positions[:, -1]
         if limit is not None and bool(((last < limit) & (last + max_new_tokens > limit)).any()):
             next_logits = LongRopeStepDecoder(self, cache, mask, positions, x, limit)
+        elif graphs is not None:
+            next_logits = graphs.step_decoder(self, mask, positions)
         else:
             next_logits = choose_step_decoder(x.device.type)(self, cache, mask, positions)
         new_ids, finished = [], torch.zeros(len(x), dtype=torch.bool, device=x.device)

@@ -354,14 +354,18 @@ def decode_rows(config: Config, dtype: str):
     yield f"decode, {dtype}: tokens/s of split / standard", ratio(times["ours"], times["split"])
 
 
-def decode_times(sides: dict, prompt: dict, new: int, rounds: int, device="cpu") -> tuple[dict, dict]:
-    """Seconds of the tokens after the first, and every model's tokens."""
+def decode_times(
+    sides: dict, prompt: dict, new: int, rounds: int, device: str = "cpu", options: dict[str, dict] | None = None
+) -> tuple[dict, dict]:
+    """Seconds of the tokens after the first, and every model's tokens. `options`: more arguments of `generate` of some
+    sides."""
     prompt = {key: prompt[key] for key in ("input_ids", "attention_mask", "pixel_values")}
     answers = {}
 
     def call(name: str, count: int):
         more = dict(do_sample=False) if name.startswith("HF") else {}
         more |= dict(cache_implementation="static") if "static" in name else {}
+        more |= (options or {}).get(name, {}) if count > 1 else {}
         answers[name] = sides[name].generate(**prompt, max_new_tokens=count, **more).tolist()
 
     many = {name: lambda name=name: call(name, new) for name in sides}

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from files import decode_typed, read_bytes, write_text, writing
+from modeling_vlm import GraphCache
 from needle_eval.questions import ImageReference, Question, open_reference
 from needle_eval.ranking import rank_candidates
 from processing_paligemma import Processor
@@ -153,7 +154,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
         num_workers=min(answerer.workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
     )
-    store = FeatureStore(answerer.model)
+    store, graphs = FeatureStore(answerer.model), GraphCache()
     faults: dict[ImageReference, str] = {}
     for batch, (new, dropped), opened in zip(batches, plan, loader, strict=True):
         started = time.perf_counter()
@@ -161,7 +162,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
         pixels = {image: inputs for image, inputs in zip(new, opened, strict=True) if not isinstance(inputs, str)}
         if pixels:
             store.encode(list(pixels), pixels, answerer.batch_size)
-        yield answer_batch(answerer, batch, store, faults, started)
+        yield answer_batch(answerer, batch, store, graphs, faults, started)
         store.forget(dropped)
 
 
@@ -185,7 +186,12 @@ class OpenedImages(Dataset):
 
 
 def answer_batch(
-    answerer: Answerer, batch: list[Question], store: FeatureStore, faults: dict[ImageReference, str], started: float
+    answerer: Answerer,
+    batch: list[Question],
+    store: FeatureStore,
+    graphs: GraphCache,
+    faults: dict[ImageReference, str],
+    started: float,
 ) -> list[dict]:
     """The rows of one batch. `started`: when its images began to be encoded, for the seconds of an answer."""
     good, encoded, rows = [], [], {}
@@ -209,7 +215,12 @@ def answer_batch(
             answers = rank_candidates(answerer.model, answerer.processor, tensors, plan, features, good[0].candidates)
         else:
             ids = answerer.model.generate(
-                **tensors, pixel_values=None, image_features=features, max_new_tokens=good[0].max_new_tokens, plan=plan
+                **tensors,
+                pixel_values=None,
+                image_features=features,
+                max_new_tokens=good[0].max_new_tokens,
+                plan=plan,
+                graphs=graphs,
             )
             texts = answerer.processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :])
             answers = [(text, None) for text in texts]

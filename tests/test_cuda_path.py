@@ -111,6 +111,27 @@ def test_flex_attention_is_the_formula(options, monkeypatch):
     torch.testing.assert_close(found * real, expected * real)
 
 
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_flex_attention_compiles_to_one_graph_with_gradients(softcap, window, monkeypatch):
+    """As a GPU runs it, but for the kernel: aot_eager computes it by its formula."""
+    module = attention.flex_module()
+    monkeypatch.setattr(module, "_validate_device", lambda *_: None)  # torch refuses a backward pass on a CPU
+    compiled = torch.compile(module.flex_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(module, "flex_attention", compiled)
+    torch.manual_seed(0)
+    mask = left_padded([(500, 40), (530, 10)], 540)
+    leaves = [torch.randn(2, h, 540, 16, requires_grad=True) for h in (4, 2, 2)]
+    real = is_token(mask, 540, 540)
+    found = attention.flex(*leaves, mask, 0.25, softcap, window) * real
+    expected = attention_reference(*leaves, mask.dense(540, 540, window), 0.25, softcap) * real
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    grads = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
 def test_paths_of_a_gpu():
     def path(
         keys=300,
@@ -207,6 +228,21 @@ def test_decoding_on_a_fixed_cache_gives_the_same_tokens(family, preset, monkeyp
     assert torch.equal(model.generate(**prompts, max_new_tokens=7), grown)
     for a, b in zip(seen[:7], seen[7:], strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_a_kept_cache_gives_the_tokens_of_a_new_one(monkeypatch):
+    """Answers of other prompts lie in it; a batch of another size, or longer, gets a new one."""
+    model, made = tiny.ours_like(tiny.hf_model("gemma")), []
+    model.config.eos_token_id = -1
+    monkeypatch.setattr(modeling_vlm, "choose_step_decoder", lambda _: choose_step_decoder("cuda"))
+    graphs = modeling_vlm.GraphCache()
+    for prefixes, new in (((9, 4, 4), 7), ((5, 2, 3), 5), ((5, 2), 5), ((5, 2), 60), ((3, 2), 60)):
+        prompts = tiny.prompts(prefixes=prefixes)
+        expected = model.generate(**prompts, max_new_tokens=new)
+        assert torch.equal(model.generate(**prompts, max_new_tokens=new, graphs=graphs), expected)
+        made.append(graphs.decoder)
+    first, second, third, fourth, fifth = map(id, made)
+    assert first == second != third != fourth == fifth
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])

@@ -296,6 +296,28 @@ def test_a_cuda_graph_decodes_with_an_adapter():
     assert torch.equal(*answers)
 
 
+def test_a_kept_graph_answers_other_prompts_and_follows_the_adapter(monkeypatch):
+    """One graph for prompts of other lengths; between the calls the adapter takes other values."""
+    captured = []
+    real = modeling_vlm.StaticStepDecoder.capture
+    monkeypatch.setattr(modeling_vlm.StaticStepDecoder, "capture", lambda self: captured.append(1) or real(self))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(modeling_vlm, "choose_step_decoder", lambda _: modeling_vlm.StaticStepDecoder)
+    _, model = models("split", torch.bfloat16)
+    model.eval().config.eos_token_id = -1
+    graphs = modeling_vlm.GraphCache()
+    for prefixes, seed in (((5, 2, 3), 0), ((9, 4, 4), 1), ((5, 2, 3), 2)):
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel())))
+        batch = {key: tensor.to(DEVICE) for key, tensor in tiny.prompts(prefixes=prefixes).items()}
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            fresh = model.generate(**batch, max_new_tokens=8)
+            assert torch.equal(model.generate(**batch, max_new_tokens=8, graphs=graphs), fresh)
+    assert len(captured) == (3 + 1) * (DEVICE == "cuda")
+
+
 # ---- runs
 @pytest.fixture
 def config(tiny_model, tmp_path) -> Config:
