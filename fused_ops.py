@@ -383,7 +383,7 @@ def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | 
 
 def tile_size(rows: int, device_type: str) -> int:
     """Tokens of the vocabulary in one tile of the logits of this many rows."""
-    return TILE if device_type == "cpu" else max(TILE, GPU_TILE_LOGITS // max(rows, 1))
+    return TILE if device_type == "cpu" else max(1, GPU_TILE_LOGITS // max(rows, 1) // TILE) * TILE  # rows stay aligned
 
 
 class TiledHeadLoss(torch.autograd.Function):
