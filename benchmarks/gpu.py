@@ -658,6 +658,31 @@ def table(rows: dict[str, dict]) -> list[str]:
     return [f"{name:64} {text}" for name, text in cells.items()]
 
 
+def summary(rows: dict[str, dict]) -> list[str]:
+    """Steps, decoding and attention as markdown tables."""
+    lines = ["| step | ms, uniform | ms, ragged | TFLOP/s, ragged | peak |", "|---|---|---|---|---|"]
+    steps = [name for name in rows if name.startswith("step, ") and ", ragged: " in name and "ms" in rows[name]]
+    for name in steps:
+        ragged, uniform = rows[name], rows.get(name.replace(", ragged: ", ", uniform: "), {})
+        label = name.removeprefix("step, ").replace(", ragged: ", ": ")
+        lines.append(
+            f"| {label} | {uniform.get('ms', '-')} | {ragged['ms']} | {ragged['tflops']:.0f} | {ragged['peak_gb']} GB |"
+        )
+    lines += ["", "| decoding | tokens/s, batch 1 | of the floor | batch 8 | of the floor |", "|---|---|---|---|---|"]
+    for name in (name for name in rows if name.startswith("decode, batch 1: ") and "tokens_per_s" in rows[name]):
+        cells = [rows[name], rows[name.replace("batch 1", f"batch {BATCH}")]]
+        numbers = " | ".join(f"{cell['tokens_per_s']:,} | {100 * cell['of_floor']:.0f} %" for cell in cells)
+        lines.append(f"| {name.partition(': ')[2]} | {numbers} |")
+    lines += ["", "| attention of one layer, forward + backward | host and GPU | GPU alone |", "|---|---|---|"]
+    for name, row in rows.items():
+        if name.startswith("attention, "):
+            taken = " (used)" if row["taken"] else ""
+            lines.append(
+                f"| {name.removeprefix('attention, ')}{taken} | {row['ms']:.2f} ms | {row['card_ms']:.2f} ms |"
+            )
+    return lines
+
+
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     if unknown := set(config.sections) - set(SECTIONS):

@@ -230,6 +230,11 @@ def test_the_speed_table_is_what_was_measured():
     assert f"{lora:.1f} x under a LoRA adapter" in PAGES["docs/speed.md"]
 
 
+def test_the_tables_of_the_gpu_are_what_was_measured():
+    rows = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
+    assert "\n".join(load("benchmarks/gpu.py").summary(rows)) in PAGES["docs/speed.md"]
+
+
 @pytest.mark.parametrize(("name", "page"), [("launches", "docs/speed.md"), ("memory", "docs/memory.md")])
 def test_the_counted_tables_are_those_of_the_results(name, page):
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
