@@ -18,7 +18,10 @@ from needle_eval.plots import Difference
 from needle_eval.questions import normalise
 from needle_eval.report import compare_folders, group_of, open_record, prepare_rows
 from needle_eval.statistics import (
+    ALPHA,
     MIN_SEEDS,
+    format_p,
+    format_signed,
     has_spread,
     holm,
     mean_of_independent,
@@ -27,7 +30,6 @@ from needle_eval.statistics import (
     rate,
 )
 from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_record, read_samples
-from study_report import ALPHA, p_text, signed
 
 NOT_AN_ARM = RESUMABLE_FIELDS | {"seed", "differential.seed", "processes"}  # fields that runs of one arm may differ in
 NOT_FINAL = ("best-", "step-", "knockout-")  # how the names of evaluations of other weights than those of final/ begin
@@ -144,7 +146,7 @@ def measure_training(arms: Arms) -> Measured | None:
     samples = [sample for run in all_runs(arms) for sample in run.samples]
     absent = {s["set"] for s in samples if normalise(s["answer"]) == ABSENT}
     headline = [name for name in shared if name not in absent] or shared
-    rates = {arm: {s: {n: of[n] for n in shared} for s, of in of_arm.items()} for arm, of_arm in last.items()}
+    rates = {arm: {s: {n: groups[n] for n in shared} for s, groups in seeds.items()} for arm, seeds in last.items()}
 
     def subtract(arm: str, seed: int, baseline: str) -> dict[str, dict]:
         ours, theirs = rates[arm][seed], rates[baseline][seed]
@@ -173,7 +175,9 @@ def measure_evaluations(arms: Arms, notes: list[str]) -> list[Measured]:
         if lacking:
             notes.append(f"evaluation {name}: {', '.join(map(str, lacking))} has none")
             continue
-        folders = {arm: {s: run.folder / "eval" / name for s, run in of.items()} for arm, of in finished(arms).items()}
+        folders = {
+            arm: {s: run.folder / "eval" / name for s, run in runs.items()} for arm, runs in finished(arms).items()
+        }
         try:
             found.append(measure_evaluation(name, folders))
         except UserError as error:
@@ -194,7 +198,7 @@ def measure_evaluation(name: str, folders: dict[str, dict[int, Path]]) -> Measur
                 if row.get("kind") == "positive":
                     images, grid, needles = row["shape"]
                     chance[group_of(row)] = (images * grid**2) ** -needles
-            rates.setdefault(arm, {})[seed] = {group: rate(sum(of), len(of)) for group, of in right.items()}
+            rates.setdefault(arm, {})[seed] = {group: rate(sum(bits), len(bits)) for group, bits in right.items()}
     every = [list(groups) for of_arm in rates.values() for groups in of_arm.values()]
     if not every[0] or any(set(groups) != set(every[0]) for groups in every):
         raise UserError(f"evaluation {name}: the runs answer different settings: evaluate all with the same flags")
@@ -313,23 +317,20 @@ def describe_contrast(measured: Measured, found: Contrast) -> str:
     first, second = (
         percent(statistics.fmean(measured.mean(arm, s) for s in found.seeds)) for arm in (found.a, found.b)
     )
-    text = (
-        f"{found.b} answers {second} and {found.a} {first} of {headline_text(measured)}: {signed(pooled.mean)} points"
-    )
+    text = f"{found.b} answers {second} and {found.a} {first} of {headline_text(measured)}: "
+    text += f"{format_signed(pooled.mean)} points"
     if test is None:
         if len(seeds) == 1 and seeds[0].low is not None:
-            text += (
-                f" (95 % interval {signed(seeds[0].low)} to {signed(seeds[0].high)} over the questions of this seed)"
-            )
+            low, high = format_signed(seeds[0].low), format_signed(seeds[0].high)
+            text += f" (95 % interval {low} to {high} over the questions of this seed)"
         if len(seeds) >= MIN_SEEDS:
             return f"{text} in each of {len(seeds)} seeds, which leaves no spread to test against."
         return f"{text}; {len(seeds)} seed{'s' * (len(seeds) > 1)} cannot show a difference, {MIN_SEEDS} are needed."
-    p = f"p {'' if test['p'] < 0.001 else '= '}{p_text(test['p'])}"
+    p = f"p {'' if test['p'] < 0.001 else '= '}{format_p(test['p'])}"
     if found.holm_p != test["p"]:
-        p += f", {p_text(found.holm_p)} by Holm's method over the arms"
-    text += (
-        f" (95 % interval {signed(test['low'])} to {signed(test['high'])}, paired t test over {test['n']} seeds, {p})"
-    )
+        p += f", {format_p(found.holm_p)} by Holm's method over the arms"
+    low, high = format_signed(test["low"]), format_signed(test["high"])
+    text += f" (95 % interval {low} to {high}, paired t test over {test['n']} seeds, {p})"
     if found.holm_p >= ALPHA:
         return f"{text}: no difference is shown."
     return f"{text}: {found.b} is {'better' if test['mean'] > 0 else 'worse'}."

@@ -56,9 +56,16 @@ from needle_eval.plots import (
 )
 from needle_eval.questions import normalise
 from needle_eval.report import open_record, read_attention
-from needle_eval.statistics import MIN_SEEDS, calibration_error, confidence_bins, holm, mean_over_seeds
+from needle_eval.statistics import (
+    MIN_SEEDS,
+    calibration_error,
+    confidence_bins,
+    format_interval,
+    format_p,
+    holm,
+    mean_over_seeds,
+)
 from run_folder import comparable
-from study_report import interval, p_text
 
 GALLERY_SIDE = 256  # pixels, at most, of an image of the gallery
 SHOWN_FAILURES = 5  # of each kind
@@ -112,7 +119,7 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
         adjusted = dict(zip(tested, holm([tests[group]["p"] for group in tested]), strict=True)) | {"": found.holm_p}
         if tests:
             rows = [
-                [titles[group], interval(test), p_text(test["p"]), p_text(adjusted[group])]
+                [titles[group], format_interval(test), format_p(test["p"]), format_p(adjusted[group])]
                 for group, test in tests.items()
             ]
             lines += table(["questions", f"{title}, points [95 %]", "p", "Holm p"], rows, "numbers")
@@ -233,7 +240,11 @@ def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: 
     shares: dict[str, dict[str, list]] = {}
     even: dict[str, float] = {}
     for found in measured:
-        stored = [(arm, read_attention(f / "attention.json")) for arm, of in found.folders.items() for f in of.values()]
+        stored = [
+            (arm, read_attention(f / "attention.json"))
+            for arm, folders in found.folders.items()
+            for f in folders.values()
+        ]
         if not stored or not all(attention for _, attention in stored):
             continue
         for arm, attention in stored:

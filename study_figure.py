@@ -192,7 +192,7 @@ def draw_share(panel: Axes, group: Group) -> None:
     runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
     runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]
     for arm in dict.fromkeys(arm for arm, _ in runs):
-        found = [record for of, record in runs if of == arm]
+        found = [record for name, record in runs if name == arm]
         shares = [needle_share(record, layer) / 100 for record in found]
         rates = [points(record, conditions) / 100 for record in found]
         panel.plot(shares, rates, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)

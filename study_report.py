@@ -18,10 +18,14 @@ from scipy import stats
 
 from errors import UserError
 from needle_eval.statistics import (
+    ALPHA,
     MIN_SEEDS,
     bootstrap_seeds_and_items,
     d_prime,
     equivalence,
+    format_bounds,
+    format_interval,
+    format_p,
     holm,
     log_rank,
     logistic_threshold,
@@ -40,7 +44,6 @@ from study_records import (
     record_path,
 )
 
-ALPHA = 0.05
 MARGIN = 3.0  # points: the smallest effect of interest and the margin of equivalence
 NARROW_MARGIN = 2.0  # reported beside it
 HYPOTHESES = (("split", "standard"), ("split", "additive"), ("split", "flipped"))
@@ -339,29 +342,14 @@ def steps_verdict(found: Contrast) -> str:
 
 
 # ---- text
-def signed(value: float, digits: int = 1) -> str:
-    """A number with its sign; never -0.0."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}"
-
-
-def interval(t: dict, digits: int = 1) -> str:
-    """Mean and interval of a t test, as in +0.4 [-1.2, +2.0]."""
-    return f"{signed(t['mean'], digits)} [{signed(t['low'], digits)}, {signed(t['high'], digits)}]"
-
-
-def p_text(p: float) -> str:
-    """A p value with as many digits as it is known to."""
-    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
-
-
-def percent(log_ratio: float) -> str:
+def format_ratio(log_ratio: float) -> str:
     """By how many percent a ratio, given as its logarithm, differs from 1."""
     return f"{round(100 * math.expm1(log_ratio)) + 0:+d} %"
 
 
-def percent_interval(t: dict) -> str:
+def format_percent_interval(t: dict) -> str:
     """Mean and interval of a t test on logarithms, as in -6 % [-10 %, -2 %]."""
-    return f"{percent(t['mean'])} [{percent(t['low'])}, {percent(t['high'])}]"
+    return f"{format_ratio(t['mean'])} [{format_ratio(t['low'])}, {format_ratio(t['high'])}]"
 
 
 def mean_text(values: Iterable[float | None], digits: int = 1) -> str:
@@ -395,11 +383,11 @@ def answer(group: Group) -> str:
         return f"No answer yet: {planned - missing} of {planned} core runs are finished."
     first, *others = hypotheses = core_contrasts(group)
     found = core_verdict(hypotheses)
-    controls = " and ".join(f"{interval(other.t)} against {other.b}" for other in others)
+    controls = " and ".join(f"{format_interval(other.t)} against {other.b}" for other in others)
     return (
         "Fitted into the pretrained model, differential attention (split) changes the share of needles found by "
-        f"{interval(first.t)} points against standard attention (95 % interval, {first.t['n']} seeds, Holm p "
-        f"{p_text(first.holm_p)}; {controls}): **{found}**. What would change this answer: "
+        f"{format_interval(first.t)} points against standard attention (95 % interval, {first.t['n']} seeds, Holm p "
+        f"{format_p(first.holm_p)}; {controls}): **{found}**. What would change this answer: "
         f"{WOULD_CHANGE[found].format(margin=f'{MARGIN:g}')}."
     )
 
@@ -411,7 +399,7 @@ def symbolic_answer(group: Group) -> str:
         return f"No answer yet: {len(group.records)} of {planned} runs are finished."
     contrasts = symbolic_contrasts(group)
     primary = " and ".join(
-        f"{percent_interval(of_pairs[0].t)} with {pairs} pairs ({steps_verdict(of_pairs[0])})"
+        f"{format_percent_interval(of_pairs[0].t)} with {pairs} pairs ({steps_verdict(of_pairs[0])})"
         for pairs, of_pairs in contrasts.items()
     )
     width = [next(c for c in of_pairs if (c.a, c.b) == ("double_width", "v1")) for of_pairs in contrasts.values()]
@@ -421,7 +409,7 @@ def symbolic_answer(group: Group) -> str:
     return (
         "Trained from scratch, against its control without subtraction (half the heads, double width, the same head "
         f"norm), V1 changes the number of steps until it retrieves by {primary}. That double width without the norm is "
-        f"faster than V1 is {claim} (steps against V1: {', '.join(percent_interval(c.t) for c in width)})."
+        f"faster than V1 is {claim} (steps against V1: {', '.join(format_percent_interval(c.t) for c in width)})."
     )
 
 
@@ -496,10 +484,10 @@ def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]
         t, t90 = found.t, found.t90
         values = [[measure(group.of_arm(arm)[seed]) for seed in found.seeds] for arm in (found.a, found.b)]
         rows.append([
-            f"{found.a} - {found.b}", str(t["n"]), interval(t), f"[{signed(t90['low'])}, {signed(t90['high'])}]",
-            f"[{signed(low)}, {signed(high)}]", f"{t['sd']:.2f}", correlation(*values), p_text(t["p"]),
-            p_text(found.holm_p), p_text(equivalence(found.differences, MARGIN)),
-            p_text(equivalence(found.differences, NARROW_MARGIN)), verdict(found),
+            f"{found.a} - {found.b}", str(t["n"]), format_interval(t), format_bounds(t90["low"], t90["high"]),
+            format_bounds(low, high), f"{t['sd']:.2f}", correlation(*values), format_p(t["p"]),
+            format_p(found.holm_p), format_p(equivalence(found.differences, MARGIN)),
+            format_p(equivalence(found.differences, NARROW_MARGIN)), verdict(found),
         ])  # fmt: skip
     header = ["hypothesis", "seeds", "difference [95 %]", "90 %", "bootstrap over seeds and concepts", "SD", "r", "p"]
     header += ["Holm p", f"TOST p, ±{MARGIN:g}", f"TOST p, ±{NARROW_MARGIN:g}", "verdict"]
@@ -527,9 +515,9 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         row += [f"{records[0].forward_flops / 1e6:,.0f}", mean_text(r.seconds / 60 for r in records)]
         row += [f"{len(records)} of {len(planned['seeds'])}", mean_text(measure(r) for r in records)]
         versus = found.get(arm)
-        row += [interval(versus.t) if versus else NO_VALUE, interval(against.t) if against else NO_VALUE]
+        row += [format_interval(versus.t) if versus else NO_VALUE, format_interval(against.t) if against else NO_VALUE]
         tests = [versus.holm_p, equivalence(versus.differences, MARGIN)] if versus else []
-        row += [p_text(p) for p in tests] or [NO_VALUE, NO_VALUE]
+        row += [format_p(p) for p in tests] or [NO_VALUE, NO_VALUE]
         row += [mean_text(map(false_alarms, records)), mean_text(knocked_out(r, conditions) for r in records)]
         shown = NO_VALUE
         if versus:
@@ -553,7 +541,9 @@ def format_secondary(group: Group) -> list[str]:
         found = [column.get(name) for column in columns]
         if any(found):
             digits = 2 if name in FINE_ENDPOINTS else 1
-            rows.append([name, *(interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)])
+            rows.append(
+                [name, *(format_interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)]
+            )
     return table(["endpoint", *(f"{a} - {b}" for a, b in hypotheses_of(group.section))], rows)
 
 
@@ -566,7 +556,7 @@ def format_seeds(group: Group, a: str, b: str) -> list[str]:
             np.concatenate([arm[seed].answers[condition].bits() for condition in conditions]) for arm in (of_a, of_b)
         )
         only_a, only_b = int((right_a > right_b).sum()), int((right_b > right_a).sum())
-        p = p_text(mcnemar_exact(only_a, only_b))
+        p = format_p(mcnemar_exact(only_a, only_b))
         rows.append([str(seed), str(len(right_a)), *map(str, (right_a.sum(), right_b.sum(), only_a, only_b)), p])
     return table(["seed", "questions", f"{a} right", f"{b} right", f"only {a}", f"only {b}", "p"], rows)
 
@@ -599,8 +589,8 @@ def format_symbolic(group: Group) -> list[str]:
         for found in contrasts:
             both = [[part.of_arm(arm)[seed] for seed in found.seeds] for arm in (found.a, found.b)]
             survival = [field for arm in both for field in ([r.steps for r in arm], [r.censored for r in arm])]
-            row = [str(pairs), f"{found.a} - {found.b}", str(found.t["n"]), percent_interval(found.t)]
-            row += [p_text(p) for p in (found.t["p"], found.holm_p, log_rank(*survival))]
+            row = [str(pairs), f"{found.a} - {found.b}", str(found.t["n"]), format_percent_interval(found.t)]
+            row += [format_p(p) for p in (found.t["p"], found.holm_p, log_rank(*survival))]
             rows.append([*row, steps_verdict(found)])
     header = ["pairs", "contrast", "seeds", "steps [95 %]", "p", "Holm p", "log-rank p", "verdict"]
     return lines + table(header, rows)

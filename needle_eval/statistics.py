@@ -16,6 +16,7 @@ from scipy import optimize, stats
 from errors import UserError
 
 CONFIDENCE = 0.95
+ALPHA = 0.05  # of a significant result
 MIN_SEEDS = 3  # of an interval over seeds: with two it covers nearly every possible rate
 ROUNDING = 1e-9  # differences of seeds, in any unit, that are no further apart are equal
 
@@ -44,6 +45,26 @@ def format_rate(found: dict, digits: int = 1) -> str:
     """A `rate` in percent with its interval, as in 25.0 [22.4, 27.8]; "-" without a sample."""
     value, low, high = (format_percent(found[key], digits) for key in ("rate", "low", "high"))
     return value if found["rate"] is None else f"{value} [{low}, {high}]"
+
+
+def format_signed(value: float, digits: int = 1) -> str:
+    """A number with its sign; never -0.0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def format_interval(t: dict, digits: int = 1) -> str:
+    """Mean and interval of a t test, as in +0.4 [-1.2, +2.0]."""
+    return f"{format_signed(t['mean'], digits)} {format_bounds(t['low'], t['high'], digits)}"
+
+
+def format_bounds(low: float, high: float, digits: int = 1) -> str:
+    """An interval, as in [-1.2, +2.0]."""
+    return f"[{format_signed(low, digits)}, {format_signed(high, digits)}]"
+
+
+def format_p(p: float) -> str:
+    """A p value with as many digits as it is known to."""
+    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
 
 def mean_rate(scores: Sequence[float]) -> dict:

@@ -13,6 +13,7 @@ from simulated_study import ENVIRONMENT, PAIRED_SD, make_plan, pack, simulate_co
 import study_report
 from errors import UserError
 from files import write_json
+from needle_eval.statistics import format_interval, format_p
 from study_figure import draw_figure
 from study_records import Answers, ConversionRecord, endpoint_conditions, hash_plan, points, read_records, record_path
 from study_report import (
@@ -217,7 +218,7 @@ def test_the_report_has_an_answer_and_a_verdict_for_every_arm(records):
     group = conversion_group(PLAN, records)
     first = core_contrasts(group)[0]
     sentence = answer(group)
-    assert study_report.interval(first.t) in sentence and "12 seeds" in sentence
+    assert format_interval(first.t) in sentence and "12 seeds" in sentence
     assert f"**{core_verdict(core_contrasts(group))}**. What would change this answer:" in sentence
     rows = {line.split(" | ")[0].strip("| "): line for line in format_report(PLAN, records) if line.startswith("| ")}
     assert rows["gate"].endswith("| hurts |") and "6 of 6" in rows["gate"] and "rival" in rows["gate"]
@@ -233,7 +234,7 @@ def test_the_questions_of_every_seed_are_compared(records):
         found[arm].answers = {name: pack(np.array(right, bool)) for name in found[arm].answers}
     lines = study_report.format_seeds(conversion_group(plan, list(found.values())), "split", "standard")
     p = stats.binomtest(4, 12).pvalue  # 4 conditions: 8 questions that split alone answers, 4 that standard does
-    assert lines[-1] == f"| 0 | 16 | 12 | 8 | 8 | 4 | {study_report.p_text(p)} |" and len(lines) == 3
+    assert lines[-1] == f"| 0 | 16 | 12 | 8 | 8 | 4 | {format_p(p)} |" and len(lines) == 3
 
 
 def test_secondary_arms_are_one_holm_family(records):
