@@ -296,10 +296,10 @@ class Pilot(msgspec.Struct, forbid_unknown_fields=True):
 class Config:
     """The pilot of study B1. A run that is in the output already is not repeated."""
 
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(ARMS)  # architectures that are trained
     pairs: tuple[Annotated[int, Meta(ge=2, le=NUM_KEYS)], ...] = tuple(LEARNING_RATES)  # key-value pairs of a sample
-    seeds: tuple[Annotated[int, Meta(ge=0)], ...] = PILOT_SEEDS
-    output: str = "results/study/B1-pilot.json"
+    seeds: tuple[Annotated[int, Meta(ge=0)], ...] = PILOT_SEEDS  # one run each
+    output: str = "results/study/B1-pilot.json"  # file of the runs
 
 
 @one_line_errors
