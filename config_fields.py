@@ -1,4 +1,4 @@
-"""Types of the fields of config.json and what reads them; constants that the models and processors share."""
+"""Field types of config.json and the function that reads them; constants shared by models and processors."""
 
 from dataclasses import fields
 from typing import Annotated, TypeVar
@@ -21,9 +21,9 @@ Config = TypeVar("Config")
 
 
 def read_config(cls: type[Config], data: dict, name: str) -> Config:
-    """The fields of a config dataclass from a part of config.json, called `name` in messages; others are ignored.
+    """A config dataclass filled from a part of config.json, called `name` in messages; other fields are ignored.
 
-    Raises UserError for a value of another type or out of range.
+    Raises UserError for a value of the wrong type or out of range.
     """
     known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
     try:

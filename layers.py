@@ -16,7 +16,7 @@ ACTIVATIONS = {
 
 
 class Embedding(nn.Embedding):
-    """Draws no weights on the meta device, where a draw would import torch.compile, which takes most of a second."""
+    """Skips random initialisation on the meta device, where it would import torch.compile and take most of a second."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:

@@ -62,8 +62,8 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipVisionModel(nn.Module):
-    """Images [B, 3, image_size, image_size] -> patch features [B, N, C] after the last layer but one, without the class
-    token. The last layer and `post_layernorm` are stored and saved but never run."""
+    """Images [B, 3, image_size, image_size] -> patch features [B, N, C] after the second-to-last layer, without the
+    class token. The last layer and `post_layernorm` are stored and saved but never run."""
 
     def __init__(self, config: ClipVisionConfig):
         super().__init__()

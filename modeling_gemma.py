@@ -46,7 +46,7 @@ RELEASED_LEARNING_RATE, SMALL_LEARNING_RATE = 1e-4, 2e-3
 
 
 def read_rope(data: dict) -> tuple[float, float]:
-    """(theta, factor) of a text_config: `rope_parameters` of version 5, `rope_theta` and `rope_scaling` before.
+    """(theta, factor) of a text_config: `rope_parameters` in transformers 5, earlier `rope_theta` and `rope_scaling`.
 
     Raises UserError for scaling other than "linear", and for "linear" without a factor.
     """
@@ -64,7 +64,7 @@ def read_rope(data: dict) -> tuple[float, float]:
 
 @dataclass
 class GemmaConfig:
-    """Decoder of either family, `model_type` "gemma" or "gemma2". Defaults: Gemma 2B, the decoder of PaliGemma 3b."""
+    """Gemma 1 or 2 decoder (`model_type` "gemma" or "gemma2"). Defaults: Gemma 2B, the decoder of PaliGemma 3b."""
 
     model_type: str = "gemma"
     vocab_size: Size = 257216
@@ -78,15 +78,15 @@ class GemmaConfig:
     max_position_embeddings: Size = 8192
     rms_norm_eps: float = 1e-6
     rope_theta: Positive = 10000.0
-    rope_factor: Positive = 1.0  # rope_type "linear": positions are divided by it
+    rope_factor: Positive = 1.0  # rope_type "linear": positions are divided by this
     initializer_range: float = 0.02
     # Gemma 2 only
     query_pre_attn_scalar: int | float | None = None  # query scale is this ** -0.5; None means head_dim
     attn_logit_softcapping: float | None = None
-    # transformers >= 5.23 caps the final logits, 4.52 - 5.0 did not, big_vision never does in training;
-    # greedy answers do not change, losses do: None turns it off
+    # transformers >= 5.23 caps the final logits, 4.52 - 5.0 did not, big_vision never does in training.
+    # The cap changes losses but not greedy answers; None turns it off
     final_logit_softcapping: float | None = None
-    # suffix queries only, as transformers >= 5.23 (big_vision has no window): no effect below 4096 tokens
+    # for suffix queries only, as in transformers >= 5.23 (big_vision has no window); no effect below 4096 tokens
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None  # sliding_attention or full_attention; None: they alternate
 
@@ -120,9 +120,9 @@ class GemmaConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> "GemmaConfig":
-        """The text_config of any version of transformers; fields equal to the family's default may be missing.
+        """Read the text_config of any transformers version; fields at the family's default may be missing.
 
-        Raises UserError for a field that changes the function of the model in a way that is not supported.
+        Raises UserError for a field that would change the model in an unsupported way.
         """
         data = dict(data)
         is_gemma2 = data.get("model_type", "gemma") == "gemma2"
@@ -141,7 +141,7 @@ class GemmaConfig:
         return read_config(cls, data, "text_config")
 
     def window_of(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens; None: it sees every token."""
+        """Sliding window of a layer in tokens; None: full attention."""
         if self.layer_types is None:
             return self.sliding_window if layer % 2 == 0 else None
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
@@ -207,7 +207,7 @@ class PaliGemmaConfig:
         return (self.eos_token_id,)
 
     def to_dict(self) -> dict:
-        """A config.json that transformers reads."""
+        """The content of a config.json that transformers can read."""
         width = self.text_config.hidden_size
         data = dataclasses.asdict(self)
         data["image_token_index"] = data.pop("image_token_id")
@@ -300,7 +300,7 @@ class GemmaDecoderLayer(nn.Module):
 
 @cache
 def rounded(value: float, dtype: torch.dtype) -> float:
-    """The nearest number that `dtype` has."""
+    """`value` rounded to the nearest number in `dtype`."""
     return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
@@ -314,7 +314,7 @@ class GemmaModel(nn.Module):
         self.gradient_checkpointing = False
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings [B, L, C] times sqrt(C), the factor rounded to their dtype as in transformers."""
+        """Token embeddings [B, L, C] times sqrt(C), which is rounded to their dtype as in transformers."""
         x = self.embed_tokens(input_ids)
         return x * rounded(math.sqrt(self.config.hidden_size), x.dtype)
 
@@ -335,8 +335,8 @@ class PaliGemmaMultiModalProjector(nn.Module):
 
 
 class PaliGemmaModel(VisionLanguageBackbone):
-    """Of the embedded sequence only the text is scaled by sqrt(C), in `GemmaModel.embed`. Ports that divide the image
-    features by sqrt(C) multiply the whole sequence by it later, which is the same."""
+    """Only text embeddings are scaled by sqrt(C), in `GemmaModel.embed`. Ports that divide the image features by
+    sqrt(C) later multiply the whole sequence by sqrt(C), which is equivalent."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
@@ -346,7 +346,7 @@ class PaliGemmaModel(VisionLanguageBackbone):
         self.language_model = GemmaModel(config.text_config)
 
     def mask(self, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PrefixMask:
-        """Image and prompt see each other in both directions, the suffix is causal."""
+        """Image and prompt tokens attend to each other in both directions; the suffix is causal."""
         return PrefixMask.from_tensors(attention_mask, token_type_ids)
 
     def plan(

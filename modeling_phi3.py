@@ -2,8 +2,8 @@
 decoding).
 
 B batch, L sequence, H query heads, K key/value heads, D head dim, R rotated dims of a head, C hidden size, n images,
-N image tokens of an image, S side of a crop in pixels, W width of two by two CLIP features. Module names are those that
-every family has here; `checkpoint.py` maps the hub's.
+N image tokens of an image, S side of a crop in pixels, W width of 2 x 2 concatenated CLIP features. Module names are
+the same for every family here; `checkpoint.py` maps the hub's names to them.
 Sources: Phi-3 (arXiv 2404.14219), LongRoPE (2402.13753), microsoft/Phi-3.5-vision-instruct, transformers' Phi3.
 """
 
@@ -48,8 +48,8 @@ Factors = tuple[Positive, ...]
 
 # ---- configuration
 def read_rope(data: dict) -> dict[str, Any]:
-    """The rotary fields of `Phi3TextConfig` in any config.json: `rope_parameters` of version 5, before that
-    `rope_scaling` and `rope_theta`. Raises UserError for a type other than default and longrope ("su")."""
+    """The rotary fields of `Phi3TextConfig` from any config.json: `rope_parameters` in transformers 5, `rope_scaling`
+    and `rope_theta` in earlier versions. Raises UserError for a type other than default and longrope ("su")."""
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_scaling is {rope!r:.80} where an object is expected: restore the file")
@@ -79,15 +79,15 @@ class Phi3TextConfig:
     head_dim: Size | None = None  # None: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: Size = 4096
-    # longrope: longer sequences are rotated by the long factors
+    # longrope: sequences longer than this are rotated with the long factors
     original_max_position_embeddings: Annotated[int, msgspec.Meta(ge=2, le=1 << 31)] = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: Positive = 10000.0
-    partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # share of a head that is rotated
+    partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # fraction of the head dims that is rotated
     short_factor: Factors | None = None  # longrope: divisors of the R / 2 rotary frequencies; None: default rotary
     long_factor: Factors | None = None
-    attention_factor: float | None = None  # longrope: of cos and sin; None: from the two lengths
-    factor: Positive | None = None  # longrope: of the lengths; None: their ratio
+    attention_factor: float | None = None  # longrope: multiplies cos and sin; None: computed from the length ratio
+    factor: Positive | None = None  # longrope: length ratio; None: the ratio of the two length fields above
     sliding_window: Size | None = None  # tokens that a query sees
     initializer_range: float = 0.02
 
@@ -112,9 +112,9 @@ class Phi3TextConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Phi3TextConfig":
-        """The decoder's fields of a config.json of any version of transformers.
+        """Read the decoder's fields from a config.json of any transformers version.
 
-        Raises UserError for a field that changes the function of the model in a way that is not supported.
+        Raises UserError for a field that would change the model in an unsupported way.
         """
         for name in ("attention_bias", "attention_dropout", "resid_pdrop", "embd_pdrop"):
             if data.get(name):
@@ -125,17 +125,17 @@ class Phi3TextConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """R: the first dims of a head, which are rotated."""
+        """R: number of leading dims of a head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def short_rope_limit(self) -> int | None:
-        """Longest sequence that is rotated by the short factors; None where rotary angles do not depend on it."""
+        """Longest sequence that is rotated with the short factors; None if rotary angles do not depend on length."""
         return None if self.short_factor is None else self.original_max_position_embeddings
 
     @property
     def window(self) -> int | None:
-        """Sliding window in tokens; None where it is beyond every position, as in the released models."""
+        """Sliding window in tokens; None if it covers every position, as in the released models."""
         window = self.sliding_window
         return None if window is None or window >= self.max_position_embeddings else window
 
@@ -158,9 +158,9 @@ class Phi3TextConfig:
 class Phi3Config:
     """A decoder alone (`model_type` "phi3") or with images ("phi3_v", which has a `vision_config`).
 
-    config.json is flat, as on the hub; `auto_map` in it is ignored, since the code here is all that runs. It may also
-    have fields that the hub's lacks: `vision_config` for another tower than the released one, `image_token_id`,
-    `chat_start`, `chat_end` and `learning_rate`.
+    config.json is flat, as on the hub; its `auto_map` is ignored, since only the code here runs. It may have fields
+    that the hub's file lacks: `vision_config` for a tower other than the released one, `image_token_id`, `chat_start`,
+    `chat_end` and `learning_rate`.
     """
 
     text_config: Phi3TextConfig = field(default_factory=Phi3TextConfig)
@@ -169,12 +169,12 @@ class Phi3Config:
     image_token_id: TokenId = IMAGE_TOKEN_ID
     pad_token_id: TokenId = PAD_TOKEN_ID
     bos_token_id: TokenId | None = 1
-    # each ends an answer; the first is learned in training
+    # any of them ends an answer; training answers end with the first
     stop_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1)] = PHI_STOP_IDS
-    chat_start: str = "<|user|>\n"  # around a prompt
+    chat_start: str = "<|user|>\n"  # chat_start and chat_end enclose a prompt
     chat_end: str = "<|end|>\n<|assistant|>\n"
     tie_word_embeddings: bool = False
-    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=10)] = LEARNING_RATE  # of fine-tuning, by default
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=10)] = LEARNING_RATE  # default for fine-tuning
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "Phi3Config":
@@ -201,7 +201,7 @@ class Phi3Config:
         return read_config(cls, top, "config.json")
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json in the hub's layout; transformers reads that of a decoder alone."""
+        """The content of a config.json in the hub's layout; transformers can read it for a decoder alone."""
         names = ("pad_token_id", "bos_token_id", "tie_word_embeddings", "chat_start", "chat_end", "learning_rate")
         data = self.text_config.to_dict() | {name: getattr(self, name) for name in names}
         data |= {"model_type": self.model_type, "eos_token_id": list(self.stop_ids)}
@@ -218,7 +218,7 @@ class Phi3Config:
 
 
 def read_vision_config(data: dict) -> ClipVisionConfig:
-    """The CLIP tower of a config.json; the released ones only name it. Raises UserError for another tower."""
+    """The CLIP tower in a config.json; released files only name it. Raises UserError for another tower."""
     given = data.get("vision_config") or {}
     if not isinstance(given, dict):
         raise UserError(f"vision_config is {given!r:.80} where an object is expected: restore the file")
@@ -245,9 +245,9 @@ class Phi3RMSNorm(nn.Module):
 def rotary_tables(config: Phi3TextConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
     """cos and sin [B, 1, L, R] of 0-based positions [B, L]; angles in float32, tables in `dtype`.
 
-    LongRoPE divides the frequencies by one factor each: by the long ones in a row whose last position is at or beyond
-    `original_max_position_embeddings`, by the short ones in other rows. transformers chooses once for a whole batch,
-    by its longest row; here a row has the same logits in a batch and alone.
+    LongRoPE divides each frequency by its own factor: a long factor in rows whose last position is at or beyond
+    `original_max_position_embeddings`, a short factor in other rows. transformers chooses once per batch, by the
+    longest row; here each row chooses for itself and has the same logits in a batch and alone.
     """
     exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=positions.device).float()
     exponent = exponent / config.rotary_dim
@@ -266,14 +266,14 @@ def rotary_tables(config: Phi3TextConfig, positions: Tensor, dtype: torch.dtype)
 
 @cache
 def rope_factors(short: tuple[float, ...], long: tuple[float, ...], device: torch.device) -> Tensor:
-    """LongRoPE's factors [2, R / 2] on a device, where they are copied once: a copy in every forward pass would make
-    the CPU wait, and could not be captured in a CUDA graph."""
+    """LongRoPE's factors [2, R / 2] on a device, copied there once: a copy in every forward pass would block the CPU
+    and could not be captured in a CUDA graph."""
     with torch.inference_mode(False):  # the first call may be an evaluation, the next one training
         return torch.tensor((short, long), device=device)
 
 
 def attention_factor(config: Phi3TextConfig) -> float:
-    """What LongRoPE multiplies cos and sin by, for short and long factors alike."""
+    """LongRoPE's multiplier of cos and sin, the same for short and long factors."""
     if config.attention_factor is not None:
         return config.attention_factor
     original = config.original_max_position_embeddings
@@ -282,7 +282,7 @@ def attention_factor(config: Phi3TextConfig) -> float:
 
 
 def rotate_first_dims(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rotary` on the first R dims of x [B, heads, L, D]; the other dims pass. Tables [B, 1, S, R]."""
+    """`apply_rotary` on the first R dims of x [B, heads, L, D]; the other dims are unchanged. Tables [B, 1, S, R]."""
     width = cos.shape[-1]
     if width == x.shape[-1]:
         return apply_rotary(x, cos, sin)
@@ -311,7 +311,7 @@ class Phi3Attention(DecoderAttention):
 
 
 class Phi3MLP(nn.Module):
-    """Gate and up projection are one matrix: the rows of the gate first."""
+    """Gate and up projections are one matrix, with the rows of the gate first."""
 
     def __init__(self, config: Phi3TextConfig):
         super().__init__()
@@ -359,8 +359,8 @@ class Phi3Decoder(nn.Module):
     ) -> Tensor:
         """Embeddings x [B, L, C] at positions [B, L] -> hidden states, see `run_layers`.
 
-        Raises UserError for several tokens that cross `short_rope_limit` while the cache has keys of the other side;
-        of single tokens `generate` knows where they end, and no step waits for the device.
+        Raises UserError if several tokens cross `short_rope_limit` and the cache has keys from before it. Single tokens
+        are not checked: `generate` handles the crossing, and a check would sync with the device in every step.
         """
         limit = self.config.short_rope_limit
         continues = limit is not None and cache is not None and cache.length > 0 and x.shape[1] > 1
@@ -371,10 +371,10 @@ class Phi3Decoder(nn.Module):
 
 # ---- images
 class Phi3Projector(nn.Module):
-    """CLIP features of crops to image tokens.
+    """Turns the CLIP features of crops into image tokens.
 
-    The crops of an image are laid out as one grid, then comes the global view. After each line of tokens stands the
-    learned `sub_GN`, between grid and global view `glb_GN`; an MLP projects all of them to the decoder's width.
+    The crops of an image are laid out as one grid, followed by the global view. The learned `sub_GN` ends each line of
+    tokens, `glb_GN` separates grid and global view; an MLP projects all of them to the decoder's width.
     """
 
     def __init__(self, config: Phi3Config):
@@ -388,7 +388,7 @@ class Phi3Projector(nn.Module):
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         """Image tokens [N, C] of each image.
 
-        features [crops of all images, patches, width of CLIP]: of every image the global view, then its crops row by
+        features [crops of all images, patches, width of CLIP]: for each image the global view, then its crops row by
         row; grids: rows and columns of crops of each image.
         """
         rows = []
@@ -404,8 +404,8 @@ class Phi3Projector(nn.Module):
 
 
 def merge_neighbours(crops: Tensor, height: int, width: int) -> Tensor:
-    """Features of height x width crops [crops, patches, E], row by row, as one grid of MERGE x MERGE neighbours
-    concatenated (row, column, channel): [lines, columns, MERGE^2 E]."""
+    """Merge the features of height x width crops [crops, patches, E], row by row, into one grid [lines, columns,
+    MERGE^2 E], in which MERGE x MERGE neighbours are concatenated in the order (row, column, channel)."""
     side = math.isqrt(crops.shape[1]) // MERGE
     grid = crops.unflatten(1, (side, MERGE, side, MERGE)).unflatten(0, (height, width))
     return grid.permute(0, 2, 1, 4, 3, 5, 6).flatten(4).flatten(2, 3).flatten(0, 1)
@@ -413,7 +413,7 @@ def merge_neighbours(crops: Tensor, height: int, width: int) -> Tensor:
 
 # ---- models
 class Phi3Model(VisionLanguageBackbone):
-    """The decoder with or without a tower. Everything is causal, images included."""
+    """The decoder with or without a vision tower. Attention is causal everywhere, also between image tokens."""
 
     def __init__(self, config: Phi3Config):
         super().__init__()
@@ -425,25 +425,26 @@ class Phi3Model(VisionLanguageBackbone):
         self.language_model = Phi3Decoder(config.text_config)
 
     def mask(self, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> PrefixMask:
-        """A causal mask: a prefix-LM mask with an empty prefix, whatever the token types are."""
+        """A causal mask: a prefix-LM mask with an empty prefix; token types are ignored."""
         return PrefixMask.from_tensors(attention_mask, attention_mask)
 
     def positions(self, attention_mask: Tensor) -> Tensor:
-        """0-based positions [B, L] that count tokens, not pads; `short_rope_limit` is a number of tokens."""
+        """0-based positions [B, L] that count tokens but not pads, as `short_rope_limit` does."""
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
     def encode_images(self, pixel_values: Tensor, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
-        """Image tokens [N, C] of each image of pixel_values [n, crops, 3, S, S] (the global view, crops row by row,
-        unused ones), whose crops make these `grids`. Raises UserError for grids that do not fit the pixels."""
+        """Image tokens [N, C] of each image in pixel_values [n, crops, 3, S, S] (the global view, crops row by row,
+        unused crops); `grids`: rows and columns of these crops. Raises UserError for grids that do not fit the pixels.
+        """
         if len(grids) != len(pixel_values) or any(not 1 <= h * w < pixel_values.shape[1] for h, w in grids):
             raise UserError("image_sizes do not fit pixel_values: pass both as the processor returns them")
         crops = torch.cat([image[: 1 + h * w] for image, (h, w) in zip(pixel_values, grids, strict=True)])
         return self.multi_modal_projector(self.vision_tower(crops), grids)
 
     def crop_grids(self, image_sizes: Tensor | None) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of the crops of each image, of image_sizes [n, 2]: height and width in pixels of its grid.
+        """Rows and columns of the crops of each image, from image_sizes [n, 2]: height and width of its grid in pixels.
 
-        Raises UserError for images of a decoder alone.
+        Raises UserError if a decoder alone is given images.
         """
         if image_sizes is None:
             return ()

@@ -89,7 +89,7 @@ class SiglipAttention(nn.Module):
 
 
 def no_rotation(t: Tensor) -> Tensor:
-    """SigLIP has learned positions and no rotary embedding."""
+    """The identity: SigLIP has learned positions and no rotary embedding."""
     return t
 
 
@@ -121,7 +121,7 @@ class SiglipEncoder(nn.Module):
     def __init__(self, config: SiglipVisionConfig, num_layers_run: int | None = None):
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.num_layers_run = num_layers_run or len(self.layers)  # CLIP stores one more, which never runs
+        self.num_layers_run = num_layers_run or len(self.layers)  # CLIP stores one more layer, which never runs
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:

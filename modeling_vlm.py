@@ -1,5 +1,5 @@
-"""What every vision-language model here shares: loading and saving, embedding of images, forward pass, loss, KV cache
-and generation. A family brings its decoder and tower, its mask and its positions.
+"""Code shared by all vision-language models here: loading and saving, embedding of images, forward pass, loss, KV cache
+and generation. Each family supplies its decoder, vision tower, mask and positions.
 
 B batch, L sequence, K key/value heads, D head dim, C hidden size, n images, N image tokens per image, V vocabulary.
 """
@@ -33,9 +33,9 @@ Config = TypeVar("Config")
 
 
 def read_model_config(config_class: type[Config], path_or_hub_id: str | Path) -> Config:
-    """The configuration in `config.json` of a model folder, run folder or hub id, by `config_class.from_dict`.
+    """The configuration in `config.json` of a model folder, run folder or hub id, read by `config_class.from_dict`.
 
-    Raises UserError, with the name of the file, for what that refuses.
+    Raises UserError, with the file name, for anything that `from_dict` refuses.
     """
     file = locate(resolve_run(path_or_hub_id)[0]) / "config.json"
     data = read_json(file)
@@ -47,8 +47,8 @@ def read_model_config(config_class: type[Config], path_or_hub_id: str | Path) ->
 
 # ---- the KV cache and decoding, token by token
 class KVCache:
-    """Rotated keys and values of every layer, allocated once: [B, K, max_length, D] each, with more key heads where the
-    second map of a layer has keys of its own."""
+    """Rotated keys and values of every layer, allocated once: [B, K, max_length, D] each, with more key heads in layers
+    whose second map has its own keys."""
 
     def __init__(self, decoder: nn.Module, batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str):
         shapes = [layer.self_attn.shape for layer in decoder.layers]
@@ -67,13 +67,13 @@ class KVCache:
         self.restart()
 
     def restart(self):
-        """Forget all tokens and grow from the first one again."""
+        """Empty the cache, which then grows from the first position again."""
         self.length = 0  # tokens in the cache of every layer; the decoder advances it after its last layer
         self.cache_position: Tensor | None = None  # [1], see `make_static`
 
     def make_static(self, cache_position: Tensor):
         """Switch to static shapes for a CUDA graph: from now on write one token at a time at position `cache_position`
-        [1] and return the whole buffers. `zero_unwritten` comes first: what is masked must be finite."""
+        [1] and return the whole buffers. Call `zero_unwritten` first: masked entries must be finite."""
         self.cache_position = cache_position
 
     def zero_unwritten(self):
@@ -82,7 +82,7 @@ class KVCache:
             t[:, :, self.length :] = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [B, K, L, D] to a layer's cache, in its dtype; returns all its keys and values up to here."""
+        """Append k, v [B, K, L, D] to a layer's cache, in its dtype; returns all its keys and values so far."""
         keys, values = self.keys[layer], self.values[layer]
         if self.cache_position is not None:
             at = self.cache_position
@@ -94,14 +94,14 @@ class KVCache:
 
 
 class StepDecoder:
-    """The logits [B, V] of one token after another, on a cache that grows."""
+    """Decodes token by token on a growing cache; each call returns logits [B, V]."""
 
     def __init__(self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor):
-        """`mask` and `positions` [B, L] are those of the prompts, which are in the cache."""
+        """`mask` and `positions` [B, L] are those of the prompts, which are already in the cache."""
         self.model, self.cache, self.mask, self.positions = model, cache, mask, positions[:, -1:]
 
     def __call__(self, token: Tensor) -> Tensor:
-        """Logits after one more token [B] of every row."""
+        """Logits after one more token [B] per row."""
         self.positions, self.mask = self.positions + 1, self.mask.extend_by_one()
         return self.run(token)
 
@@ -112,8 +112,8 @@ class StepDecoder:
 
 
 class StaticStepDecoder(StepDecoder):
-    """Decodes on tensors of fixed shape and address: on CUDA a graph captured at the first token is replayed for the
-    others. Nothing in it waits for the device."""
+    """Decodes on tensors of fixed shape and address: on CUDA, a graph captured at the first token is replayed for the
+    others. A step never synchronises with the device."""
 
     def __init__(self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor):
         super().__init__(model, cache, mask, positions)
@@ -125,12 +125,12 @@ class StaticStepDecoder(StepDecoder):
         self.graph, self.logits, self.lora_factors = None, None, []
 
     def restart(self, mask: PrefixMask, positions: Tensor):
-        """Go on from other prompts, which are in the cache, with the same graph."""
+        """Continue other prompts, which are already in the cache, with the same graph."""
         self.start.copy_(mask.start)
         self.positions.copy_(positions[:, -1:])
         self.cache_position.fill_(self.cache.length - 1)
         self.cache.make_static(self.cache_position)
-        if self.lora_factors:  # the graph reads the tensors that `cast_lora` had made when it was captured
+        if self.lora_factors:  # the graph reads the tensors that `cast_lora` had made before the capture
             torch._foreach_copy_(self.lora_factors, cast_factors(self.model))
 
     def __call__(self, token: Tensor) -> Tensor:
@@ -146,10 +146,10 @@ class StaticStepDecoder(StepDecoder):
         return self.logits
 
     def capture(self):
-        """Record the graph, whose first run also gives the logits of this token: writing a position twice changes
-        nothing."""
+        """Record the graph. Its first replay also gives the logits of this token, since writing a position twice is
+        harmless."""
         caches_casts = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # its casts end with the block of autocast, the graph may not
+        torch.set_autocast_cache_enabled(False)  # its casts end with the autocast block, the graph may live on
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -170,11 +170,11 @@ class StaticStepDecoder(StepDecoder):
 
 
 class GraphCache:
-    """Keeps the KV cache and the CUDA graph of one call of `generate` for the next, which replays the graph where it
-    has as many rows and, rounded up to LENGTH_STEP, the same length. On a CPU nothing is kept.
+    """Keeps the KV cache and the CUDA graph of one `generate` call for the next, which replays the graph if it has the
+    same number of rows and the same length, rounded up to a multiple of LENGTH_STEP. On a CPU nothing is kept.
 
-    It belongs to one model, whose weights may take other values in place. Make a new one after anything else about the
-    model has changed: an adapter was added, merged or switched, lambda was set to 0, or the model was moved.
+    It belongs to one model, whose weights may be updated in place. Make a new one after any other change to the model:
+    an adapter was added, merged or switched, lambda was set to 0, or the model was moved.
     """
 
     LENGTH_STEP = 64
@@ -183,8 +183,8 @@ class GraphCache:
         self.key, self.cache, self.decoder = None, None, None
 
     def empty_cache(self, model: "VisionLanguageModel", rows: int, length: int, like: Tensor) -> KVCache:
-        """An empty KV cache for `rows` of at most `length` tokens, in the dtype and on the device of `like`: the one
-        that was kept, if it fits."""
+        """An empty KV cache for `rows` rows of at most `length` tokens, in the dtype and on the device of `like`: the
+        kept one if it fits."""
         length = math.ceil(length / self.LENGTH_STEP) * self.LENGTH_STEP
         kind = like.device.type
         casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -196,7 +196,7 @@ class GraphCache:
         return self.cache
 
     def step_decoder(self, model: "VisionLanguageModel", mask: PrefixMask, positions: Tensor) -> StaticStepDecoder:
-        """The decoder of prompts that are in the cache."""
+        """The decoder for prompts that are already in the cache."""
         if self.decoder is None:
             self.decoder = StaticStepDecoder(model, self.cache, mask, positions)
         else:
@@ -205,8 +205,8 @@ class GraphCache:
 
 
 class LongRopeStepDecoder(StepDecoder):
-    """Decodes with longrope: when a row reaches `limit` positions its frequencies change from its first token on, so
-    the whole sequence is run again."""
+    """Decodes with longrope: when a row reaches `limit` positions, the frequencies of all its tokens change, so the
+    whole sequence is run again."""
 
     def __init__(
         self, model: "VisionLanguageModel", cache: KVCache, mask: PrefixMask, positions: Tensor, x: Tensor, limit: int
@@ -225,14 +225,14 @@ class LongRopeStepDecoder(StepDecoder):
 
 
 def choose_step_decoder(device: str) -> type[StepDecoder]:
-    """How tokens are decoded on a type of device: on a GPU launches take longer than the work of a step."""
+    """The step decoder for a device type: static on a GPU, where launching kernels takes longer than running them."""
     return StepDecoder if device == "cpu" else StaticStepDecoder
 
 
-# ---- decoders: the place where standard attention becomes differential
+# ---- decoders: where standard attention becomes differential
 class DecoderAttention(nn.Module):
-    """The attention of a decoder layer. A family makes its projections, `o_proj` among them, sets `scale` and where it
-    has them `softcap` and `window`, and implements `project`; `apply_rotary` is its rotary embedding of whole heads."""
+    """The attention of a decoder layer. A family creates its projections, including `o_proj`, sets `scale` and, if it
+    has them, `softcap` and `window`, and implements `project`. `apply_rotary` rotates whole heads."""
 
     softcap: float | None = None
     window: int | None = None
@@ -250,8 +250,8 @@ class DecoderAttention(nn.Module):
     def attention_inputs(
         self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor], Attend]:
-        """(q, k, v, rotate, attend) of x [B, L, C]: q [B, H, L or keep_last, D], k and v [B, K, S, D], rotated, keys
-        and values from the cache."""
+        """(q, k, v, rotate, attend) of x [B, L, C]: q [B, H, L or keep_last, D] and k [B, K, S, D], both rotated, and v
+        [B, K, S, D]; keys and values include those in the cache."""
         q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for t in self.project(x))
         if keep_last is not None:
             q = q[:, :, -keep_last:]
@@ -271,7 +271,7 @@ class DecoderAttention(nn.Module):
         q, k, v, rotate, attend = self.attention_inputs(x, rotary, mask, cache, keep_last)
         if self.differential is None:
             out = attend(q, k, v)
-        else:  # a second map, and lambda between the two
+        else:  # a second map, weighted by lambda
             out = self.differential(x, q, k, v, rotate, attend)
         return apply_linears(out.transpose(1, 2).flatten(2), self.o_proj)[0]
 
@@ -280,7 +280,7 @@ def run_layers(
     decoder: nn.Module, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None
 ) -> Tensor:
     """Embeddings x [B, L, C] -> hidden states after the last norm [B, L, C], or the last `keep_last` of them (None:
-    all): the last layer needs keys and values of every position, but queries and MLP only of those."""
+    all). The last layer needs keys and values of every position, but queries and MLP only for those it returns."""
     length = x.shape[1]
     for layer in decoder.layers:
         arguments = x, rotary, mask, cache, keep_last if layer is decoder.layers[-1] else None
@@ -298,10 +298,10 @@ class BatchPlan:
     that the forward pass never synchronises with the device."""
 
     mask: PrefixMask
-    tokens: int  # of all rows, without pads
+    tokens: int  # number of tokens in the batch, without pads
     image_tokens: int
-    label_positions: int = 0  # at the end of the rows: how many are needed to predict the labels
-    predictors: Tensor | None = None  # [n], indices into the flattened [B, label_positions] that predict a label
+    label_positions: int = 0  # number of last positions of each row needed to predict the labels
+    predictors: Tensor | None = None  # [n], positions that predict a label: indices into flattened [B, label_positions]
     labels: Tensor | None = None  # [n]
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of the crops of each image, where images have crops
 
@@ -310,7 +310,7 @@ class BatchPlan:
         return 0 if self.labels is None else len(self.labels)
 
     def to(self, device: torch.device | str) -> "BatchPlan":
-        """The plan with its tensors on `device`; the CPU is not made to wait."""
+        """The plan with its tensors on `device`; the copy does not block the CPU."""
         mask, predictors, labels = self.mask.to(device), self.predictors, self.labels
         if labels is not None:
             predictors, labels = torch.stack((predictors, labels)).to(device, non_blocking=True)
@@ -338,8 +338,8 @@ class VisionLanguageBackbone(nn.Module):
         image_sizes: Tensor | None = None,
         **_: Tensor,
     ) -> BatchPlan:
-        """The plan of a batch, arguments as in `VisionLanguageModel.forward`; of tensors on a CPU it makes no device
-        wait."""
+        """The plan of a batch; arguments as in `VisionLanguageModel.forward`. For CPU tensors it never syncs with a
+        device."""
         mask, tokens = self.mask(attention_mask, token_type_ids), int(attention_mask.sum())
         image_tokens = int((input_ids == self.config.image_token_id).sum())
         plan = BatchPlan(mask, tokens, image_tokens, grids=self.crop_grids(image_sizes))
@@ -366,7 +366,7 @@ class VisionLanguageBackbone(nn.Module):
         """Images [n, 3, S, S] -> projected patch features [n, N, C]; the pixels are cast to the dtype of the tower.
         Families whose images have crops need `image_sizes`, or the `grids` of the batch's plan.
 
-        A frozen tower runs without autocast, whose casts to float32 would only cost time: its features are those of
+        A frozen tower runs without autocast, whose casts to float32 would only cost time; its features equal those in
         generation. Raises UserError for a decoder alone.
         """
         if self.vision_tower is None:
@@ -377,12 +377,12 @@ class VisionLanguageBackbone(nn.Module):
             return self.encode_images(pixel_values.to(self.vision_tower.dtype), grids or self.crop_grids(image_sizes))
 
     def encode_images(self, pixel_values: Tensor, grids: tuple[tuple[int, int], ...]) -> ImageFeatures:
-        """`image_features` of pixels in the dtype of the tower."""
+        """`image_features` of pixels that already have the dtype of the tower."""
         return self.multi_modal_projector(self.vision_tower(pixel_values))
 
     def zero_of_trained_parts(self) -> Tensor | float:
-        """0, computed from every parameter of tower and projector that trains: without images they get a gradient of
-        zeros instead of none, for which DistributedDataParallel would wait."""
+        """0, computed from every trainable parameter of tower and projector: without images their gradients are zero
+        instead of missing, and DistributedDataParallel would wait for missing ones."""
         parts = [part for part in (self.vision_tower, self.multi_modal_projector) if part is not None]
         return sum(0 * p.flatten()[0] for part in parts for p in part.parameters() if p.requires_grad)
 
@@ -391,10 +391,10 @@ class VisionLanguageBackbone(nn.Module):
         return input_ids == self.config.image_token_id
 
     def embed(self, input_ids: Tensor, image_features: ImageFeatures | None, tokens: int | None = None) -> Tensor:
-        """Embeddings [B, L, C] of the tokens, with the image features at the `<image>` tokens, in order, of which there
-        are `tokens`; None: they are counted.
+        """Embeddings [B, L, C] of the tokens, with the image features placed in order at the `<image>` tokens.
+        `tokens`: the number of `<image>` tokens; None: count them.
 
-        Raises UserError where the numbers of `<image>` tokens and of features differ.
+        Raises UserError if the numbers of `<image>` tokens and of features differ.
         """
         is_image = input_ids == self.config.image_token_id
         x = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # the id of <image> may be outside the table
@@ -481,9 +481,9 @@ class VisionLanguageModel(nn.Module):
     ) -> "VisionLanguageModel":
         """Load a hub id, a model folder, or a run folder (its base model with its LoRA adapter).
 
-        A folder with differential attention brings its own configuration; elsewhere `differential` (a
-        DifferentialConfig or a preset's name) adds it at its initial values, in float32 whatever `dtype` is. The model
-        is built on the meta device and filled from memory-mapped safetensors: there is no second copy of the weights.
+        A folder with differential attention brings its own configuration; for other folders `differential` (a
+        DifferentialConfig or a preset's name) adds it at its initial values, always in float32. The model is built on
+        the meta device and filled from memory-mapped safetensors, without a second copy of the weights.
         Raises UserError, one line with file and key, for anything that does not fit, and for float16.
         """
         if dtype == torch.float16:
@@ -508,11 +508,11 @@ class VisionLanguageModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and safetensors. transformers loads a standard model back with equal logits.
+        """Write config.json and safetensors. transformers loads a saved standard model with equal logits.
 
-        Differential attention is saved in a file of its own, with a model_type and names of the weight files that make
+        Differential attention is saved in a separate file, with a model_type and weight file names that make
         transformers refuse the folder instead of loading it as a standard model. Raises UserError for a model with an
-        adapter or 4-bit weights, whose folder nothing could load.
+        adapter or 4-bit weights, since nothing could load the folder.
         """
         state = self.state_dict()
         if any(".lora_" in name or ".base_layer." in name or ".modules_to_save." in name for name in state):
@@ -545,12 +545,12 @@ class VisionLanguageModel(nn.Module):
         """`logits` or `loss` of a batch.
 
         input_ids, attention_mask (1 token, 0 pad; None: no pads), token_type_ids (1 suffix; None: all prefix, which
-        PaliGemma refuses beside labels), labels (-100: no loss): [B, L]; pixel_values and image_sizes: the images of
-        all prompts in order, as the processor returns them, or instead their image_features. Without labels: logits
+        PaliGemma refuses with labels), labels (-100: no loss): [B, L]; pixel_values and image_sizes: the images of
+        all prompts in order, as the processor returns them, or their image_features instead. Without labels: logits
         [B, L, V], or of the last `logits_to_keep` positions. With labels: the loss, the float32 mean over all label
-        tokens of the batch, for which the head runs on their positions only; logits only if `logits_to_keep` is given.
-        `plan`: what `model.plan` returns for the batch; without it it is made now, and the CPU waits for a device that
-        holds the tensors. Raises UserError for `logits_to_keep` below 1.
+        tokens of the batch (the head runs on their positions only); logits only if `logits_to_keep` is given.
+        `plan`: what `model.plan` returns for the batch; None: the plan is computed here, which blocks the CPU if the
+        tensors are on a GPU. Raises UserError for `logits_to_keep` below 1.
         """
         if logits_to_keep is not None and logits_to_keep < 1:
             raise UserError(f"logits_to_keep {logits_to_keep}: must be at least 1, or None for all positions")
@@ -604,9 +604,9 @@ class VisionLanguageModel(nn.Module):
         """Continue prompts [B, L], padded on the left -> ids [B, L + new], with pad tokens after the eos of a row.
 
         Greedy at temperature 0, otherwise sampled from the smallest set of tokens whose probability reaches `top_p`.
-        Stops when every row has its eos. `token_type_ids` is accepted for `model.generate(**batch)`: a prompt is all
-        prefix. `plan` as in `forward`; `graphs`: of several calls on a GPU, which then share a CUDA graph. Raises
-        UserError for what `check_prompts` refuses, a negative temperature, and NaN logits.
+        Stops when every row has its eos. `token_type_ids` is accepted so that `model.generate(**batch)` works, but
+        must not mark a suffix. `plan` as in `forward`; calls on a GPU with the same `graphs` share its CUDA graph.
+        Raises UserError for prompts that `check_prompts` refuses, a negative temperature, and NaN logits.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         length = input_ids.shape[1] + max_new_tokens
@@ -640,13 +640,13 @@ class VisionLanguageModel(nn.Module):
         choose: Callable[[Tensor], Tensor],
         graphs: GraphCache | None,
     ) -> list[Tensor]:
-        """New tokens [B], one after another, of embedded prompts x [B, L, C] at positions [B, L]; the cache is empty,
-        and with `graphs` it is theirs.
+        """The list of new tokens [B] that continue embedded prompts x [B, L, C] at positions [B, L]. The cache is
+        empty; with `graphs`, it comes from `graphs.empty_cache`.
 
-        `choose(logits)` gives the next tokens [B] of logits [B, V]. Raises UserError for NaN logits.
+        `choose(logits)` picks the next tokens [B] from logits [B, V]. Raises UserError for NaN logits.
         """
         logits = self.head(self.model.language_model(x, positions, mask, cache, keep_last=1)[:, -1])
-        if bool(logits.isnan().any()):  # memory-mapped weights are not read when they are loaded
+        if bool(logits.isnan().any()):  # memory-mapped weights are not checked when they are loaded
             raise UserError(f"{getattr(self, 'name_or_path', 'the model')}: gives NaN: its weights are damaged")
         limit, last = getattr(self.config.text_config, "short_rope_limit", None), positions[:, -1]
         if limit is not None and bool(((last < limit) & (last + max_new_tokens > limit)).any()):
@@ -669,7 +669,7 @@ class VisionLanguageModel(nn.Module):
 
 def check_prompts(attention_mask: Tensor, token_type_ids: Tensor | None, length: int, limit: int) -> None:
     """Raise UserError for prompts that `generate` cannot continue: a row that ends in a pad, a suffix, or a `length`
-    with the answer beyond the model's `limit` of positions."""
+    (prompt and answer) above the model's `limit` of positions."""
     if not bool(attention_mask[:, -1].all()):
         raise UserError("generate needs prompts padded on the left, but the last token of a row is a pad")
     if token_type_ids is not None and bool(token_type_ids.any()):
@@ -679,7 +679,7 @@ def check_prompts(attention_mask: Tensor, token_type_ids: Tensor | None, length:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Next tokens [B] of logits [B, V]; nucleus sampling (Holtzman et al., arXiv 1904.09751), greedy at temperature
+    """Next tokens [B] from logits [B, V]; nucleus sampling (Holtzman et al., arXiv 1904.09751), greedy at temperature
     0."""
     if temperature == 0:
         return logits.argmax(-1)

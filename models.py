@@ -1,4 +1,4 @@
-"""From the `model_type` of config.json to the classes of a family."""
+"""Maps the `model_type` of config.json to the classes of a model family."""
 
 from pathlib import Path
 
