@@ -1,4 +1,4 @@
-"""Attention: the prefix-LM mask, the explicit references, SDPA, and the choice of the path.
+"""Attention: the prefix-LM mask, the reference formulas, torch's kernels, and the choice between them.
 
 B batch, L queries, S keys, H query heads, K key/value heads, D head dim, Dv value head dim, R second queries (H, or
 fewer, each shared by H / R heads).
@@ -30,14 +30,14 @@ if TYPE_CHECKING:  # takes a second
     from torch.nn.attention.flex_attention import BlockMask
 
 # Up to this many keys, forward + backward of differential attention on a CPU is faster with explicit maps than with
-# SDPA; above it the maps take too much memory. (With shared keys in bfloat16 SDPA already wins below it.) Standard
-# attention takes the same path although SDPA would be up to a third faster: the arms must start bit-equal. Measured by
-# benchmarks/attention_paths.py.
+# SDPA; above it the maps take too much memory. (With shared keys in bfloat16, SDPA is faster even below it.)
+# Standard attention takes the same path although SDPA would be up to a third faster, because the arms must start
+# bit-equal. Measured by benchmarks/attention_paths.py.
 EXPLICIT_MAX_KEYS = 512
 FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: multiples of the step
-FLASH_CAPABILITY = (8, 0)  # CUDA's compute capability of Ampere: older cards have no flash attention
-SMALL_SHARED_MEMORY = 160 << 10  # bytes a block may use on cards that need smaller tiles (sm86, sm89, sm12x: 99 KB)
-FLEX_LARGE_DIM, SMALL_TILE = 128, 32  # head dims above the first need these tiles there
+FLASH_CAPABILITY = (8, 0)  # compute capability of Ampere: older GPUs have no flash attention
+SMALL_SHARED_MEMORY = 160 << 10  # GPUs with up to these bytes per block need smaller tiles (sm86, sm89, sm12x: 99 KB)
+FLEX_LARGE_DIM, SMALL_TILE = 128, 32  # on these GPUs, head dims above the first need tiles of the second
 
 
 def is_visible(q: Tensor, k: Tensor, start: Tensor, prefix_end: Tensor, end: Tensor, window: int | None) -> Tensor:
@@ -79,9 +79,9 @@ class PrefixMask:
 
     @classmethod
     def from_tensors(cls, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> "PrefixMask":
-        """The mask of `attention_mask` [B, L] (1 token, 0 pad) and `token_type_ids` [B, L] (1 suffix).
+        """The mask for `attention_mask` [B, L] (1 token, 0 pad) and `token_type_ids` [B, L] (1 suffix).
 
-        Raises UserError for a batch without rows, and for a row that is not pads, prefix, suffix, pads without gaps.
+        Raises UserError for an empty batch, and for a row other than pads, prefix, suffix, pads without gaps.
         """
         if not attention_mask.numel():
             raise UserError(f"attention_mask of shape {tuple(attention_mask.shape)} is empty: give at least one token")
@@ -111,7 +111,7 @@ class PrefixMask:
         With a `window`, a suffix query sees the last `window` keys only. Keys past `end` count as tokens once `keys`
         is longer than the prompt: they were generated.
         """
-        key = queries == keys, window  # without lengths: torch.compile would specialise on them and recompile
+        key = queries == keys, window  # no lengths in the key: torch.compile would specialise on them and recompile
         if key not in self._dense or self._dense[key].shape[-2:] != (queries, keys):
             self._dense[key] = self.block((keys - queries, keys), (0, keys), window)
         return self._dense[key]
@@ -129,18 +129,18 @@ class PrefixMask:
         (low, start), (prefix_end, longest_prefix), (_, end) = self.spans
         high = min(end, last if first >= longest_prefix else max(last, longest_prefix))
         low = min(low, keys - 1)
-        high = max(high, low + 1)  # a batch of pads
+        high = max(high, low + 1)  # a batch of pads only
         return low, high, low == start and last <= prefix_end == high
 
     def extend_by_one(self) -> "PrefixMask":
-        """The mask with one more suffix token in every row, for the one query of a decoding step, which still sees all
-        keys where `sees_all`; rows must be padded on the left."""
+        """The mask with one more suffix token per row, for the single query of a decoding step. With `sees_all` it
+        still sees all keys. Rows must be padded on the left."""
         start, prefix_end, (low, high) = self.spans
         spans = (start, prefix_end, (low + 1, high + 1))
         return PrefixMask(self.start, self.prefix_end, self.end + 1, sees_all=self.sees_all, spans=spans)
 
     def to(self, device: torch.device | str) -> "PrefixMask":
-        """This mask on another device; the CPU is not made to wait."""
+        """This mask on another device; the copy does not block the CPU."""
         start, prefix_end, end = torch.stack((self.start, self.prefix_end, self.end)).to(device, non_blocking=True)
         return PrefixMask(start, prefix_end, end, sees_all=self.sees_all, spans=self.spans)
 
@@ -152,15 +152,15 @@ class PrefixMask:
         """Sequence offsets for the two calls of `varlen`, for the last `queries` of `keys` positions; every row must be
         padded on the left only.
 
-        Call 1 runs pads, prefix and suffix as separate sequences without a mask: right for prefix queries. Call 2 runs
-        the last queries of each row causally against all of its keys but the pads: right for suffix queries. Each query
-        keeps the result of the call that is right for it; the other is discarded, so no tokens are moved.
+        Call 1 runs pads, prefix and suffix as separate sequences without a mask, which is correct for prefix queries.
+        Call 2 runs the last queries of each row causally against all of its keys except pads, which is correct for
+        suffix queries. Each query keeps its correct result and discards the other, so no tokens are moved.
         """
         key = "segments", queries == keys  # as in `dense`
         if key not in self._dense or self._dense[key][0] != queries:
             first, (shortest, longest) = keys - queries, self.spans[1]
             has_prefix = longest > max(first, self.spans[0][0])
-            count = min(queries, keys - shortest) if has_prefix else queries  # alone, call 2 serves every query
+            count = min(queries, keys - shortest) if has_prefix else queries  # without call 1, call 2 takes every query
             device = self.start.device
             row = torch.arange(len(self.start), device=device)[:, None]
             ends = torch.stack((self.start, self.prefix_end, torch.full_like(self.start, keys)), dim=1)
@@ -186,8 +186,8 @@ class PrefixMask:
 
 
 class StepMask:
-    """The mask of one new token per row, as `PrefixMask` for left-padded rows, with the token's position in a tensor: a
-    captured CUDA graph or compiled step stays valid at every position."""
+    """The mask of one new token per row, as `PrefixMask` for left-padded rows. The token's position is in a tensor, so
+    that a captured CUDA graph or compiled step stays valid at every position."""
 
     sees_all = False
 
@@ -196,7 +196,7 @@ class StepMask:
         self._dense: dict = {}
 
     def dense(self, queries: int, keys: int, window: int | None = None) -> Tensor:
-        """Bool mask [B, 1, 1, keys]; nothing is seen beyond the new token."""
+        """Bool mask [B, 1, 1, keys]; keys beyond the new token are hidden."""
         if (keys, window) not in self._dense:
             k, start = torch.arange(keys, device=self.start.device), self.start[:, None]
             seen = is_visible(self.position, k, start, start, self.position + 1, window)
@@ -257,8 +257,8 @@ def blended_reference(
     normalised: bool,
     softcap: float | None = None,
 ) -> Tensor:
-    """(A1 - lambda A2) v (arXiv 2410.05258, equation 1), over (1 - lambda) where `normalised`, so that the rows of the
-    map sum to 1: differential attention by its formula -> [B, H, L, Dv].
+    """(A1 - lambda A2) v (arXiv 2410.05258, equation 1), divided by (1 - lambda) if `normalised`, so that the rows of
+    the map sum to 1: differential attention by its formula -> [B, H, L, Dv].
 
     q1 [B, H, L, D], q2 [B, R, L, D], k1 and k2 [B, K, S, D], v [B, K, S, Dv]; lambda_: a number or [B, H, L, 1].
     """
@@ -276,8 +276,8 @@ Path = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
 
 
 def kernels_of(device: torch.device) -> Kernels:
-    """The kernels of a device: those of a CPU; those of a CUDA card of Ampere or later, which has flash attention and
-    FlexAttention (the meta device, on which memory is counted, stands for one); or of another device, SDPA alone."""
+    """The kernels of a device: "cpu"; "cuda" for Ampere or later, which has flash attention and FlexAttention (the meta
+    device, on which memory is counted, stands for such a GPU); "sdpa" for any other device, which has SDPA only."""
     if device.type in ("cpu", "meta"):
         return "cpu" if device.type == "cpu" else "cuda"
     has_flash = device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
@@ -297,20 +297,20 @@ def choose_path(
     window: int | None,
     kernels: Kernels,
 ) -> Path:
-    """How attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] is computed, in both arms alike, on a
-    device with these `kernels`.
+    """The path for attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] on a device with these `kernels`,
+    the same in both arms.
 
-    "maps": explicit maps, kept for the backward pass: few keys on a CPU or where nothing else fits, one query on a GPU.
-    "chunks": explicit maps of a few queries at a time, computed again in the backward pass.
+    "maps": explicit maps, kept for the backward pass: few keys on a CPU or without an SDPA kernel, one query on a GPU.
+    "chunks": explicit maps of a few queries at a time, recomputed in the backward pass.
     "sdpa": torch's fused kernels, which have no soft-cap; for values wider than the keys they fall back to a slow one.
-    "varlen": flash attention of rows of uneven length, for a prefix-LM mask in half precision on a GPU.
-    "flex": FlexAttention, for what flash attention lacks (soft-cap, wide values, a window), on a GPU as well.
+    "varlen": flash attention on rows of different lengths, for a prefix-LM mask in half precision on a GPU.
+    "flex": FlexAttention, for what flash attention lacks (soft-cap, wide values, a window), also in half precision.
     """
     has_kernel = softcap is None and k.shape[-1] == v.shape[-1]
     is_short = k.shape[2] <= EXPLICIT_MAX_KEYS
     if kernels == "cpu":
         return "maps" if is_short else "sdpa" if has_kernel else "chunks"
-    is_half = kernels == "cuda" and k.dtype in (torch.bfloat16, torch.float16)  # flash attention and FlexAttention
+    is_half = kernels == "cuda" and k.dtype in (torch.bfloat16, torch.float16)  # for flash attention and FlexAttention
     if q.shape[2] == 1 or (is_short and not has_kernel):
         return "maps"
     if has_kernel and (mask is None or window is None):
@@ -330,7 +330,7 @@ def fused_attention(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attention by one of torch's kernels; arguments as those of `attention`."""
+    """Attention by one of torch's kernels; arguments as in `attention`."""
     if path == "varlen":
         return varlen(q, k, v, mask, scale)
     if path == "flex":
@@ -339,7 +339,7 @@ def fused_attention(
 
 
 def useful_window(window: int | None, keys: int) -> int | None:
-    """None for a window that hides none of the keys."""
+    """The window, or None if it hides none of the keys."""
     return None if window is None or window >= keys else window
 
 
@@ -402,7 +402,7 @@ def blended_attention(
 
 @dataclass  # not frozen: torch.compile of torch 2.11 cannot build a frozen one
 class Attend:
-    """The attention of one layer with its mask, scale, soft-cap and window bound, as a differential module takes it."""
+    """The attention of one layer with mask, scale, soft-cap and window bound, as a differential module expects it."""
 
     mask: PrefixMask | None
     scale: float
@@ -429,11 +429,11 @@ class Attend:
 
 # ---- torch's kernels
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float, window: int | None) -> Tensor:
-    """torch's scaled_dot_product_attention under a prefix-LM mask -> [B, H, L, D]; arguments as those of `attention`.
+    """torch's scaled_dot_product_attention under a prefix-LM mask -> [B, H, L, D]; arguments as in `attention`.
 
-    Where the prefix ends at the same position in every row and no row is padded, in two calls: prefix queries on prefix
-    keys without a mask, suffix queries on all keys. A single call with a dense mask remains for ragged or padded rows,
-    for a window and for decoding.
+    If the prefix ends at the same position in every row and no row is padded, this makes two calls: prefix queries on
+    prefix keys without a mask, suffix queries on all keys. Ragged or padded rows, a window and decoding use a single
+    call with a dense mask.
     """
     queries, keys = q.shape[2], k.shape[2]
     prefix_end = None if mask is None or window is not None else mask.common_prefix_end(keys)
@@ -442,7 +442,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
         return call_sdpa(q, k, v, dense_mask(mask, queries, keys, window), scale)
     prefix_end = max(prefix_end, first)  # position of the first suffix query
     causal = mask.dense(keys - prefix_end, keys)
-    if prefix_end == first:  # without a prefix query: a causal mask, or decoding
+    if prefix_end == first:  # no prefix queries: a causal mask, or decoding
         return call_sdpa(q, k, v, causal, scale)
     prefix = call_sdpa(q[:, :, : prefix_end - first], k[:, :, :prefix_end], v[:, :, :prefix_end], None, scale)
     return torch.cat((prefix, call_sdpa(q[:, :, prefix_end - first :], k, v, causal, scale)), dim=2)
@@ -451,8 +451,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float,
 def call_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """One SDPA call with a dense mask or None.
 
-    Off the CPU only the flash kernel takes shared keys and values, and it takes neither a mask nor float32; for the
-    others they are repeated for every query head, since torch would fall back to its slow formula silently.
+    Off the CPU, only the flash kernel takes shared keys and values, and it takes neither a mask nor float32. For other
+    kernels they are repeated for every query head, since torch would silently fall back to its slow formula.
     """
     if q.device.type != "cpu" and (mask is not None or q.dtype == torch.float32):
         k, v = repeat_heads(q.shape[1], k, v)
@@ -465,7 +465,7 @@ def repeat_heads(heads: int, *tensors: Tensor) -> list[Tensor]:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask, scale: float) -> Tensor:
-    """Flash attention under a prefix-LM mask of rows padded on the left; arguments as those of `attention`.
+    """Flash attention under a prefix-LM mask of rows padded on the left; arguments as in `attention`.
 
     Two calls without a mask, as `PrefixMask.segments` explains: a dense mask would rule out flash attention.
     """
@@ -482,7 +482,7 @@ def flex(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """FlexAttention under a prefix-LM mask; arguments as those of `attention`, v may be wider than k."""
+    """FlexAttention under a prefix-LM mask; arguments as in `attention`, v may be wider than k."""
     blocks = None if mask is None or (mask.sees_all and window is None) else block_mask(mask, q, k, window)
     cap = None if softcap is None else softcap_score(torch.full((), softcap, device=q.device))
     run = compiled_flex() if q.device.type != "cpu" else flex_module().flex_attention
@@ -492,13 +492,13 @@ def flex(
 
 
 def softcap_score(softcap: Tensor) -> Callable[..., Tensor]:
-    """The soft-cap as FlexAttention takes it. A tensor: torch.compile turns a float into an input of the graph, which
-    the kernel cannot read."""
+    """The soft-cap as a `score_mod` of FlexAttention. `softcap` is a tensor because torch.compile would turn a float
+    into an input of the graph, which the kernel cannot read."""
     return lambda score, *_: softcap * torch.tanh(score / softcap)
 
 
 def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None) -> "BlockMask":
-    """The mask as FlexAttention takes it, made once a batch."""
+    """The mask as a BlockMask of FlexAttention, made once per batch."""
     queries, keys = q.shape[2], k.shape[2]
     key = "blocks", queries == keys, window  # as in `PrefixMask.dense`
     if key not in mask._dense or mask._dense[key].shape[-2:] != (queries, keys):
@@ -513,7 +513,7 @@ def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None) -> "B
 
 
 def flex_module() -> ModuleType:
-    """torch's FlexAttention, imported when it is needed."""
+    """torch's FlexAttention, imported on first use."""
     import torch.nn.attention.flex_attention as module  # takes a second
 
     return module
@@ -526,7 +526,7 @@ def compiled_flex() -> Callable:
 
 
 def flex_tiles(q: Tensor) -> dict | None:
-    """Tiles of FlexAttention's kernel where the default ones need more memory than a block of the card has."""
+    """Tiles for FlexAttention's kernel if the default ones need more shared memory than a block of the GPU has."""
     if q.device.type == "cpu" or q.shape[-1] <= FLEX_LARGE_DIM:
         return None
     memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin

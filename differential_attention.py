@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from errors import UserError
 from fused_ops import blend
 
-LAMBDA_MAX = 0.9  # bound of a normalised lambda: gamma is at most 9
-SEED_STRIDE = 1_000_003  # seeds of neighbouring runs do not share the generators of their layers
+LAMBDA_MAX = 0.9  # upper bound of a normalised lambda: gamma is at most 9
+SEED_STRIDE = 1_000_003  # runs with neighbouring seeds share no layer seeds
 VISION_SEED_OFFSET = 500_000
 MAX_SEED = (1 << 31) - 1
-VECTOR_STD = 0.1  # of V1's lambda vectors (arXiv 2410.05258)
+VECTOR_STD = 0.1  # initial std of V1's lambda vectors (arXiv 2410.05258)
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 NORM_EPS = 1e-5  # of the head norm (arXiv 2410.05258)
 
@@ -39,8 +39,8 @@ class AttentionShape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int | None = None  # the first dims of a head, which are rotated; None: all
-    has_rope_factors: bool = False  # longrope: every frequency has a factor of its own
+    rotary_dim: int | None = None  # number of leading dims of a head that are rotated; None: all
+    has_rope_factors: bool = False  # longrope: each frequency has its own factor
 
 
 class DifferentialAttention(nn.Module):
@@ -52,7 +52,7 @@ class DifferentialAttention(nn.Module):
 
     The preset is called `split` because the query is split into two; no head is halved.
     With B = 0 the queries are equal, and so are the outputs: the layer computes the pretrained function. Subclasses
-    make the second map in other ways. All parameters are float32 masters, also after `model.to(bfloat16)`.
+    make the second map in other ways. All parameters are float32 masters, even after `model.to(bfloat16)`.
     """
 
     trainable: tuple[str, ...] = ("second_down", "second_up")  # in addition to lambda and the gain of the head norm
@@ -83,9 +83,9 @@ class DifferentialAttention(nn.Module):
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
         """Outputs of the heads before the output projection: [B, H, L, D], or [B, H / 2, L, 2 D] for adjacent pairs.
 
-        x [B, >= L, C]: input of the layer; q [B, H, L, D] and k, v [B, K, S, D]: what the host would hand to its
-        attention, rotated, keys and values from the cache, keys as `extend_keys` returns them. `rotate(t)` is the
-        host's rotary embedding of t [B, heads, L, D]; `attend(q, k, v)` its attention by one map and
+        x [B, >= L, C]: input of the layer; q [B, H, L, D] and k, v [B, K, S, D]: what the host layer would pass to
+        its attention, rotated and with cached keys and values; keys as `extend_keys` returns them. `rotate(t)` is the
+        host's rotary embedding of t [B, heads, L, D]; `attend(q, k, v)` computes its attention by one map and
         `attend.blend(q1, q2, k, v, weight, normalised)` by two (see `attention.Attend`).
         """
         x = x[:, -q.shape[2] :]  # the last decoder layer computes the last queries only
@@ -104,7 +104,7 @@ class DifferentialAttention(nn.Module):
     def two_queries(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(q1, q2, k, v) for `attend.blend`; q2 is None (read by diagnostics.py) where the method has one map."""
+        """(q1, q2, k, v) for `attend.blend`; q2 is None (diagnostics.py relies on it) if the method has one map."""
         return q, q + rotate(self.low_rank(x, self.second_down, self.second_up)), k, v
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class DifferentialAttention(nn.Module):
 
     @property
     def has_lambda(self) -> bool:
-        """Whether lambda acts on the output: not where the second map replaces the first, or a gate."""
+        """Whether lambda acts on the output: not if the second map replaces the first, and not in a gate."""
         return self.config.combine != "replace"
 
     @property
@@ -144,8 +144,8 @@ class DifferentialAttention(nn.Module):
         """Raise UserError where the method does not fit `self.shape`."""
 
     def extend_keys(self, x: Tensor, k: Tensor, rotate: Rotate) -> Tensor:
-        """The keys that the host caches, of x [B, L, C] and its rotated k [B, K, L, D]: k, or for a method with keys of
-        its own [B, 2K, L, D]."""
+        """The keys that the host caches for x [B, L, C] and its rotated k [B, K, L, D]: k itself, or [B, 2K, L, D] if
+        the method has its own keys."""
         return k
 
     def rescale(self, attend: Callable) -> Callable:
@@ -174,7 +174,7 @@ class DifferentialAttention(nn.Module):
             self.lambda_learn = nn.Parameter(torch.full((1,), float(start)))
 
     def current_lambda(self, x: Tensor) -> Tensor:
-        """lambda as it acts now, signed: [1], or [B, num_out_heads, L, 1] where it depends on the token x [B, L, C]."""
+        """The current signed lambda: [1], or [B, num_out_heads, L, 1] if it depends on the tokens x [B, L, C]."""
         config = self.config
         if config.lambda_kind == "vectors":
             pairs = (self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2)
@@ -190,12 +190,12 @@ class DifferentialAttention(nn.Module):
             value = (1 - self.progress) * self.progress * self.lambda_init + self.progress * value
         if config.lambda_warmup:
             value = value * (self.progress / config.lambda_warmup).clamp(max=1)
-        if config.combine == "normalised":  # bounded, but with its gradient: a lambda at the bound can come back
+        if config.combine == "normalised":  # bounded, but keeps its gradient, so that a lambda at the bound can return
             value = value + (value.clamp(max=LAMBDA_MAX) - value).detach()
         return -value if config.flip_sign else value
 
     def head_norm(self, out: Tensor) -> Tensor:
-        """(1 - lambda_init) RMSNorm(out) of each head, where the configuration has it."""
+        """(1 - lambda_init) RMSNorm(out) of each head, if configured."""
         if self.config.norm == "none":
             return out
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
@@ -204,19 +204,19 @@ class DifferentialAttention(nn.Module):
 
 
 def uniform_parameter(generator: torch.Generator, *shape: int) -> nn.Parameter:
-    """Drawn as nn.Linear's weight [out, in] is, from a generator of its own."""
+    """A parameter initialised like nn.Linear's weight [out, in], drawn from `generator`."""
     drawn = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
     return nn.Parameter(drawn * shape[-1] ** -0.5)
 
 
 def lambda_init_of(layer: int) -> float:
-    """0.8 - 0.6 exp(-0.3 layer), layers counted from 0 (arXiv 2410.05258, section 2.1, as its code counts)."""
+    """0.8 - 0.6 exp(-0.3 layer) (arXiv 2410.05258, section 2.1), with layers counted from 0 as in its code."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer)
 
 
 # ---- other ways of making the second map
 class ProjectedQuery(DifferentialAttention):
-    """q2 from a projection of its own that starts as a copy of the pretrained one (Differential Transformer V2)."""
+    """q2 has its own projection, which starts as a copy of the pretrained one (Differential Transformer V2)."""
 
     trainable = ("second_query",)
 
@@ -224,7 +224,7 @@ class ProjectedQuery(DifferentialAttention):
         if not query.weight.is_floating_point():
             raise UserError(f"differential preset {self.config.preset} copies weights, which are quantized: use split")
         self.second_query = nn.Parameter(query.weight.detach().float().clone())
-        if query.bias is not None:  # SigLIP's is part of both queries
+        if query.bias is not None:  # SigLIP has a bias, which both queries use
             self.register_buffer("second_bias", query.bias.detach().float().clone())
 
     def two_queries(
@@ -236,7 +236,7 @@ class ProjectedQuery(DifferentialAttention):
 
 
 class SharedNoiseQuery(ProjectedQuery):
-    """A few queries of their own, each shared by `noise_ratio` heads of a key/value group (arXiv 2510.06949)."""
+    """A few separate second queries, each shared by `noise_ratio` heads of a key/value group (arXiv 2510.06949)."""
 
     def check_shape(self):
         group_size = self.shape.num_heads // self.shape.num_kv_heads
@@ -254,7 +254,7 @@ class SharedNoiseQuery(ProjectedQuery):
 
 
 class LowRankMap(DifferentialAttention):
-    """q2 and k2 low rank alone, none of their factors zero (DiffLoRA, arXiv 2507.23588); the host caches k2 as well."""
+    """q2 and k2 are purely low-rank, no factor starts at 0 (DiffLoRA, arXiv 2507.23588); the host caches k2 too."""
 
     trainable = ("second_down", "second_up", "key_down", "key_up")
 
@@ -280,19 +280,19 @@ class LowRankMap(DifferentialAttention):
 
 
 class PairedHeads(DifferentialAttention):
-    """V1 (arXiv 2410.05258): two heads are one head of twice the value width, whose maps are subtracted.
+    """V1 (arXiv 2410.05258): two heads form one head of twice the value width, and their maps are subtracted.
 
     `pairing` "groups" pairs query head g of key/value head 2i with query head g of key/value head 2i + 1, so that every
     query keeps the keys and values that it was pretrained with. "adjacent" pairs query heads 2i and 2i + 1, as the
     official flash code does in a model trained from scratch; with grouped queries, a pair then attends to two key/value
-    heads of which one is new to each query. Without grouped queries both are the same.
+    heads, one of which is new to each query. Without grouped queries both pairings are the same.
     """
 
     trainable = ()
 
     @property
     def has_lambda(self) -> bool:
-        """Whether lambda acts on the output: not where the second map replaces the first, or a gate."""
+        """Whether lambda acts on the output: not if the second map replaces the first, and not in a gate."""
         return self.config.combine != "replace"
 
     @property
@@ -323,8 +323,8 @@ class PairedHeads(DifferentialAttention):
         return self.restore_heads(super().forward(x, q, k, v, rotate, attend))
 
     def restore_heads(self, out: Tensor) -> Tensor:
-        """Outputs of pairs [B, H / 2, L, 2 D]; with `pairing` "groups" [B, H, L, D], each half in the place of the head
-        whose values it holds."""
+        """Outputs of pairs [B, H / 2, L, 2 D]; with `pairing` "groups" [B, H, L, D], each half at the position of the
+        head whose values it holds."""
         if self.config.pairing == "adjacent":
             return out
         out = out.unflatten(1, (-1, self.group_size)).unflatten(-1, (2, -1))  # [B, K / 2, group, L, 2, D]
@@ -336,7 +336,7 @@ class PairedHeads(DifferentialAttention):
 
 
 class HalvedHeads(DifferentialAttention):
-    """The two halves of each head's queries and keys make two maps of half the width, on shared values."""
+    """The two halves of each head's queries and keys make two maps of half the head dim, with shared values."""
 
     trainable = ()
 
@@ -373,8 +373,8 @@ class HalvedHeads(DifferentialAttention):
         return attend.rescale(math.sqrt(2)) if self.config.halves_scale == "map" else attend
 
     def halve(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Both halves of t [B, heads, L, D]. Dimension i is rotated together with i + D / 2, so pairs stay whole unless
-        the cut is "front_back"; SigLIP rotates nothing."""
+        """Both halves of t [B, heads, L, D]. Dimension i is rotated together with i + D / 2; these pairs stay whole
+        unless the cut is "front_back". SigLIP rotates nothing."""
         if self.tower == "vision" or self.config.halves_cut == "front_back":
             return t.chunk(2, dim=-1)
         pairs = t.unflatten(-1, (2, -1, 2) if self.config.halves_cut == "even_odd" else (2, 2, -1))
@@ -384,7 +384,7 @@ class HalvedHeads(DifferentialAttention):
 
 
 class SingleMap(DifferentialAttention):
-    """One map, and what is made of its output o1."""
+    """Methods with a single map, which transform its output o1."""
 
     trainable = ()
 
@@ -397,12 +397,12 @@ class SingleMap(DifferentialAttention):
         return q, None, k, v
 
     def second_output(self, out: Tensor) -> Tensor | None:
-        """o2 of o1 [B, H, L, D]; None where nothing is subtracted."""
+        """o2, computed from o1 [B, H, L, D]; None if nothing is subtracted."""
         return None
 
 
 class SameMap(SingleMap):
-    """The first map a second time: o1 - lambda o1."""
+    """The second map is the first one: o1 - lambda o1."""
 
     def second_output(self, out: Tensor) -> Tensor:
         return out
@@ -427,8 +427,8 @@ class ValueMap(SameMap):
 
 
 class SharpenedQuery(DifferentialAttention):
-    """q2 = exp(log_sharpness) q1, one temperature a head that starts at 1: with combine "replace" a control that can
-    sharpen its maps without subtracting one."""
+    """q2 = exp(log_sharpness) q1, one temperature per head that starts at 1. With combine "replace", a control that can
+    sharpen its maps without subtracting any."""
 
     trainable = ("log_sharpness",)
 
@@ -442,7 +442,7 @@ class SharpenedQuery(DifferentialAttention):
 
 
 class GatedOutput(SingleMap):
-    """2 sigmoid(x W^T) o1, a gate of each head and token that starts at 1 (arXiv 2505.06708): a control."""
+    """2 sigmoid(x W^T) o1, a gate per head and token that starts at 1 (arXiv 2505.06708): a control."""
 
     trainable = ("gate",)
 
@@ -504,26 +504,26 @@ class DifferentialConfig:
     # subtract: o1 - lambda o2; normalised: (o1 - lambda o2) / (1 - lambda); replace: o2 alone, or the gated output
     combine: Combine | None = None
     norm: Norm | None = None  # head: RMSNorm of each head's output, times (1 - lambda_init)
-    rank: Annotated[int, Meta(ge=1, le=65_536)] | None = None  # of delta and adapter
-    # value of a scalar lambda before training; a fixed lambda keeps it
+    rank: Annotated[int, Meta(ge=1, le=65_536)] | None = None  # rank of delta and adapter
+    # initial value of a scalar lambda, and the value of a fixed one
     lambda_start: float | None = None
-    # the paper's constant in the formulas of vectors, anneal and norm=head, not the first value of a scalar lambda
-    # (which is lambda_start); None: 0.8 - 0.6 exp(-0.3 layer)
+    # the paper's constant in the formulas of vectors, anneal and norm=head, not the initial value of a scalar
+    # lambda (which is lambda_start); None: 0.8 - 0.6 exp(-0.3 layer)
     lambda_init: float | None = None
     lambda_warmup: float = 0.0  # share of training over which lambda grows linearly from 0
     # learning rate of lambda, as a multiple of that of the other parameters
     lambda_lr: Annotated[float, Meta(ge=0, le=1_000_000)] = 1.0
-    # of the initial values, from a generator of their own; finetune_diff.py sets it to the run's
+    # seed of the initial values, which have their own generator; finetune_diff.py sets it to the run's seed
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] = 0
     adapter_scale: float | None = None  # factor of the low-rank product of adapter
     noise_ratio: Annotated[int, Meta(ge=1)] | None = None  # heads of a key/value group that share one noise query
     anneal: bool | None = None  # at progress p lambda is (1 - p) p lambda_init + p times the learned value
     flip_sign: bool | None = None  # lambda becomes -lambda
-    pairing: Pairing | None = None  # pairs: heads of two key/value groups, which keeps pretrained maps, or adjacent
+    pairing: Pairing | None = None  # second=pairs: heads of two key/value groups (keeps pretrained maps), or adjacent
     halves_cut: Cut | None = None  # how heads are split: by whole rotary pairs, or front and back half
-    halves_scale: Scale | None = None  # scores over the root of the map's dim or of the head's
+    halves_scale: Scale | None = None  # divide scores by the square root of the map's or the head's dim
     rotate_halves: bool | None = None  # rotate each half as a head of its own, instead of the head before the split
-    depth_offset: int | None = None  # added to the layer in the schedule of lambda_init
+    depth_offset: int | None = None  # added to the layer index in the schedule of lambda_init
     fresh_layer_norms: bool | None = None  # SigLIP's LayerNorms become RMSNorms with gain 1
 
     def resolve(self) -> "DifferentialConfig":
@@ -585,12 +585,12 @@ class DifferentialConfig:
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"differential configuration: {min(unknown)!r} is unknown: written by another version?")
-        if data.get("second") == "pairs":  # resolved configurations of before the choice existed
+        if data.get("second") == "pairs":  # resolved configurations from before the choice existed
             data = {"pairing": "adjacent"} | data
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
     def same_method(self, other: "DifferentialConfig") -> bool:
-        """Whether both give the same function of the same parameters, whatever their start and learning rates."""
+        """Whether both give the same function of the same parameters; initial values and learning rates may differ."""
         ignored = dict(preset="", seed=0, lambda_lr=1.0)
         ours, theirs = (replace(config.resolve(), **ignored) for config in (self, other))
         if ours.lambda_kind != "fixed":
@@ -605,11 +605,11 @@ class Preset(NamedTuple):
     formula: str
     exact: bool  # before the first update the model computes the pretrained function, bit-equal in float32
     gradient: tuple[str, ...]  # parameters with a non-zero gradient at the start (progress 0)
-    cost: str  # per layer, over standard attention
+    cost: str  # per layer, relative to standard attention
     source: str
 
     def describe(self) -> str:
-        """One line with all of it."""
+        """A one-line description."""
         learns = ", ".join(self.gradient) or "nothing"
         start = "exact at step 0" if self.exact else "changes the function at step 0"
         return f"{self.formula}; {start}; first gradient: {learns}; {self.cost}; {self.source}"
@@ -728,7 +728,7 @@ PRESETS = {
 
 # ---- models
 class UngainedRMSNorm(nn.LayerNorm):
-    """RMSNorm with gain 1 in the place of a LayerNorm, whose weight and bias are kept for saving but not used."""
+    """RMSNorm with gain 1 in place of a LayerNorm, whose weight and bias are kept for saving but not used."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, None, self.eps)
@@ -753,10 +753,10 @@ def make_differential(
 
 
 def add_differential(model: nn.Module, differential: DifferentialConfig | str) -> None:
-    """Give the attention layers that the configuration names their `differential` module, in place.
+    """Add a `differential` module to the attention layers that the configuration names, in place.
 
-    Call it on a model with loaded weights that peft has not wrapped: second queries start as copies. The global random
-    state does not change. Raises UserError where configuration and model do not fit.
+    Call it on a model with loaded weights, before peft wraps it: second queries start as copies. The global random
+    state does not change. Raises UserError if configuration and model do not fit.
     """
     towers = {"text": model.model.language_model.layers}
     if model.model.vision_tower is not None:
@@ -770,9 +770,9 @@ def add_to_layers(
     towers: dict[str, Sequence[nn.Module]],
     shape_of: Callable[[nn.Module], AttentionShape],
 ) -> list[nn.Module]:
-    """Give the layers of each tower that the configuration names their `self_attn.differential`; returns these layers.
+    """Add `self_attn.differential` to the layers of each tower that the configuration names; returns these layers.
 
-    Raises UserError where configuration and layers do not fit; then nothing has changed.
+    Raises UserError if configuration and layers do not fit, and then changes nothing.
     """
     config = as_config(differential).resolve()
     made = []
@@ -797,8 +797,8 @@ def add_to_layers(
 
 
 def query_projection(attention: nn.Module, shape: AttentionShape) -> nn.Linear:
-    """The query projection of an attention layer, under peft's LoRA the pretrained one; of a fused `qkv_proj` its first
-    H D rows, as a view."""
+    """The pretrained query projection of an attention layer, also under peft's LoRA; for a fused `qkv_proj` a view of
+    its first H D rows."""
     if hasattr(attention, "q_proj"):
         return getattr(attention.q_proj, "base_layer", attention.q_proj)
     fused = getattr(attention.qkv_proj, "base_layer", attention.qkv_proj)
@@ -858,7 +858,7 @@ def differential_config(model: nn.Module) -> DifferentialConfig | None:
 
 
 def knock_out(model: nn.Module) -> None:
-    """Set lambda to 0 in every differential layer, in place and for good: what does the trained second map do?
+    """Set lambda to 0 in every differential layer, in place and permanently, to see what the trained second map does.
 
     The head norm and the adapters stay. Raises UserError for standard attention and for a control without lambda.
     """
@@ -872,6 +872,6 @@ def knock_out(model: nn.Module) -> None:
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:
-    """Set how far training is, 0 to 1, for every lambda that warms up or anneals: (step + 1) / steps before a step."""
+    """Set training progress, 0 to 1, for every lambda that warms up or anneals: (step + 1) / steps before a step."""
     for module in differential_modules(model).values():
         module.progress.fill_(fraction)

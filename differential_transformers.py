@@ -1,12 +1,12 @@
-"""Differential attention in models of transformers: their own code, with the module of differential_attention.py.
+"""Differential attention in transformers models: their own code with the module of differential_attention.py.
 
     model = AutoModelForImageTextToText.from_pretrained("google/gemma-3-4b-it")
     add_differential(model, "split")
 
 It works on decoders that rotate queries by `apply_rotary_pos_emb` and go through transformers' attention interface, and
-on the vision towers in VISION_ATTENTION; everything else is refused by name. A layer's queries, keys and values reach a
-registered attention function after norms, rotation and cache; its input and rotary tables come from a forward pre-hook.
-docs/bridge.md says how to train, save and load.
+on the vision towers in VISION_ATTENTION; other models raise an error that names them. A registered attention function
+gets a layer's queries, keys and values after norms, rotation and cache; a forward pre-hook keeps the layer's input and
+rotary tables for it. docs/bridge.md explains training, saving and loading.
 
 B batch, L queries, S keys, H query heads, K key/value heads, D head dim, C hidden size, R second queries.
 """
@@ -57,19 +57,19 @@ from fused_ops import blend
 
 BASES = ("eager", "sdpa")  # attention implementations that compute the maps
 VISION_ATTENTION = ("SiglipAttention", "CLIPAttention", "Idefics3VisionAttention", "SmolVLMVisionAttention")
-# how a decoder layer rotates: in every layer, by the function of its Python module, whose other arguments are defaults
+# the supported rotation of a decoder layer: unconditional, by its Python module's function, other arguments at defaults
 ROTATION = re.compile(r"\n {8}\w+, \w+ = apply_rotary_pos_emb\(\w+, \w+, cos, sin\)\n")
 
 
 # ---- attention
 @dataclass(frozen=True)
 class HostAttend:
-    """The attention of one layer of a host, as a differential module takes it (see `attention.Attend`)."""
+    """The attention of one layer of a host model, as a differential module expects it (see `attention.Attend`)."""
 
     base: Callable  # transformers' eager or SDPA attention
     module: nn.Module  # the layer's attention
     mask: Tensor | None
-    options: dict[str, Any]  # scaling, dropout, sliding_window, softcap: what the layer hands to its attention
+    options: dict[str, Any]  # scaling, dropout, sliding_window, softcap: what the layer passes to its attention
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention by one map -> [B, H, L, Dv]."""
@@ -93,16 +93,16 @@ class HostAttend:
 def attend_differentially(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of transformers' interface: (outputs [B, L, H, D], maps), maps None where it is
-    differential; query [B, H, L, D], key and value [B, K, S, D]."""
+    """The attention function of transformers' interface: (outputs [B, L, H, D], maps), where maps is None
+    in a differential layer; query [B, H, L, D], key and value [B, K, S, D]."""
     python_module = sys.modules[type(module).__module__]
     function = python_module.eager_attention_forward if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
     differential = getattr(module, "differential", None)
-    if differential is None:  # another layer of the same model
+    if differential is None:  # a standard layer of the same model
         return function(module, query, key, value, attention_mask, **options)
     if module.training and torch.is_grad_enabled() and is_frozen(differential):
         warnings.warn("differential attention is frozen: call unfreeze_differential(model) after peft", stacklevel=2)
-    x, rotate = module.__dict__.pop("layer_input")  # frees it; graphs of tensors cannot be copied
+    x, rotate = module.__dict__.pop("layer_input")  # pop frees it; a module with a graph tensor cannot be copied
     if key.shape[1] < differential.num_cached_key_heads:  # nothing was cached
         key = differential.extend_keys(x, key, rotate)
     attend = HostAttend(function, module, attention_mask, options)
@@ -110,7 +110,7 @@ def attend_differentially(
 
 
 def is_frozen(differential: DifferentialAttention) -> bool:
-    """Whether nothing of it trains although something could."""
+    """Whether none of its parameters train although some should."""
     return bool(trainable_names(differential.config)) and not any(p.requires_grad for p in differential.parameters())
 
 
@@ -120,7 +120,7 @@ for _base in BASES:
 
 
 class ExtendedCache:
-    """A layer's KV cache, which gets the keys of the second map as well."""
+    """A layer's KV cache that also stores the keys of the second map."""
 
     def __init__(self, cache: Any, extend: Callable[[Tensor], Tensor]):
         self.cache, self.extend = cache, extend
@@ -130,8 +130,8 @@ class ExtendedCache:
 
 
 def keep_layer_input(names: list[str], module: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook: keep the input [B, L, C] and the rotation of a layer until its attention function runs. `names`
-    are those of the arguments."""
+    """Forward pre-hook: keep the input [B, L, C] and the rotation of a layer until its attention function runs.
+    `names`: those of the layer's arguments."""
     given = dict(zip(names, args, strict=False)) | options
     x, differential = given["hidden_states"], module.differential
     rotate = partial(rotate_by, type(module), given.get("position_embeddings"))
@@ -149,16 +149,16 @@ def rotate_by(attention_class: type, tables: tuple[Tensor, Tensor] | None, t: Te
     return sys.modules[attention_class.__module__].apply_rotary_pos_emb(t, t[:, :0], *tables)[0]
 
 
-# ---- what fits
+# ---- supported layers
 def tower_of(attention: nn.Module) -> str | None:
-    """The tower of a layer's attention, "text" or "vision"; None where it does not fit."""
+    """The tower of a layer's attention, "text" or "vision"; None if it is not supported."""
     if type(attention).__name__ in VISION_ATTENTION:
         return "vision" if "Vision" in type(attention.config).__name__ else None
     return "text" if ROTATION.search(inspect.getsource(type(attention).forward)) else None
 
 
 def find_towers(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """The layers of the decoder, "text", and of the vision tower, "vision", where they fit. Raises UserError for two
+    """The layers of the decoder, "text", and of the vision tower, "vision", if supported. Raises UserError for two
     decoders."""
     towers: dict[str, nn.ModuleList] = {}
     for stack in model.modules():
@@ -182,7 +182,7 @@ def shape_of(attention: nn.Module) -> AttentionShape:
     if projection.out_features != head_dim * (heads + 2 * kv_heads * fused):
         raise UserError(f"{type(attention).__name__}: its projections have more than queries, which is not supported")
     rope = getattr(config, "rope_parameters", None) or {}
-    rope = rope.get(getattr(attention, "layer_type", None)) or rope  # Gemma 3: one for each type of layers
+    rope = rope.get(getattr(attention, "layer_type", None)) or rope  # Gemma 3: one per layer type
     rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     is_long = rope.get("rope_type") == "longrope"
     return AttentionShape(projection.in_features, heads, kv_heads, head_dim, rotary_dim, is_long)
@@ -209,7 +209,7 @@ def check_host(config: DifferentialConfig, attention: nn.Module) -> None:
 
 # ---- models
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers inside peft's wrapper. Raises UserError for another kind of model."""
+    """The transformers model inside peft's wrapper. Raises UserError for another kind of model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise UserError(f"{type(model).__name__} is no model of transformers: see differential_attention.py")
@@ -217,10 +217,10 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def add_differential(model: nn.Module, differential: DifferentialConfig | str = "split") -> None:
-    """Give the attention layers of a transformers model their `self_attn.differential`, in place.
+    """Add `self_attn.differential` to the attention layers of a transformers model, in place.
 
     `differential`: a DifferentialConfig or a preset's name; `model` has its weights and may be peft's wrapper. Raises
-    UserError where configuration and model do not fit; then nothing has changed.
+    UserError if configuration and model do not fit, and then changes nothing.
     """
     base, config = unwrap(model), as_config(differential).resolve()
     towers = find_towers(base)
@@ -264,8 +264,8 @@ def unfreeze_differential(model: nn.Module) -> list[str]:
 
 
 def load_differential(model: nn.Module, folder: PathLike) -> None:
-    """Put the differential attention of `folder`/differential.safetensors, a local folder or a hub id, into `model`:
-    added, if it has none, and filled. Raises UserError: no such file, or one for another model."""
+    """Load `folder`/differential.safetensors, from a local folder or hub id, into `model`; adds differential attention
+    first if there is none. Raises UserError for a missing file and for one of another model."""
     folder = locate(folder)
     if differential_config(model) is None:
         stored = stored_differential(folder)
@@ -277,7 +277,7 @@ def load_differential(model: nn.Module, folder: PathLike) -> None:
 
 # ---- folders
 def keep_when_saved(model: nn.Module) -> None:
-    """From now on `save_pretrained` of a model, and of peft's wrapper, saves differential attention too."""
+    """Make `save_pretrained` of a model, and of peft's wrapper, save differential attention too."""
     base = unwrap(model)
     base.save_pretrained = partial(save_model, base)
     if base is not model:
@@ -287,8 +287,8 @@ def keep_when_saved(model: nn.Module) -> None:
 def save_model(
     model: PreTrainedModel, folder: PathLike, is_main_process: bool = True, state_dict: dict | None = None, **options
 ) -> None:
-    """`save_pretrained` of a model with differential attention: a folder that `from_pretrained` below reads and
-    transformers refuses, by its model_type and by the names of its weight files."""
+    """`save_pretrained` of a model with differential attention. `from_pretrained` below reads the folder; transformers
+    refuses it because of its model_type and the names of its weight files."""
     state = model.state_dict() if state_dict is None else state_dict
     if options.pop("push_to_hub", False) or any(".lora_" in name for name in state):
         raise UserError("save_pretrained: save peft's wrapper or merge LoRA first; upload the folder with `hf upload`")
@@ -300,15 +300,15 @@ def save_model(
         type(model).save_pretrained(model, staged, state_dict=state, **options)
         save_differential(model, staged)
         mark_differential(staged)
-        if not Path(folder, "README.md").exists():  # a model card of the user's own stays
+        if not Path(folder, "README.md").exists():  # the user's own model card stays
             card = adapters.differential_card(Path(folder).resolve().name)
             (staged / "README.md").write_text(card, encoding="utf-8")
     move_model_files(Path(folder, ".saving"), Path(folder))
 
 
 def from_pretrained(folder: PathLike, **options: Any) -> PreTrainedModel:
-    """The model of a folder or hub id with differential attention, as transformers' class; `options` are those of its
-    `from_pretrained`. Raises UserError for another kind of folder."""
+    """Load a transformers model with differential attention from a folder or hub id; `options` are those of the model
+    class's `from_pretrained`. Raises UserError for another kind of folder."""
     folder = locate(folder)
     data = read_json(folder / "config.json")
     names = [str(name).removeprefix(DIFFERENTIAL_CLASS) for name in data.get("architectures") or ()]
@@ -326,7 +326,7 @@ def from_pretrained(folder: PathLike, **options: Any) -> PreTrainedModel:
 
 
 def save_adapter(model: nn.Module, folder: PathLike, *args: Any, is_main_process: bool = True, **options: Any) -> None:
-    """`save_pretrained` of peft's wrapper: its adapter, which AutoPeftModel refuses, and differential.safetensors."""
+    """`save_pretrained` of peft's wrapper: the adapter, which AutoPeftModel refuses, and differential.safetensors."""
     type(model).save_pretrained(model, folder, *args, is_main_process=is_main_process, **options)
     if is_main_process:
         save_differential(model, folder)
@@ -334,7 +334,7 @@ def save_adapter(model: nn.Module, folder: PathLike, *args: Any, is_main_process
 
 
 def load_adapter(model: nn.Module, folder: PathLike, *args: Any, **options: Any) -> Any:
-    """`load_adapter` of peft's wrapper, with the differential attention beside the adapter."""
+    """`load_adapter` of peft's wrapper, which also loads the differential attention beside the adapter."""
     result = type(model).load_adapter(model, folder, *args, **options)
     if Path(folder, DIFFERENTIAL).is_file():
         load_differential(model, folder)
@@ -343,7 +343,7 @@ def load_adapter(model: nn.Module, folder: PathLike, *args: Any, **options: Any)
 
 # ---- training
 class DifferentialTrainerMixin:
-    """In front of transformers' Trainer: differential parameters train, also if peft froze them, without weight decay;
+    """Mix in before transformers' Trainer: differential parameters train without weight decay, even if peft froze them,
     lambda at `lambda_lr` times the learning rate; annealing follows the steps; checkpoints of whole models resume.
 
         class DifferentialTrainer(DifferentialTrainerMixin, Trainer): ...

@@ -1,7 +1,7 @@
 """Hand-written autograd functions: blended attention maps, attention in chunks of queries, the tiled head loss, LoRA.
 
 Nothing here is needed to understand the model: every function names the plain formula that it equals and the test that
-proves it. The first section is the formula itself, step by step, which `attention.py`'s references are made of.
+proves it. The first section is the formula itself, step by step; the references in `attention.py` are built from it.
 
 B batch, L queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, Dv value head dim, R second
 queries (H, or fewer, each shared by H / R heads), n rows, C hidden size, V vocabulary, r rank.
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64  # queries whose maps exist at a time: they stay in a core's cache
-GPU_CHUNK = 512  # on a GPU, where every chunk costs launches
-TILE = 4096  # tokens of the vocabulary whose logits exist at a time: n x TILE logits stay in a core's cache
-GPU_TILE_LOGITS = 1 << 25  # logits of a tile on a GPU: few launches, 128 MB in float32
+CHUNK = 64  # queries per chunk: their maps stay in a core's cache
+GPU_CHUNK = 512  # the same on a GPU, where every chunk costs launches
+TILE = 4096  # vocabulary tokens per tile: n x TILE logits stay in a core's cache
+GPU_TILE_LOGITS = 1 << 25  # logits per tile on a GPU: few launches, 128 MB in float32
 PLAIN_LOSS_MAX_LOGITS = 1 << 22  # up to this many logits the plain loss is as fast as the tiled one
 
 
@@ -31,7 +31,7 @@ def attention_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None =
     """
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
-    # the query heads of a group share their keys: folded into rows, one matmul serves them all
+    # query heads of a group share their keys: folded into rows, they need one matmul
     rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
     scores = (rows @ k.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, length, -1)
     return apply_softcap(scores, softcap)
@@ -97,7 +97,7 @@ class BlendedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q1, q2, k, v, weight, dense, scale, normalised, softcap) -> Tensor:
-        """Arguments as those of `attention.blended_attention`; `dense` is the bool mask [B, 1, L, S] or None."""
+        """Arguments as in `attention.blended_attention`; `dense` is the bool mask [B, 1, L, S] or None."""
         maps = compute_maps(q1, q2, k, v, dense, scale, softcap)
         ctx.save_for_backward(q1, q2, k, v, weight, *maps)
         ctx.options = scale, normalised
@@ -120,7 +120,7 @@ class ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q1, q2, k, v, weight, mask, scale, normalised, softcap, window) -> Tensor:
-        """Arguments as those of `attention.blended_attention`; q2 and weight None: the first map alone."""
+        """Arguments as in `attention.blended_attention`; with q2 and weight None, the first map alone."""
         ctx.save_for_backward(q1, q2, k, v, weight)
         ctx.options = mask, scale, normalised, softcap, window
         out = v.new_empty(*q1.shape[:3], v.shape[-1])
@@ -158,7 +158,7 @@ def query_chunks(
     mask, queries: int, keys: int, window: int | None, device: str = "cpu"
 ) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Yields (queries, keys, dense): a chunk of queries, the keys that any of them sees, and their mask, None where
-    every query sees all of these keys. `mask`: a PrefixMask or None; `device`: a type, on which the size depends."""
+    every query sees all of these keys. `mask`: a PrefixMask or None; `device`: its type, which sets the chunk size."""
     offset, size = keys - queries, CHUNK if device == "cpu" else GPU_CHUNK
     for first in range(0, queries, size):
         last = min(first + size, queries)
@@ -171,7 +171,7 @@ def query_chunks(
 
 
 def select_queries(t: Tensor | None, queries: slice) -> Tensor | None:
-    """These queries of t [B, H, L, *]; a weight [1] belongs to every query."""
+    """The slice `queries` of t [B, H, L, *]; None and a weight [1], shared by all queries, are returned unchanged."""
     return t if t is None or t.ndim == 1 else t[:, :, queries]
 
 
@@ -184,14 +184,14 @@ def compute_maps(
     scale: float,
     softcap: float | None,
 ) -> Maps:
-    """Both maps; arguments as those of `BlendedAttention.forward`.
+    """Both maps; arguments as in `BlendedAttention.forward`.
 
-    Each map is computed by the operations of standard attention, so that equal queries give equal bits.
+    Each map is computed by the operations of standard attention, so that equal queries give bit-equal maps.
     """
     made = []
     for q, key in zip((q1, q2), split_keys(k, v), strict=True):
         scores = None if q is None else attention_scores(q, key, scale, softcap)
-        # of unmasked scores: 0 times inf would be NaN
+        # taken before masking: 0 times inf would be NaN
         slope = None if q is None or softcap is None else 1 - (scores / softcap) ** 2
         made += [None if q is None else softmax_maps(scores, dense), slope]
     return Maps(*made)
@@ -257,22 +257,22 @@ def softmax_gradients(
     return d_q.to(q.dtype), d_scores.mT @ scaled
 
 
-# ---- flash attention of ragged rows
+# ---- flash attention on ragged rows
 class Segments(NamedTuple):
-    """How two calls of variable-length attention serve a batch, see `attention.PrefixMask.segments`. The offsets are
+    """How two calls of variable-length attention cover a batch, see `attention.PrefixMask.segments`. The offsets are
     int32: sequence i of a call is cu_seqlens[i] .. cu_seqlens[i + 1] - 1 of the packed tokens."""
 
     prefix_cu_seqlens_q: Tensor | None  # [3 B + 1] the pads, the prefix and the suffix of every row; None: no prefix
-    prefix_cu_seqlens_k: Tensor  # [3 B + 1] the same among the keys
-    suffix_cu_seqlens_q: Tensor  # [2 B + 1] of every row: none for the pads, then its last queries, M of them
+    prefix_cu_seqlens_k: Tensor  # [3 B + 1] the same for the keys
+    suffix_cu_seqlens_q: Tensor  # [2 B + 1] for every row: no query for the pads, then its last M queries
     suffix_cu_seqlens_k: Tensor  # [2 B + 1] the pads and the rest of every row
-    in_suffix: Tensor  # [B, M, 1, 1] whether one of the last queries is in the suffix
+    in_suffix: Tensor  # [B, M, 1, 1] which of the last M queries are in the suffix
 
 
 class PrefixFlashAttention(torch.autograd.Function):
     """Attention of q [B, L, H, D] to k, v [B, S, K, D] under a prefix-LM mask -> [B, L, H, D], by two calls of flash
-    attention: one treats all queries as prefix, one treats the last queries as suffix; each query keeps the one that
-    applies to it.
+    attention: one treats all queries as prefix, the other the last queries as suffix; each query keeps the result
+    that applies to it.
 
     Equals `attention.attention_reference`: tests/test_cuda_path.py,
     test_two_calls_of_flash_attention_are_the_prefix_mask.
@@ -280,7 +280,7 @@ class PrefixFlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, segments: Segments, scale: float) -> Tensor:
-        """`segments` of the mask for these numbers of queries and keys."""
+        """`segments`: those of the mask for this number of queries and keys."""
         prefix_out, suffix_out, saved, count = None, None, [q, k, v], segments.in_suffix.shape[1]
         prefix, suffix = prefix_offsets(segments), suffix_offsets(segments)
         if prefix[0] is not None:
@@ -305,7 +305,7 @@ class PrefixFlashAttention(torch.autograd.Function):
         found, has_both = [], prefix[0] is not None and count > 0
         if prefix[0] is not None:
             g = gradient
-            if has_both:  # nothing flows into a result that was not taken
+            if has_both:  # no gradient flows into a discarded result
                 g = gradient.clone(memory_format=torch.contiguous_format)
                 g[:, -count:].masked_fill_(segments.in_suffix, 0)
             found.append(flash_backward(g, q, k, v, *saved[:3], *prefix, ctx.scale, causal=False))
@@ -335,7 +335,7 @@ def flash(
     """(output [B, L, H, D], log-sum-exp, unused) of one call of torch's variable-length flash attention on the rows of
     q, k, v [B, L or S, heads, D], one after another.
 
-    Sequence i of the queries attends to sequence i of the keys: to all of it, or causally from the lower right corner.
+    Sequence i of the queries attends to sequence i of the keys: to all of it, or causally, aligned to the lower right.
     """
     out, lse, rng, *_ = torch.ops.aten._flash_attention_forward(
         *map(pack, (q, k, v)), cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
@@ -356,7 +356,7 @@ def flash_backward(
     scale: float,
     causal: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k and v; arguments as those and the results of `flash`."""
+    """Gradients of q, k and v; takes the arguments and results of `flash`."""
     packed, lengths = map(pack, (gradient, q, k, v, out)), (q.shape[1], k.shape[1])
     found = torch.ops.aten._flash_attention_backward(
         *packed, lse, cu_seqlens_q, cu_seqlens_k, *lengths, 0.0, causal, rng, rng, scale=scale
@@ -373,7 +373,7 @@ def pack(t: Tensor) -> Tensor:
 def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None) -> Tensor:
     """Mean cross entropy, float32, of hidden [n, C] against labels [n]; the logits are head(hidden), soft-capped.
 
-    Tiled where the head is a frozen nn.Linear and the logits are many, the plain formula elsewhere.
+    Tiled if the head is a frozen nn.Linear and there are many logits; otherwise the plain formula.
     """
     is_plain = type(head) is nn.Linear and head.bias is None and not has_hooks(head)
     if is_plain and not head.weight.requires_grad and len(labels) * head.out_features > PLAIN_LOSS_MAX_LOGITS:
@@ -382,17 +382,17 @@ def head_loss(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | 
 
 
 def tile_size(rows: int, device_type: str) -> int:
-    """Tokens of the vocabulary in one tile of the logits of this many rows."""
+    """Vocabulary tokens per tile for the logits of this many rows."""
     return TILE if device_type == "cpu" else max(1, GPU_TILE_LOGITS // max(rows, 1) // TILE) * TILE  # rows stay aligned
 
 
 class TiledHeadLoss(torch.autograd.Function):
-    """F.cross_entropy(soft-capped hidden @ weight.T, labels) without its logits: tests/test_speed_paths.py,
+    """F.cross_entropy(soft-capped hidden @ weight.T, labels), without storing the logits: tests/test_speed_paths.py,
     test_the_tiled_loss_is_the_formula_in_float64.
 
     The gradient is computed in the forward pass: sum_v p_v W_v - W_label per row. The sum is attention with the rows of
-    the head as keys and values, so it is computed as flash attention is: tile by tile, rescaled where a later tile
-    holds a larger logit. W is read once and nothing of size n x V exists.
+    the head as keys and values, so it is computed like flash attention: tile by tile, rescaled when a later tile has a
+    larger logit. W is read once, and no tensor of size n x V exists.
     """
 
     @staticmethod
@@ -433,13 +433,13 @@ class TiledHeadLoss(torch.autograd.Function):
 
 # ---- LoRA
 def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
-    """(module(x) for each module); in one piece where every module is a peft LoRA layer on a frozen nn.Linear.
+    """(module(x) for each module), computed together if every module is a peft LoRA layer on a frozen nn.Linear.
 
-    peft computes x W^T, then (x A^T) B^T, scales it and adds it, each a pass over the whole output, and in float32
-    where the base is bfloat16. Here the layers of one input share one product with their stacked A, and B is added
-    inside a matmul. The factors are float32 masters, cast to the dtype of the base; parameters, names and files stay
-    peft's. Anything else a module is or does (dropout, a bias, a merged or disabled adapter, a hook, another kind of
-    layer, autocast to another dtype) is left to the module itself.
+    peft computes x W^T, then (x A^T) B^T, scales it and adds it. Each step is a pass over the whole output, in float32
+    if the base is bfloat16. Here the layers of one input share one product with their stacked A, and the product with B
+    is added inside a matmul. The factors are float32 masters, cast to the dtype of the base; parameters, names and
+    files stay peft's. In all other cases (dropout, a bias, a merged or disabled adapter, a hook, another kind of layer,
+    autocast to another dtype) the modules themselves are called.
     """
     if x.numel() == x.shape[-1] and all(is_single_bf16_row(module, x) for module in modules):
         return tuple((module.weight @ x.view(-1)).view(*x.shape[:-1], -1) for module in modules)
@@ -458,7 +458,7 @@ def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
 
 
 def is_single_bf16_row(module: nn.Module, x: Tensor) -> bool:
-    """Whether x is one bfloat16 row on a CPU, a decoding step, for which a matrix-vector product is faster."""
+    """Whether x is one bfloat16 row on a CPU (a decoding step), for which a matrix-vector product is faster."""
     is_plain = type(module) is nn.Linear and module.bias is None and not (has_hooks(module) or x.requires_grad)
     return is_plain and x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.bfloat16
 
@@ -505,8 +505,8 @@ def cast_lora(model: nn.Module) -> Iterator[None]:
     """Scale and cast the LoRA factors of every layer of `model` once for the block, in a few launches for all layers.
 
     Outside such a block `apply_linears` casts them at every call, to the same values. The masters must not change
-    inside it: it is for the forward and backward passes of one update, or for the tokens of one answer. A block inside
-    another leaves its factors alone.
+    inside the block: use it for the forward and backward passes of one update, or for the tokens of one answer. A
+    nested block keeps the factors of the outer one.
     """
     found = [m for m in model.modules() if has_one_adapter(m) and not hasattr(m, CAST_FACTORS)]
     names = [module.active_adapters[0] for module in found]
@@ -537,15 +537,15 @@ def has_one_adapter(module: nn.Module) -> bool:
 
 
 def cast_all(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Copies of `tensors` in these dtypes, in one launch where the device has one for all of them."""
+    """Copies of `tensors` in these dtypes, in one launch where the device supports it."""
     copies = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
     torch._foreach_copy_(copies, tensors)
     return copies
 
 
 class LowRankLinears(torch.autograd.Function):
-    """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; saved are x, the rank-r products and the factors
-    in the dtype of x.
+    """y_i = x W_i^T + s_i (x A_i^T) B_i^T of x [..., C], W_i frozen; saves x, the rank-r products and the factors in
+    the dtype of x.
 
     Equals peft's layers: tests/test_speed_paths.py, test_lora_equals_peft_in_float64.
     """
