@@ -1,7 +1,7 @@
-"""What is trained on a frozen base model: LoRA and differential parameters, added, saved, loaded and merged; 4-bit
+"""Add, save, load and merge what is trained on a frozen base model: LoRA and differential parameters. Also 4-bit
 weights and FSDP2.
 
-The functions take models and paths; run folders are not known here.
+The functions take models and paths and know nothing of run folders.
 """
 
 import contextlib
@@ -64,16 +64,16 @@ model = from_pretrained("{name}")  # transformers' class, with differential atte
 ```
 """
 
-# `parent_library` in adapter_config.json, from which AutoPeftModel imports the class of the base model. The second one
-# marks differential attention on any base model: no library has its name, so AutoPeftModel refuses the adapter.
+# `parent_library` in adapter_config.json, from which AutoPeftModel imports the class of the base model. The second
+# value marks differential attention on any base model: no library has its name, so AutoPeftModel refuses the adapter.
 STANDARD_LIBRARY, DIFFERENTIAL_MARK = "transformers", "differential_paligemma"
 
-# The parts beside the language model that can be trained, and their linear layers.
+# The parts other than the language model that can be trained, and their linear layers.
 PARTS = {
     "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "multi_modal_projector": ("linear", "linear_1", "linear_2"),  # PaliGemma's, and Phi's two
 }
-# peft reads names of modules as regular expressions, which can take forever: only plain names and these patterns pass.
+# peft matches module names as regular expressions, which can take forever: only plain names and these patterns pass.
 LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
 PART_PATTERNS = {
     "vision_tower": r".*vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
@@ -118,8 +118,8 @@ class AdapterFields(msgspec.Struct):
 def read_adapter_config(folder: Path) -> AdapterFields:
     """The checked fields of the adapter_config.json of an adapter folder.
 
-    Raises UserError: not JSON, a field of another type, a kind of adapter that is not supported, or a regular
-    expression for the names of modules.
+    Raises UserError for a file that is not JSON, a field of the wrong type, an unsupported kind of adapter, and a
+    regular expression for module names.
     """
     file = folder / ADAPTER_CONFIG
     fields = read_typed(file, AdapterFields)
@@ -137,11 +137,11 @@ def read_adapter_config(folder: Path) -> AdapterFields:
 
 # ---- LoRA
 def new_lora(config: Any, model: nn.Module) -> "PeftModel":
-    """Put new LoRA into the language model of `model`, in place, and into the vision tower and the projector where
-    `config` says so, or a copy of these that trains as a whole; returns peft's wrapper.
+    """Add new LoRA to the language model of `model`, in place. The vision tower and the projector also get LoRA, or a
+    copy that trains as a whole, if `config` says so. Returns peft's wrapper.
 
-    `config` has seed, the lora_* fields, lora_targets empty for those of the family, use_dora, use_rslora, train_vision
-    and train_projector. Raises UserError for targets without layer.
+    `config` has seed, the lora_* fields (empty lora_targets: those of the family), use_dora, use_rslora, train_vision
+    and train_projector. Raises UserError for targets that match no layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -156,7 +156,7 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
         )
     trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
     with_lora = [part for part, how in trained.items() if how == "lora"]
-    if is_phi(model):  # its names, which its tower lacks, also fit transformers' decoder, whose layers are elsewhere
+    if is_phi(model):  # plain names: its tower has none of them, and they also fit transformers' decoder
         names = [*targets, *(name for part in with_lora for name in PARTS[part])]
     else:
         names = "|".join(
@@ -178,19 +178,19 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
 
 
 def freeze_unused(model: nn.Module) -> None:
-    """Freeze what is stored but never run, such as CLIP's last layer: it would never get a gradient, for which
-    DistributedDataParallel waits."""
+    """Freeze modules that are stored but never run, such as CLIP's last layer: they would never get a gradient, and
+    DistributedDataParallel would wait for it."""
     for tower in [module for module in model.modules() if hasattr(module, "unused_modules")]:
         for module in tower.unused_modules():
             module.requires_grad_(False)
 
 
 def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool = False) -> "PeftModel":
-    """Put a stored LoRA adapter into `model`, in place; returns peft's wrapper, the base frozen, in eval mode unless
-    `trainable`. Adapters trained under older names of the layers fit too (peft #2574).
+    """Add a stored LoRA adapter to `model`, in place; returns peft's wrapper, with the base frozen, in eval mode unless
+    `trainable`. Adapters trained with older layer names also load (peft #2574).
 
-    Raises UserError: files missing or corrupt, an adapter for another model, unused or missing
-    weights, NaN or infinity.
+    Raises UserError for missing or corrupt files, an adapter for another model, unused or missing weights, and NaN or
+    infinity.
     """
     folder = Path(adapter_folder)
     read_adapter_config(folder)
@@ -208,7 +208,7 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
 
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        config.task_type = None  # others store CAUSAL_LM, for which peft expects the methods of transformers' models
+        config.task_type = None  # other tools store CAUSAL_LM, for which peft expects methods of transformers' models
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys, which are refused below
             adapted = PeftModel.from_pretrained(
@@ -221,9 +221,9 @@ def attach_adapter(model: nn.Module, adapter_folder: PathLike, trainable: bool =
             )
             freeze_unused(adapted)
             used = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    except torch.OutOfMemoryError:  # says nothing about the adapter
+    except torch.OutOfMemoryError:  # not a fault of the adapter
         raise
-    except Exception as error:  # peft raises any exception for a wrong value
+    except Exception as error:  # peft raises all kinds of exceptions for wrong values
         reason = one_line(error)[:300]
         raise UserError(f"{folder}: this adapter does not fit the model ({reason}): give its own base model") from error
     for keys, fault in ((stored - used, "has no place in"), (used - stored, "is missing for")):
@@ -251,18 +251,18 @@ def save_lora(adapted: "PeftModel", folder: PathLike) -> None:
     describe_base(folder, model, base_model_name_or_path=base, revision=revision or None)
     if is_phi(model):
         rename_adapter(Path(folder, ADAPTER_WEIGHTS), model.config.model_type)
-    Path(folder, "README.md").unlink(missing_ok=True)  # peft's, a form to fill in; see model_card.py
+    Path(folder, "README.md").unlink(missing_ok=True)  # peft's empty template; see model_card.py
 
 
 def differential_card(name: str) -> str:
-    """README.md of the folder of a model of transformers with differential attention."""
+    """README.md for the folder of a transformers model with differential attention."""
     metadata = ModelCardData(library_name="transformers", tags=["differential-attention"])
     return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{LOAD_IN_TRANSFORMERS.format(name=name)}"
 
 
 def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
-    """Write into the adapter_config.json of `folder` the class of the base `model`, and further `fields`. AutoPeftModel
-    loads a standard model, and refuses one with differential attention, which it would leave out."""
+    """Write the class of the base `model` and further `fields` into the adapter_config.json of `folder`. AutoPeftModel
+    loads standard models and refuses those with differential attention, which it would leave out."""
     file, library = (
         Path(folder, ADAPTER_CONFIG),
         DIFFERENTIAL_MARK if differential_config(model) else STANDARD_LIBRARY,
@@ -277,17 +277,17 @@ def is_phi(model: nn.Module) -> bool:
 
 
 def rename_adapter(file: Path, model_type: str) -> None:
-    """Give the weights of an adapter the names of the layers of transformers' model."""
+    """Rename the weights of an adapter to the layer names of the transformers model."""
     prefix = "base_model.model."
     tensors = {prefix + hub_key(key.removeprefix(prefix), model_type): t for key, t in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def merge(model: nn.Module) -> None:
-    """Add every LoRA update to its weight and replace the layers of peft by plain ones, in place.
+    """Add every LoRA update to its weight and replace peft's layers with plain ones, in place.
 
-    Raises UserError where a merged weight would not be finite, and for modules_to_save other than the vision tower and
-    the projector: the embedding, for one, is tied to the head.
+    Raises UserError if a merged weight would not be finite, and for modules_to_save other than the vision tower and
+    the projector (the embedding, for example, is tied to the head).
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -309,7 +309,7 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
     """Number of parameters by tower: [trainable, all]."""
     counts: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
-        if ".original_module." in name:  # of a part that trains as a whole, whose copy is counted
+        if ".original_module." in name:  # the original of a part that trains as a whole: its copy is counted
             continue
         tower = next((t for t in (*PARTS, "language_model") if t in name), "lm_head")
         kind = " lora" if "lora_" in name else " differential" if ".differential." in name else ""
@@ -321,8 +321,8 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
 
 # ---- differential attention
 def differential_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter or buffer of everything that differential attention added to `model`; also for a model of
-    transformers the names are those of the models here."""
+    """Name -> parameter or buffer of everything that differential attention added to `model`; for a transformers
+    model, too, the names are those of the models here."""
     modules = differential_modules(model).items()
     return {
         rename_key(f"{name}.{key}"): tensor for name, module in modules for key, tensor in module.state_dict().items()
@@ -354,11 +354,11 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
 
 
 def find_differential(base: Path, adapter: Path | None) -> Path | None:
-    """The folder whose differential.safetensors belongs to a model: its adapter folder, the one around that, or its
+    """The folder whose differential.safetensors belongs to a model: its adapter folder, the parent of that, or its
     base; None for standard attention.
 
     Raises UserError if the file is missing although run.json, the adapter's or the model's config.json says that
-    attention is differential, and if weights beside the adapter are not those of the manifest there.
+    attention is differential, and if weights beside the adapter do not match the manifest there.
     """
     folders = [base] if adapter is None else [adapter.parent, base]
     if adapter is not None and (adapter / DIFFERENTIAL).is_file():  # saved by differential_transformers.py
@@ -389,7 +389,7 @@ def declared_differential(base: Path, adapter: Path | None) -> Path | None:
 
 
 def stored_differential(folder: PathLike) -> DifferentialConfig | None:
-    """The configuration in `folder`/differential.safetensors; None without such a file. Raises UserError."""
+    """The configuration in `folder`/differential.safetensors; None without one. Raises UserError for a bad file."""
     with reading(folder):
         if not Path(folder, DIFFERENTIAL).is_file():
             return None
@@ -415,10 +415,10 @@ def read_metadata(file: Path) -> tuple[DifferentialConfig, float]:
 
 
 def load_differential(model: nn.Module, folder: PathLike) -> None:
-    """Fill what differential attention added to `model` from `folder`/differential.safetensors.
+    """Load what differential attention added to `model` from `folder`/differential.safetensors.
 
-    Raises UserError: file missing or corrupt, another configuration, unexpected or missing keys, wrong shapes, NaN or
-    infinity.
+    Raises UserError for a missing or corrupt file, another configuration, unexpected or missing keys, wrong shapes, and
+    NaN or infinity.
     """
     file = Path(folder, DIFFERENTIAL)
     (stored, progress), built = read_metadata(file), differential_config(model)
@@ -447,10 +447,10 @@ def load_differential(model: nn.Module, folder: PathLike) -> None:
     set_progress(model, progress)
 
 
-# ---- a base in 4 bits, a sharded base
+# ---- 4-bit and sharded base models
 def quantize(model: nn.Module, device: torch.device) -> nn.Module:
-    """QLoRA (arXiv 2305.14314): the frozen linears of the language model in 4-bit NF4 with double quantization, which
-    compute in bfloat16. Embedding, head, vision tower and what differential attention added do not change.
+    """QLoRA (arXiv 2305.14314): the frozen linear layers of the language model become 4-bit NF4 with double
+    quantization and compute in bfloat16. Embedding, head, vision tower and differential parameters do not change.
 
     `model` is on the CPU and moves to `device` layer by layer; returns it. Raises UserError without bitsandbytes.
     """
@@ -472,8 +472,9 @@ def quantize(model: nn.Module, device: torch.device) -> nn.Module:
 def shard_frozen_layers(model: nn.Module, adapted: nn.Module, accelerator: "Accelerator") -> None:
     """FSDP2: each process stores a shard of the frozen layers' weights and gathers a layer when it runs.
 
-    What trains is small: it is replicated and synchronized by DDP, as without shards. Accelerate's own FSDP would shard
-    it too, and does not run on a CPU. `adapted` is peft's wrapper of `model`. Raises UserError for a single process.
+    Trainable parameters are few: they are replicated and synchronized by DDP, as without sharding. Accelerate's own
+    FSDP would shard them too, and does not run on a CPU. `adapted` is peft's wrapper of `model`. Raises UserError for a
+    single process.
     """
     replicated = {p for n, p in adapted.named_parameters() if p.requires_grad or ".differential." in n}
     if accelerator.num_processes == 1:
@@ -488,7 +489,7 @@ def shard_frozen_layers(model: nn.Module, adapted: nn.Module, accelerator: "Acce
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gather all sharded layers inside the block, where the processes run different numbers of forward passes."""
+    """Keep all sharded layers gathered in the block, where processes may run different numbers of forward passes."""
     layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for layer in layers:
         layer.set_reshard_after_forward(False)

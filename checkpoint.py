@@ -1,6 +1,7 @@
-"""Weights on disk: safetensors in every layout that exists, from the hub or a folder; saving; run folders.
+"""Weights on disk: safetensors in every known layout, from the hub or a folder; saving; run folders.
 
-Tensors, keys and files only: no model class is known here. Nothing that could run code is ever loaded. The layouts:
+This module handles tensors, keys and files and knows no model class. It never loads anything that could run code. The
+layouts:
 
     L1 hub, saves up to transformers 4.57: language_model.model.*   vision_tower.vision_model.*         lm_head under
     L3 saves of transformers 5:            language_model.model.*   vision_tower.*                      language_model.
@@ -31,16 +32,16 @@ ROOT = Path(__file__).resolve().parent
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FINGERPRINT_BYTES = 1 << 20  # at each end of a file
+FINGERPRINT_BYTES = 1 << 20  # hashed at each end of a file
 FINGERPRINT_DIGITS = 16
-LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+LFS_POINTER = b"version https://git-lfs"  # start of a file that git-lfs has not fetched
 DIFFERENTIAL = "differential.safetensors"  # beside adapter/, or beside the weights of a whole model
-# They start the model_type and the names of the weight files, and the name of the class, of a whole model with
-# differential attention, which therefore does not load as a standard model in transformers.
+# Prefixes of the model_type and weight file names, and of the class name, of a whole model with differential attention,
+# so that transformers does not load it as a standard model.
 DIFFERENTIAL_PREFIX, DIFFERENTIAL_CLASS = "differential_", "Differential"
 MODEL_FILE = re.compile(r"(differential_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|differential\.safetensors")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # all that is fetched from the hub
-PIECE = 8 << 20  # bytes converted at a time: bounds the memory of a change of dtype beyond its result
+PIECE = 8 << 20  # bytes converted at a time: bounds the extra memory of a dtype conversion
 
 PROJECTOR = "model.multi_modal_projector."
 KEYS_TO_MEMORY = {
@@ -48,7 +49,7 @@ KEYS_TO_MEMORY = {
     r"^(model\.)?language_model\.(model\.)?": "model.language_model.",
     r"^(model\.)?vision_tower\.(vision_model\.)?": "model.vision_tower.",
     r"^(model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
-    # Phi-3 on the hub, in the memory of its own code (without a second vision_model), and in transformers to come
+    # Phi-3 on the hub, in memory in its own code (without a second vision_model), and in future transformers
     r"^model\.(?=(layers|embed_tokens|norm)\.)": "model.language_model.",
     r"^model\.vision_embed_tokens\.wte\.": "model.language_model.embed_tokens.",
     r"^model\.(vision_embed_tokens\.img_processor|vision_model)\.(vision_model\.)?": "model.vision_tower.",
@@ -93,7 +94,7 @@ def rename_key(key: str) -> str:
 
 def hub_key(key: str, model_type: str = "paligemma") -> str:
     """A weight's name in any layout -> its name on the hub: in layout L1, which every version of transformers reads, or
-    in that of Phi-3."""
+    in the layout of Phi-3."""
     is_phi = model_type.removeprefix(DIFFERENTIAL_PREFIX) in ("phi3", "phi3_v")
     return apply_rule(rename_key(key), PHI_KEYS_TO_HUB if is_phi else KEYS_TO_HUB)
 
@@ -116,10 +117,11 @@ def hub_revision(path_or_hub_id: str) -> str | None:
 
 
 def locate(path_or_hub_id: PathLike) -> Path:
-    """The folder of a model: a local one unchanged, a hub id (`org/name`, `org/name@revision`) from the hub or its
-    cache.
+    """The folder of a model: a local folder unchanged, or that of a hub id (`org/name`, `org/name@revision`), from
+    the hub or its cache.
 
-    Fetches JSON, safetensors and tokenizer files only. Raises UserError: no such folder or model, login, network.
+    Fetches JSON, safetensors and tokenizer files only. Raises UserError for a missing folder or model and for login or
+    network failures.
     """
     name, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
     with reading(name):
@@ -218,8 +220,8 @@ def base_of_adapter(adapter: Path) -> str:
 
 
 def weights_fingerprint(folder: PathLike) -> str:
-    """Changes with the weights of a model folder: a hash of the size and both ends of every safetensors file, which
-    takes milliseconds for files of any size."""
+    """A hash that changes with the weights of a model folder: of the size and both ends of every safetensors file, so
+    that it takes milliseconds for files of any size."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         size = path.stat().st_size
@@ -253,7 +255,8 @@ class Entry(NamedTuple):
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[safe_open]:
-    """Yields the handle of a safetensors file. Raises UserError: missing, unreadable, corrupt, a git-lfs pointer."""
+    """Yields the handle of a safetensors file. Raises UserError if it is missing, unreadable, corrupt or a
+    git-lfs pointer."""
     with reading(file):
         check_regular(file)
         with open(file, "rb") as start:  # safetensors does not report a missing permission as such
@@ -264,7 +267,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 
 
 def differential_weights(folder: Path) -> Path | None:
-    """The weights, or the index of their shards, of a whole model with differential attention; None for another."""
+    """The weights, or the index of their shards, of a whole model with differential attention; None for others."""
     files = (folder / (DIFFERENTIAL_PREFIX + name) for name in (SINGLE, INDEX))
     return next((file for file in files if file.is_file()), None)
 
@@ -285,7 +288,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         raise UserError(f"{folder}: no weights here (neither {SINGLE} nor {INDEX}): check the path")
     files: dict[Path, list[str]] = {}
     for key, name in read_typed(index, WeightIndex, "download it again").weight_map.items():
-        # only the name counts: in the hub's cache every file is a link out of its folder
+        # checks the name only: in the hub's cache every file is a link out of its folder
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{index}: puts {key} in {name}, outside the folder: download the model again")
         if not (folder / name).is_file():
@@ -318,7 +321,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 
 def is_second_embedding(*keys: str) -> bool:
-    """Whether one of two names of a weight is that by which the image module of Phi-3 refers to the embedding."""
+    """Whether one of two names of a weight is the name of the embedding in Phi-3's image module."""
     return any(key.endswith("vision_embed_tokens.wte.weight") for key in keys)
 
 
@@ -342,7 +345,7 @@ def check_entries(entries: dict[str, Entry], expected: dict[str, Tensor], folder
 def read_tensors(file: Path, keys: list[str], dtype: torch.dtype) -> Iterator[Tensor]:
     """Yields the tensors of `keys`: views of the mapped file, or converted copies where a floating dtype differs."""
     with open_safetensors(file) as views, ExitStack() as mapped:
-        unread = 0  # bytes until the file is mapped again, so that pages already read do not add to the copies
+        unread = 0  # bytes left until the file is remapped, so that pages already read do not add to the copies
         for key in keys:
             view = views.get_tensor(key)
             if view.dtype == dtype or not view.is_floating_point() or view.dim() == 0:
@@ -379,11 +382,11 @@ def load_weights(
 ) -> None:
     """Fill `model`, built on the meta device, from the safetensors of `folder`, without a second copy of the weights.
 
-    Floating tensors get `dtype`; where the file has it already, parameters are views of the mapped file (copied on
+    Floating-point tensors get `dtype`; if the file already has it, parameters are views of the mapped file (copied on
     write). Everything is checked from the headers before anything is loaded. `tied`: the caller ties `lm_head.weight`
     to the embedding afterwards; a stored head is dropped, or used as the embedding if that is missing.
-    Raises UserError, one line with file and key: missing, corrupt or incomplete files, wrong keys, wrong shapes, and
-    NaN or infinity in converted weights (views are not read here).
+    Raises UserError, one line with file and key, for missing, corrupt or incomplete files, wrong keys, wrong shapes,
+    and NaN or infinity in converted weights (views are not read here).
     """
     folder, entries, expected = Path(folder), read_entries(Path(folder)), model.state_dict()
     if tied:
@@ -411,7 +414,7 @@ def save_weights(
 ) -> None:
     """Write tensors into `folder` as safetensors under the hub's names, in shards; a tied head is written once.
 
-    `model_type`: of the family whose names are written.
+    `model_type`: the family whose names are used.
 
     Raises UserError when the disk is full or a permission is missing. Inside `atomic_folder` it is all or nothing.
     """
@@ -429,12 +432,12 @@ def save_model_folder(
 ) -> None:
     """Write weights and config.json into `folder`, which is created if missing; its other files stay.
 
-    `write_more(folder)` adds further files. With those of differential attention among them, the model_type and the
-    names of the weight files become those of `mark_differential`.
+    `write_more(folder)` adds further files. If they include differential.safetensors, `mark_differential` changes the
+    model_type and the names of the weight files.
 
-    The new files are written into a temporary folder inside it and moved at the end: a failure while they are written
+    The new files are written into a temporary folder inside `folder` and moved at the end: a failure during writing
     leaves an older model unchanged, and a model that is memory-mapped from the same folder keeps its pages. The moves
-    together are not atomic.
+    as a whole are not atomic.
     """
     folder = Path(folder)
     weights = {key: value for key, value in state_dict.items() if ".differential." not in key}
@@ -451,8 +454,8 @@ def save_model_folder(
 
 
 def mark_differential(folder: Path) -> None:
-    """Give a folder with weights, config.json and differential.safetensors a model_type, a class and names of weight
-    files that transformers does not know: it would load a standard model, which answers differently."""
+    """Give a folder with weights, config.json and differential.safetensors a model_type, a class and weight file names
+    that transformers does not know: otherwise it would load a standard model, which answers differently."""
     for file in sorted(folder.glob("model*.safetensors*")):
         file = file.rename(folder / (DIFFERENTIAL_PREFIX + file.name))
         if file.suffix == ".json":
@@ -466,8 +469,8 @@ def mark_differential(folder: Path) -> None:
 
 
 def move_model_files(staged: Path, folder: Path) -> None:
-    """Move the files of a saved model into `folder` in the place of an older one, config.json last, then delete what is
-    left of the older one, and the folder `staged`."""
+    """Move the files of a saved model from `staged` into `folder`, config.json last, replacing an older model; then
+    delete the remaining files of the older model, and `staged`."""
     new = sorted(staged.iterdir(), key=lambda file: file.name == "config.json")
     with writing(folder):
         for file in new:

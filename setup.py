@@ -1,6 +1,6 @@
-"""Builds the package `multimodal_diff` of the flat files, so that no module named `data` or `models` is installed.
+"""Builds the package `multimodal_diff` from the flat files, so that no module named `data` or `models` is installed.
 
-The files are copied into one folder, in which `from data import ...` reads `from multimodal_diff.data import ...`;
+The files are copied into one folder, in which `from data import ...` becomes `from multimodal_diff.data import ...`;
 `multimodal_diff.py` becomes its __init__.py. Names, versions and commands are in pyproject.toml.
 """
 
@@ -29,14 +29,14 @@ LOCAL = sorted({file.relative_to(ROOT).parts[0].removesuffix(".py") for file in 
 
 
 def rewrite_imports(text: str) -> str:
-    """The text of a module with imports of the flat files made imports of the package."""
+    """The source of a module, with imports of the flat files turned into imports of the package."""
     names = "|".join(LOCAL)
     text = re.sub(rf"^(\s*)from ({names})((?:\.\w+)*) import ", rf"\1from {PACKAGE}.\2\3 import ", text, flags=re.M)
     return re.sub(rf"^(\s*)import ({names})$", rf"\1from {PACKAGE} import \2", text, flags=re.M)
 
 
 def check_imports(text: str, name: str) -> None:
-    """Raise SystemExit if a module still imports a flat file, in a form that `rewrite_imports` does not know."""
+    """Raise SystemExit if a module still imports a flat file, in a form that `rewrite_imports` does not handle."""
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
