@@ -1,7 +1,7 @@
 """Add, save, load and merge what is trained on a frozen base model: LoRA and differential parameters. Also 4-bit
 weights and FSDP2.
 
-The functions take models and paths and know nothing of run folders.
+The functions take models and paths, not run configurations.
 """
 
 import contextlib

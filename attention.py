@@ -108,8 +108,7 @@ class PrefixMask:
     def dense(self, queries: int, keys: int, window: int | None = None) -> Tensor:
         """Bool mask [B, 1, queries, keys], True = may attend, for the last `queries` of `keys` positions.
 
-        With a `window`, a suffix query sees the last `window` keys only. Keys past `end` count as tokens once `keys`
-        is longer than the prompt: they were generated.
+        With a `window`, a suffix query sees the last `window` keys only.
         """
         key = queries == keys, window  # no lengths in the key: torch.compile would specialise on them and recompile
         if key not in self._dense or self._dense[key].shape[-2:] != (queries, keys):

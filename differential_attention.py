@@ -122,7 +122,8 @@ class DifferentialAttention(nn.Module):
 
     @property
     def has_lambda(self) -> bool:
-        """Whether lambda acts on the output: not if the second map replaces the first, and not in a gate."""
+        """Whether lambda acts on the output: it does not where the second map replaces the first, in a gate, or without a
+        second map."""
         return self.config.combine != "replace"
 
     @property
@@ -289,11 +290,6 @@ class PairedHeads(DifferentialAttention):
     """
 
     trainable = ()
-
-    @property
-    def has_lambda(self) -> bool:
-        """Whether lambda acts on the output: not if the second map replaces the first, and not in a gate."""
-        return self.config.combine != "replace"
 
     @property
     def num_out_heads(self) -> int:

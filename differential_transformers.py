@@ -159,7 +159,7 @@ def tower_of(attention: nn.Module) -> str | None:
 
 def find_towers(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """The layers of the decoder, "text", and of the vision tower, "vision", if supported. Raises UserError for two
-    decoders."""
+    of a kind."""
     towers: dict[str, nn.ModuleList] = {}
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList) and len(stack) and all(hasattr(layer, "self_attn") for layer in stack):
