@@ -122,7 +122,7 @@ class DifferentialAttention(nn.Module):
 
     @property
     def has_lambda(self) -> bool:
-        """Whether lambda acts on the output: it does not where the second map replaces the first, in a gate, or without a
+        """Whether lambda acts on the output. It does not if the second map replaces the first, in a gate, or without a
         second map."""
         return self.config.combine != "replace"
 

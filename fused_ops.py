@@ -332,8 +332,8 @@ def suffix_offsets(segments: Segments) -> tuple[Tensor, Tensor]:
 def flash(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output [B, L, H, D], log-sum-exp, RNG state) of one call of torch's variable-length flash attention on the rows of
-    q, k, v [B, L or S, heads, D], one after another.
+    """(output [B, L, H, D], log-sum-exp, RNG state) of one call of torch's variable-length flash attention on the rows
+    of q, k, v [B, L or S, heads, D], one after another.
 
     Sequence i of the queries attends to sequence i of the keys: to all of it, or causally, aligned to the lower right.
     """
