@@ -1,8 +1,8 @@
 """Datasets to examples, and examples to batches.
 
-An example is a pure function of (seed, epoch, index): workers have no state, and a run resumes at any batch. Sources:
-haystacks made of captioned images, jsonl rows of {image, prefix, suffix} or of {messages, images}, VQAv2 from its
-official json files beside a COCO folder, and a parquet copy of it on the hub. Every source has `name`, `skipped` (why
+An example is a pure function of (seed, epoch, index): workers have no state, and a run can resume at any batch.
+Sources: haystacks made of captioned images, jsonl rows of {image, prefix, suffix} or of {messages, images}, VQAv2 from
+its official json files and a COCO folder, and a parquet copy of it on the hub. Every source has `name`, `skipped` (why
 rows were left out), `counts_for_best` (whether `best/` may be chosen by it), `chance` (exact accuracy of a guess, or
 None), `fingerprint()`, `get(epoch, index)`, and `id(index)` and `text(index)` of epoch 0, which open no image.
 """
@@ -44,18 +44,18 @@ from processing_paligemma import Processor, stack_inputs
 if TYPE_CHECKING:
     from finetune_original import Config
 
-HAYSTACKS_PER_EPOCH = 1 << 16  # what counts as one epoch of generated data
-HELD_OUT_SHARE = 0.1  # of rows without --eval_data
-HASHED_IMAGES = 20_000  # up to so many images, files of equal size are compared by content
-EPOCH_SEED_STRIDE = 1_000_003  # epochs of neighbouring seeds have orders of their own
-IMAGE_PLACE = "<image>"  # in the text of a conversation
-BUCKET = 50  # batches sorted together
+HAYSTACKS_PER_EPOCH = 1 << 16  # size of an epoch of generated data
+HELD_OUT_SHARE = 0.1  # fraction of the rows held out without --eval_data
+HASHED_IMAGES = 20_000  # up to this many images, files of equal size are compared by content
+EPOCH_SEED_STRIDE = 1_000_003  # neighbouring seeds shuffle their epochs differently
+IMAGE_PLACE = "<image>"  # marks an image in the text of a conversation
+BUCKET = 50  # number of batches sorted by length together
 T = TypeVar("T")
 
 
 @dataclass
 class Example:
-    """A name for messages, images, the prompt, the answer to learn, and its index in its source."""
+    """A name for error messages, the images, the prompt, the answer to learn, and the index in the source."""
 
     id: str
     images: list[Image.Image] = field(repr=False)
@@ -67,9 +67,9 @@ class Example:
 # ---- haystacks
 @dataclass
 class Haystacks:
-    """Generated needle questions; every epoch has its own.
+    """Generated needle questions, new ones in every epoch.
 
-    `shapes`: (images, cells along a side), one drawn for each question; `size`: examples of an epoch; `negatives`:
+    `shapes`: (images, cells per side), one drawn for each question; `size`: examples per epoch; `negatives`:
     share of questions whose caption is in no cell; `cell`: side of a cell in pixels; `recolour`: random colours.
     """
 
@@ -89,12 +89,12 @@ class Haystacks:
 
     @property
     def chance(self) -> float | None:
-        """Exact accuracy of a guess among the cells, where every question has a needle in haystacks of one shape."""
+        """Exact accuracy of guessing a cell; None if needles may be absent or haystacks differ in shape."""
         images, grid = self.shapes[0]
         return 1 / (images * grid**2) if len(self.shapes) == 1 and not self.negatives else None
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the examples are made of."""
+        """SHA-256 of the images and settings that determine the examples."""
         images = [image.fingerprint().hex() for image in self.pool.images]
         settings = [self.shapes, self.negatives, self.size, self.seed, self.name, self.cell, self.recolour]
         return sha256_of([images, *settings])
@@ -134,7 +134,7 @@ class VqaAnswer(msgspec.Struct):
 
 class JsonRow(msgspec.Struct):
     """A line of a jsonl file: `image` is a path, a list of paths for several images in one prompt, or null for text
-    alone, which a decoder without a tower learns. `answers`: all accepted answers, for --metric."""
+    only, for a decoder without a tower. `answers`: all accepted answers, for --metric."""
 
     image: str | list[str] | None
     prefix: str
@@ -152,7 +152,7 @@ class ChatPart(msgspec.Struct):
 
 class ChatMessage(msgspec.Struct):
     role: Literal["system", "user", "assistant"]
-    content: str | list[ChatPart]  # in a string, <image> stands where an image is
+    content: str | list[ChatPart]  # in a string, <image> marks an image
 
 
 class ChatRow(msgspec.Struct):
@@ -164,13 +164,13 @@ class ChatRow(msgspec.Struct):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A checked row; `id` names it in messages, image paths are relative to the folder of its source."""
+    """A checked row; `id` names it in error messages, image paths are relative to the folder of its source."""
 
     id: str
     images: tuple[str, ...]
     prefix: str
     suffix: str
-    answers: tuple[str, ...] = ()  # accepted ones, for --metric; empty: the suffix alone
+    answers: tuple[str, ...] = ()  # all accepted ones, for --metric; empty: only the suffix
 
 
 @dataclass
@@ -195,7 +195,7 @@ class Rows:
         return self.rows[index].id
 
     def image_keys(self) -> list[list[str]]:
-        """For every row a key of each image; images with the same key are the same, by path or by content."""
+        """For every row, the keys of its images; images with equal keys are the same, by path or by content."""
         keys = same_images({name for row in self.rows for name in row.images}, self.folder)
         return [[keys[name] for name in row.images] for row in self.rows]
 
@@ -210,7 +210,7 @@ class Rows:
         return row.prefix, row.suffix, len(row.images)
 
     def answers(self, index: int) -> tuple[str, ...]:
-        """All accepted answers, which no fingerprint shows: nothing is trained on them."""
+        """All accepted answers; the fingerprint leaves them out, since nothing is trained on them."""
         return self.rows[index].answers or (self.rows[index].suffix,)
 
 
@@ -219,9 +219,9 @@ def sha256_of(data: object) -> str:
 
 
 def same_images(names: set[str], folder: Path) -> dict[str, str]:
-    """Image name -> a key that is equal for one file under several names, and for files of equal content.
+    """Image name -> key; the keys of one file under several names, and of files of equal content, are equal.
 
-    Contents are compared up to HASHED_IMAGES files, and only among files of equal size.
+    Contents are compared only among files of equal size, and only for up to HASHED_IMAGES files.
     """
     keys = {name: os.path.realpath(folder / name) for name in names}
     paths = set(keys.values())
@@ -231,7 +231,7 @@ def same_images(names: set[str], folder: Path) -> dict[str, str]:
     for path in paths:
         try:
             by_size[os.stat(path).st_size].append(path)
-        except OSError:  # missing: named when the row is read
+        except OSError:  # missing: reported when the row is read
             continue
     digests = {}
     for path in (path for group in by_size.values() if len(group) > 1 for path in group):
@@ -260,8 +260,8 @@ def read_jsonl(path: str | Path, strict: bool = True) -> Rows:
 def filter_rows(check: Callable[[T], Row], items: Iterable[T], strict: bool) -> tuple[list[Row], list[str]]:
     """(the rows that `check` returns, the messages of the UserErrors that it raises).
 
-    Raises the first error with `strict`. Raises UserError where bad rows outnumber good ones: then the file is wrong,
-    not its rows.
+    Raises the first error with `strict`, and UserError if bad rows outnumber good ones: then the file as a whole is
+    wrong.
     """
     rows, faults = [], []
     for item in items:
@@ -277,7 +277,7 @@ def filter_rows(check: Callable[[T], Row], items: Iterable[T], strict: bool) -> 
 
 
 def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
-    """The row of a line. Raises UserError, starting with `name`, for anything but a row whose images exist."""
+    """Parse a line. Raises UserError, starting with `name`, unless it is a valid row whose images exist."""
     if is_chat(line):
         row = read_chat(name, decode_typed(line, ChatRow, name, "a row is {messages, images}"))
     else:
@@ -294,7 +294,7 @@ def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
 
 
 def is_chat(line: bytes) -> bool:
-    """Whether a line has the key of a conversation; False where it is no JSON."""
+    """Whether a line has the key of a conversation; False if it is not JSON."""
     try:
         return b'"messages"' in line and "messages" in msgspec.json.decode(line, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -302,10 +302,10 @@ def is_chat(line: bytes) -> bool:
 
 
 def read_chat(name: str, chat: ChatRow) -> JsonRow:
-    """A conversation as one prompt and its answer: the texts before the last message, one a line, and that message.
+    """A conversation as one prompt and its answer: the messages before the last, one per line, and the last message.
 
-    All images stand in front of the prompt, in their order. Raises UserError, starting with `name`, if the last message
-    is not an answer to one of a user, or if images and their places differ in number.
+    All images come before the prompt, in their order. Raises UserError, starting with `name`, if the last message is
+    not the assistant's after one from a user, or if the numbers of images and of their places differ.
     """
     roles = [message.role for message in chat.messages]
     if roles[-1:] != ["assistant"] or "user" not in roles[:-1]:
@@ -338,13 +338,13 @@ class FileIndex:
         self.names_in = cache(self._names_in)
 
     def _names_in(self, directory: str) -> set[str]:
-        """Names of the regular files in a directory, links apart; empty where it is missing or outside the folder."""
+        """Names of the regular files, not links, in a directory; empty if it is missing or outside the folder."""
         try:
             path = (self.root / directory).resolve()
             if not path.is_relative_to(self.root):
                 return set()
             return {entry.name for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)}
-        except (OSError, RuntimeError, ValueError):  # RuntimeError: a loop of links
+        except (OSError, RuntimeError, ValueError):  # RuntimeError: a link loop
             return set()
 
     def check(self, image: str, name: str) -> None:
@@ -385,10 +385,10 @@ class VqaAnnotations(msgspec.Struct):
 
 
 def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
-    """Official VQAv2 of a folder: v2_OpenEnded_mscoco_{split}2014_questions.json,
+    """Official VQAv2 files in a folder: v2_OpenEnded_mscoco_{split}2014_questions.json,
     v2_mscoco_{split}2014_annotations.json and the COCO images in {split}2014/.
 
-    The prompt is `answer en {question}`, the answer `multiple_choice_answer`. Bad rows as in `read_jsonl`.
+    The prompt is `answer en {question}`, the answer `multiple_choice_answer`. Bad rows are treated as in `read_jsonl`.
     """
     folder, fix = Path(folder), "give VQAv2's official file"
     questions_file = folder / f"v2_OpenEnded_mscoco_{split}2014_questions.json"
@@ -420,7 +420,7 @@ def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
 @dataclass
 class HubRows:
     """A parquet VQA dataset on the hub, read through `datasets`: columns image, question, multiple_choice_answer and,
-    to hold images out, image_id. Its rows are checked when they are read."""
+    for holding out images, image_id. Rows are checked when they are read."""
 
     name: str
     rows: object  # a datasets.Dataset
@@ -439,7 +439,7 @@ class HubRows:
         return f"{self.name}/{index}"
 
     def image_keys(self) -> list[list[str]]:
-        """For every row the key of its image."""
+        """For every row, the key of its image, in a list."""
         if "image_id" not in self.rows.column_names:
             raise UserError(f"dataset {self.name!r} has no image_id to hold images out by: give --eval_data")
         return [[str(image)] for image in self.rows["image_id"]]
@@ -448,7 +448,7 @@ class HubRows:
         name = self.id(index)
         try:
             row = self.rows[index]
-        except Exception as error:  # `datasets` and pyarrow raise whatever a broken file provokes
+        except Exception as error:  # `datasets` and pyarrow may raise anything for a broken file
             raise UserError(f"{name}: broken row ({without_address(error)}): use another copy") from error
         question, answer = row["question"], row["multiple_choice_answer"]
         if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
@@ -461,8 +461,8 @@ class HubRows:
         return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
 
     def answers(self, index: int) -> tuple[str, ...]:
-        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}; where it is missing or
-        empty, `multiple_choice_answer` alone."""
+        """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}, or if it is missing or
+        empty, only `multiple_choice_answer`."""
         has_column = "answers" in self.rows.column_names
         stored = self.rows.select_columns(["answers"])[index]["answers"] if has_column else None
         answers = tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored or ())
@@ -488,11 +488,11 @@ def read_hub(name: str, split: str) -> HubRows:
 
     Raises UserError for a dataset that cannot be read or lacks a column.
     """
-    import datasets  # takes a second, and most runs do not need it
+    import datasets  # the import takes a second, and most runs do not need it
 
     try:
         rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # datasets raises a different class for every way to fail
+    except Exception as error:  # datasets raises a different class for each kind of failure
         raise UserError(f"dataset {name!r}, split {split!r}: {one_line(error)}: give a parquet dataset") from error
     missing = {"image", "question", "multiple_choice_answer"} - set(rows.column_names)
     if missing:
@@ -507,7 +507,7 @@ def read_hub(name: str, split: str) -> HubRows:
 # ---- training and evaluation sources
 @dataclass
 class Subset:
-    """Some rows of a source, under a name of their own."""
+    """Some rows of a source, under their own name."""
 
     name: str
     source: Rows | HubRows
@@ -546,8 +546,8 @@ Source = Haystacks | Rows | HubRows | Subset
 def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
     """The training source of `config.data`, and the evaluation sources by name, the headline one first.
 
-    "haystack": the embedded pool; "haystack:IMAGES": one's own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME":
-    evaluated on `config.eval_data` of the same form, or where that is empty on a seeded tenth that is held out.
+    "haystack": the embedded pool; "haystack:IMAGES": your own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME":
+    evaluated on `config.eval_data`, one of the same three forms, or if that is empty, on a seeded tenth held out.
     """
     kind, _, images = config.data.partition(":")
     if kind == "haystack":
@@ -582,11 +582,11 @@ def read_source(spec: str, split: str, strict: bool) -> Rows | HubRows:
 
 
 def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Haystacks]]:
-    """Haystacks to train on, and to evaluate: needles that are present, and absent ones, in each size of grid.
+    """Haystacks for training, and evaluation sets with present and with absent needles for each grid size.
 
-    The embedded pool is evaluated in the drawing styles of training, in a style that is never trained on, and on
-    concepts that are never trained on; images of `own`, a folder or a jsonl file, on the fifth of the captions that is
-    never trained on.
+    The embedded pool is evaluated on the drawing styles of training, on a style that is never trained on, and on
+    concepts that are never trained on; images of `own`, a folder or a jsonl file, on the fifth of their captions that
+    is never trained on.
     """
     shapes = config.shapes or tuple((1, grid) for grid in config.grids)
     if own:
@@ -604,7 +604,7 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
         pool = ImagePool(images)
         for shape in shapes:
             name = f"{shape[0]} of " * (shape[0] > 1) + f"{shape[1]}x{shape[1]}{kind}"
-            sets[name] = Haystacks(  # seed 0: one test set for every seed
+            sets[name] = Haystacks(  # seed 0: the same test sets for every training seed
                 pool, (shape,), negatives, size, 0, f"test/{name}", cell, counts_for_best
             )
     source = Haystacks(
@@ -620,7 +620,7 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
 
 
 def check_captions(own: str, train: list[PoolImage], test: list[PoolImage], grid: int) -> None:
-    """Raise UserError unless both splits have a caption for every cell of the largest grid and one more."""
+    """Raise UserError unless both splits have a caption for every cell of the largest grid, plus one."""
     counts = [len({image.caption for image in images}) for images in (train, test)]
     need = grid * grid + 1
     if min(counts) < need:
@@ -632,9 +632,9 @@ def check_captions(own: str, train: list[PoolImage], test: list[PoolImage], grid
 
 
 def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[int], str]:
-    """Indices to train on, indices to evaluate on (a seeded tenth), and a name for these.
+    """Indices to train on, indices to evaluate on (a seeded tenth), and a name for the latter.
 
-    Rows that share an image stay together, unless so many are connected that nothing else is left: the name says so.
+    Rows that share an image stay together, unless too many rows are connected; the name then says so.
     """
     order = list(range(len(source)))
     random.Random(f"held out/{config.seed}").shuffle(order)
@@ -658,8 +658,8 @@ def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[
 
 
 def group_by_image(keys: list[list[str]]) -> list[int]:
-    """For every row the number of its group: rows that share an image, directly or through other rows."""
-    import networkx  # comes with torch; takes 0.2 s
+    """For every row, the number of its group: rows that share an image, directly or through other rows."""
+    import networkx  # a dependency of torch; the import takes 0.2 s
 
     graph = networkx.Graph()
     for row, row_keys in enumerate(keys):
@@ -677,10 +677,10 @@ def group_by_image(keys: list[list[str]]) -> list[int]:
 def batch_order(
     size: int, batch: int, seed: int, start: int = 0, lengths: list[int] | None = None
 ) -> Iterator[list[tuple[int, int]]]:
-    """Endless batches of (epoch, index): every epoch is a seeded permutation, its short last batch is kept.
+    """Endless batches of (epoch, index): every epoch is a seeded permutation, and its short last batch is kept.
 
-    `start` skips that many batches, so that a resumed run sees what the uninterrupted one would have seen. With the
-    `lengths` of all rows, rows of similar length share a batch: less padding, another order.
+    `start` skips that many batches, so that a resumed run sees the same batches as an uninterrupted one. With the
+    `lengths` of all rows, rows of similar length share a batch: less padding, a different order.
     """
     per_epoch = -(-size // batch)
     epoch = start // per_epoch
@@ -697,8 +697,8 @@ def batch_order(
 
 
 def batch_by_length(order: list[int], batch: int, lengths: list[int], generator: torch.Generator) -> list[list[int]]:
-    """Batches of similar length: sorts each run of BUCKET x batch rows of the permutation by length, cuts it into
-    batches and shuffles all batches."""
+    """Batches of rows of similar length: sorts each chunk of BUCKET x batch rows of the permutation by length, cuts it
+    into batches and shuffles all batches."""
     batches = []
     for start in range(0, len(order), BUCKET * batch):
         rows = sorted(order[start : start + BUCKET * batch], key=lambda index: lengths[index])
@@ -707,8 +707,8 @@ def batch_by_length(order: list[int], batch: int, lengths: list[int], generator:
 
 
 def text_lengths(source: Source, processor: Processor) -> list[int]:
-    """Tokens of every row, images included but not opened; 0 for a row that is left out when it is read. Of haystacks
-    the tokens of the images alone, which differ much more than the questions do."""
+    """Number of tokens of every row, images included but not opened; 0 for a row that will be left out. For haystacks
+    only the image tokens, whose number varies much more than the length of the questions."""
     if isinstance(source, Haystacks):
         return [source.kind(index)[0][0] * processor.num_image_tokens for index in range(len(source))]
 
@@ -723,7 +723,7 @@ def text_lengths(source: Source, processor: Processor) -> list[int]:
 
 @lru_cache(maxsize=4)
 def longest_token(processor: Processor) -> int:
-    """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
+    """Number of characters in the longest token: a text of n characters has at least n / longest_token tokens."""
     return max(map(len, processor.tokenizer.get_vocab()))
 
 
@@ -735,7 +735,7 @@ def encode_row(
     images: int | list[int],
     max_length: int | None,
 ) -> tuple[list[int], list[int]]:
-    """Ids and token types of a row with this number of images, or with this number of tokens for each image.
+    """Ids and token types of a row. `images`: the number of images, or the number of tokens of each image.
 
     Raises UserError, starting with the row's name, for text that the processor refuses and for more than `max_length`
     tokens.
@@ -754,7 +754,7 @@ def encode_row(
 
 
 class Fetch(Dataset):
-    """What a worker of the loader runs: one example, tokenised, its images as pixels; or the UserError of the row."""
+    """The dataset of `loader`: tokenised examples with their images as pixels, or the UserError of a bad row."""
 
     def __init__(self, source: Source, processor: Processor, with_suffix: bool, max_length: int | None):
         self.source, self.processor, self.with_suffix, self.max_length = source, processor, with_suffix, max_length
@@ -773,8 +773,8 @@ class Fetch(Dataset):
         return example, encoded, pixels
 
     def collate(self, items: list) -> tuple[tuple[Example, ...], dict[str, Tensor] | None, list[UserError]]:
-        """(examples, tensors, errors). If no row can be used, the tensors are those of another row and there is no
-        example."""
+        """(examples, tensors, errors). If no row can be used, the tensors are those of some other row and
+        `examples` is empty."""
         good = [item for item in items if not isinstance(item, UserError)]
         errors = [item for item in items if isinstance(item, UserError)]
         used = good or self.find_usable()
@@ -800,12 +800,12 @@ def loader(
     skip: Callable[[UserError], None] | None = None,
     max_length: int | None = None,
 ) -> Iterator[tuple[tuple[Example, ...], dict[str, Tensor]]]:
-    """(examples, tensors) of each of the `batches` of (epoch, index), padded on the left.
+    """Yields (examples, tensors padded on the left) for each of the `batches` of (epoch, index).
 
     Without `with_suffix` the answer never enters the input. A bad row, or one of more than `max_length` tokens, is
     passed to `skip` as a UserError and left out; without `skip` it is raised. For an empty batch, and for one that lost
-    all its rows, the tensors are those of another row and `examples` is empty: they keep processes in step and must not
-    count.
+    all its rows, the tensors are those of some other row and `examples` is empty: such a batch keeps the processes in
+    step and must get weight 0.
     """
     fetch = Fetch(source, processor, with_suffix, max_length)
     for examples, tensors, errors in DataLoader(

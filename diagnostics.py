@@ -1,7 +1,7 @@
 """What differential attention does inside a model: lambda, both maps of every layer, attention on the needle.
 
-B batch, L sequence, S keys, H heads, T answer tokens, N image tokens per image. The maps are explicit ones, computed
-beside the forward pass, which returns its output only.
+B batch, L sequence, S keys, H heads, T answer tokens, N image tokens per image. The maps are computed explicitly,
+beside the forward pass, which returns only its output.
 """
 
 import math
@@ -17,9 +17,9 @@ from config_fields import IGNORED_LABEL
 from differential_attention import DifferentialAttention, SingleMap, differential_modules
 from fused_ops import apply_maps, blend, split_keys
 
-# the first ones of each evaluation set, whose answers, images and attention a run saves, for plots.py
+# a run saves answers, images and attention of this many questions of each evaluation set, for plots.py
 SAVED_QUESTIONS = 2
-SMALLEST_NORM = 1e-12  # of an output that another is divided by
+SMALLEST_NORM = 1e-12  # lower bound of a norm that is divided by
 
 
 class LayerMaps(NamedTuple):
@@ -36,7 +36,7 @@ Visit = Callable[[str, DifferentialAttention, LayerMaps, Tensor], None]
 
 
 def compute_layer_maps(module: DifferentialAttention, x, q, k, v, rotate, attend: Attend) -> LayerMaps:
-    """Both maps and outputs by the explicit formula; arguments as those of `DifferentialAttention.forward`."""
+    """Both maps and outputs by the explicit formula; arguments as in `DifferentialAttention.forward`."""
     x = x[:, -q.shape[2] :]
     q1, q2, k, v = module.two_queries(x, q, k, v, rotate)
     k1, k2 = split_keys(k, v)
@@ -62,7 +62,7 @@ def lambda_values(model: nn.Module) -> dict[str, float]:
 @torch.no_grad()
 def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit) -> None:
     """Run `model` on `batch` and call visit(name, module, layer_maps, valid) for every differential layer; valid [B, L]
-    is False on pads."""
+    is False on padding."""
 
     def hook_of(name: str):
         def hook(module, args, _):
@@ -136,7 +136,7 @@ def select_heads(model: nn.Module, batch: dict) -> None:
 def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
     """The map [B, H, L, S] that a decoder layer's attention applies to its values; arguments as in its forward.
 
-    Of `dex` it is A1 alone: what W_D subtracts is no map.
+    For `dex` it is only A1: what W_D subtracts is not a map.
     """
     module, maps = decoder_maps(layer_attention, x, rotary, mask)
     if maps.map2 is None or module.config.combine == "replace":
@@ -174,9 +174,10 @@ def decoder_maps(
 def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor] = acting_map) -> Tensor:
     """Attention of the answer tokens to the image patches, heads averaged: [layers, B, T, N of all images].
 
-    `map_of`: `acting_map`, the map that acts: A in standard attention, A1 + gamma (A1 - A2) or A1 - lambda A2 in
-    differential attention; or one of its parts, `first_map` and `subtracted_map`. T: label tokens of the shortest
-    answer; entry t is the attention that predicts token t. All prompts of `batch` have the same number of image tokens.
+    `map_of`: `acting_map`, the map applied to the values: A in standard attention, A1 + gamma (A1 - A2) or
+    A1 - lambda A2 in differential attention; or one of its parts, `first_map` and `subtracted_map`. T: label tokens of
+    the shortest answer; entry t is the attention that predicts token t. All prompts of `batch` have the same
+    number of image tokens.
     """
     predicts = batch["labels"][:, 1:] != IGNORED_LABEL
     predicts &= predicts.cumsum(1) <= predicts.sum(1).min()

@@ -1,4 +1,4 @@
-"""Faults that a user can fix: one exception, and the wrapper that prints it as one line."""
+"""Errors that a user can fix: one exception, and the wrapper that prints it as one line."""
 
 import functools
 import os
@@ -13,18 +13,18 @@ Params, Result = ParamSpec("Params"), TypeVar("Result")
 
 
 class UserError(Exception):
-    """Raised where a fault is found. The message is one line: the file, flag or value at fault, and how to fix it."""
+    """An error that the user can fix. The message is one line: the file, flag or value at fault, and how to fix it."""
 
 
 class TrainingFailed(UserError):
-    """Raised where training diverged or a lambda did not learn: a result of the hyperparameters, not a wrong input."""
+    """Training diverged or a lambda did not learn: a result of the hyperparameters, not a wrong input."""
 
 
 def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
-    """Wrap a script's `main`: a `UserError` ends in its one line on stderr and exit code 2, Ctrl-C in one line and code
-    130, both without a traceback.
+    """Wrap a script's `main`: a `UserError` prints its one line on stderr and exits with code 2, Ctrl-C prints one line
+    and exits with code 130, both without a traceback.
 
-    With several processes only the first to fail prints: the others fail as a consequence.
+    With several processes only the first to fail prints, since the others fail as a consequence.
     """
 
     @functools.wraps(main)
@@ -61,7 +61,7 @@ def failed_before() -> int:
 
 
 def leave(code: int = EXIT_CODE) -> NoReturn:
-    """Exit; one of several processes immediately, since an orderly exit would wait for the others."""
+    """Exit; with several processes immediately, since an orderly exit would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

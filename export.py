@@ -1,10 +1,10 @@
-"""Make a trained run into a model folder that needs nothing else, with a model card, ready for the hub.
+"""Export a trained run as a self-contained model folder with a model card, ready for the hub.
 
     python export.py --model=runs/original_seed0 --output=exported/original
     python export.py --model=runs/diff_seed0 --output=exported/diff --push_to_hub=you/paligemma-diff
 
-LoRA is merged into the weights. With standard attention the folder is a model in the hub's layout; differential
-attention is beside the weights in differential.safetensors, which `from_pretrained` of this repository reads, and
+LoRA is merged into the weights. With standard attention the folder is a model in the hub's layout. Differential
+parameters are beside the weights in differential.safetensors, which this repository's `from_pretrained` reads, as does
 `differential_transformers.from_pretrained` for the model of transformers.
 """
 
@@ -48,10 +48,10 @@ Result = TypeVar("Result")
 class Config:
     model: str  # run folder, or its best/ or one of its checkpoints/
     output: str  # folder to create
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the saved weights; bfloat16: half the size, rounded
-    license: str = ""  # of the weights; empty: that of the base model, where it is known
-    push_to_hub: str = ""  # owner/name: upload the folder there too
-    private: bool = True  # visibility of that repository
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the saved weights; bfloat16: half the size, rounded
+    license: str = ""  # license of the weights; empty: that of the base model, if known
+    push_to_hub: str = ""  # owner/name of a hub repository to upload the folder to
+    private: bool = True  # make that repository private
 
 
 # ---- the model card
@@ -63,9 +63,9 @@ def write_card(
     model_class: str = "PaliGemmaForConditionalGeneration",
     model_type: str = "paligemma",
 ) -> str:
-    """README.md: metadata that the hub reads, then what was trained on what, how, and how well it answered.
+    """README.md: metadata for the hub, then the base model, the data, the scores and the hyperparameters.
 
-    `record` is the run.json of the run, `evals` name -> [exact answers, rows].
+    `record` is the run.json of the run, `evals` maps names to [exact answers, rows].
     """
     base, data, name = record["base_model"], hide_folders(record["config"]["data"]), Path(config.output).name
     is_in_transformers = model_type != "phi3_v"
@@ -108,7 +108,7 @@ base model applies to its weights.
 
 
 def known_license(base: str) -> str | None:
-    """The license of a base model, where it is known."""
+    """The license of a base model, if it is known."""
     if is_hub_id(base) and base.startswith("google/paligemma"):
         return "gemma"
     if is_hub_id(base) and base.startswith("microsoft/Phi-3"):
@@ -127,7 +127,7 @@ def read_evals(folder: Path, step: int | None) -> dict[str, list[int]]:
 
 # ---- the hub
 def call_hub(action: Callable[[huggingface_hub.HfApi], Result], name: str) -> Result:
-    """`action(HfApi())`. Raises UserError for its faults."""
+    """Return `action(HfApi())`. Raises UserError if it fails."""
     try:
         return action(huggingface_hub.HfApi())
     except (OSError, ValueError, HTTPError) as error:
@@ -148,7 +148,7 @@ def main() -> None:
     if name:  # before the work, in case the hub refuses
         call_hub(lambda api: api.create_repo(name, private=config.private, exist_ok=True), name)
 
-    # --- merge in float32, whatever dtype the run computed in
+    # --- merge in float32, regardless of the run's dtype
     model = classes_of(config.model)[0].from_pretrained(config.model)
     merge(model)
     for key, parameter in model.named_parameters():

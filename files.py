@@ -1,6 +1,6 @@
-"""Files: typed JSON, atomic writes, folders that appear complete or not at all, manifests, locks, image files.
+"""Files: typed JSON, atomic writes of files and folders, manifests, locks, image files.
 
-torch is not imported here. Faults of the file system become a UserError of one line.
+Does not import torch. File system errors become a one-line UserError.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from errors import UserError
 
 MANIFEST = "files.json"  # in a checkpoint: the SHA-256 of each of its files
 LOCK = ".lock"
-MESSAGE_LENGTH = 300  # characters that are shown of a message of another library
+MESSAGE_LENGTH = 300  # maximum number of characters quoted from another library's message
 WEIGHT_SUFFIXES = (".safetensors", ".pt")
 INT64 = range(-(1 << 63), 1 << 63)
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or raise the limit")
@@ -38,10 +38,10 @@ T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
 
-# ---- faults of the file system
+# ---- file system errors
 @contextmanager
 def reading(file: PathLike) -> Iterator[None]:
-    """Turns a fault of the file system or of safetensors inside the block into a UserError that names `file`."""
+    """Turns a file system or safetensors error inside the block into a UserError that names `file`."""
     try:
         yield
     except OSError as error:
@@ -55,8 +55,8 @@ def reading(file: PathLike) -> Iterator[None]:
 
 @contextmanager
 def writing(path: PathLike) -> Iterator[None]:
-    """Turns a full disk or a missing permission inside the block into a UserError that names `path`; other faults
-    pass."""
+    """Turns a full disk or a missing permission inside the block into a UserError that names `path`; other errors
+    pass through."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -68,16 +68,16 @@ def writing(path: PathLike) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an exception on one line; its type where it has none."""
+    """The message of an exception on one line; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def sync(path: PathLike) -> None:
-    """Flush a file or the entries of a folder to the disk; on Windows, which opens no folders, a file alone."""
+    """Flush a file or the entries of a folder to disk; on Windows, where folders cannot be opened, only a file."""
     is_windows = sys.platform == "win32"
     if is_windows and os.path.isdir(path):
         return
-    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)  # Windows flushes what can be written
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)  # Windows flushes only writable files
     try:
         os.fsync(descriptor)
     finally:
@@ -86,7 +86,7 @@ def sync(path: PathLike) -> None:
 
 # ---- reading
 def check_regular(path: PathLike) -> None:
-    """Raise UserError unless `path` is a regular file, also through links: a pipe or a device may never end."""
+    """Raise UserError unless `path` is a regular file or a link to one: a pipe or a device may never end."""
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # a null byte or a lone surrogate in the name
@@ -98,7 +98,7 @@ def check_regular(path: PathLike) -> None:
 
 
 def read_bytes(path: PathLike) -> bytes:
-    """The content of a regular file. Raises UserError: missing, unreadable, not a regular file."""
+    """The content of a regular file. Raises UserError if it is missing, unreadable or not a regular file."""
     with reading(path):
         check_regular(path)
         return Path(path).read_bytes()
@@ -107,13 +107,13 @@ def read_bytes(path: PathLike) -> bytes:
 def read_typed(path: PathLike, type_: type[T], fix: str = "restore the file") -> T:
     """The content of a JSON file as `type_`: a msgspec Struct, a dataclass, `dict[str, int]`, ...
 
-    Raises UserError naming the file and, for a value of another type or out of range, the field.
+    Raises UserError naming the file and, for a value of the wrong type or out of range, the field.
     """
     return decode_typed(read_bytes(path), type_, path, fix)
 
 
 def decode_typed(raw: bytes, type_: type[T], name: PathLike, fix: str = "restore the file") -> T:
-    """JSON as `type_`; errors as in `read_typed`, with `name` in the place of the file."""
+    """JSON as `type_`; errors as in `read_typed`, with `name` in place of the file."""
     try:
         return msgspec.json.decode(raw, type=type_)
     except msgspec.ValidationError as error:
@@ -128,7 +128,7 @@ def describe(error: Exception) -> str:
 
 
 def read_json(path: PathLike) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError naming the file: missing, unreadable, not JSON, not an object."""
+    """The object in a JSON file. Raises UserError naming the file if it is missing, unreadable or no JSON object."""
     return read_typed(path, dict[str, Any])
 
 
@@ -139,7 +139,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def decode_line(line: bytes, name: str) -> dict[str, Any]:
-    # not msgspec: a log may hold NaN, which Python writes and reads and JSON does not have
+    # not msgspec: a log may hold NaN, which Python reads and writes but JSON does not allow
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -189,9 +189,9 @@ def resolve_inside(folder: PathLike, name: PathLike) -> Path:
 
 # ---- ranges of a configuration
 def check_ranges(config: Any, prefix: str = "--") -> None:
-    """Check every number of a dataclass, also of nested ones, against `Annotated[int, msgspec.Meta(ge=1)]` in its type.
+    """Check every number of a dataclass and nested ones against its type, such as `Annotated[int, msgspec.Meta(ge=1)]`.
 
-    Floats must be finite and ints fit 64 bits. Raises UserError, as in `--max_steps=-1: expected int >= 1`.
+    Floats must be finite and ints fit 64 bits. Raises UserError, such as `--max_steps=-1: expected int >= 1`.
     """
     types = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
@@ -214,8 +214,8 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
 # ---- writing
 @contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
-    """Yields the path of a temporary file beside `path`, which replaces it, synced, when the block ends, and is deleted
-    when it fails.
+    """Yields the path of a temporary file beside `path`. It is synced and replaces `path` when the block ends, and is
+    deleted when the block fails.
 
     Raises UserError when `path` is a folder, the disk is full or a permission is missing.
     """
@@ -235,13 +235,13 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write a text file in UTF-8 completely or not at all; errors as in `atomic_file`."""
+    """Write a text file in UTF-8 atomically; errors as in `atomic_file`."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: PathLike, data: Any) -> None:
-    """Write `data` as JSON completely or not at all; errors as in `atomic_file`."""
+    """Write `data` as JSON atomically; errors as in `atomic_file`."""
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
@@ -255,7 +255,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: PathLike) -> Iterator[Path]:
-    """Yields an empty folder beside `folder` that replaces it when the block ends, and is deleted when it fails.
+    """Yields an empty folder beside `folder` that replaces it when the block ends, and is deleted when the block fails.
 
     An older `folder` stays untouched until then. Raises UserError when the disk is full or a permission is missing.
     """
@@ -286,7 +286,7 @@ def atomic_folder(folder: PathLike) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush all files under `folder` to the disk, as readable as the folder itself (safetensors writes mode 0600)."""
+    """Flush all files under `folder` to disk, made as readable as the folder itself (safetensors writes mode 0600)."""
     for parent, _, names in os.walk(folder):
         for file in (Path(parent, name) for name in names):
             file.chmod(folder.stat().st_mode & 0o666)
@@ -305,10 +305,10 @@ def write_manifest(folder: PathLike) -> None:
 
 
 def verify_manifest(folder: PathLike, suffix: str = "") -> None:
-    """Raise UserError naming the first file of the manifest of `folder` that is missing or has other content, or the
-    first weight file that the manifest leaves out.
+    """Raise UserError naming the first file in the manifest of `folder` that is missing or has changed, or the first
+    weight file that is not in the manifest.
 
-    `suffix`: only the files whose names end in it.
+    `suffix`: compare only files whose names end in it.
     """
     manifest = read_typed(Path(folder, MANIFEST), dict[str, str], f"delete {folder}")
     for file in sorted(Path(folder).rglob("*")):

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of PaliGemma with differential attention: the baseline's hyperparameters, data, order and budget.
+"""LoRA fine-tuning with differential attention; hyperparameters, data, order and budget are those of the baseline.
 
     python finetune_diff.py                                                # split, in the decoder of the embedded model
     python finetune_diff.py --differential.preset=v2
@@ -17,7 +17,7 @@ from errors import UserError, one_line_errors
 
 @dataclass
 class Config(finetune_original.Config):
-    differential: DifferentialConfig = field(default_factory=DifferentialConfig)  # the method and its choices
+    differential: DifferentialConfig = field(default_factory=DifferentialConfig)  # the method and its settings
 
 
 def describe_presets() -> str:

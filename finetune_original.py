@@ -6,8 +6,7 @@
     python finetune_original.py --data=my.jsonl --max_steps=100     # rows of {image, prefix, suffix}
     torchrun --nproc-per-node=4 finetune_original.py                # on four GPUs
 
-Edit Config in this file, or give any of its fields as a flag. A killed run continues when the same command is started
-again.
+Edit Config in this file, or pass any of its fields as a flag. To continue a killed run, run the same command again.
 """
 
 import sys
@@ -44,70 +43,70 @@ NotNegative = Annotated[float, Meta(ge=0)]
 @dataclass
 class Config:
     # --- model
-    model: str = "assets/paligemma-nano"  # hub id, model folder, or run folder whose adapter is trained on
+    model: str = "assets/paligemma-nano"  # hub id, model folder, or run folder (trains its adapter further)
     lora_rank: Rank = 16  # rank of the low-rank updates
     lora_alpha: Positive = 32  # the update is scaled by alpha / rank
-    lora_dropout: BelowOne = 0.0  # dropout probability of LoRA's inputs in training
-    lora_targets: tuple[str, ...] = ()  # linear layers of the language model that get LoRA; empty: all of a layer
+    lora_dropout: BelowOne = 0.0  # dropout probability on LoRA's inputs in training
+    lora_targets: tuple[str, ...] = ()  # linear layers in each decoder layer that get LoRA; empty: all
     use_dora: bool = False  # DoRA: learn magnitude and direction of each weight separately (arXiv 2402.09353)
     use_rslora: bool = False  # rsLoRA: the update is scaled by alpha / sqrt(rank) instead (arXiv 2312.03732)
-    train_vision: Literal["no", "lora", "full"] = "no"  # the vision tower trains too: LoRA, or all of its weights
-    train_projector: Literal["no", "lora", "full"] = "no"  # the projector between tower and language model trains too
+    train_vision: Literal["no", "lora", "full"] = "no"  # train the vision tower too, with LoRA or in full
+    train_projector: Literal["no", "lora", "full"] = "no"  # train the projector too, with LoRA or in full
     # dtype of the frozen base (adapters are float32); nf4: 4-bit QLoRA, needs a CUDA GPU and bitsandbytes
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
-    shard: bool = False  # FSDP2: the processes of torchrun share the weights of the frozen layers
+    shard: bool = False  # FSDP2: shard the frozen layers over the processes of torchrun
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
-    compile: bool = False  # torch.compile of the layers in training: minutes at the start, faster steps on a GPU
+    compile: bool = False  # torch.compile the layers for training: minutes of startup, faster steps on a GPU
     # --- data
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
     eval_data: str = ""  # .jsonl, vqav2:FOLDER or hub:NAME; empty: haystack's own test sets, or held-out rows of data
     grids: Annotated[tuple[Side, ...], Meta(min_length=1)] = (2, 4)  # haystacks have N x N cells
-    # (images, N) of haystacks of several images, as in --shapes 1 2 1 4 4 2; empty: one image of each of `grids`
+    # (images, N) pairs for haystacks of several images, as in --shapes 1 2 1 4 4 2; empty: one image, N from `grids`
     shapes: tuple[tuple[Side, Side], ...] = ()
-    recolour: bool = False  # random colours of every image in haystacks to train on
+    recolour: bool = False  # randomise the colours of every image in training haystacks
     negatives: Share = 0.2  # fraction of haystack questions whose caption is in no cell (answer -1)
-    strict_data: bool = False  # stop at the first bad row instead of leaving it out, named and counted
+    strict_data: bool = False  # stop at the first bad row instead of skipping and reporting it
     workers: Annotated[int, Meta(ge=-1, le=1024)] = -1  # data loading processes; -1: none on a CPU, 4 on a GPU
-    group_by_length: bool = False  # batches of rows of similar length: less padding, another order of the data
+    group_by_length: bool = False  # batch rows of similar length: less padding, a different order of the data
     vision_cache_gb: NotNegative = 0.0  # GB of memory per process for cached features of repeated images; 0: off
-    vision_cache_dir: str = ""  # folder for cached features beyond vision_cache_gb; empty: they are computed again
+    vision_cache_dir: str = ""  # folder for cached features beyond vision_cache_gb; empty: recompute them
     # --- optimisation
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # seed of adapter initialisation, data order and dropout
     max_steps: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 400  # number of optimizer updates
     # above 0: this many passes over the data instead of max_steps
     epochs: Annotated[float, Meta(ge=0, le=1_000_000)] = 0.0
-    batch_size: Count = 32  # examples per micro-batch, over all processes
+    batch_size: Count = 32  # examples per micro-batch, summed over all processes
     accumulation: Count = 1  # micro-batches per update
     # peak learning rate of AdamW; None: 1e-4 for the released PaliGemma models, 2e-3 for small ones; Phi-3: that of
     # config.json, else 4e-5
     lr: Annotated[float, Meta(gt=0, le=10)] | None = None
-    vision_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_vision; None: lr
-    projector_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak rate of --train_projector; None: lr
-    warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 30  # updates of linear warm-up; a cosine to zero follows
-    # weight decay of LoRA and of parts that train as a whole; differential parameters have none
+    vision_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak learning rate of the vision tower; None: lr
+    projector_lr: Annotated[float, Meta(gt=0, le=10)] | None = None  # peak learning rate of the projector; None: lr
+    warmup_steps: Annotated[int, Meta(ge=0, le=1_000_000)] = 30  # updates of linear warm-up before the cosine to zero
+    # weight decay of LoRA and of parts that train in full; differential parameters have none
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
     beta2: BelowOne = 0.99  # decay of AdamW's second moment
     clip: Positive = 1.0  # maximum gradient norm
     average_last: BelowOne = 0.0  # average the weights over this last fraction of the updates for final/; 0: off
     # --- evaluation, logging and files
-    metric: Metric = "exact"  # what best/ is chosen by: exact answers, or for one's own data vqa, anls, rouge or map
+    metric: Metric = "exact"  # metric that selects best/; vqa, anls, rouge and map need your own data
     eval_samples: Count = 500  # rows of each evaluation set used before and after training
-    eval_batch_size: Count = 64  # evaluation prompts generated at once
+    eval_batch_size: Count = 64  # evaluation prompts answered at once
     eval_every: Count = 200  # updates between evaluations on two batches of each set
     # stop after this many evaluations without a new best score; 0: never
     patience: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     max_new_tokens: Count = 12  # maximum number of tokens of an answer
     eval_only: bool = False  # print held-out accuracy of `model` and stop
     log_every: Count = 10  # updates between log lines
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # beside metrics.jsonl; wandb if it is installed
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # besides metrics.jsonl; wandb must be installed
     save_every: Count = 100  # updates between checkpoints
-    keep_checkpoints: Count = 2  # newest checkpoints kept
-    output_dir: str = ""  # empty: runs/{arm}_seed{seed}
-    overwrite: bool = False  # start again where the folder holds a run
+    keep_checkpoints: Count = 2  # number of newest checkpoints to keep
+    output_dir: str = ""  # run folder; empty: runs/{arm}_seed{seed}
+    overwrite: bool = False  # start over if the folder holds a run
 
 
 def finetune(config: Config, arm: str, differential: DifferentialConfig | None = None):
-    """Both arms: `differential` is all that the other one adds."""
+    """Run one arm: the baseline if `differential` is None, else the differential arm."""
     # --- defaults of the family, run folder, device, precision
     check_installed(config.metric)
     check_lora_flags(config)
@@ -121,12 +120,12 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
             plots.draw_run(run.folder)
         return
 
-    # --- data: a mistake is found before the model is loaded
+    # --- data, checked before the model is loaded
     source, eval_sets = make_data(config)
 
     # --- the frozen base model, and LoRA in its language model
     processor = processor_class.from_pretrained(config.model)
-    base, _ = resolve_run(config.model)  # of a run folder: its adapter is added below
+    base, _ = resolve_run(config.model)  # for a run folder, its adapter is added below
     is_quantized = config.dtype == "nf4"
     model = model_class.from_pretrained(base, run.dtype, "cpu" if is_quantized else run.device, differential)
     if differential is None and differential_config(model) is not None:
@@ -147,7 +146,7 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
 
 
 def check_lora_flags(config: Config):
-    """Raise UserError for LoRA flags beside a run folder, whose adapter is trained on as it is."""
+    """Raise UserError for LoRA flags with a run folder, whose adapter keeps its own settings."""
     _, adapter = resolve_run(config.model)
     changed = [f.name for f in fields(Config) if f.name in LORA_FIELDS and getattr(config, f.name) != f.default]
     if adapter is not None and changed:
@@ -155,8 +154,8 @@ def check_lora_flags(config: Config):
 
 
 def parse_config(config_class: type[C], description: str | None, args: Sequence[str] | None = None) -> C:
-    """The configuration of the command line. Exits with code 2 for unknown and ill-typed flags; raises UserError for
-    values out of range."""
+    """The configuration from the command line. Exits with code 2 for unknown flags and values of the wrong type; raises
+    UserError for values out of range."""
     args = sys.argv[1:] if args is None else list(args)
     asks_for_help = {"-h", "--help"} & set(args)
     flags = group_flags(config_class) if asks_for_help else config_class
@@ -167,11 +166,11 @@ def parse_config(config_class: type[C], description: str | None, args: Sequence[
 
 
 def group_flags(config_class: type[C]) -> type:
-    """A dataclass with the same flags, in one nested dataclass for each section of `Config`: --help lists them apart.
+    """A dataclass with the same flags, nested by the sections of `Config`, so that --help groups them.
 
-    A field that is a dataclass is a group of its own.
+    A field that is itself a dataclass is a separate group.
     """
-    from tyro._docstrings import get_field_docstring  # has no public name, so only --help depends on it
+    from tyro._docstrings import get_field_docstring  # private API, so only --help depends on it
 
     plain = [f for f in fields(config_class) if not is_dataclass(f.type)]
     nested = [(f.name, f.type) for f in fields(config_class) if is_dataclass(f.type)]
@@ -183,7 +182,7 @@ def group_flags(config_class: type[C]) -> type:
             comment = tyro.conf.arg(help=get_field_docstring(config_class, f.name, ()))
             flags.append((f.name, Annotated[f.type, comment], field(default=f.default)))
         group = make_dataclass(title, flags)
-        group.__doc__ = None  # the signature, which --help would show
+        group.__doc__ = None  # otherwise --help would show the signature
         groups.append((title, tyro.conf.OmitArgPrefixes[group]))
     return make_dataclass("Flags", groups + nested)
 

@@ -31,13 +31,13 @@ class Config:
     image: tuple[str, ...] = ()  # image file, or several for one prompt
     model: str = "assets/paligemma-nano"  # hub id, model folder or run folder
     prompt: str = "caption en"  # caption en | detect {thing} | answer en {question} | ...
-    output: str = ""  # write the image to this file, with the boxes of the answer
-    max_new_tokens: Annotated[int, Meta(ge=1)] = 64  # longest answer
-    temperature: Annotated[float, Meta(ge=0)] = 0.0  # 0: the most probable answer
+    output: str = ""  # image file to write, with the boxes of the answer drawn
+    max_new_tokens: Annotated[int, Meta(ge=1)] = 64  # maximum number of tokens of the answer
+    temperature: Annotated[float, Meta(ge=0)] = 0.0  # sampling temperature; 0: greedy decoding
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0  # sample from the most probable tokens that sum to this probability
     seed: int = 0  # sampling seed
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")  # cuda, mps or cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that supports it
 
 
 def mark_boxes(image: Image.Image, answer: str) -> Image.Image:
@@ -50,7 +50,7 @@ def mark_boxes(image: Image.Image, answer: str) -> Image.Image:
         draw.rectangle(box, outline=BOX_COLOR, width=width)
         stroke = max(1, width // 2)
         _, _, right, bottom = draw.textbbox((0, 0), label, font=font, stroke_width=stroke)
-        # in the box's upper left corner, moved as far as it needs to be whole
+        # in the box's upper left corner, moved as far as needed to fit in the image
         x, y = min(box[0] + 2 * width, image.width - right), min(box[1] + width, image.height - bottom)
         place = (max(0, x), max(0, y))
         draw.text(place, label, fill=BOX_COLOR, font=font, stroke_width=stroke, stroke_fill="white")
@@ -58,7 +58,7 @@ def mark_boxes(image: Image.Image, answer: str) -> Image.Image:
 
 
 def draw_boxes(image: Image.Image, answer: str, path: str) -> None:
-    """Write the image with the boxes of an answer, see `mark_boxes`; say so where the answer has none.
+    """Write the image with the boxes of an answer, see `mark_boxes`; print a note if the answer has none.
 
     Raises UserError if it cannot be written.
     """
@@ -71,7 +71,7 @@ def draw_boxes(image: Image.Image, answer: str, path: str) -> None:
 
 
 def dtype_on(device: str, wanted: str) -> torch.dtype:
-    """The dtype of a model on a device. Raises UserError for a device that is not available."""
+    """The dtype for a model on a device. Raises UserError for a device that is not available."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

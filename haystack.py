@@ -1,7 +1,7 @@
 """Needle in a haystack: captioned images, stitched grids, and the short question.
 
 The task is MMNeedle's (Wang et al., arXiv 2406.11230): M stitched images of N x N cells, a caption, and the question
-which cell it describes. "index, row, column" count from 1; "-1" says that no cell does. No torch is imported here.
+which cell it describes. The answer is "index, row, column", counted from 1, or "-1" for none. Does not import torch.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from PIL import Image
 from errors import UserError
 from files import decode_typed, open_image, read_bytes, read_typed, resolve_inside
 
-POOL_CELL, OWN_CELL = 64, 256  # pixels of a haystack's cell: of the embedded images, of one's own
+POOL_CELL, OWN_CELL = 64, 256  # side of a cell in pixels, for the embedded images and for your own
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
-TEST_SHARE = 5  # a fifth of the captions of one's own images is for testing
-TEST_BYTES = 256 // TEST_SHARE  # of the first bytes that a caption's hash can have
-MARGIN = 1 / 16  # of a cell, on each side of a transparent image
+TEST_SHARE = 5  # one in five captions of your own images is for testing
+TEST_BYTES = 256 // TEST_SHARE  # captions whose hash starts with a byte below this are for testing
+MARGIN = 1 / 16  # fraction of a cell left free on each side of a transparent image
 LIGHT = 178  # the darkest level of a light background colour
-RESIZED_BYTES = 256 << 20  # of resized images that a pool remembers
-SATURATION = 0.5, 1.5  # the range of the random factor on the difference from grey in training
-GAIN_STD, BRIGHTNESS_STD = 0.15, 0.1  # of the random colours in training, where 1 is the range of a channel
+RESIZED_BYTES = 256 << 20  # of resized images that a pool caches
+SATURATION = 0.5, 1.5  # range of the random factor on the difference from grey in training
+GAIN_STD, BRIGHTNESS_STD = 0.15, 0.1  # of the random colours in training, for channels in 0..1
 
 
 @dataclass(frozen=True)
 class PoolImage:
-    """One captioned image of a pool; `concept` names what several styles draw. `data`: its bytes, or its file."""
+    """One captioned image of a pool; `concept` names what it shows, in any style. `data`: its bytes, or its file."""
 
     data: bytes | Path
     caption: str
@@ -42,12 +42,12 @@ class PoolImage:
     split: str
 
     def open(self) -> Image.Image:
-        """The image, RGBA where it is transparent somewhere, else RGB. Raises UserError for a broken file."""
+        """The image, RGBA if any of it is transparent, else RGB. Raises UserError for a broken file."""
         image = open_image(self.data, name=f"{self.style}/{self.concept}" if isinstance(self.data, bytes) else None)
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
     def fingerprint(self) -> bytes:
-        """Changes with the image or its caption; size and time of a file stand for its contents."""
+        """Bytes that change with the image or its caption; for a file, name, size and time stand for its contents."""
         data = self.data
         if isinstance(data, Path):
             stat = data.stat()
@@ -66,9 +66,9 @@ def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) ->
 
 
 def read_split(source: str, split: str) -> list[PoolImage]:
-    """The images of one split of `source`, a folder or a jsonl file, or of the embedded pool where it is empty.
+    """The images of one split of `source`, a folder or a jsonl file, or of the embedded pool if it is empty.
 
-    Of the embedded concepts that are never trained on, in the drawing style of training, so that the style is no other.
+    The embedded concepts that are never trained on come in style `noto` only, like the split test_style.
     """
     images = [image for image in (read_captioned_images(source) if source else read_pool()) if image.split == split]
     if not source and split == "test_concept":
@@ -77,12 +77,12 @@ def read_split(source: str, split: str) -> list[PoolImage]:
 
 
 def read_captioned_images(source: str | Path) -> list[PoolImage]:
-    """Captioned images of a jsonl file of {image, caption}, paths relative to it, or of a folder: sorted by path.
+    """Captioned images of a folder, or of a jsonl file of {image, caption} with paths relative to it, sorted by path.
 
-    A folder holds captions.json, {file name: caption}, or beside every image its caption, cat.txt beside cat.jpg.
-    Two images may have one caption: they then are two drawings of one thing. Raises UserError for the first image or
-    caption that is missing. A caption's split, "train" or, for a fifth of them, "test", follows from its text alone:
-    training and evaluation never share one, and images that are added later move none.
+    A folder holds captions.json, {file name: caption}, or a text file with the caption beside every image, cat.txt for
+    cat.jpg. Two images with the same caption are two drawings of one thing. Raises UserError for the first image or
+    caption that is missing. A caption's split, "train" or, for a fifth of them, "test", depends only on its text:
+    training and evaluation never share a caption, and adding images does not move any.
     """
     source = Path(source)
     folder = source if source.is_dir() else source.parent
@@ -142,7 +142,7 @@ def read_text(file: Path) -> str:
 class Haystack:
     """M stitched grids of N x N pool images, and K captions to find. `cells[m][row][column]` index the pool.
 
-    `needles` are K places (image, row, column), counted from 0, or empty where no cell shows the captions. `targets`
+    `needles` are K places (image, row, column), counted from 0, or empty if no cell shows the captions. `targets`
     index the K pool images that the captions describe.
     """
 
@@ -158,7 +158,7 @@ class Haystack:
 
 
 def arrange(indices: list[int], images: int, grid: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """`Haystack.cells`: pool indices, row after row and image after image, as M grids of N x N."""
+    """`Haystack.cells`: pool indices, image by image and row by row, as M grids of N x N."""
     rows = [tuple(indices[start : start + grid]) for start in range(0, images * grid**2, grid)]
     return tuple(tuple(rows[m * grid : (m + 1) * grid]) for m in range(images))
 
@@ -169,12 +169,12 @@ def needle_prompt(*captions: str) -> str:
 
 
 def clean_caption(caption: str) -> str:
-    """A caption on one line, without its last full stop: 5,997 of MMNeedle's have blanks or newlines at an end."""
+    """A caption on one line, without its last full stop; 5,997 of MMNeedle's begin or end with blanks or newlines."""
     return " ".join(caption.split()).rstrip(".")
 
 
 class ImagePool:
-    """Captioned images, from which haystacks are made. The newest resized images are remembered."""
+    """Captioned images from which haystacks are made. The newest resized images are cached."""
 
     def __init__(self, images: list[PoolImage]):
         self.images = images
@@ -185,11 +185,11 @@ class ImagePool:
         self._resized: dict[tuple[int, int], Image.Image] = {}
 
     def make(self, key: str, images: int, grid: int, positive: bool, needles: int = 1) -> Haystack:
-        """The haystack of a key, for training and for evaluation: the same key, pool and numbers give the same one, in
+        """The haystack of a key, for training and for evaluation: the same key, pool and arguments give the same one in
         any process.
 
-        Captions do not repeat within an image, and a needle's caption is in no other cell of any image. With one key a
-        positive and a negative share their cells. Raises UserError when the pool has too few captions.
+        Captions do not repeat within an image, and a needle's caption is in no other cell of any image. The positive
+        and the negative haystack of a key have the same cells. Raises UserError when the pool has too few captions.
         """
         if grid**2 + needles > len(self.captions):
             raise UserError(
@@ -220,10 +220,10 @@ class ImagePool:
         return Haystack(cells, found, targets, tuple(self.images[i].caption for i in targets))
 
     def surround(self, key: str, caption: str, others: list[str], images: int, grid: int, positive: bool) -> Haystack:
-        """A haystack that looks for `caption` among `others`, its distractors, which fill the other cells in a random
-        order; without `caption` in it where `positive` is False.
+        """A haystack with `caption` hidden among its distractors `others`, in random order; if `positive` is False,
+        without `caption`.
 
-        Each of the captions is in one cell. Raises UserError when there are fewer of them than cells.
+        No caption is in two cells. Raises UserError when there are fewer captions than cells.
         """
         rng = random.Random(key)
         count = images * grid**2
@@ -242,10 +242,10 @@ class ImagePool:
         return Haystack(cells, needles, (target,), (caption,))
 
     def stitch(self, key: str, cells: tuple[tuple[int, ...], ...], cell: int, recolour: bool = False) -> Image.Image:
-        """One grid as an RGB image, `cell` pixels a cell, row-major.
+        """One grid as an RGB image, with cells of `cell` x `cell` pixels.
 
-        A transparent image is drawn on a random plain colour, any other fills its cell without regard to its
-        aspect ratio, as MMNeedle's do. With `recolour` every image is drawn in random colours, see `recolour_image`.
+        A transparent image is drawn on a random plain colour, any other is stretched to fill its cell, as in MMNeedle.
+        With `recolour` every image is drawn in random colours, see `recolour_image`.
         """
         rng = random.Random(key)
         colours = random.Random(f"{key}/colours")
@@ -264,7 +264,7 @@ class ImagePool:
         return stitched
 
     def resized(self, index: int, cell: int) -> Image.Image:
-        """The image of an index as it is drawn in a cell: RGB of the cell's size, or RGBA that leaves a margin."""
+        """The image of a pool index as drawn in a cell: RGB of the cell's size, or RGBA that leaves a margin."""
         if (index, cell) not in self._resized:
             if len(self._resized) >= RESIZED_BYTES // (4 * cell * cell):
                 self._resized.pop(next(iter(self._resized)))
@@ -289,7 +289,7 @@ def recolour_image(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def add_noise(image: Image.Image, key: str, std: float) -> Image.Image:
-    """An RGB image plus Gaussian noise of a standard deviation, where 1 is the range of a channel; clipped."""
+    """An RGB image plus Gaussian noise of standard deviation `std`, for channels in 0..1; clipped."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
     pixels = np.asarray(image, np.float32) / 255
     noise = np.random.default_rng(seed).standard_normal(pixels.shape, np.float32)

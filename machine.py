@@ -1,4 +1,4 @@
-"""What a process computes on: processes, precision, memory, and what run.json and eval.json say of it."""
+"""What a process computes on: processes, precision, memory, and what run.json and eval.json record about it."""
 
 import os
 import platform
@@ -15,8 +15,8 @@ from errors import UserError
 from files import MESSAGE_LENGTH, one_line
 
 ROOT = Path(__file__).resolve().parent
-GPU_WORKERS = 4  # data loading processes of each process on a GPU
-LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the value that changes nothing
+GPU_WORKERS = 4  # data loading processes per training process on a GPU
+LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the neutral value
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
     "ACCELERATE_USE_FSDP": "false",
     "ACCELERATE_USE_DEEPSPEED": "false",
@@ -25,12 +25,12 @@ LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the val
 
 
 def make_accelerator() -> accelerate.Accelerator:
-    """One process, or those of torchrun. Raises UserError for settings of a launcher that would change the training."""
+    """Accelerator for one process or those of torchrun. Raises UserError for launcher settings that alter training."""
     for name, neutral in LAUNCHER_SETTINGS.items():
         if os.environ.get(name, neutral).lower() != neutral:
             raise UserError(f"{name}={os.environ[name]}: unset it: use torchrun, and the flags of this script")
     on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # accelerate must be asked to use the CPU
-    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")  # autocast is the run's own
+    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")  # the run does its own autocast
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise UserError(
@@ -53,13 +53,13 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def choose_workers(workers: int, device: torch.device) -> int:
-    """Number of processes that load data beside each process that computes; -1 means none on a CPU, some on a GPU."""
+    """Number of data loading processes per computing process; -1 means none on a CPU, GPU_WORKERS on a GPU."""
     return workers if workers >= 0 else GPU_WORKERS * (device.type == "cuda")
 
 
 @contextmanager
 def out_of_memory_as(advice: str) -> Iterator[None]:
-    """Inside the block, a GPU that is out of memory raises a UserError with this advice."""
+    """Inside the block, running out of GPU memory raises a UserError with this advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -104,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """`git describe` of the repository, None outside of one, as where the package is installed."""
+    """`git describe` of the repository; None outside of one, as in an installed package."""
     if not (ROOT / ".git").exists():
         return None
     try:

@@ -1,11 +1,11 @@
-"""The metrics of --metric: how good the answers to one's own data are, as fractions of 1.
+"""The metrics of --metric, which score answers from 0 to 1.
 
 An answer row has "response", "ground_truth" (the suffix of its row) and "answers" (all accepted answers).
 
 exact   the share of exact answers
 vqa     VQAv2's accuracy over the answers of ten annotators
-anls    average normalised Levenshtein similarity (arXiv 1905.13648), of the closest accepted answer
-rouge   F-measure of ROUGE-L, of the closest accepted answer
+anls    average normalised Levenshtein similarity (arXiv 1905.13648) to the closest accepted answer
+rouge   F-measure of ROUGE-L with the closest accepted answer
 map     COCO's mean average precision at IoU 0.50:0.95 of the boxes in the answers
 """
 
@@ -21,9 +21,9 @@ from needle_eval.mm_niah import NUMBERS, vqa_normalise
 from needle_eval.questions import is_exact
 
 Metric = Literal["exact", "vqa", "anls", "rouge", "map"]
-PACKAGES = {"anls": "anls", "rouge": "rouge-score", "map": "pycocotools"}  # on PyPI, beside what is always installed
-ANNOTATORS = 10  # of a question in VQAv2
-AGREEING = 3  # annotators besides one, with whose answer a response is fully right
+PACKAGES = {"anls": "anls", "rouge": "rouge-score", "map": "pycocotools"}  # optional packages on PyPI
+ANNOTATORS = 10  # per question in VQAv2
+AGREEING = 3  # a response that this many annotators agree with, one left out, is fully right
 VQA_NUMBERS = {word: digit for word, digit in NUMBERS.items() if int(digit) <= 10} | {"none": "0"}
 
 
@@ -60,7 +60,7 @@ def score_answers(metric: Metric, rows: list[dict]) -> float:
 def vqa_accuracy(response: str, answers: Sequence[str]) -> float:
     """min(agreeing annotators / 3, 1), averaged over all ways to leave one annotator out.
 
-    Where all annotators agree, only the very same response is right; elsewhere all texts are normalised first
+    If all annotators agree, only the identical response is right; otherwise all texts are normalised first
     (vqaEval.py of GT-Vision-Lab/VQA).
     """
     response, *answers = (" ".join(text.replace("\t", "\n").split("\n")).strip() for text in (response, *answers))
@@ -71,14 +71,14 @@ def vqa_accuracy(response: str, answers: Sequence[str]) -> float:
 
 
 def anls(response: str, answers: Sequence[str]) -> float:
-    """1 - edit distance / length of the longer text, of the closest answer; 0 from half of the length on."""
+    """1 - edit distance / length of the longer text, for the closest answer; 0 if the ratio is half or more."""
     from anls import anls_score
 
     return anls_score(response, list(answers))
 
 
 def rouge_l(response: str, answers: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence of words, of the closest answer."""
+    """F-measure of the longest common subsequence of words, for the closest answer."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"]).score_multi(answers, response)["rougeL"].fmeasure
@@ -96,7 +96,7 @@ def mean_average_precision(pairs: list[tuple[str, str]]) -> float:
     from pycocotools.cocoeval import COCOeval
 
     answered, true = ([read_boxes(text) for text in texts] for texts in zip(*pairs, strict=True))
-    labels = sorted({label for boxes in true for _, label in boxes})  # as in COCO, other labels count nowhere
+    labels = sorted({label for boxes in true for _, label in boxes})  # as in COCO, other labels are ignored
     category = {label: number for number, label in enumerate(labels, 1)}
 
     def annotations(images: list[list[tuple[list[float], str]]]) -> list[dict]:

@@ -1,6 +1,6 @@
-"""Model cards: README.md beside weights, with the metadata that the hub reads.
+"""Model cards: README.md beside the weights, with metadata for the hub.
 
-What was trained, on what, and how well it answered, from run.json and metrics.jsonl; and the lines that load it.
+A card says what was trained, on which data, how well it answered (from run.json and metrics.jsonl), and how to load it.
 """
 
 import re
@@ -17,7 +17,7 @@ TASK = "image-text-to-text"
 SCORES_HEAD = "| held-out rows | exact answers, % | 95 % Wilson interval | n |\n|---|---|---|---|"
 PROJECT = "Multimodal Differential Transformer"
 
-ADAPTER = "adapter"  # its folder, in a run folder
+ADAPTER = "adapter"  # name of its folder in a run folder
 LOAD_ADAPTER = """```python
 from peft import AutoPeftModel
 
@@ -46,8 +46,8 @@ def adapter_card(
 ) -> str:
     """README.md of the folder adapter/.
 
-    `record` is the run.json beside it, `evals` name -> [exact answers, rows] of the evaluation of these weights, empty
-    without one.
+    `record` is the run.json beside it, `evals` maps names to [exact answers, rows] of the evaluation of these weights;
+    it is empty if there was none.
     """
     base, config = record["base_model"], record["config"]
     data = hide_folders(str(config["data"]))
@@ -86,19 +86,19 @@ def tags_of(model_type: str, differential: DifferentialConfig | None) -> list[st
 
 
 def datasets_of(data: str) -> list[str] | None:
-    """The dataset of the hub that --data names, if it does."""
+    """The dataset on the hub that --data names, if any."""
     return [data.removeprefix("hub:")] if data.startswith("hub:") else None
 
 
 def describe_data(data: str) -> str:
-    """What --data makes of a model."""
+    """The task that --data trains, in words."""
     if data == "haystack" or data.startswith("haystack:"):
         return f"find a captioned image in a grid ({data})"
     return f"answer questions about images ({data})"
 
 
 def eval_results(data: str, evals: dict[str, list[int]]) -> list[EvalResult] | None:
-    """Exact answers in percent, as the hub reads them."""
+    """Exact answers in percent, in the hub's format."""
     results = [
         EvalResult(TASK, data, data, "exact_match", 100 * right / n, dataset_config=rows)
         for rows, (right, n) in evals.items()

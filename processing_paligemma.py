@@ -27,7 +27,7 @@ from errors import UserError
 from files import PathLike, one_line, read_bytes, read_typed
 
 ANSWER_TOKEN = re.compile(r"<loc\d{4}>|<seg\d{3}>")
-MAX_PIXEL = 255  # of 8 bits
+MAX_PIXEL = 255  # of an 8-bit channel
 GREY16_TO_GREY8 = 65_535 / MAX_PIXEL
 MAX_QUOTE = 60  # characters of a user's text in an error message
 
@@ -101,8 +101,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def read_image_settings(folder: Path, image_size: int) -> dict:
     """The image settings of a model folder as arguments of `PaliGemmaProcessor`.
 
-    transformers 4 writes preprocessor_config.json, version 5 a part of processor_config.json. Raises UserError for a
-    value of another type or out of range, and for images that are resized to another size than `image_size`.
+    transformers 4 writes preprocessor_config.json, version 5 a section of processor_config.json. Raises UserError for a
+    value of the wrong type or out of range, and if images are resized to a size other than `image_size`.
     """
     settings = ImageFields()
     if (folder / "preprocessor_config.json").is_file():
@@ -121,9 +121,9 @@ def read_image_settings(folder: Path, image_size: int) -> dict:
 
 # ---- images
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB, transparency composed onto white as in transformers 5.23 (5.17 drops it).
+    """An image of any mode as RGB, with transparency composited onto white as in transformers 5.23 (5.17 drops it).
 
-    16-bit grey, mode I;16 or mode I beyond 255, is scaled to 8 bit: PIL, and so transformers, clips it to white.
+    16-bit grey, mode I;16 or mode I above 255, is scaled to 8 bits; PIL, and so transformers, clips it to white.
     """
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float32)
@@ -147,10 +147,10 @@ class Processor:
     answers_boxes: ClassVar[bool]  # whether its tokens include locations
     tokenizer: Tokenizer
     pad_token_id: int
-    skipped: set[int]  # by decode: special tokens and IGNORED_LABEL
+    skipped: set[int]  # left out by decode: special tokens and IGNORED_LABEL
 
     def __post_init__(self):
-        self.tokenizer.no_padding()  # tokenizer.json may contain both from an earlier use
+        self.tokenizer.no_padding()  # tokenizer.json may have both enabled
         self.tokenizer.no_truncation()
 
     def __call__(
@@ -161,12 +161,12 @@ class Processor:
     ) -> dict[str, Tensor]:
         """Images and prompts as one batch, padded on the left.
 
-        images: one PIL image per prompt, a list of images per prompt, or None. text: B prompts. suffix: B answers, in
-        training only: a batch for generation must not contain them. One string, and one image, is a batch of one.
+        images: one PIL image per prompt, a list of images per prompt, or None. text: B prompts. suffix: B answers, for
+        training only; leave them out for generation. A single string or image is a batch of one.
 
         Returns input_ids, attention_mask, token_type_ids (1 on the answer and its stop token, else 0), all [B, L]
         int64; what `image_inputs` returns for every image, stacked; with a suffix labels [B, L] (-100 outside the
-        answer and its stop token). Raises UserError for lists of unequal length, and what `encode` refuses.
+        answer and its stop token). Raises UserError for lists of unequal length, and for what `encode` refuses.
         """
         text = [text] if isinstance(text, str) else list(text)
         suffixes = [suffix] if isinstance(suffix, str) else [None] * len(text) if suffix is None else list(suffix)
@@ -187,11 +187,11 @@ class Processor:
         raise NotImplementedError
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
-        """Image tokens of an image of this (width, height)."""
+        """Number of image tokens of an image of this (width, height)."""
         raise NotImplementedError
 
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
-        """What the model takes of one image, without a batch dimension."""
+        """The model's inputs for one image, without a batch dimension."""
         raise NotImplementedError
 
     def pad(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class PaliGemmaProcessor(Processor):
     """Turns images and prompts into the tensors that PaliGemma takes, and token ids back into text.
 
     `image_size` and `patch_size` are in pixels; the ids are those of the model's config. `source` names the tokenizer
-    in error messages. Raises UserError where the tokenizer and the ids do not belong together.
+    in error messages. Raises UserError if the tokenizer and the ids do not match.
     Source: transformers' PaliGemmaProcessor and SiglipImageProcessorPil, 5.23.
     """
 
@@ -253,7 +253,7 @@ class PaliGemmaProcessor(Processor):
     def from_pretrained(cls, path_or_hub_id: PathLike) -> "PaliGemmaProcessor":
         """Read tokenizer.json, config.json and the image settings, if any, of a model folder, run folder or hub id.
 
-        Raises UserError for a missing or broken file, and for a tokenizer that does not belong to the config.
+        Raises UserError for a missing or broken file, and for a tokenizer that does not match the config.
         """
         folder = locate(resolve_run(path_or_hub_id)[0])
         config = read_typed(folder / "config.json", ModelFields)
@@ -273,7 +273,7 @@ class PaliGemmaProcessor(Processor):
         images: M, or the number of image tokens of each image.
         Raises UserError if a string contains `<image>`, `<bos>`, `<eos>` or `<pad>`.
         """
-        # One string, as in transformers. big_vision tokenizes "\n" separately: other ids after a prefix in newline.
+        # One string, as in transformers. big_vision tokenizes "\n" separately: other ids if prefix ends in a newline.
         prompt = [self.bos_token_id, *self._tokenize("prompt", prefix + "\n")]
         answer = [] if suffix is None else [*self._tokenize("suffix", suffix), self.eos_token_id]
         if not isinstance(images, int) and len(images) == 0:
@@ -283,17 +283,17 @@ class PaliGemmaProcessor(Processor):
         return prefix_ids + answer, [0] * len(prefix_ids) + [1] * len(answer)
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
-        """Image tokens of an image of this (width, height): N, whatever it is."""
+        """Number of image tokens of an image of this (width, height): always N."""
         return self.num_image_tokens
 
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
-        """What the model takes of one image, without a batch dimension."""
+        """The model's inputs for one image, without a batch dimension."""
         return {"pixel_values": self.pixels(image)}
 
     def pixels(self, image: Image.Image) -> Tensor:
         """One PIL image as [3, S, S] float32 in -1..1: RGB, resized without regard to its aspect ratio, normalized.
 
-        An EXIF orientation is not applied, as in transformers.
+        The EXIF orientation is ignored, as in transformers.
         """
         resized = to_rgb(image).resize((self.image_size, self.image_size), self.resample)
         values = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous() * self.rescale_factor
@@ -309,9 +309,9 @@ class PaliGemmaProcessor(Processor):
         return ids
 
     def _check_tokenizer(self) -> None:
-        """Raise UserError unless special tokens have the ids of the config and each location is one token.
+        """Raise UserError unless the special tokens have the ids in the config and each location is one token.
 
-        Otherwise the model would train and answer with wrong tokens, without an error.
+        Otherwise the model would silently train and answer with wrong tokens.
         """
         fix = "take tokenizer.json and config.json from one PaliGemma model"
         for token, token_id in self.reserved.items():
@@ -324,7 +324,7 @@ class PaliGemmaProcessor(Processor):
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     """Rows of ids and token types, padded on the left: input_ids, attention_mask, token_type_ids, and labels if any row
-    has a suffix, [B, L]. Raises UserError without rows."""
+    has a suffix, [B, L]. Raises UserError if there are no rows."""
     if not rows:
         raise UserError("a batch without prompts: give at least one")
     shape = len(rows), max(len(ids) for ids, _ in rows)
@@ -342,7 +342,7 @@ def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def stack_inputs(inputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `image_inputs` returned for several images, with a batch dimension; {} without images."""
+    """The `image_inputs` of several images, stacked along a batch dimension; {} without images."""
     return {name: torch.stack([one[name] for one in inputs]) for name in (inputs[0] if inputs else {})}
 
 

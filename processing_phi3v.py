@@ -1,8 +1,8 @@
 """Images and strings to tensors and back for Phi-3: the chat layout, and images as a global view with crops.
 
 A row of a batch is padding, `<s>`, `<|user|>`, prompt, `<|end|>`, `<|assistant|>`, then in training answer and
-`<|end|>`. An image stands in the prompt as `<|image_1|>`, `<|image_2|>`, ...; every part between such tags is tokenised
-alone, with a `<s>` of its own, as by the released code.
+`<|end|>`. Images appear in the prompt as `<|image_1|>`, `<|image_2|>`, ...; each part between these tags is tokenised
+separately, with its own `<s>`, as in the released code.
 
 B batch, L sequence, n images in the batch, N image tokens of an image, S side of a crop in pixels.
 Source: the image processor and processor of microsoft/Phi-3-vision-128k-instruct and Phi-3.5-vision-instruct.
@@ -39,9 +39,9 @@ from processing_paligemma import (
 )
 
 TAG = re.compile(r"<\|image_(\d+)\|>")
-PALIGEMMA_TASK = "answer en "  # the task word of the questions in this repository; a chat model is asked without it
+PALIGEMMA_TASK = "answer en "  # task prefix of the questions in this repository; left out for a chat model
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FEATURES_PER_TOKEN = 2  # along a side: two by two CLIP features make an image token
+FEATURES_PER_TOKEN = 2  # per side: 2 x 2 CLIP features make one image token
 PHI_STOP_IDS = (32007, 32000)  # <|end|> and <|endoftext|>
 IMAGE_TOKEN_ID = 32044  # <|image|>
 PAD_TOKEN_ID = 32000  # <|endoftext|>
@@ -69,8 +69,8 @@ class ModelFields:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: a list in `eos_token_id` as it is. A single id is Phi's wrong 2 or incomplete
-        32000, instead of which Phi's own ones are taken wherever the vocabulary has them."""
+        """Tokens that end an answer: `eos_token_id` itself if it is a list. A single id is Phi's wrong 2 or incomplete
+        32000, so Phi's own stop tokens replace it if the vocabulary has them."""
         if isinstance(self.eos_token_id, list):
             return tuple(self.eos_token_id)
         is_phi = self.eos_token_id is None or self.vocab_size > max(PHI_STOP_IDS)
@@ -78,7 +78,7 @@ class ModelFields:
 
     @property
     def padding(self) -> int:
-        """The pad token."""
+        """The id of the padding token."""
         default = PAD_TOKEN_ID if self.vocab_size > PAD_TOKEN_ID else 0
         return default if self.pad_token_id is None else self.pad_token_id
 
@@ -96,7 +96,7 @@ class ImageFields(msgspec.Struct):
 class Phi3Processor(Processor):
     """The tokenizer of a Phi-3 decoder with its chat layout; `Phi3VProcessor` adds images.
 
-    `chat_start` and `chat_end` stand around a prompt; `stop_ids` end an answer, the first one is learned. `source`
+    `chat_start` and `chat_end` enclose a prompt; any of `stop_ids` ends an answer, the first is learned. `source`
     names the tokenizer in error messages.
     """
 
@@ -126,7 +126,7 @@ class Phi3Processor(Processor):
     def from_pretrained(cls, path_or_hub_id: PathLike) -> "Phi3Processor":
         """Read tokenizer.json, config.json and the image settings, if any, of a model folder, run folder or hub id.
 
-        Raises UserError for a missing or broken file, and for a tokenizer that does not belong to the config.
+        Raises UserError for a missing or broken file, and for a tokenizer that does not match the config.
         """
         folder = locate(resolve_run(path_or_hub_id)[0])
         config = read_typed(folder / "config.json", ModelFields)
@@ -143,26 +143,26 @@ class Phi3Processor(Processor):
 
     @classmethod
     def image_settings(cls, folder: Path, config: ModelFields) -> dict:
-        """Further arguments of the class, about images, from the files of a model folder."""
+        """The image arguments of the class, from the files of a model folder."""
         return {}
 
     def encode(self, prefix: str, suffix: str | None = None, images: int | Sequence[int] = 0) -> Row:
-        """One prompt as (ids, token types): the turn of the user, the answer, the first stop token.
+        """One prompt as (ids, token types): the user's turn, the answer, the first stop token.
 
-        images: how many image tokens each image has, or a number of images, which then have the most possible.
-        Raises UserError if a string contains a special token, for image tags other than `<|image_1|>` to the last in
-        this order, and for images of a model without a tower.
+        images: the number of image tokens of each image, or a number of images, each counted with the maximum.
+        Raises UserError if a string contains a special token, for image tags other than `<|image_1|>`, `<|image_2|>`,
+        ... in order, and for images if the model has no tower.
         """
         counts = [self.num_image_tokens] * images if isinstance(images, int) else list(images)
         prompt = self.add_tags(prefix.removeprefix(PALIGEMMA_TASK), len(counts))
         for part in self.split(prompt):
             self.check("prompt", part)
         ids = []
-        # every part alone, with the <s> of its own that tokenizer.json asks for
+        # each part separately, with the <s> that tokenizer.json adds
         for part, count in zip(self.split(self.chat_start + prompt + self.chat_end), (*counts, 0), strict=True):
             ids += self.tokenizer.encode(part).ids + [self.image_token_id] * count
         answer = []
-        if suffix is not None:  # after the newline of the turn, a blank in front of an answer has no meaning
+        if suffix is not None:  # after the newline of the turn, a leading blank has no meaning
             self.check("suffix", suffix.strip())
             answer = [*self.tokenizer.encode(suffix.strip(), add_special_tokens=False).ids, self.stop_ids[0]]
         return ids + answer, [0] * len(ids) + [1] * len(answer)
@@ -174,7 +174,7 @@ class Phi3Processor(Processor):
         return prompt
 
     def split(self, text: str) -> list[str]:
-        """The parts of a text that are tokenised alone."""
+        """The parts of a text that are tokenised separately."""
         return [text]
 
     def check(self, role: str, text: str) -> None:
@@ -185,11 +185,11 @@ class Phi3Processor(Processor):
                 raise UserError(f"{role} {quote(text.strip())} contains {token}, which the processor sets: remove it")
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
-        """Image tokens of an image of this (width, height). Raises UserError: there is no tower."""
+        """Number of image tokens of an image. Raises UserError: there is no tower."""
         raise UserError(DECODER_ALONE)
 
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
-        """What the model takes of one image, without a batch dimension. Raises UserError: there is no tower."""
+        """The model's inputs for one image. Raises UserError: there is no tower."""
         raise UserError(DECODER_ALONE)
 
 
@@ -210,7 +210,7 @@ class Phi3VProcessor(Phi3Processor):
         self.reserved[self.image_token_id] = "<|image|>"
         self.skipped.add(self.image_token_id)
         self.tokens_per_side = self.crop_size // (FEATURES_PER_TOKEN * self.patch_size)  # of a crop
-        self.num_image_tokens = self.count_grid_tokens(self.num_crops, 1)  # the most
+        self.num_image_tokens = self.count_grid_tokens(self.num_crops, 1)  # the maximum
         rows, columns = self.grid((1, 1))
         self.image_size = self.crop_size * columns  # of a square image, in pixels
 
@@ -226,8 +226,8 @@ class Phi3VProcessor(Phi3Processor):
         }
 
     def add_tags(self, prompt: str, num_images: int) -> str:
-        """The prompt with a tag for each image: its own tags, or tags in front. Raises UserError for other tags than
-        `<|image_1|>` to the last, each once and in this order: images are taken by position, not by number."""
+        """The prompt with a tag for each image: its own tags, or tags put in front. Raises UserError for tags
+        other than `<|image_1|>`, `<|image_2|>`, ... once each in order: images go by position, not by number."""
         numbers = [int(number) for number in TAG.findall(prompt)]
         expected = list(range(1, num_images + 1))
         if numbers and numbers != expected:
@@ -238,7 +238,7 @@ class Phi3VProcessor(Phi3Processor):
         return prompt if numbers else "".join(f"<|image_{number}|>\n" for number in expected) + prompt
 
     def split(self, text: str) -> list[str]:
-        return TAG.split(text)[::2]  # what is between the parts are the numbers of the tags
+        return TAG.split(text)[::2]  # the odd entries are the numbers of the tags
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the crops of an image of this (width, height)."""
@@ -247,7 +247,7 @@ class Phi3VProcessor(Phi3Processor):
     def layout(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """((rows, columns) of crops, (width, height) in pixels to which the image is resized before it is padded).
 
-        As many columns as `num_crops` allows, for an upright image rows: small images are enlarged. Raises UserError
+        As many columns (rows for an upright image) as `num_crops` allows: small images are enlarged. Raises UserError
         for an aspect ratio whose short side would be resized to 0 pixels.
         """
         width, height = size
@@ -265,11 +265,11 @@ class Phi3VProcessor(Phi3Processor):
         return (math.ceil(new_height / self.crop_size), columns), (new_width, new_height)
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
-        """N: image tokens of an image of this (width, height). Raises UserError, see `layout`."""
+        """N: number of image tokens of an image of this (width, height). Raises UserError, see `layout`."""
         return self.count_grid_tokens(*self.grid(size))
 
     def count_grid_tokens(self, rows: int, columns: int) -> int:
-        """N: the tokens of the crops and of the global view, one after each of their lines, one between the two."""
+        """N: tokens of the crops and of the global view, one at the end of each of their lines, one between the two."""
         side = self.tokens_per_side
         return (rows * columns + 1) * side**2 + 1 + (rows + 1) * side
 
@@ -277,9 +277,9 @@ class Phi3VProcessor(Phi3Processor):
         """{"pixel_values" [num_crops + 1, 3, S, S] float32: the global view, the crops row by row, then zeros;
         "image_sizes" [2]: height and width in pixels of the grid of crops}.
 
-        The image is resized, upright ones mirrored at the diagonal meanwhile, and padded in white: above and below a
-        wide image. The global view is made of the padded, normalised pixels. Bit-equal to the released code for images
-        without transparency, which is composed onto white here. Raises UserError, see `layout`.
+        The image is resized and padded with white, a wide image above and below; an upright image is transposed for
+        this and transposed back. The global view is made from the padded, normalised pixels. Bit-equal to the released
+        code for images without transparency, which is composited onto white here. Raises UserError, see `layout`.
         """
         (rows, columns), resized = self.layout(image.size)
         image, side = to_rgb(image), self.crop_size

@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from finetune_original import Config
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
-TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed while it started may leave without run.json
-# a run may continue with other values of these fields: they change what is logged and saved, not what is computed
+TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed during startup may leave if it has no run.json
+# fields that may change when a run continues: they affect what is logged and saved, not what is computed
 RESUMABLE_FIELDS = {
     "output_dir",
     "overwrite",
@@ -73,14 +73,14 @@ RESUMABLE_FIELDS = {
     "vision_cache_gb",
     "vision_cache_dir",
 }
-# why other fields cannot change; those in none of these sets changed the steps made so far
+# why other fields cannot change; fields in none of these sets affected the steps made so far
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
 DATA_ORDER |= {"group_by_length"}
-HAYSTACK_FIELDS = ("grids", "shapes", "recolour", "negatives")  # of data that is generated
+HAYSTACK_FIELDS = ("grids", "shapes", "recolour", "negatives")  # apply to generated data only
 EVALUATION = {"eval_samples", "eval_batch_size", "max_new_tokens", "metric", "patience"}
-LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger one
-RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # beside the configuration
-NOT_COMPARED = {"arm", "differential", "processes", *RESUMABLE_FIELDS}  # what a run and its baseline may differ in
+LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger value
+RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # besides the configuration
+NOT_COMPARED = {"arm", "differential", "processes", *RESUMABLE_FIELDS}  # where a run and its baseline may differ
 SAVED_SHAPES = {
     "model",
     "base_model",
@@ -114,14 +114,14 @@ class Run:
     finished: bool = False  # there is nothing left to train
     resume: Path | None = None  # the checkpoint that it continues from
     found: "FolderState | None" = None  # the folder as it was when the run was opened
-    repeats_evaluation: bool = False  # of the checkpoint's step, whose log lines are dropped
-    started: bool = False  # the folder is this run's: it may write there
+    repeats_evaluation: bool = False  # at the checkpoint's step, whose log lines are dropped
+    started: bool = False  # the folder belongs to this run, which may write there
     metrics: list[dict] = field(default_factory=list)
     initial_differential: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # values before training
-    tracker: accelerate.tracking.GeneralTracker | None = None  # beside metrics.jsonl, on the main process
+    tracker: accelerate.tracking.GeneralTracker | None = None  # in addition to metrics.jsonl, on the main process
     strict: bool = False  # a bad row ends the run
     skipped: set[str] = field(default_factory=set, repr=False)  # why rows were left out
-    signal: int = 0  # that asked to stop
+    signal: int = 0  # the signal that asked to stop
     lock: filelock.BaseFileLock | None = None  # held until the main process ends
 
     @property
@@ -150,7 +150,7 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
     def log(self, line: dict, file: str = "metrics.jsonl"):
-        """Append a line to a log of the folder."""
+        """Append a line to a log file in the folder."""
         if self.is_main:
             with writing(self.folder / file), open(self.folder / file, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -158,14 +158,14 @@ class Run:
             self.metrics.append(line)
 
     def track(self, step: int, values: dict):
-        """Pass every number in `values`, nested ones under their path, to TensorBoard or wandb."""
+        """Log every number in `values` to TensorBoard or wandb, nested ones under their path."""
         if self.tracker:
             with writing(self.folder / self.tracker.name):
                 numbers = flatten_numbers(values)
                 self.tracker.log({readable_tag(path): number for path, number in numbers.items()}, step=step)
 
     def track_sample(self, place: int, sample: dict):
-        """Pass an answer, a line of samples.jsonl, to TensorBoard, and before training its image, which stays."""
+        """Log an answer (a line of samples.jsonl) to TensorBoard, and before training its image, which stays."""
         if self.tracker and self.tracker.name == "tensorboard":
             tag, writer = f"samples {sample['set']}/{place}", self.tracker.writer
             lines = [f"{key}: {sample[key]!r}" for key in ("prompt", "answer", "response")]
@@ -186,7 +186,7 @@ class Run:
         tqdm.write(f"skipped: {reason}")
         if self.started:  # rows that are skipped earlier are logged when the run starts
             with writing(self.folder), open(self.folder / "skipped.log", "a", encoding="utf-8") as log:
-                log.write(f"{reason}\n")  # by the process that found the row
+                log.write(f"{reason}\n")  # written by the process that found the row
 
     def raise_if_stopped(self):
         """Raise Stopped on every process if any of them got a signal, so that none waits for one that has left."""
@@ -198,7 +198,7 @@ class Run:
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
-        """Inside the block SIGTERM and Ctrl-C are only noted, for `raise_if_stopped`."""
+        """Inside the block, SIGTERM and Ctrl-C are only recorded for `raise_if_stopped`."""
 
         def note(number: int, _):
             self.signal = number
@@ -225,7 +225,7 @@ class Run:
 
 
 def flatten_numbers(values: dict, prefix: str = "") -> dict[str, float]:
-    """{"a": {"b": 1}} -> {"a/b": 1}; values that are no numbers are left out."""
+    """{"a": {"b": 1}} -> {"a/b": 1}; values other than numbers are left out."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -235,7 +235,7 @@ def flatten_numbers(values: dict, prefix: str = "") -> dict[str, float]:
     return flat
 
 
-TAGS = {  # first part of a path in `Run.track` -> title of its chart; any other is a metric of an evaluation
+TAGS = {  # first part of a path in `Run.track` -> title of its chart; any other part is an evaluation metric
     "loss": "train/loss",
     "lr": "train/learning rate",
     "grad_norm": "train/gradient norm",
@@ -247,8 +247,8 @@ LAYER = re.compile(r"model\.(language|vision)_[\w.]*?layers\.(\d+)\.self_attn\.d
 
 
 def readable_tag(path: str) -> str:
-    """A path of `flatten_numbers` as the title of a chart and, after a slash, of its curve: layers by their number,
-    sorted by name as by depth."""
+    """A path of `flatten_numbers` as the title of a chart and, after a slash, of its curve. Layers get a two-digit
+    number, so that they sort by depth."""
     path = LAYER.sub(lambda match: f"{match[1].replace('language', 'text')} layer {int(match[2]):02d}", path)
     kind, slash, rest = path.partition("/")
     if kind == "inside":  # layer / quantity
@@ -261,8 +261,9 @@ def readable_tag(path: str) -> str:
 def open_run(config: "Config", arm: str) -> Run:
     """Check the configuration, the device and the run folder; nothing is written yet.
 
-    An unfinished run of the same configuration continues from its newest complete checkpoint, a finished one if it is
-    to be longer; `overwrite` starts again. Raises UserError when the folder holds a run of another configuration.
+    An unfinished run with the same configuration continues from its newest complete checkpoint, and so does a finished
+    one if it is to be longer; `overwrite` starts over. Raises UserError when the folder holds a run with another
+    configuration.
     """
     check_config(config)
     accelerator = make_accelerator()
@@ -290,7 +291,7 @@ def open_run(config: "Config", arm: str) -> Run:
 
 
 def make_record(config: "Config", arm: str, accelerator: accelerate.Accelerator, dtype: torch.dtype) -> dict[str, Any]:
-    """What run.json says of a run before it starts."""
+    """The contents of run.json before the run starts."""
     base = resolve_run(config.model)[0]
     return {
         "arm": arm,
@@ -307,8 +308,8 @@ def make_record(config: "Config", arm: str, accelerator: accelerate.Accelerator,
 
 
 def decide_resume(run: Run) -> bool:
-    """Set `finished` and `resume` of a run from the folder that was found, and add this start and the id to its record;
-    returns whether it is finished and is to be extended."""
+    """Set `finished` and `resume` of a run from the folder that was found, and add this start and the id to its record.
+    Returns whether a finished run is to be extended."""
     is_longer, stored = False, {}
     if run.found and run.found.record is not None and not run.record["config"]["overwrite"]:
         stored = read_run_record(run.folder)
@@ -328,12 +329,12 @@ def decide_resume(run: Run) -> bool:
 
 
 def has_weights(run: Run) -> bool:
-    """Whether the folder of the run holds weights, which another configuration must not delete unasked."""
+    """Whether the run folder holds weights, which must not be deleted for another configuration unless requested."""
     return bool(run.found.checkpoints) or any((run.folder / name).exists() for name in ("best", "final"))
 
 
 class FolderState(NamedTuple):
-    """What decides whether a run starts, continues or is finished; compared again when its folder has been locked."""
+    """What decides whether a run starts, continues or is finished; compared again once its folder is locked."""
 
     record: bytes | None  # run.json
     checkpoints: list[str]
@@ -351,23 +352,23 @@ def read_folder_state(folder: Path) -> FolderState:
 
 
 class Length(msgspec.Struct):
-    """How long the configuration in a run.json trains."""
+    """The length of training in the configuration of a run.json."""
 
     max_steps: int | None = None
     epochs: float | None = None
 
 
 class RunLength(msgspec.Struct):
-    """A run.json, of which only the length matters."""
+    """The part of a run.json that holds the length of training."""
 
     config: Length
 
 
 def is_finished(folder: Path, record: bytes | None) -> bool:
-    """Whether final/ is what run.json, of this content, asks for: while a run is extended, final/ is of the shorter
-    run. A damaged run.json is reported where it is compared."""
+    """Whether final/ has the length that run.json asks for; `record` is the content of run.json. While a run is being
+    extended, final/ still belongs to the shorter run. A damaged run.json is reported later, when it is compared."""
     final = folder / "final"
-    if not (final / "adapter" / ADAPTER_CONFIG).is_file():  # the same file as for `checkpoint.resolve_run`
+    if not (final / "adapter" / ADAPTER_CONFIG).is_file():  # the file that `checkpoint.resolve_run` checks too
         return False
     if record is None or not (final / "run.json").is_file():
         return True
@@ -398,14 +399,14 @@ def check_config(config: "Config"):
         for name in HAYSTACK_FIELDS:
             if getattr(config, name) != defaults[name]:
                 raise UserError(f"--{name}: applies to haystacks only, --data={config.data} has none: leave it out")
-    if config.patience and config.average_last:  # of the last updates, whose number is not known
+    if config.patience and config.average_last:  # the number of updates is not known in advance
         raise UserError("--patience --average_last: training may stop before the average begins: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
 
 
 def start_folder(run: Run, faults: list[str]):
-    """Make the run folder, or continue in it; called when everything that could be refused has been checked.
+    """Create the run folder, or continue in it; called after all checks of the configuration and the data.
 
     `faults`: why rows were left out; all are written to skipped.log.
     """
@@ -437,9 +438,9 @@ def start_folder(run: Run, faults: list[str]):
 
 
 def empty_folder(folder: Path):
-    """Delete the contents of a run folder, and of no other; the folder itself may be a link.
+    """Delete the contents of a run folder, which may be a link. Raises UserError for any other folder with files.
 
-    run.json is deleted last: killed at any moment, this leaves a run folder or an empty one.
+    run.json is deleted last, so that a kill at any moment leaves either a run folder or an empty one.
     """
     entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
     is_run = any(entry.name == "run.json" for entry in entries)
@@ -453,7 +454,7 @@ def empty_folder(folder: Path):
 
 
 def log_skipped(run: Run, faults: list[str]):
-    """Print how many rows were left out and the first of them; skipped.log names all, also those of before a kill."""
+    """Print how many rows were left out and the first few; skipped.log lists all, those from before a kill included."""
     faults, file = list(dict.fromkeys(" ".join(fault.split()) for fault in faults)), run.folder / "skipped.log"
     if faults:
         run.print(f"{len(faults)} rows cannot be used and are left out, all listed in {file}:", *faults[:3])
@@ -464,9 +465,9 @@ def log_skipped(run: Run, faults: list[str]):
 
 
 def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
-    """TensorBoard in the run folder, or wandb by name: copies of metrics.jsonl, which is what everything else reads.
+    """Start TensorBoard in the run folder, or wandb: copies of metrics.jsonl, which everything else reads.
 
-    TensorBoard's table of hyperparameters has beside them the last scores on the evaluation sets, by these names.
+    TensorBoard's table of hyperparameters also shows the last scores on `eval_sets`, the names of the sets.
     """
     from accelerate.tracking import TensorBoardTracker, WandBTracker
     from torch.utils.tensorboard.summary import hparams
@@ -476,7 +477,7 @@ def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
     if config.tracker == "tensorboard":
         run.tracker = TensorBoardTracker("tensorboard", run.folder, purge_step=step_of(run.resume) + 1)
     else:
-        name, number = run.folder.resolve().name, run.record["id"]  # a run that continues goes on under its id
+        name, number = run.folder.resolve().name, run.record["id"]  # a run that continues keeps its id
         run.tracker = WandBTracker(
             "diff-transformer", name=name, id=number, resume="allow", config=run.record["config"]
         )
@@ -491,7 +492,7 @@ def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
 
 # ---- comparing a run with what is asked
 class Start(msgspec.Struct):
-    """When and where the command was started; `step`: of the checkpoint that it continued from."""
+    """One start of the command; `step` is that of the checkpoint that it continued from."""
 
     step: Natural
     extended: bool
@@ -513,16 +514,16 @@ class RunRecord(msgspec.Struct):
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """The run.json of a folder. Raises UserError for a field of another type."""
+    """The run.json of a folder. Raises UserError for a field of the wrong type."""
     file = folder / "run.json"
     read_typed(file, RunRecord, "restore it, or pass --overwrite=True")
     return read_json(file)
 
 
 def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
-    """Print what changed since the run of this run.json began; returns whether it is finished and is to be extended.
+    """Print what changed since the run with this run.json began; returns whether a finished run is to be extended.
 
-    Raises UserError, with the reason, if it cannot continue with that.
+    Raises UserError with the reason if the run cannot continue with these changes.
     """
     old, new = comparable(stored), comparable(run.record)
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
@@ -547,7 +548,7 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
 
 
 def check_last_checkpoint(run: Run):
-    """Raise UserError unless a finished run continues from the very last of its updates."""
+    """Raise UserError if a finished run lacks the checkpoint of its last update or ended with averaged weights."""
     last = read_typed(run.folder / "final" / "run.json", LogLine).step
     if step_of(run.resume) != last:
         raise UserError(
@@ -559,7 +560,7 @@ def check_last_checkpoint(run: Run):
 
 
 def comparable(record: dict) -> dict:
-    """The configuration in a run.json, nested fields under dotted names, and the fields beside it that matter."""
+    """The configuration in a run.json, with nested fields under dotted names, and the other fields in RECORDED."""
     flat = {}
     for key, value in record.get("config", {}).items():
         nested = value.items() if isinstance(value, dict) else ()
@@ -568,7 +569,7 @@ def comparable(record: dict) -> dict:
 
 
 def differing_fields(record: dict, other: dict) -> list[str]:
-    """In what else than attention two runs differ, by their run.json: hyperparameters, base model, data."""
+    """The fields, attention apart, in which two run.json differ: hyperparameters, base model, data."""
 
     def compared(record: dict) -> dict:
         flat = {k: v for k, v in comparable(record).items() if k.partition(".")[0] not in NOT_COMPARED}
@@ -579,8 +580,8 @@ def differing_fields(record: dict, other: dict) -> list[str]:
 
 
 def check_same_data(run: Run, sources: dict[str, "Source"]):
-    """Record the data's hashes. Raises UserError if they differ from those that the run began with, since rows would
-    come in another order."""
+    """Record the hashes of the data. Raises UserError if they differ from those at the start of the run, since the rows
+    would come in a different order."""
     run.record["data"] = {name: {"rows": len(s), "sha256": s.fingerprint()} for name, s in sources.items()}
     data = run.record["config"]["data"]
     if len(set(gather_object([json.dumps(run.record["data"])]))) > 1:
@@ -604,7 +605,7 @@ class TrainerState(msgspec.Struct):
     stale: Natural  # evaluations since the best one
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     optimizer: dict[str, Any]
-    average: dict[str, Any] = {}  # from the first update on that --average_last takes in, see training.update_average
+    average: dict[str, Any] = {}  # filled once --average_last begins, see training.update_average
     averaged: Natural = 0
 
 
@@ -623,9 +624,9 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def newest_checkpoint(run: Run) -> Path | None:
-    """The last checkpoint whose files are as they were written; damaged ones are reported and skipped.
+    """The newest checkpoint whose files match its manifest; damaged ones are reported and skipped.
 
-    Raises UserError when there are checkpoints but all are damaged: they are not deleted without being asked to.
+    Raises UserError when there are checkpoints but all are damaged: they are only deleted on request.
     """
     folders = find_checkpoints(run.folder)[::-1]
     for folder in folders:
@@ -640,8 +641,8 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """{"step", "best", "stale", "seconds", "optimizer"} of a checkpoint, and where weights are averaged {"average",
-    "averaged"}.
+    """{"step", "best", "stale", "seconds", "optimizer"} of a checkpoint, and {"average", "averaged"} if weights are
+    averaged.
 
     Raises UserError for a damaged file.
     """
@@ -649,7 +650,7 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, weights_only=True, map_location="cpu")
         checked = msgspec.convert(state, TrainerState)
-    except Exception as error:  # a damaged zip or pickle raises anything
+    except Exception as error:  # a damaged zip or pickle may raise anything
         raise UserError(
             f"{file}: damaged or missing ({one_line(error)[:MESSAGE_LENGTH]}): delete {checkpoint}"
         ) from error
@@ -659,7 +660,7 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any], checkpoint: Path):
-    """`optimizer.load_state_dict`, after comparing names, shapes and dtypes: a fused update would corrupt memory.
+    """`optimizer.load_state_dict` after comparing names, shapes and dtypes: a mismatch would corrupt memory.
 
     Raises UserError where they differ.
     """
@@ -687,18 +688,18 @@ def check_moments(parameter: torch.Tensor, moments: dict[str, torch.Tensor]):
 
 
 class LogLine(msgspec.Struct):
-    """What every line of metrics.jsonl and samples.jsonl has."""
+    """The field that every line of metrics.jsonl and samples.jsonl has."""
 
     step: Natural
 
 
 class MetricsLine(LogLine, rename={"lambda_": "lambda"}):
-    """A line of metrics.jsonl: of an update, or of an evaluation. Other fields are not read back."""
+    """A line of metrics.jsonl, for an update or an evaluation. Other fields are not read back."""
 
     loss: float | None = None
-    eval: dict[str, tuple[Natural, Natural]] | None = None  # by set: right answers, of n
-    eval_loss: dict[str, float] | None = None  # by set: of a label token
-    metric: dict[str, float] | None = None  # by set: the one of --metric, unless it is exact
+    eval: dict[str, tuple[Natural, Natural]] | None = None  # by set: right answers, n
+    eval_loss: dict[str, float] | None = None  # by set: mean per label token
+    metric: dict[str, float] | None = None  # by set: --metric, unless it is exact
     lambda_: dict[str, float] | None = None
     inside: dict[str, dict[str, float]] | None = None
 
@@ -721,12 +722,12 @@ class SampleLine(LogLine):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. Raises UserError naming the line for a value of another type."""
+    """The lines of metrics.jsonl. Raises UserError, naming the line, for a value of the wrong type."""
     return read_log(folder / "metrics.jsonl", MetricsLine)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl. Raises UserError naming the line for a value of another type."""
+    """The lines of samples.jsonl. Raises UserError, naming the line, for a value of the wrong type."""
     return read_log(folder / "samples.jsonl", SampleLine)
 
 
@@ -742,7 +743,7 @@ def read_log(file: Path, type_: type[LogLine]) -> list[dict[str, Any]]:
 
 
 def trim_logs(folder: Path, first_step: int):
-    """Drop what was logged after the checkpoint of `first_step`, and the evaluation at it: they are repeated."""
+    """Drop what was logged after the checkpoint of `first_step`, and the evaluation at that step: both are repeated."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         file = folder / name
         if file.exists():
@@ -758,10 +759,10 @@ def was_evaluated(folder: Path, step: int) -> bool:
 
 
 def is_kept(line: str, first_step: int) -> bool:
-    """Whether a line of a log is complete and from before the point where the run continues."""
+    """Whether a log line is complete and comes before the point where the run continues."""
     try:
         entry = json.loads(line)
         step = msgspec.convert(entry, LogLine).step
-    except (ValueError, RecursionError):  # the process was killed while it wrote the line, or it is damaged
+    except (ValueError, RecursionError):  # damaged, or the process was killed while it wrote the line
         return False
     return line.endswith("\n") and (step < first_step or (step == first_step and "loss" in entry))

@@ -1,8 +1,8 @@
-"""The training loop, on Accelerate. The baseline and the differential arm differ only in the model that they pass in.
+"""The training loop, built on Accelerate. The baseline and the differential arm differ only in the model they pass in.
 
 The state of a run is the adapter, the differential parameters, the optimizer, the step and the best score so far.
-Learning rate, lambda's warm-up, data order and dropout follow from the step and the seed, so an interrupted run
-continues as if it had never stopped.
+Learning rate, lambda warm-up, data order and dropout depend only on the step and the seed, so a resumed run takes the
+same steps as an uninterrupted one.
 """
 
 import contextlib
@@ -78,22 +78,23 @@ if TYPE_CHECKING:
 
 PROBE_ROWS = 8  # prompts on which both maps are measured at every evaluation
 SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first and the last
-SAMPLE_SIDE = 512  # pixels, at most, of an image in samples/
+SAMPLE_SIDE = 512  # maximum side in pixels of an image in samples/
 SMALLER_BATCH = (
     "lower --batch_size and raise --accumulation by the same factor, which keeps the result, or set "
     "--gradient_checkpointing=True"
 )
-SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # of the dropout seed: seeds, steps and processes do not share masks
+SEED_STRIDE, STEP_STRIDE = 1_000_003, 1_009  # every seed, step and process has its own dropout seed
 
 
 # ---- the model and its optimizer
 def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
-    """Freeze `model`, add LoRA to its language model, to its tower and projector if they train, and unfreeze what
-    differential attention added.
+    """Freeze `model`, add LoRA to its language model and, if they train, to its tower and projector, and unfreeze the
+    differential parameters.
 
-    A resumed run takes the weights of its checkpoint. A new run starts from those of `config.model` where that is a run
-    folder. Returns peft's wrapper; `model` itself changes in place. Also records the LoRA settings in `run.record` and
-    the initial differential parameters in `run.initial_differential`. Raises UserError for parts that cannot train.
+    A resumed run loads the weights of its checkpoint; a new run whose `config.model` is a run folder starts from the
+    weights of that run. Returns peft's wrapper; `model` is modified in place. Also records the LoRA settings in
+    `run.record` and the initial differential parameters in `run.initial_differential`. Raises UserError for parts that
+    cannot train.
     """
     model.requires_grad_(False)
     trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
@@ -101,7 +102,7 @@ def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
     _, learned = resolve_run(config.model)
     folder = run.resume / "adapter" if run.resume else learned
     adapted = new_lora(config, model) if folder is None else attach_adapter(model, folder, trainable=True)
-    if learned and (stored := stored_differential_folder(config)):  # of a model folder, from_pretrained has loaded them
+    if learned and (stored := stored_differential_folder(config)):  # from_pretrained loads those of a model folder
         load_differential(model, stored)
     run.initial_differential = {name: p.detach().clone() for name, p in differential_parameters(model).items()}
     if run.resume and run.initial_differential:
@@ -111,14 +112,14 @@ def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
     for part, how in trained.items():
         if how != "no" and not any(part in name for name in names):
             raise UserError(f"{config.model}: its adapter does not train the {part}: start from its base model")
-    lora = adapted.peft_config["default"]  # the one in effect: a run folder brings its own
+    lora = adapted.peft_config["default"]  # the settings in effect: a run folder has its own
     run.record["lora"] = {"rank": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout}
     run.record["lora"] |= {"dora": lora.use_dora, "rslora": lora.use_rslora}
     return adapted
 
 
 def prepare_parts(config: "Config", model: nn.Module, trained: dict[str, str]):
-    """Make the parts that train as a whole float32, as adapters are. Raises UserError for parts that cannot train."""
+    """Cast the parts that train in full to float32, like the adapters. Raises UserError for parts that cannot train."""
     for part, how in trained.items():
         module = getattr(model.model, part)
         if how != "no" and module is None:
@@ -130,21 +131,21 @@ def prepare_parts(config: "Config", model: nn.Module, trained: dict[str, str]):
 
 
 def stored_differential_folder(config: "Config") -> Path | None:
-    """Where `config.model` has differential parameters, None for a standard model or run."""
+    """The folder with the differential parameters of `config.model`; None for a standard model or run."""
     base, learned = resolve_run(config.model)
     return find_differential(locate(base), learned)
 
 
 def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
-    """AdamW on the trainable parameters. Those of differential attention take no weight decay, which would move them
-    without a gradient; lambda, the vision tower and the projector have learning rates of their own."""
+    """AdamW on the trainable parameters. Differential parameters get no weight decay, which would change them even
+    without a gradient; lambda, the vision tower and the projector have their own learning rates."""
     differential = differential_config(adapted)
     groups: dict[tuple, dict] = {}
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             is_differential = ".differential." in name
             is_lambda = is_differential and "lambda" in name.rpartition(".")[2]
-            scale = differential.lambda_lr if is_lambda else 1.0  # of the learning rate
+            scale = differential.lambda_lr if is_lambda else 1.0  # factor of the learning rate
             for part, rate in (("vision_tower", config.vision_lr), ("multi_modal_projector", config.projector_lr)):
                 if part in name and rate and not is_differential:
                     scale = rate / config.lr
@@ -155,21 +156,21 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor"):
-    """Compile every decoder and vision layer by itself, in place: the layers of a tower share their graphs, which serve
-    rows of all lengths."""
+    """Compile each decoder and vision layer separately, in place. The layers of a tower share their graphs, which
+    accept any sequence length."""
     tower = model.model.vision_tower
     for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
         layer.compile(dynamic=True, backend=backend)
 
 
 def without_compiling(config: "Config") -> contextlib.AbstractContextManager:
-    """Inside the block, compiled layers run as they are written: an evaluation would compile again for its KV cache."""
+    """Inside the block, compiled layers run eagerly: an evaluation would trigger recompilation for its KV cache."""
     return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
 
 
 def init_or_resume_optimizer(run: Run, config: "Config", adapted: nn.Module) -> tuple[torch.optim.AdamW, dict]:
-    """The optimizer and the state of the loop (step, best score, evaluations since it, seconds): new, or those of the
-    checkpoint."""
+    """The optimizer and the state of the loop (step, best score, evaluations since then, seconds), new or loaded from
+    the checkpoint."""
     optimizer = make_optimizer(config, adapted)
     state = {"step": 0, "best": -1.0, "stale": 0, "seconds": 0.0}
     if run.resume is None:
@@ -214,10 +215,10 @@ def train(
 ):
     """Train `adapted`, peft's wrapper of `model`, on `source`; evaluate before, during and after; write the run folder.
 
-    Raises UserError for what the user can fix, before anything is written wherever possible.
+    Raises UserError for what the user can fix, if possible before anything is written.
     """
     # ------------------------------------------------------------------
-    # setup: what can be refused without running the model is checked before the first file is written
+    # setup: all checks that do not run the model come before the first file is written
     # ------------------------------------------------------------------
     accelerator, world_size = run.accelerator, run.accelerator.num_processes
     total_steps = count_steps(config, source)
@@ -245,18 +246,18 @@ def train(
 
     first_step = last_saved = state["step"]  # 0, or the step of the checkpoint
     started = time.perf_counter() - state["seconds"]
-    update_seconds, tokens = 0.0, 0  # since the last line of the log
+    update_seconds, tokens = 0.0, 0  # since the last log line
     batches = training_batches(run, config, model, processor, source, first_step, lengths, cache)
     if config.compile:
         compile_layers(model)
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
-            # a broken evaluation fails now, not after hours
+            # so that a broken evaluation fails now, not hours later
             evaluate(evaluation, evaluation.short)
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
                 is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
-                last_step = step == total_steps or is_stale  # no update follows: only checkpoint and evaluation
+                last_step = step == total_steps or is_stale  # only a checkpoint and an evaluation follow
                 state |= {"step": step, "seconds": time.perf_counter() - started}
                 run.raise_if_stopped()
 
@@ -288,14 +289,14 @@ def train(
                     group["lr"] = lr * group["scale"]
                 set_progress(model, (step + 1) / total_steps)
                 micro_batches = [next(batches) for _ in range(config.accumulation)]
-                # after the batches are fetched: a new loader draws from the same generator
+                # only after the batches are fetched, since a new loader draws from the same generator
                 torch.manual_seed(dropout_seed(config, step, accelerator.process_index))
 
                 # ------------------------------------------------------------------
                 # forward and backward: the loss is the mean over the label tokens of all micro-batches and processes
                 # ------------------------------------------------------------------
                 optimizer.zero_grad(set_to_none=True)
-                # a batch without examples is a dummy of a process that has no data left: weight 0
+                # a batch without examples is a dummy for a process that has no data left: weight 0
                 label_counts = [batch["plan"].label_count * bool(examples) for examples, batch in micro_batches]
                 total_labels = torch.full((), float(sum(label_counts)), device=run.device)
                 total_labels = accelerator.reduce(total_labels, "sum").clamp(min=1)
@@ -312,7 +313,7 @@ def train(
                 # clip, check, update
                 # ------------------------------------------------------------------
                 grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
-                # the one place where an update waits for the device
+                # the only point where an update synchronises with the device
                 loss, grad_norm = torch.stack((accelerator.reduce(loss, "sum"), grad_norm.to(loss))).tolist()
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     ids = ", ".join(example.id for examples, _ in micro_batches for example in examples)
@@ -325,7 +326,7 @@ def train(
                 # ------------------------------------------------------------------
                 # log
                 # ------------------------------------------------------------------
-                # an estimate: as if every process had as many tokens as this one
+                # an estimate, which assumes as many tokens on every process as on this one
                 tokens += sum(batch["plan"].tokens for _, batch in micro_batches) * world_size
                 update_seconds += time.perf_counter() - update_started
                 bar.update()
@@ -364,14 +365,14 @@ def training_batches(
     lengths: list[int] | None = None,
     cache: VisionCache | None = None,
 ) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
-    """Endless (examples, batch on the device): this process's share of every micro-batch, from `first_step` on.
+    """Yields (examples, batch on the device) endlessly: this process's part of every micro-batch, from `first_step` on.
 
-    `lengths` as in `data.batch_order`; `cache` gives the features of the images. A batch without examples has the
-    tensors of another row, so that this process takes part in the reductions; it must not count.
+    `lengths` as in `data.batch_order`; `cache` provides the image features. A batch without examples holds the tensors
+    of some other row, so that this process takes part in the reductions; the caller must give it weight 0.
     """
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     order = batch_order(len(source), config.batch_size, config.seed, first_step * config.accumulation, lengths)
-    shares = (keys[rank::world] for keys in order)  # of a short last batch some processes get nothing
+    shares = (keys[rank::world] for keys in order)  # some processes get nothing from a short last batch
     workers = choose_workers(config.workers, run.device)
     for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
         more = {"plan": model.model.plan(**batch).to(run.device)}  # made before the tensors leave the CPU
@@ -383,17 +384,17 @@ def training_batches(
 
 
 def max_length(model: nn.Module) -> int:
-    """The longest sequence that the positions of `model` allow, image tokens included."""
+    """Maximum sequence length of `model` in tokens, image tokens included."""
     return model.config.text_config.max_position_embeddings
 
 
 def prompt_limit(config: "Config", model: nn.Module) -> int:
-    """The longest prompt that leaves positions for the longest answer."""
+    """Maximum prompt length in tokens that leaves room for an answer of `max_new_tokens`."""
     return max_length(model) - config.max_new_tokens
 
 
 def make_vision_cache(config: "Config", model: nn.Module, source: Source) -> VisionCache | None:
-    """The cache that the configuration asks for. Raises UserError for haystacks, whose images never come again."""
+    """The cache that the configuration asks for, if any. Raises UserError for haystacks, whose images never repeat."""
     if not (config.vision_cache_gb or config.vision_cache_dir):
         return None
     if isinstance(source, Haystacks):
@@ -404,14 +405,14 @@ def make_vision_cache(config: "Config", model: nn.Module, source: Source) -> Vis
 def first_rows(
     run: Run, limit: int, processor: Processor, source: Source, count: int, with_suffix: bool
 ) -> dict[str, Tensor]:
-    """The first `count` rows of a source, of at most `limit` tokens, as a batch on the device."""
+    """The first `count` rows of a source as a batch on the device; rows of more than `limit` tokens are left out."""
     rows = [[(0, i) for i in range(min(count, len(source)))]]
     ((_, batch),) = loader(source, processor, rows, with_suffix, skip=run.skip, max_length=limit)
     return {key: tensor.to(run.device) for key, tensor in batch.items()}
 
 
 def describe_differential(config: "Config", model: nn.Module, grad_norm: float) -> dict[str, dict[str, float]]:
-    """{"lambda", "differential_grad_norm"} of every layer, the norm before clipping; {} for standard attention."""
+    """{"lambda", "differential_grad_norm"} by layer, norms before clipping; {} for standard attention."""
     gradients = {name: p.grad for name, p in differential_parameters(model).items() if p.grad is not None}
     sums = [gradient.float().square().sum() for gradient in gradients.values()]
     squares: dict[str, float] = {}
@@ -425,7 +426,7 @@ def describe_differential(config: "Config", model: nn.Module, grad_norm: float) 
 
 
 def update_average(adapted: nn.Module, state: dict):
-    """Add the trained weights to their mean over the last updates: state["average"], of state["averaged"] updates."""
+    """Update the running mean of the trained weights: state["average"], over state["averaged"] updates."""
     average = state.setdefault("average", {})
     state["averaged"] = state.get("averaged", 0) + 1
     for name, parameter in adapted.named_parameters():
@@ -436,7 +437,7 @@ def update_average(adapted: nn.Module, state: dict):
 
 
 def load_average(adapted: nn.Module, state: dict):
-    """Replace the trained weights by their mean over the last updates, where one is taken."""
+    """Replace the trained weights by their mean over the last updates, if `state` has one."""
     parameters = dict(adapted.named_parameters())
     with torch.no_grad():
         for name, mean in state.get("average", {}).items():
@@ -472,8 +473,8 @@ def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
 
 # ---- what is saved
 def save_adapter(run: Run, adapted: nn.Module, folder: Path, state: dict):
-    """adapter/ in peft's format with its card, differential.safetensors and run.json into `folder`: all that the base
-    model lacks."""
+    """Write adapter/ (peft's format, with its card), differential.safetensors and run.json to `folder`: everything but
+    the base model."""
     save_lora(adapted, folder / "adapter")
     save_differential(adapted, folder)
     record = run.record | state
@@ -485,7 +486,7 @@ def save_adapter(run: Run, adapted: nn.Module, folder: Path, state: dict):
 
 
 def save_checkpoint(run: Run, config: "Config", adapted: nn.Module, optimizer: torch.optim.Optimizer, state: dict):
-    """Write a complete checkpoint or none; delete the oldest beyond `keep_checkpoints`."""
+    """Write a checkpoint atomically; delete the oldest beyond `keep_checkpoints`."""
     if run.is_main:
         newest = run.folder / "checkpoints" / f"step-{state['step']:06d}"
         with atomic_folder(newest) as folder:
@@ -502,7 +503,7 @@ def save_trainer_state(state: dict, path: Path):
     """Write the state of the loop. Raises UserError when the disk is full."""
     try:
         torch.save(state, path)
-    except RuntimeError as error:  # torch's zip writer reports a full disk in its own way
+    except RuntimeError as error:  # torch's zip writer raises this for a full disk
         reason = one_line(error)[:MESSAGE_LENGTH]
         raise UserError(
             f"{path.parent}: cannot be written ({reason}): free some space; earlier checkpoints stay"
@@ -510,7 +511,7 @@ def save_trainer_state(state: dict, path: Path):
 
 
 def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
-    """`final/` or `best/`: the adapter with its manifest, complete or not at all."""
+    """Write `final/` or `best/`, the adapter with its manifest, atomically."""
     if run.is_main:
         with atomic_folder(folder) as new:
             save_adapter(run, adapted, new, record)
@@ -519,10 +520,10 @@ def save_snapshot(run: Run, adapted: nn.Module, folder: Path, record: dict):
 
 
 def save_attention(run: Run, model: nn.Module, processor: Processor, eval_sets: dict[str, Source]):
-    """Attention of the answers to the image patches, for a few needles of each grid, into attention.safetensors.
+    """Save the attention from answer tokens to image patches, for a few needles of each grid, in attention.safetensors.
 
-    Where a second map is subtracted, A1 and lambda A2 [2, layers, questions, T, N] into signed_maps.safetensors. What
-    does not fit the GPU's memory is left out.
+    Where a second map is subtracted, also save A1 and lambda A2 [2, layers, questions, T, N] in
+    signed_maps.safetensors. What does not fit in GPU memory is left out.
     """
     tensors, signed = {}, {}
     try:
@@ -534,7 +535,7 @@ def save_attention(run: Run, model: nn.Module, processor: Processor, eval_sets: 
                     parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
                     if bool(parts[1].any()):
                         signed[name] = parts.float().cpu().contiguous()
-    except torch.OutOfMemoryError as error:  # explicit maps need more than training does, and final/ does not need them
+    except torch.OutOfMemoryError as error:  # explicit maps need more memory than training; final/ works without them
         run.print(f"attention is not saved of all sets: the GPU is out of memory ({one_line(error)[:MESSAGE_LENGTH]})")
     for file, found in (("attention.safetensors", tensors), ("signed_maps.safetensors", signed)):
         if found:
@@ -545,11 +546,11 @@ def save_attention(run: Run, model: nn.Module, processor: Processor, eval_sets: 
 # ---- evaluation
 @dataclass(frozen=True, eq=False)
 class SourceImage:
-    """An image of a row, opened when it is needed."""
+    """An image of a row, opened on demand."""
 
     source: Source
     row: int
-    place: int  # among the images of the row
+    place: int  # index among the images of the row
 
     def open(self) -> Image.Image:
         return self.source.get(0, self.row).images[self.place]
@@ -568,7 +569,7 @@ class Score(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """What a run is evaluated on, and the model that answers."""
+    """The evaluation sets of a run, and the model that answers them."""
 
     run: Run
     config: "Config"
@@ -580,7 +581,7 @@ class Evaluation:
 
     @property
     def short(self) -> int:
-        """Questions of each set in the evaluations between the first and the last; `best/` is chosen by them."""
+        """Number of questions per set in the evaluations between the first and the last; `best/` is chosen by them."""
         return SHORT_EVALUATION * self.config.eval_batch_size
 
 
@@ -595,7 +596,7 @@ def make_evaluation(
 def make_questions(
     config: "Config", model: nn.Module, processor: Processor, eval_sets: dict[str, Source]
 ) -> dict[str, list[Question]]:
-    """The rows of every evaluation set as questions of the evaluation runner; a row that is too long has an error.
+    """The rows of every evaluation set as questions for the evaluation runner; a row that is too long carries an error.
 
     Raises UserError for a row that --metric cannot score.
     """
@@ -614,7 +615,7 @@ def make_questions(
             if config.metric != "exact":
                 answers = source.answers(row)
                 check_answers(config.metric, source.id(row), suffix, answers)
-                fields["fields"] = {"answers": answers}  # of the answer row
+                fields["fields"] = {"answers": answers}  # copied into the answer row
             question = Question(id=source.id(row), max_new_tokens=config.max_new_tokens, error=error, **fields)
             questions[name].append(question)
     return questions
@@ -648,10 +649,10 @@ def evaluate(evaluation: Evaluation, count: int | None = None) -> dict[str, Scor
 
 @torch.inference_mode()
 def evaluation_losses(evaluation: Evaluation) -> dict[str, float]:
-    """Mean loss of a label token of each evaluation set, on the rows that every evaluation answers.
+    """Mean loss per label token of each evaluation set, on its first `evaluation.short` rows.
 
-    The same rows at every evaluation, so that the losses make a curve. A row that cannot be used is left out. Raises
-    Stopped, and UserError for a set without a usable row.
+    These rows are the same at every evaluation, so that the losses form a curve. A row that cannot be used is left out.
+    Raises Stopped, and UserError for a set without a usable row.
     """
     run, config, model = evaluation.run, evaluation.config, evaluation.model
     model.eval()
@@ -661,7 +662,7 @@ def evaluation_losses(evaluation: Evaluation) -> dict[str, float]:
         run.raise_if_stopped()
         first = enumerate(evaluation.questions[name][: evaluation.short])
         rows = [(0, row) for row, question in first if not question.error][rank::world]
-        total = torch.zeros(2, device=run.device)  # loss of all label tokens, their number
+        total = torch.zeros(2, device=run.device)  # summed loss of the label tokens, their number
         batches = loader(
             source,
             evaluation.processor,
@@ -687,7 +688,7 @@ def evaluation_losses(evaluation: Evaluation) -> dict[str, float]:
 
 
 def evaluate_and_log(evaluation: Evaluation, adapted: nn.Module, state: dict, last_step: bool):
-    """Evaluate, on all rows before and after training and on a few batches of each set in between; log; save best/."""
+    """Evaluate on all rows before and after training, on a few batches of each set in between; log; save best/."""
     run, config, step = evaluation.run, evaluation.config, state["step"]
     is_full = last_step or step in (0, *run.extended_at)
     scores = evaluate(evaluation, None if is_full else evaluation.short)
@@ -710,7 +711,7 @@ def evaluate_and_log(evaluation: Evaluation, adapted: nn.Module, state: dict, la
 
 
 def log_samples(evaluation: Evaluation, step: int, scores: dict[str, Score]):
-    """The first answers to every set into samples.jsonl, their images into samples/."""
+    """Write the first answers of every set to samples.jsonl and their images to samples/."""
     run = evaluation.run
     for number, (name, score) in enumerate(scores.items()):
         asked = {question.id: question for question in evaluation.questions[name]}
@@ -724,9 +725,10 @@ def log_samples(evaluation: Evaluation, step: int, scores: dict[str, Score]):
 
 
 def keep_best(evaluation: Evaluation, adapted: nn.Module, state: dict, rate: float, last_step: bool):
-    """Count the evaluations since the best one in `state`, and save best/ where this one is better.
+    """Count the evaluations since the best one in `state`, and save best/ if this one is better.
 
-    Of equal scores the first is kept, except for the last step: best/ is final/ where training never hurts.
+    On equal scores the earlier one is kept, except at the last step: best/ equals final/ unless an earlier evaluation
+    was better.
     """
     state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
     if rate > state["best"] or (last_step and rate == state["best"]):
@@ -753,15 +755,15 @@ def save_sample_image(run: Run, question: Question, file: Path):
 
 
 def haystack_grid(source: Source) -> dict[str, int]:
-    """{"grid": cells along a side} of haystacks of one image, for plots.py; {} for other data."""
+    """{"grid": cells per side} for haystacks of one image, read by plots.py; {} for other data."""
     is_one_image = isinstance(source, Haystacks) and source.shapes[0][0] == 1
     return {"grid": source.shapes[0][1]} if is_one_image else {}
 
 
 def headline_rate(evaluation: Evaluation, scores: dict[str, Score]) -> float:
-    """What `best/` is chosen by: --metric on the first batches of the sets that count for it.
+    """The score that `best/` is chosen by: --metric on the first batches of the sets that count for it.
 
-    The same rows at every evaluation. They are rows of the test sets, so report `final/`, not `best/`, as a result.
+    The rows are the same at every evaluation. They belong to the test sets, so report `final/`, not `best/`.
     """
     rows = []
     for name, score in scores.items():
@@ -804,7 +806,7 @@ def print_setup(
 
 
 def print_scores(run: Run, config: "Config", scores: dict[str, Score]):
-    """Print the accuracy of every evaluation set, and --metric beside it."""
+    """Print the exact accuracy of every evaluation set, and --metric if it is another."""
     for name, score in scores.items():
         line = f"{name:28}{format_rate(rate(score.correct, score.n)):>22}  n = {score.n}"
         if config.metric != "exact":
@@ -813,7 +815,7 @@ def print_scores(run: Run, config: "Config", scores: dict[str, Score]):
 
 
 def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
-    """Exact accuracy before and after, percent with 95 % Wilson intervals; beside it the baseline's, if it has run."""
+    """Exact accuracy in percent before and after, with 95 % Wilson intervals, and the baseline's if it has run."""
     evals = [line["eval"] for line in run.metrics if "eval" in line]
     columns = {"before": evals[0], "after": evals[-1]} | baseline_column(run)
     head = "".join(f"{column:>22}" for column in columns)
@@ -832,7 +834,7 @@ def format_results(run: Run, eval_sets: dict[str, Source]) -> list[str]:
 
 
 def baseline_column(run: Run) -> dict[str, dict]:
-    """The last scores of the baseline of this seed in the same folder of runs, if it is finished and comparable."""
+    """The last scores of the baseline with this seed and parent folder, if it is finished and comparable."""
     folder = run.folder.parent / f"original_seed{run.record['config']['seed']}"
     if folder == run.folder or not (folder / "final").exists():
         return {}

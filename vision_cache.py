@@ -1,9 +1,9 @@
-"""Features of images, encoded once and reused.
+"""Image features, encoded once and reused.
 
-`FeatureStore` keeps features under names that its user gives: an evaluation knows which images come again before it
-opens them. `VisionCache` names them by a hash of everything that they follow from: the pixels, the weights of tower and
-projector, their configuration, dtype, device and autocast. So an entry cannot be stale, in memory or on disk: when
-something changes, the name does.
+`FeatureStore` keeps features under names that the caller gives: an evaluation knows which images repeat before it opens
+them. `VisionCache` names them by a hash of everything they depend on: the pixels, the weights of tower and projector,
+their configuration, dtype, device and autocast. So an entry cannot be stale, in memory or on disk: any change gives a
+new name.
 
 Shapes: n images, N patches (or image tokens, whose number may differ), C hidden size of the decoder.
 """
@@ -38,10 +38,10 @@ class FeatureStore:
         self, names: list[Hashable], pixels: Mapping[Hashable, dict[str, Tensor]], batch_size: int | None = None
     ) -> ImageFeatures:
         """Features of the named images on the model's device, `batch_size` encoded at once (None: all): [n, N, C], or
-        [N, C] of each where N differs.
+        [N, C] of each if N differs.
 
-        `pixels` holds what `image_inputs` of the processor returns, best still on the CPU, for the images that are not
-        stored yet.
+        `pixels` holds what `image_inputs` of the processor returns, preferably still on the CPU, for the images that
+        are not stored yet.
         """
         device = self.model.lm_head.weight.device
         rows = {name: self.find(name) for name in names}
@@ -73,12 +73,12 @@ class FeatureStore:
 
 
 class VisionCache(FeatureStore):
-    """Features by content: `features` gives the results of `model.model.image_features` of a frozen tower."""
+    """Features by content: `features` returns what `model.model.image_features` of a frozen tower would return."""
 
     def __init__(self, model: torch.nn.Module, memory_gb: float, folder: str | Path = ""):
         """`folder`: where features beyond `memory_gb` of main memory are written, "" for nowhere.
 
-        Raises UserError where the tower or the projector trains or holds differential attention: its features change.
+        Raises UserError if the tower or the projector trains or has differential attention: its features change.
         """
         super().__init__(model)
         self.free_bytes = int(memory_gb * 1e9)
@@ -93,7 +93,7 @@ class VisionCache(FeatureStore):
             raise UserError("--vision_cache_gb: the features of a vision tower that trains change: set it to 0")
 
     def features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> ImageFeatures:
-        """Images, as the processor returns them and best still on the CPU, -> features on the model's device."""
+        """Features on the model's device of images as the processor returns them, preferably still on the CPU."""
         context = self.context(pixel_values)
         inputs = [{"pixel_values": image} for image in pixel_values]
         if image_sizes is not None:
@@ -107,7 +107,7 @@ class VisionCache(FeatureStore):
             return self.entries.get(name)
         try:
             return load_file(path)["features"]
-        except (SafetensorError, OSError, KeyError):  # cut short: computed and written again
+        except (SafetensorError, OSError, KeyError):  # truncated: computed and written again
             return None
 
     def store(self, name: str, row: Tensor):
@@ -127,14 +127,14 @@ class VisionCache(FeatureStore):
                 raise UserError(f"{self.folder}: cannot be written ({error}): free some space") from error
 
     def context(self, images: Tensor) -> bytes:
-        """What features follow from besides pixels; computed once a batch, since it checks every weight."""
+        """What features depend on besides the pixels; computed once per batch, since it checks every weight."""
         device = self.model.lm_head.weight.device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         shape = tuple(images.shape[1:])
         return repr((self.hash_weights(), device.type, autocast, images.dtype, shape, torch.__version__)).encode()
 
     def hash_weights(self) -> str:
-        """Hash of tower and projector, computed again when one of their tensors was replaced or written to."""
+        """Hash of tower and projector, recomputed when one of their tensors was replaced or written to."""
         inner = self.model.model
         state = {**inner.vision_tower.state_dict(), **inner.multi_modal_projector.state_dict()}
         versions = tuple((name, t.data_ptr(), t._version, t.dtype) for name, t in state.items())
@@ -148,7 +148,7 @@ class VisionCache(FeatureStore):
 
 
 def content_name(inputs: dict[str, Tensor], context: bytes) -> str:
-    """Hash of an image's pixels and of what else its features follow from."""
+    """Hash of an image's inputs and of `context`, what else its features depend on."""
     digest = hashlib.blake2b(context, digest_size=HASH_BYTES)
     for tensor in inputs.values():
         digest.update(as_bytes(tensor))

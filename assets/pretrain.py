@@ -7,13 +7,13 @@ assets/haystack-pool.
 As in PaliGemma, the vision tower is trained first, here to classify the concepts; then the whole model learns
 `caption en`, `detect {caption}` and `ocr` (for the digits and the words of questions, which no caption contains). It
 never sees the needle task. An image shows one drawing of the pool or a grid of them on a varied background. Its caption
-names all of them, row by row, because with one caption per image alone the loss does not fall for a long time. `detect`
-starts with a few concepts, whose number doubles each time it succeeds: with all concepts from the start it stays at
+names all of them, row by row, because with only one caption per image the loss does not fall for a long time. `detect`
+starts with a few concepts, whose number doubles each time it succeeds; with all concepts from the start it stays at
 chance.
 
 Phi's decoder is causal: its image tokens come before the prompt and cannot see it, which makes `detect` among sixteen
-cells hard. Two losses of `PhiTask` help: one shows a head where to look, the other keeps the place of each
-image token readable.
+cells hard. Two losses of `PhiTask` help: one teaches a head where to look, the other keeps the position of
+each image token readable.
 
 B batch, N grid cells per side, n images in the pool, S image side in pixels, P patches, C hidden size, V vocabulary.
 """
@@ -63,7 +63,7 @@ from needle_eval.statistics import wilson  # noqa: E402
 from processing_paligemma import IGNORED_LABEL, PaliGemmaProcessor  # noqa: E402
 from processing_phi3v import CLIP_MEAN, CLIP_STD, Phi3VProcessor  # noqa: E402
 
-# Words of needle questions, so that the tokenizer spells them in few tokens; the model never sees them here.
+# Needle questions, so that the tokenizer encodes their words in few tokens; the model never sees the questions here.
 INSTRUCTIONS = [
     "answer en where is red apple?",
     "Given 1 image indexed from 1 to 1, each divided into 2*2 subimages, identify the subimage that best matches the "
@@ -79,12 +79,12 @@ INSTRUCTIONS = [
     "yes no answer question describe ocr",
 ]
 WORDS = sorted({w for text in INSTRUCTIONS for w in re.findall(r"[A-Za-z]+", text)} | {"Yes", "No"})
-SEED_STRIDE = 1_000_003  # steps of neighbouring seeds draw other batches
+SEED_STRIDE = 1_000_003  # neighbouring seeds draw different batches
 LATTICE = 16  # steps per image side: drawings are placed on this lattice, so that a box has few distinct coordinates
 NUM_CROPS = 4  # of phi-nano
 PHI_WIDTH = 192  # hidden size of phi-nano's tower and decoder
-GUIDED_LAYER = 3  # of Phi's six, counted from 0: those before it match names with drawings, those behind it write boxes
-FAR = -1e9  # score of what is not attended to: minus infinity has no gradient
+GUIDED_LAYER = 3  # of Phi's six, counted from 0: those before it match names with drawings, those after it write boxes
+FAR = -1e9  # score of masked positions: minus infinity has no gradient
 BOX = re.compile(r"(\d+), (\d+), (\d+), (\d+)$")  # at the end of an answer of phi-nano
 STEPS = {"paligemma": 3800, "phi": 4500}
 GRID_WEIGHTS = {"paligemma": (0.15, 0.5, 0.35), "phi": (0.1, 0.35, 0.55)}
@@ -132,8 +132,8 @@ PHI_END = "transformers has\nno class for the whole, but for its tower and its d
 class Config:
     family: Literal["paligemma", "phi"] = "paligemma"  # paligemma-nano or phi-nano
     # --- data
-    seed: int = 0  # of weights, data and augmentation
-    batch_size: int = 32  # images per step; each is captioned, half of them are searched `queries` times
+    seed: int = 0  # seed of weights, data and augmentation
+    batch_size: int = 32  # images per step; all are captioned, half are also searched `queries` times
     queries: int = 3  # `detect` prompts per searched image
     pages: int = 8  # images of a word or number per step, for `ocr`
     grids: tuple[int, ...] = (1, 2, 4)  # cells per side, one drawn per step with the weights below
@@ -141,14 +141,14 @@ class Config:
     first_concepts: int = 8  # concepts that `detect` starts with
     grow_at: float = 0.75  # smoothed accuracy of `detect` at which the number of concepts doubles
     # --- optimisation
-    tower_steps: int = 1200  # vision tower alone, each cell against the concepts
-    steps: int = 0  # all steps, the tower's included; 0: those of STEPS
-    lr: float = 3e-3  # Muon's, for the layers' matrices; linear warm-up, cosine to a tenth
-    adam_lr: float = 1e-3  # AdamW's, for embeddings, norms and biases, on the same schedule
+    tower_steps: int = 1200  # steps of the vision tower alone, which classifies the concept of each cell
+    steps: int = 0  # total steps, the tower's included; 0: those of STEPS
+    lr: float = 3e-3  # of Muon, for the layers' matrices; linear warm-up, cosine to a tenth
+    adam_lr: float = 1e-3  # of AdamW, for embeddings, norms and biases, on the same schedule
     warmup: int = 100  # steps
-    probe_weight: float = 0.5  # of the tower's own loss once the whole model trains
-    ocr_weight: float = 0.5  # of the loss of `ocr`
-    guide_weight: float = 0.5  # of Phi's losses of attention and place
+    probe_weight: float = 0.5  # weight of the tower's own loss once the whole model trains
+    ocr_weight: float = 0.5  # weight of the `ocr` loss
+    guide_weight: float = 0.5  # weight of Phi's attention and position losses
     weight_decay: float = 0.05  # of the matrices
     bf16: bool = True  # autocast; weights stay float32
     # --- run
@@ -161,7 +161,7 @@ class Config:
 
 # ---- models and their tokenizers
 def train_bpe(texts: list[str], special: list[str], normalizer, decoder) -> Tokenizer:
-    """BPE with byte fallback, blanks as U+2581 and digits apart, as Gemma and Phi-3 have it; `special` comes first."""
+    """BPE with byte fallback, blanks as U+2581 and separate digits, as in Gemma and Phi-3; `special` comes first."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -185,7 +185,7 @@ def train_bpe(texts: list[str], special: list[str], normalizer, decoder) -> Toke
 
 
 def build_tokenizer(texts: list[str]) -> Tokenizer:
-    """A Gemma-shaped tokenizer: after the words come <loc>, <seg> and <image>."""
+    """A Gemma-shaped tokenizer: <loc>, <seg> and <image> come after the text tokens."""
     decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = train_bpe(texts, ["<pad>", "<eos>", "<bos>", "<unk>"], normalizers.Replace(" ", "▁"), decoder)
     locs = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
@@ -195,8 +195,8 @@ def build_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def build_phi_tokenizer(texts: list[str]) -> Tokenizer:
-    """A Phi-3-shaped tokenizer: a blank in front of every part, `<s>` before each; after the words come the tokens of
-    the chat layout."""
+    """A Phi-3-shaped tokenizer: every part starts with `<s>` and a blank; the tokens of the chat layout come after the
+    text tokens."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer = train_bpe(texts, ["<unk>", "<s>", "</s>"], normalizer, decoders.Sequence(steps))
@@ -209,7 +209,7 @@ def build_phi_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def padded_vocabulary(tokenizer: Tokenizer) -> int:
-    """Embedding rows: the next multiple of 64."""
+    """Number of embedding rows: the vocabulary size, rounded up to a multiple of 64."""
     return -(-tokenizer.get_vocab_size() // 64) * 64
 
 
@@ -272,7 +272,7 @@ def phi_nano_config(tokenizer: Tokenizer) -> Phi3Config:
 
 
 def make_model(family: str, pool: list[PoolImage]):
-    """(model of random weights, its processor, its class of `Task`)."""
+    """(model with random weights, its processor, its `Task` class)."""
     captions = sorted({p.caption for p in pool})
     texts = [text for c in captions for text in (c, f"detect {c}", f"a, {c}")]
     texts += ["caption en\n", *INSTRUCTIONS]
@@ -317,8 +317,8 @@ def background(generator: torch.Generator, batch: int, grid: int, side: int) -> 
 
 
 def place(generator: torch.Generator, count: int, cell: int, step: int, augment: bool) -> tuple[Tensor, Tensor]:
-    """Random squares of a cell on the lattice [count, 3] (x, y, side in pixels) and their affine maps [count, 2, 3].
-    `step`: of the lattice, in pixels."""
+    """Random squares in a cell, on the lattice, [count, 3] (x, y, side in pixels) and their affine maps [count, 2, 3].
+    `step`: spacing of the lattice in pixels."""
     least = -(-cell * 5 // 8 // step)
     side = torch.randint(least, cell // step + 1, (count,), generator=generator) * step
     room = (cell - side) // step + 1
@@ -384,7 +384,7 @@ def page(rng: random.Random, side: int) -> tuple[str, Image.Image]:
 def draw_ids(generator: torch.Generator, choices: list[list[int]], batch: int, grid: int, first: int) -> Tensor:
     """Grids [B, N, N] of distinct concepts; `choices` holds the drawings of each.
 
-    The `first` concepts come before all others, which only fill the cells that are left.
+    The first `first` concepts come before all others, which only fill the remaining cells.
     """
     rows = []
     for _ in range(batch):
@@ -408,10 +408,10 @@ def percent_text(box: Tensor, side: int) -> str:
 class Task:
     """Pool drawings as training batches; every batch is a pure function of (seed, step, concepts in play).
 
-    As it is, for PaliGemma; `PhiTask` has another form of boxes and image inputs.
+    This class is for PaliGemma; `PhiTask` has a different form of boxes and image inputs.
     """
 
-    box_tokens = 5  # of an answer to `detect`, as far as it is needed
+    box_tokens = 5  # number of tokens of a `detect` answer that the box needs
 
     def __init__(
         self,
@@ -430,7 +430,7 @@ class Task:
         by_caption: dict[str, list[int]] = {}
         for index, image in enumerate(images):
             by_caption.setdefault(image.caption, []).append(index)
-        # a random order: `detect` starts with the first concepts, which should not share a letter
+        # random order: `detect` starts with the first concepts, which should not all share an initial letter
         order = torch.randperm(len(by_caption), generator=torch.Generator().manual_seed(config.seed)).tolist()
         self.choices = [by_caption[names[i]] for i in order]
         self.rank = {names[i]: rank for rank, i in enumerate(order)}
@@ -443,8 +443,8 @@ class Task:
         return [", ".join(self.captions[i] for i in row) for row in ids.flatten(1).tolist()]
 
     def queries(self, generator: torch.Generator, ids: Tensor, boxes: Tensor, count: int, first: int | None = None):
-        """`detect` prompts, answers and the numbers of their cells: `count` cells of each image that show one of the
-        first concepts."""
+        """`detect` prompts, answers and cell numbers, for `count` cells of each image that show one of the `first`
+        concepts."""
         prefixes, suffixes, places = [], [], []
         for row, box in zip(ids.flatten(1).tolist(), boxes.flatten(1, 2), strict=True):
             cells = [i for i, p in enumerate(row) if self.rank[self.captions[p]] < (first or len(self.choices))]
@@ -467,8 +467,8 @@ class Task:
         return tuple(int((y0 + y1) / 2 / 1024 * grid) for y0, y1 in ((box[0], box[2]), (box[1], box[3])))
 
     def hits(self, logits: Tensor, labels: Tensor, grid: int) -> Tensor:
-        """Bool [B]: is the centre of the box in the right cell, if every token is the best one after the true ones?
-        logits [B, L, V] of labels [B, L]."""
+        """Bool [B]: whether the centre of the box is in the right cell, with the best token at each position (teacher
+        forcing). logits [B, L, V], labels [B, L]."""
         first = self.processor.tokenizer.token_to_id("<loc0000>")
         is_loc = (labels >= first) & (labels < first + 1024)
         predicted, target = (
@@ -478,11 +478,11 @@ class Task:
         return (predicted == target).all(1)
 
     def attention_inputs(self, model) -> contextlib.AbstractContextManager[list]:
-        """What the guided attention was called with inside the block, call by call; PaliGemma has none."""
+        """The inputs of each call of the guided attention inside the block; PaliGemma has none."""
         return contextlib.nullcontext([])
 
     def guide_loss(self, model, batch: dict[str, Tensor], attention_inputs: list, cells: Tensor, grid: int) -> Tensor:
-        """Nothing to guide: PaliGemma's image tokens see the prompt."""
+        """Zero: PaliGemma's image tokens see the prompt and need no guidance."""
         return torch.zeros(())
 
     def pages(self, generator: torch.Generator, count: int) -> tuple[list[str], Tensor]:
@@ -506,7 +506,7 @@ class Task:
         return model.model.vision_tower(images)
 
     def image_features(self, model, vision: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Image tokens [B, tokens, C] of the features that `vision` returns. `generator`: of dropout, in training."""
+        """Image tokens [B, tokens, C] of the features that `vision` returns. `generator`: for dropout in training."""
         return model.model.multi_modal_projector(vision)
 
     def patch_maps(self, vision: Tensor) -> list[Tensor]:
@@ -538,7 +538,7 @@ class PhiTask(Task):
         return (y0 + y1) * grid // 200, (x0 + x1) * grid // 200
 
     def hits(self, logits: Tensor, labels: Tensor, grid: int) -> Tensor:
-        """The same, of a box with the true width and height: after the true left edge, the right one is no search."""
+        """The same, for a box of the true width and height: after the true left edge, the right one needs no search."""
         predicted = logits.argmax(-1).where(labels != IGNORED_LABEL, labels)
         found = []
         for answer, truth in zip(*map(self.processor.batch_decode, (predicted, labels)), strict=True):
@@ -558,16 +558,17 @@ class PhiTask(Task):
         hook.remove()
 
     def guide_loss(self, model, batch: dict[str, Tensor], attention_inputs: list, cells: Tensor, grid: int) -> Tensor:
-        """Loss of the first head of layer GUIDED_LAYER, whose attention from each token of an answer to `detect` should
-        lie on the tokens of the cell, plus loss of each image token's line and column, read from the layer's input.
+        """Attention loss of the first head of layer GUIDED_LAYER, which should attend from each token of a `detect`
+        answer to the tokens of the cell, plus the loss of each image token's line and column, read from the layer's
+        input.
 
-        The second one is read by a fixed projection, so that the place takes a share of the state that the layer can
-        use; a projection that learns reads it from a share too small for that.
+        The second loss uses a fixed projection, so that the position takes up a share of the state that the layer can
+        use; a learned projection reads it from a share too small for that.
         """
         attention, (x, rotary, *_) = model.model.language_model.layers[GUIDED_LAYER].self_attn, attention_inputs[0]
         is_grid = torch.zeros(self.processor.count_image_tokens((self.side, self.side)), dtype=torch.bool)
         lines, columns = (crops * self.tokens_per_crop for crops in self.processor.grid((self.side, self.side)))
-        is_grid[: lines * (columns + 1)] = torch.tensor([True] * columns + [False]).repeat(lines)  # a line end each
+        is_grid[: lines * (columns + 1)] = torch.tensor([True] * columns + [False]).repeat(lines)  # False: line ends
         line, column = torch.arange(lines).repeat_interleave(columns), torch.arange(columns).repeat(lines)
         position = (batch["input_ids"] == self.processor.image_token_id).nonzero()[:, 1].view(len(x), -1)[:, is_grid]
 
@@ -599,8 +600,8 @@ class PhiTask(Task):
         return model.model.vision_tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
 
     def image_features(self, model, vision: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The global view of half the images is zero in training. Otherwise the decoder finds a drawing there, which is
-        enough for a quarter of the image, and does not learn where the crops lie."""
+        """In training, the global view of half the images is zeroed. Otherwise the decoder looks for a drawing there,
+        which is enough to find the right quarter of the image, and does not learn where the crops lie."""
         if generator is not None:
             keep = torch.ones(len(vision), vision.shape[1], 1, 1)
             keep[:, 0] = (torch.rand(len(vision), 1, 1, generator=generator) < 0.5).float()
@@ -659,7 +660,7 @@ def learning_rate_factor(config: Config, step: int) -> float:
 
 
 def make_optimizers(config: Config, model, probe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest: two thirds of the steps of AdamW alone."""
+    """Muon for the matrices inside the layers, AdamW for the rest: takes two thirds of the steps of AdamW alone."""
     named = [*model.named_parameters(), *probe.named_parameters()]
     matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in named if not (p.ndim == 2 and ".layers." in name)]
@@ -669,7 +670,7 @@ def make_optimizers(config: Config, model, probe) -> list[torch.optim.Optimizer]
 
 
 def probe_loss(probe, task: Task, vision: Tensor, ids: Tensor) -> Tensor:
-    """Cross entropy of each cell's concept, predicted from its mean feature: vision of `Task.vision`, ids [B, N, N]."""
+    """Cross entropy of each cell's concept, read from its mean feature; vision from `Task.vision`, ids [B, N, N]."""
     losses = []
     for patches in task.patch_maps(vision):
         cells = F.avg_pool2d(patches, patches.shape[-1] // ids.shape[1])
@@ -686,7 +687,7 @@ def tower_step(model, probe, task: Task, config: Config, generator: torch.Genera
 
 
 def model_step(model, probe, task: Task, config: Config, generator: torch.Generator, grid: int, concepts: int):
-    """(loss of the whole model: token means of its tasks; share of searched cells that are found)."""
+    """(loss of the whole model, from token means of its tasks; share of searched cells that are found)."""
     captioned, searched = config.batch_size // 2, config.batch_size - config.batch_size // 2
     ids_captioned, pixels_captioned, _ = task.draw(generator, captioned, grid)
     ids_searched, pixels_searched, boxes = task.draw(generator, searched, grid, concepts)
