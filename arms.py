@@ -1,7 +1,7 @@
-"""Run folders as arms over seeds: what their evaluations measured, and how the arms differ.
+"""Group run folders into arms over seeds, collect what their evaluations measured, and compare the arms.
 
-Everything is read from the files of the runs; no model is loaded. A difference of arms is tested over the seeds, never
-over questions that are pooled as if seeds did not matter.
+Everything is read from the files of the runs; no model is loaded. Differences between arms are tested over seeds;
+questions of different seeds are never pooled.
 """
 
 import statistics
@@ -32,11 +32,11 @@ from needle_eval.statistics import (
 from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_record, read_samples
 
 NOT_AN_ARM = RESUMABLE_FIELDS | {"seed", "differential.seed", "processes"}  # fields that runs of one arm may differ in
-NOT_FINAL = ("best-", "step-", "knockout-")  # how the names of evaluations of other weights than those of final/ begin
-TRAINING = "training"  # the name of the last evaluation of the runs themselves
+NOT_FINAL = ("best-", "step-", "knockout-")  # prefixes of evaluations of other weights than those of final/
+TRAINING = "training"  # name of the last evaluation during training
 
 
-# ---- what is read
+# ---- reading runs
 @dataclass
 class Run:
     """A run folder."""
@@ -69,7 +69,7 @@ Rates = dict[str, dict[int, dict[str, dict]]]  # by arm, seed and group of quest
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder, whether finished or not. Raises UserError for a folder that is none, or a damaged file."""
+    """Read a run folder, finished or not. Raises UserError for a folder that is not a run, or a damaged file."""
     record = read_run_record(folder)
     logs = [
         read(folder) if (folder / name).exists() else []
@@ -81,8 +81,8 @@ def read_run(folder: Path) -> Run:
 def read_arms(folders: Sequence[Path]) -> Arms:
     """The runs by arm and seed; the baseline, an arm without differential attention, is first.
 
-    Runs that run.json gives one name are different arms where their hyperparameters differ, which are added to the
-    name. Raises UserError where two runs have the same arm and seed.
+    Runs with the same arm in run.json but different hyperparameters become different arms, and the differing
+    hyperparameters are added to their names. Raises UserError if two runs have the same arm and seed.
     """
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     settings = [{k: v for k, v in comparable(run.record).items() if k not in NOT_AN_ARM} for run in runs]
@@ -110,18 +110,18 @@ def finished(arms: Arms) -> Arms:
     return {arm: of_arm for arm, of_arm in found.items() if of_arm}
 
 
-# ---- what was measured
+# ---- measurements
 @dataclass
 class Measured:
-    """Answers to one set of questions: of an evaluation, or of the runs' own last evaluation."""
+    """Results of one evaluation: a folder in eval/ of every run, or the last evaluation during training."""
 
     name: str
     rates: Rates
-    chance: dict[str, float]  # by group, what a uniform guess reaches
-    headline: list[str]  # the groups whose unweighted mean is the answer: those with the needle
+    chance: dict[str, float]  # by group, the rate of a uniform guess
+    headline: list[str]  # the groups whose unweighted mean is the headline: those with the needle
     # by arm, seed and group, the difference from the first arm at that seed: {"mean", "low", "high"}, fractions
     differences: dict[str, dict[int, dict[str, dict]]]
-    folders: dict[str, dict[int, Path]] = field(default_factory=dict)  # of an evaluation, by arm and seed
+    folders: dict[str, dict[int, Path]] = field(default_factory=dict)  # of the evaluation, by arm and seed
 
     @property
     def groups(self) -> list[str]:
@@ -134,7 +134,7 @@ class Measured:
 
 
 def measure_training(arms: Arms) -> Measured | None:
-    """The last evaluation of the finished runs themselves, on the sets that all of them have."""
+    """The last evaluation during training of the finished runs, on the sets that all of them have."""
     last: Rates = {}
     for run in all_runs(finished(arms)):
         ended = {name: points[-1][1:] for name, points in plots.accuracy_curves(run.metrics).items()}
@@ -158,7 +158,7 @@ def measure_training(arms: Arms) -> Measured | None:
 def compare_with_first(
     of_runs: dict[str, dict[int, Any]], subtract: Callable[[str, int, str], dict[str, dict]]
 ) -> dict[str, dict[int, dict[str, dict]]]:
-    """`subtract(arm, seed, first arm)` for every other arm and the seeds that it shares with the first one."""
+    """`subtract(arm, seed, first arm)` for every arm but the first, at the seeds that it shares with the first one."""
     first, *others = of_runs
     return {
         arm: {seed: subtract(arm, seed, first) for seed in of_runs[arm] if seed in of_runs[first]} for arm in others
@@ -166,7 +166,7 @@ def compare_with_first(
 
 
 def measure_evaluations(arms: Arms, notes: list[str]) -> list[Measured]:
-    """Every evaluation that all finished runs have; to `notes`, those that were left out and why."""
+    """Every evaluation that all finished runs have. Adds to `notes` which evaluations were left out and why."""
     runs = all_runs(finished(arms))
     names = dict.fromkeys(file.parent.name for run in runs for file in sorted(run.folder.glob("eval/*/eval.json")))
     found = []
@@ -212,15 +212,15 @@ def measure_evaluation(name: str, folders: dict[str, dict[int, Path]]) -> Measur
 
 
 def read_answers(folder: Path) -> tuple[list[dict], Any]:
-    """The answer rows of an evaluation in the form that they are scored in, and its benchmark."""
+    """The answer rows of an evaluation, in the form used for scoring, and its benchmark."""
     _, benchmark = open_record(folder)
     return prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark), benchmark
 
 
 def rank_of_evaluation(measured: Measured) -> tuple[bool, bool, bool, str]:
-    """Sorts evaluations, the one that answers the question first: generated answers before ranked ones, which are
-    another metric; final/ before best/, which was chosen on test rows, and before checkpoints and knocked-out models;
-    the protocol of training before others."""
+    """Sort key that puts the main evaluation first: generated answers before ranked ones, which are a different
+    metric; final/ before best/, which was chosen on test rows, and before checkpoints and knocked-out models; the
+    protocol of training before others."""
     folder = next(iter(next(iter(measured.folders.values())).values()))
     record, _ = open_record(folder)
     is_final = not measured.name.startswith(NOT_FINAL)
@@ -230,29 +230,29 @@ def rank_of_evaluation(measured: Measured) -> tuple[bool, bool, bool, str]:
 # ---- one arm against the baseline
 @dataclass
 class Contrast:
-    """Arm `b` minus arm `a`, seed by seed, in points; group "" is the headline, the mean of its groups."""
+    """Arm `b` minus arm `a`, seed by seed, in percentage points; group "" is the headline, the mean of its groups."""
 
     a: str
     b: str
     seeds: list[int]
-    differences: dict[str, list[Difference]]  # by group, one a seed
+    differences: dict[str, list[Difference]]  # by group, one per seed
     holm_p: float | None = None  # of the headline, adjusted for the number of arms
 
     def test(self, group: str) -> dict | None:
-        """The paired t test over the seeds; None for fewer than three, and where all differences are equal: without a
+        """The paired t test over the seeds; None for fewer than three, and if all differences are equal: without a
         spread over the seeds there is nothing to test against."""
         values = [found.mean for found in self.differences[group]]
         return paired_t(values) if len(values) >= MIN_SEEDS and has_spread(values) else None
 
     def pooled(self, group: str) -> Difference:
-        """The mean over the seeds, with its 95 % interval where there are three."""
+        """The mean over the seeds, with its 95 % interval if there is a `test`."""
         test = self.test(group)
         mean = statistics.fmean(found.mean for found in self.differences[group])
         return Difference("all seeds", mean, *((test["low"], test["high"]) if test else (None, None)))
 
 
 def contrasts(measured: Measured) -> list[Contrast]:
-    """Every arm against the first one, over the seeds that both have; headlines adjusted by Holm's method."""
+    """Every arm against the first one, over the seeds that both have; p values of headlines adjusted by Holm."""
     first = next(iter(measured.rates))
     found = []
     for arm, of_seeds in measured.differences.items():
@@ -272,13 +272,13 @@ def contrasts(measured: Measured) -> list[Contrast]:
 
 
 def to_points(label: str, difference: dict) -> Difference:
-    """A difference of fractions in points."""
+    """A difference of fractions in percentage points."""
     ends = (None if difference[end] is None else 100 * difference[end] for end in ("low", "high"))
     return Difference(label, 100 * difference["mean"], *ends)
 
 
 def average(label: str, parts: Sequence[Difference]) -> Difference:
-    """The mean of independent differences, with its interval where all of them have one."""
+    """The mean of independent differences, with its interval if all of them have one."""
     if any(part.low is None for part in parts):
         return Difference(label, statistics.fmean(part.mean for part in parts), None, None)
     return Difference(label, *mean_of_independent([(part.mean, part.low, part.high) for part in parts]))
@@ -286,7 +286,7 @@ def average(label: str, parts: Sequence[Difference]) -> Difference:
 
 # ---- the answer
 def answer(arms: Arms, measured: Measured | None) -> str:
-    """What the runs show, in one sentence with its interval."""
+    """The result of the runs in text, one sentence for each arm against the first, with its interval."""
     runs = all_runs(arms)
     if measured is None:
         done = sum(run.is_finished for run in runs)

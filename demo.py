@@ -4,7 +4,7 @@
     python demo.py                                                     # runs/original_seed0 and runs/diff_seed0
     python demo.py --models runs/original_seed0 runs/diff_v2_seed0     # any runs, model folders or hub ids
 
-The page is served by this machine, for this machine, and loads nothing from elsewhere.
+The page is served on localhost only and loads nothing from other hosts.
 """
 
 import io
@@ -39,20 +39,20 @@ if TYPE_CHECKING:
 
 EMBEDDED = "assets/paligemma-nano"
 TRAINED = ("runs/original_seed0", "runs/diff_seed0")  # what the two fine-tuning scripts write by default
-ACTING = "A"  # the name of the map that acts
+ACTING = "A"  # name of the map that is applied to the values
 GRIDS = (2, 4)
 SAMPLE = Path(__file__).parent / "assets" / "sample"
 EXAMPLES = [[str(SAMPLE / "fruit.png"), "detect banana"], [str(SAMPLE / "animals.png"), "answer en where is penguin?"]]
 MAX_TOKEN = 11  # of the slider
-CELL = 128  # pixels of a drawing in a haystack
-IMAGE_HEIGHT = 360  # pixels of the image on the page
+CELL = 128  # side of a cell of a haystack, in pixels
+IMAGE_HEIGHT = 360  # height of the image on the page, in pixels
 
 
 @dataclass
 class Config:
     # run folders, model folders or hub ids; empty: original_seed0 and diff_seed0 of runs/, else the embedded model
     models: tuple[str, ...] = ()
-    max_new_tokens: Annotated[int, Meta(ge=1, le=1000)] = 32  # longest answer
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1000)] = 32  # longest answer, in tokens
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")  # cuda, mps or cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
     port: Annotated[int, Meta(ge=1, le=65535)] = 7860  # port of the web page
@@ -60,7 +60,7 @@ class Config:
 
 @dataclass
 class Loaded:
-    """A model that answers."""
+    """A loaded model with its processor and settings."""
 
     name: str
     model: nn.Module
@@ -76,16 +76,16 @@ class Loaded:
 
 @dataclass
 class Answer:
-    """What a model answers, and the maps of its decoder, heads averaged: name -> [layers, T, N].
+    """A model's answer and the attention maps of its decoder, averaged over heads: name -> [layers, T, N].
 
-    The first map is the one that acts. T tokens of the answer with its end, N image tokens.
+    The first map is the one that is applied to the values. T answer tokens including the end, N image tokens.
     """
 
     text: str
     maps: dict[str, Tensor]
 
 
-Answered = tuple[Image.Image, str, list[Answer]]  # an image, a prompt, and what each model answers
+Answered = tuple[Image.Image, str, list[Answer]]  # an image, a prompt, and the answer of each model
 
 
 def load(config: Config) -> list[Loaded]:
@@ -103,7 +103,7 @@ def load(config: Config) -> list[Loaded]:
 
 @torch.no_grad()
 def ask(loaded: Loaded, image: Image.Image, prompt: str) -> Answer:
-    """The greedy answer of a model to a prompt about an image, and the attention maps behind it."""
+    """The greedy answer of a model to a prompt about an image, and its attention maps."""
     batch = move(loaded.processor([[image]], [prompt]), loaded.device)
     ids = loaded.model.generate(**batch, max_new_tokens=loaded.max_new_tokens)
     text = loaded.processor.decode(ids[0, batch["input_ids"].shape[1] :])
@@ -118,15 +118,15 @@ def ask(loaded: Loaded, image: Image.Image, prompt: str) -> Answer:
 
 
 def move(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    """A batch on a device."""
+    """The batch, moved to a device."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 # ---- figures
 def draw(image: Image.Image, answers: list[Answer], layer: int, token: int) -> list[Image.Image]:
-    """For each answer the image, with its boxes and dark where the acting map is low, and below it the signed maps.
+    """For each answer the image with its boxes, darkened where the applied map is low, and below it the signed maps.
 
-    All maps have one scale of colours. A model with fewer layers or tokens shows its last one.
+    All maps share one colour scale. A model with fewer layers or tokens shows its last one.
     """
     shown = [select(answer, layer, token) for answer in answers]
     limit = max((float(m.abs().max()) for maps in shown for m in maps.values()), default=1.0)
@@ -134,7 +134,7 @@ def draw(image: Image.Image, answers: list[Answer], layer: int, token: int) -> l
 
 
 def select(answer: Answer, layer: int, token: int) -> dict[str, Tensor]:
-    """name -> map [side, side] of one layer and token; {} where the image tokens are no square."""
+    """name -> map [side, side] of one layer and token; {} if the image tokens do not form a square."""
     found = {}
     for name, maps in answer.maps.items():
         of_token = maps[min(layer, len(maps) - 1), min(token, maps.shape[1] - 1)]
@@ -144,7 +144,7 @@ def select(answer: Answer, layer: int, token: int) -> dict[str, Tensor]:
 
 
 def draw_answer(image: Image.Image, answer: Answer, maps: dict[str, Tensor], limit: float) -> Image.Image:
-    """The figure of one answer; of standard attention, whose only map is the acting one, that map."""
+    """The figure of one answer. For standard attention the only map below the image is the applied one."""
     signed = {name: m for name, m in maps.items() if name != ACTING} or maps
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, panels = plt.subplot_mosaic("000;123", figsize=(5.4, 6.6), layout="constrained", height_ratios=(2.6, 1))
@@ -167,7 +167,7 @@ def draw_answer(image: Image.Image, answer: Answer, maps: dict[str, Tensor], lim
 
 
 def describe(image: Image.Image, prompt: str, text: str) -> str:
-    """An answer; where it has boxes or should have them, how many."""
+    """The text of an answer, with the number of boxes if it has any or should have some."""
     boxes = len(locs_to_boxes(text, *image.size))
     note = f"\n{boxes or 'no'} box{'es' * (boxes != 1)}"
     return (text.strip() or "(empty)") + note * (boxes > 0 or prompt.startswith(("detect ", "segment ")))
@@ -239,7 +239,7 @@ def build_app(gradio: ModuleType, models: list[Loaded]) -> "gradio.Blocks":
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     check_ranges(config)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would send which functions are used
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio would otherwise report which of its functions are used
     try:
         import gradio
     except ImportError as error:

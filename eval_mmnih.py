@@ -1,15 +1,15 @@
-"""Needle in a haystack for vision-language models: MMNeedle, POPE or MM-NIAH, any model of this repository.
+"""Evaluate any model of this repository on MMNeedle, MM-NIAH (needle in a haystack) or POPE.
 
     python eval_mmnih.py --model=runs/original_seed0                      # haystacks of the embedded images
     python eval_mmnih.py --model assets/paligemma-nano runs/original_seed0 runs/diff_seed0      # side by side
     python eval_mmnih.py --model=google/paligemma-3b-pt-224 --data=MMNEEDLE --protocol=official # the released benchmark
     python eval_mmnih.py --benchmark=pope --data=POPE --image_folder=COCO/val2014
-    python eval_mmnih.py --compare runs/original_seed0 runs/diff_seed0    # the same questions, tested pair by pair
+    python eval_mmnih.py --compare runs/original_seed0 runs/diff_seed0    # paired tests on the same questions
     python eval_mmnih.py --compare "runs/original_seed*" "runs/diff_seed*"                      # over seeds
     torchrun --nproc-per-node=4 eval_mmnih.py --model=...
 
-Every file says which benchmark ran: `mmneedle` is arXiv 2406.11230 (and other images in its schema), `mm-niah` is
-arXiv 2406.07230, another one, `pope` is arXiv 2305.10355. An interrupted evaluation continues.
+Every output file names its benchmark: `mmneedle` is arXiv 2406.11230 (also with other images in its schema), `mm-niah`
+is arXiv 2406.07230, a different benchmark, and `pope` is arXiv 2305.10355. An interrupted evaluation is resumed.
 """
 
 from dataclasses import dataclass, fields
@@ -38,41 +38,41 @@ Side = Annotated[int, Meta(ge=1, le=1000)]
 
 @dataclass
 class Config:
-    # --- what answers
+    # --- model
     model: tuple[str, ...] = ("assets/paligemma-nano",)  # hub ids, model folders or run folders, side by side
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
     batch_size: Count = 64  # questions answered at once
-    workers: Annotated[int, Meta(ge=-1)] = -1  # processes that read images; -1: none on a CPU, 4 on a GPU
-    knockout: bool = False  # set lambda to 0 in every differential layer: what does the trained second map do?
-    # --- what is asked
+    workers: Annotated[int, Meta(ge=-1)] = -1  # processes that load images; -1: none on a CPU, 4 on a GPU
+    knockout: bool = False  # set lambda to 0 in every differential layer, to see what the second map contributes
+    # --- questions
     benchmark: Literal["mmneedle", "pope", "mm-niah"] = "mmneedle"  # MMNeedle 2406.11230, POPE, MM-NIAH 2406.07230
     data: str = "haystack"  # haystack, haystack:IMAGES (a folder or jsonl with captions), or the benchmark's folder
-    split: str = ""  # images of haystacks; empty: test_style of the embedded pool, test of others
-    # POPE, MM-NIAH: the folder of the images that the questions name
+    split: str = ""  # split of haystack images; empty: test_style for the embedded pool, test for other images
+    # POPE, MM-NIAH: folder of the images that the questions refer to
     image_folder: str = ""
     protocol: Literal["finetuned", "official", "rank", "quadrant", "detect"] = "finetuned"  # MMNeedle's question
-    prefix: str = ""  # put before every prompt
+    prefix: str = ""  # text put before every prompt
     images: tuple[Side, ...] = (1,)  # MMNeedle: images per question
-    grids: tuple[Side, ...] = ()  # cells along a side of an image; empty: 2 4, or 2 of quadrant
+    grids: tuple[Side, ...] = ()  # cells per side of an image; empty: 2 4, or 2 for quadrant
     needles: tuple[Side, ...] = (1,)  # captions per question
-    samples: Whole = 0  # positives, and negatives, a setting; 0: the benchmark's own number
-    per_cell: Whole = 0  # this many positives of every cell instead of the first ones
-    # side of a built cell in pixels; 0: 64 of the embedded pool, 256 of other images
+    samples: Whole = 0  # number of positives, and of negatives, per setting; 0: the benchmark's own number
+    per_cell: Whole = 0  # take this many positives of every cell instead of the first ones in the file
+    # side of a cell of generated haystacks in pixels; 0: 64 for the embedded pool, 256 for other images
     cell: Annotated[int, Meta(ge=0, le=4096)] = 0
     seed: int = 0  # seed of the generated haystacks
-    # --- what comes out
-    attention: Whole = 0  # measure attention on the needle with this many positives per setting
+    # --- output
+    attention: Whole = 0  # measure attention on the needle for this many positives per setting
     skip_none: bool = False  # leave broken questions out of the denominators, as MMNeedle's own scorer does
     output_dir: str = ""  # empty: eval/ of the run folder, else runs/eval/MODEL
-    overwrite: bool = False  # answer again what was answered already
+    overwrite: bool = False  # delete earlier answers and start again
     # --- without a model
-    score: tuple[str, ...] | None = None  # folders of answers: score and draw them again
-    # two folders of answers or runs, or two quoted patterns of several seeds each
+    score: tuple[str, ...] | None = None  # folders of answers to score and plot again
+    # two folders of answers or runs to compare, or two quoted patterns that each match several seeds
     compare: tuple[str, ...] | None = None
 
 
 def check_flags(config: Config, benchmark: ModuleType):
-    """Raise UserError for values that no evaluation can have, and for flags that the benchmark would ignore."""
+    """Raise UserError for values that are out of range, and for flags that the benchmark would ignore."""
     check_ranges(config)
     if not config.model:
         raise UserError("--model: give at least one hub id, model folder or run folder")
@@ -83,15 +83,15 @@ def check_flags(config: Config, benchmark: ModuleType):
 
 
 def check_alone(config: Config, flag: str, allowed: tuple[str, ...] = ()):
-    """Raise UserError for flags that do nothing beside --score or --compare."""
+    """Raise UserError for flags that have no effect with --score or --compare."""
     for field in fields(config):
         if field.name not in (flag, *allowed) and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name}: does not apply to --{flag}: leave it out")
 
 
 def evaluate(config: Config, accelerator: Accelerator, name: str, questions: list[Question]) -> Path:
-    """Answer `questions` with the model `name`; the folder of its eval.json and answers.jsonl."""
-    # --- the model's size: questions that do not fit it
+    """Answer `questions` with the model `name`. Returns the folder of its eval.json and answers.jsonl."""
+    # --- questions that do not fit the model's context
     benchmark = BENCHMARKS[config.benchmark]
     folder = output_folder(config, benchmark, name)
     dtype, _ = choose_dtype(config.dtype, accelerator.device)
@@ -107,7 +107,7 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
         raise UserError(f"{first.id} and {more:,} other questions do not fit: {first.error}")
     record = make_record(config, benchmark, marked, name, processor, dtype, accelerator)
 
-    # --- load it; nothing is made or deleted for a model that does not load
+    # --- load the model before any file is made or deleted, since loading may fail
     model = model_class.from_pretrained(name, dtype, accelerator.device)
     if config.knockout:
         knock_out(model)
@@ -131,7 +131,7 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
 
 
 def describe(config: Config, benchmark: ModuleType, record: dict, questions: list[Question]) -> list[str]:
-    """What runs, with the first prompt."""
+    """Lines to print about the run, with the first prompt."""
     pixels, tokens = record["image_size"], record["image_tokens"]
     lines = [
         f"{record['model']}: benchmark {config.benchmark}, {len(questions):,} questions, {record['decoding']} answers, "
@@ -163,7 +163,7 @@ def main():
     check_flags(config, benchmark)
     config = fill_defaults(config, benchmark)
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # which may build haystacks that the others then find
+    with accelerator.main_process_first():  # it may build haystacks, which the other processes then find
         questions = benchmark.load_questions(config)
     if not questions:
         raise UserError(f"{config.data}: holds no question for these settings")

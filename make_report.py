@@ -1,12 +1,12 @@
-"""One page about runs: the answer with its interval, curves, lambda, attention maps, confusions, failures.
+"""One-page report on runs: the result with its interval, curves, lambda, attention maps, confusions, failures.
 
     python make_report.py runs/original_seed0                      # one run
     python make_report.py runs/original_seed? runs/diff_seed?      # two arms over seeds
     python make_report.py runs/original_seed0 runs/diff_seed0 --output=report.html
 
-The page is one HTML file that needs no server and no network. All of it comes from the files of the run folders and of
-the evaluations in them, so run eval_mmnih.py on the runs first; no model is loaded. Unfinished runs are shown but not
-counted.
+The page is one HTML file that needs no server and no network. It is made from the files of the run folders and of the
+evaluations in them, so run eval_mmnih.py on the runs first; no model is loaded. Unfinished runs are shown but do not
+count.
 """
 
 import base64
@@ -67,9 +67,9 @@ from needle_eval.statistics import (
 )
 from run_folder import comparable
 
-GALLERY_SIDE = 256  # pixels, at most, of an image of the gallery
+GALLERY_SIDE = 256  # maximum side of a gallery image, in pixels
 SHOWN_FAILURES = 5  # of each kind
-SHOWN_LETTERS = 160  # of a prompt or a response
+SHOWN_LETTERS = 160  # maximum number of characters shown of a prompt or a response
 NONE = "-"
 
 
@@ -98,7 +98,7 @@ def section_runs(arms: Arms) -> list[str]:
 def section_difference(measured: Measured, style: dict) -> list[str]:
     """Rates of every arm, then a forest plot and a table for each arm against the first one.
 
-    Group "" is the headline where it has several groups.
+    If the headline has several groups, group "" stands for their mean.
     """
     groups = ["", *measured.groups] if len(measured.headline) > 1 else measured.groups
     titles = {group: title_of(group, measured) for group in groups}
@@ -139,7 +139,7 @@ def describe_group(measured: Measured, group: str) -> list[str]:
         counts |= {sum(found[name]["n"] for name in groups) for found in of_arm.values()}
         over = mean_over_seeds(rates)
         ends = [over["low"], over["high"]]
-        if len(rates) == 1 and group:  # of one run, the Wilson interval over its questions
+        if len(rates) == 1 and group:  # for a single run, the Wilson interval over its questions
             (found,) = of_arm.values()
             ends = [found[group]["low"], found[group]["high"]]
         bounds = "" if None in ends else f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
@@ -155,7 +155,7 @@ def title_of(group: str, measured: Measured) -> str:
 
 
 def section_curves(arms: Arms, style: dict) -> list[str]:
-    """Loss, and by evaluation set exact answers, loss and the metric of the runs, over training."""
+    """Curves over training: the loss, and for each evaluation set exact answers, loss and the metric of the runs."""
     losses: dict[str, list[Curve]] = {}
     by_set: dict[str, dict[str, dict[str, list[Curve]]]] = {}  # quantity -> set -> arm
     for run in all_runs(arms):
@@ -196,7 +196,7 @@ def set_curves(run: Run, quantity: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def section_lambda(arms: Arms) -> list[str]:
-    """lambda of every layer, from its start to its end."""
+    """lambda of every layer, from the start of training to the end."""
     curves = {}
     for arm, of_arm in arms.items():
         found = [c for run in of_arm.values() if run.is_finished and (c := plots.lambda_curves(run.metrics))]
@@ -209,7 +209,7 @@ def section_lambda(arms: Arms) -> list[str]:
 
 
 def section_maps(arms: Arms, notes: list[str]) -> list[str]:
-    """Signed maps of the first finished seed of every differential arm."""
+    """Signed attention maps of the first finished seed of every differential arm."""
     done, lines = finished(arms), []
     standard = [run for run in all_runs(done) if not run.is_differential]
     for arm, of_arm in done.items():
@@ -236,7 +236,7 @@ def section_maps(arms: Arms, notes: list[str]) -> list[str]:
 
 
 def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: list[str]) -> list[str]:
-    """The needle's share of the attention by layer: as an evaluation measured it, else on the questions of the run."""
+    """The needle's share of the attention by layer: from an evaluation that measured it, else from the stored maps."""
     shares: dict[str, dict[str, list]] = {}
     even: dict[str, float] = {}
     for found in measured:
@@ -273,7 +273,7 @@ def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: 
 
 
 def section_confusion(measured: Sequence[Measured]) -> list[str]:
-    """Answered against true cells of every evaluation of single needles in single images."""
+    """Confusion matrices of answered and true cells, for every evaluation with one needle in one image."""
     lines = []
     for found in measured:
         matrices: dict[str, dict[str, list[np.ndarray]]] = {}
@@ -296,9 +296,9 @@ def section_confusion(measured: Sequence[Measured]) -> list[str]:
 
 
 def confusion(rows: Sequence[dict]) -> np.ndarray:
-    """[truth, answer] of needles in one grid: cells row by row, then absent; the last column is any other answer.
+    """Confusion matrix [truth, answer] of one grid: cells row by row, then absent; the last column is any other answer.
 
-    The shares of the answers to each truth; NaN for a truth that was never asked.
+    Each row holds shares of the answers to this truth; NaN for a truth that was never asked.
     """
     grid = rows[0]["shape"][1]
     places = [f"1, {row}, {column}" for row in range(1, grid + 1) for column in range(1, grid + 1)]
@@ -312,7 +312,7 @@ def confusion(rows: Sequence[dict]) -> np.ndarray:
 
 
 def nan_mean(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over matrices, of each entry over those in which it is a number."""
+    """The mean over matrices of each entry, ignoring NaN."""
     stacked = np.stack(matrices)
     known = ~np.isnan(stacked)
     counts = known.sum(0)
@@ -320,7 +320,7 @@ def nan_mean(matrices: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def section_calibration(measured: Sequence[Measured], style: dict) -> list[str]:
-    """Reliability of the evaluations whose answers were ranked."""
+    """Calibration curves of the evaluations whose answers were ranked."""
     lines = []
     for found in measured:
         bins: dict[str, list[list[dict]]] = {}
@@ -345,7 +345,7 @@ def section_calibration(measured: Sequence[Measured], style: dict) -> list[str]:
 
 # ---- failures
 def section_failures(arms: Arms, measured: Sequence[Measured], style: dict) -> list[str]:
-    """Questions that an arm answers wrong, with their images: of the first evaluation, else the samples of the runs."""
+    """Questions that an arm gets wrong, with images: of the first evaluation that has some, else of stored samples."""
     for found in measured:
         if found.folders:
             lines = failures_of_evaluation(found, style)
@@ -355,7 +355,7 @@ def section_failures(arms: Arms, measured: Sequence[Measured], style: dict) -> l
 
 
 def failures_of_evaluation(found: Measured, style: dict) -> list[str]:
-    """Where arms disagree at the first seed that all have, then where all are wrong."""
+    """Questions on which arms disagree at the first seed that all have, then those that all get wrong."""
     shared = sorted(set.intersection(*(set(of_arm) for of_arm in found.folders.values())))
     if not shared:
         return []
@@ -412,7 +412,7 @@ def failures_of_samples(arms: Arms, style: dict) -> list[str]:
 
 
 def read_image(name: str, roots: Sequence[Path]) -> Image.Image | None:
-    """An image inside one of these folders; None where it is elsewhere, missing or broken."""
+    """An image from one of these folders; None if it is elsewhere, missing or broken."""
     for root in roots:
         try:
             return open_image(resolve_inside(root, Path(name).resolve()))
@@ -429,7 +429,7 @@ def card(
     grid: int | None,
     style: dict,
 ) -> str:
-    """A question as a figure: its image, on it the needle's cell and the cells of wrong answers, below it the text."""
+    """An HTML figure of a question: its image with the needle's cell and the cells of wrong answers, and text below."""
     lines = ["<figure>"]
     if image is not None:
         image = image.convert("RGB")
@@ -452,7 +452,7 @@ def card(
 
 
 def clip(text: str) -> str:
-    """A text, cut where it is long: prompts of some benchmarks are whole documents."""
+    """Text, truncated if it is long: prompts of some benchmarks are whole documents."""
     return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} ..."
 
 
@@ -501,7 +501,7 @@ th { border-bottom-color: #888; }
 
 
 def make_page(folders: Sequence[Path]) -> str:
-    """The page about these run folders. Raises UserError for a folder that is no run, and for damaged files."""
+    """The page about these run folders. Raises UserError for a folder that is not a run, and for damaged files."""
     arms, notes = read_arms(folders), []
     style = arm_styles(arms)
     evaluations = measure_evaluations(arms, notes)
@@ -539,7 +539,7 @@ def make_page(folders: Sequence[Path]) -> str:
 
 
 def anchor(name: str) -> str:
-    """A section's name as the id of its element."""
+    """The HTML id of a section."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
 
 
@@ -548,7 +548,7 @@ def paragraph(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "text") -> list[str]:
-    """A table whose first row is the header."""
+    """An HTML table with a header row."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return [
@@ -561,24 +561,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "tex
 
 
 def show(figure: Figure, caption: str) -> str:
-    """A figure as an embedded PNG with its caption; closes it."""
+    """A figure as an embedded PNG with its caption. Closes the figure."""
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
-    width = round(figure.get_figwidth() * 96)  # CSS pixels: text has the size that it has in print
+    width = round(figure.get_figwidth() * 96)  # in CSS pixels, so that text has its nominal size
     plt.close(figure)
     image = f'<img src="{data_uri(data.getvalue(), "png")}" width="{width}" alt="{escape(caption)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """The bytes of an image inside an address."""
+    """The bytes of an image as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @dataclass
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, of any arms and seeds
-    output: str = "runs/report.html"  # the page
+    output: str = "runs/report.html"  # HTML file to write
 
 
 @one_line_errors

@@ -1,4 +1,4 @@
-"""Figures of training, drawn from the saved files of run folders alone.
+"""Figures of training, drawn from the files of run folders.
 
 python plots.py runs/original_seed0                  # loss, accuracy, lambda and sample answers of a run
 python plots.py runs/original_seed0 runs/diff_seed0  # also the attention of both, side by side
@@ -50,13 +50,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]  # colours of answers
-# how cells are outlined: the needle's, and another one that was answered
+# outlines of the needle's cell, and of a wrong cell that was answered
 FOUND, MISSED = dict(edgecolor="#56B4E9", linestyle="solid"), dict(edgecolor="#D55E00", linestyle="dashed")
 SIGNED_COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("signed", [COLOURS[0], "white", COLOURS[1]])
-DARKEST = 0.75  # opacity of the black over a part of an image that is not attended to
+DARKEST = 0.75  # opacity of the black overlay where an image gets no attention
 CONTRAST = 1.5  # exponent of the opacity between 0 and DARKEST
 SHOWN_STEPS = 30  # lines in a panel of lambda by depth
-CLIPPED = 0.01  # share of the values of maps that are beyond the scale of colours
+CLIPPED = 0.01  # share of map values outside the colour scale
 SMOOTHING = 0.5  # weight of the past in a smoothed loss
 SHOWN_SETS = 4  # evaluation sets in answers.png
 PANEL, LINE = 2.2, 0.14  # inches: the side of an image, the height of a line of its title
@@ -65,7 +65,7 @@ LAST_FIGURE = "loss.png"  # drawn last: if it exists, all of them do
 
 
 def draw_run(folder: Path):
-    """Draw answers.png, lambda.png, accuracy.png and loss.png into plots/ of a run folder and print what was left out.
+    """Draw answers.png, lambda.png, accuracy.png and loss.png into plots/ of a run folder; print what is left out.
 
     Raises UserError when a file of the run cannot be read or the disk is full.
     """
@@ -108,7 +108,7 @@ def save(figure: Figure, path: Path):
 
 # ---- curves of one run
 def draw_loss(lines: list[dict], title: str) -> Figure:
-    """Loss of the logged updates, as it is and smoothed; where it was measured, the mean over the evaluation sets."""
+    """Loss of the logged updates, raw and smoothed, and the mean loss of the evaluation sets where it was measured."""
     figure, axes = plt.subplots(layout="constrained")
     updates = [line for line in lines if line.get("loss") is not None]
     steps, losses = [line["step"] for line in updates], [line["loss"] for line in updates]
@@ -134,12 +134,12 @@ def smooth(losses: list[float]) -> list[float]:
 
 
 def chances(samples: list[dict]) -> dict[str, float]:
-    """By evaluation set, what a uniform guess of a cell reaches: of haystacks of one image whose needle is present."""
+    """Evaluation set -> rate of a uniform guess of the cell, for haystacks of one image whose needle is present."""
     return {s["set"]: 1 / s["grid"] ** 2 for s in samples if s.get("grid") and normalise(s["answer"]) != ABSENT}
 
 
 def accuracy_curves(lines: list[dict]) -> dict[str, list[tuple[int, int, int]]]:
-    """{set: [(step, right answers, of n)]} of every evaluation."""
+    """{set: [(step, right answers, questions)]} of every evaluation."""
     curves: dict[str, list[tuple[int, int, int]]] = {}
     for line in lines:
         for name, counts in (line.get("eval") or {}).items():
@@ -150,7 +150,7 @@ def accuracy_curves(lines: list[dict]) -> dict[str, list[tuple[int, int, int]]]:
 def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Figure:
     """Exact accuracy of each set over training, from before the first update, with 95 % Wilson intervals.
 
-    A panel for each chance of a uniform guess, which is dashed; one for the sets without it.
+    Sets with the same rate of a uniform guess (a dashed line) share a panel, and so do the sets without one.
     """
     curves = accuracy_curves(lines)
     levels = sorted({chance.get(name, 0.0) for name in curves}, reverse=True)
@@ -178,7 +178,7 @@ def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Fi
 
 
 def lambda_curves(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """{layer: [(step, lambda)]}: the start, then every logged update. Where lambda depends on the token and is not
+    """{layer: [(step, lambda)]}: the start, then every logged update. If lambda depends on the token and is not
     logged, its mean at every evaluation; {} for a method without lambda."""
     measured = [
         (line["step"], {n: m["lambda"] for n, m in line["inside"].items() if "lambda" in m})
@@ -210,15 +210,15 @@ def draw_lambda(curves: dict[str, list[tuple[int, float]]], title: str) -> Figur
 
 
 def short_layer_name(name: str) -> str:
-    """ "language layer 3" for a module of that layer."""
+    """The layer of a module, as in "language layer 3"."""
     match = re.search(r"(language|vision).*layers\.(\d+)", name)
     return f"{match[1]} layer {match[2]}" if match else name
 
 
 # ---- images with answers
 def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
-    """The last answers of the first sets on their images, a column a set. In haystacks the needle's cell has a solid
-    outline, and a wrong answer's cell a dashed one."""
+    """The last answers of the first sets with their images, one column per set. In haystacks the needle's cell has a
+    solid outline, and a wrong answer's cell a dashed one."""
     last = max(sample["step"] for sample in samples)
     by_set: dict[str, list[dict]] = {}
     for sample in samples:
@@ -255,7 +255,7 @@ def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
 
 
 def answer_title(sample: dict) -> str:
-    """Prompt and response, wrapped, and whether it is right."""
+    """Prompt and response, wrapped, and whether the response is right."""
     prompt = textwrap.fill(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH)
     verdict = "right" if normalise(sample["response"]) == normalise(sample["answer"]) else "wrong"
     response = f"{sample['response'].strip() or '(empty)'} ({verdict})"
@@ -263,12 +263,12 @@ def answer_title(sample: dict) -> str:
 
 
 def read_sample_image(folder: Path, sample: dict) -> Image.Image:
-    """The image of a line of samples.jsonl, which is in the run folder."""
+    """The image of a line of samples.jsonl, read from the run folder."""
     return open_image(resolve_inside(folder, sample["image"]))
 
 
 def outline_cell(panel: Axes, answer: str, grid: int | None, style: dict[str, str]):
-    """Frame the cell of an answer "1, row, column" in a haystack; nothing for other answers and other images."""
+    """Outline the cell of an answer "1, row, column" in a haystack; other answers and images are left as they are."""
     match = re.fullmatch(r"1, (\d{1,3}), (\d{1,3})", answer)
     if match and grid:
         height, width = panel.get_images()[0].get_array().shape[:2]
@@ -279,11 +279,11 @@ def outline_cell(panel: Axes, answer: str, grid: int | None, style: dict[str, st
 
 # ---- attention of several runs
 def draw_attention(runs: list[Path], token: int) -> Figure:
-    """Attention of one token of the answer to the image: a column a haystack, a row a run, the needle's cell outlined.
+    """Attention of one answer token to the image: one column per haystack, one row per run, the needle's cell outlined.
 
-    Each run shows the decoder layer with the most attention on the needle over these haystacks. The maps are those of
-    `diagnostics.answer_attention` in the runs' attention.safetensors. Raises UserError for runs without them, and for
-    runs that were evaluated on different questions.
+    For each run, the decoder layer with the most attention on the needle over these haystacks is shown. The maps are
+    those of `diagnostics.answer_attention` in the runs' attention.safetensors. Raises UserError for runs without maps,
+    and for runs that were evaluated on different questions.
     """
     stored = [read_attention_of_one_image(run) for run in runs]
     questions = [attention_questions(run, list(maps)) for run, maps in zip(runs, stored, strict=True)]
@@ -318,7 +318,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
 
 
 def darken(panel: Axes, attention: torch.Tensor):
-    """Darken the image of a panel where a map [side, side] is low, so that it shines where the map is high."""
+    """Darken the image of a panel where a map [side, side] is low, so that it stays bright where the map is high."""
     height, width = panel.get_images()[0].get_array().shape[:2]
     light = attention.clamp(min=0).numpy()
     shade = DARKEST * (1 - light / light.max()) ** CONTRAST if light.max() > 0 else np.full_like(light, DARKEST)
@@ -344,7 +344,7 @@ def read_attention(run: Path) -> dict[str, torch.Tensor]:
 
 
 def why_no_attention(run: Path) -> str:
-    """Why the attention of a run cannot be drawn; "" where it can."""
+    """Why the attention of a run cannot be drawn; "" if it can."""
     file = run / "attention.safetensors"
     if not file.exists():
         return f"{file}: missing: finish the run, with haystack data, first"
@@ -354,13 +354,13 @@ def why_no_attention(run: Path) -> str:
 
 
 def read_attention_of_one_image(run: Path) -> dict[str, torch.Tensor]:
-    """`read_attention` of the sets whose haystacks are one image, in which the needle's cell is known."""
+    """`read_attention` of the sets whose haystacks are single images, so that the needle's cell is known."""
     names = {sample["set"] for sample in read_samples(run) if sample.get("grid")}
     return {name: maps for name, maps in read_attention(run).items() if name in names}
 
 
 def attention_questions(run: Path, sets: list[str]) -> list[dict]:
-    """The first questions of these evaluation sets, whose attention is saved, from samples.jsonl."""
+    """The rows of samples.jsonl whose attention is saved: the first questions of these evaluation sets."""
     samples = read_samples(run)
     last = max((sample["step"] for sample in samples), default=0)
     found = []
@@ -373,8 +373,8 @@ def attention_questions(run: Path, sets: list[str]) -> list[dict]:
 
 
 def needle_shares(run: Path, attention: dict[str, torch.Tensor]) -> list[tuple[str, list[float], int]]:
-    """(evaluation set, the needle's share of the attention by layer, grid) of every set; the mean over its questions,
-    first token of the answer."""
+    """(evaluation set, the needle's share of the attention by layer, grid) of every set: mean over its questions, at
+    the first token of the answer."""
     samples = attention_questions(run, list(attention))
     found = []
     for name, maps in attention.items():
@@ -417,7 +417,7 @@ def draw_sets(
 ) -> Figure:
     """A panel for each evaluation set: a quantity of every arm over training, as in `draw_losses`.
 
-    `chance` by set, of rates, whose axis goes from 0 to 100 %; None: any quantity, on a logarithmic axis.
+    With `chance`, by set, the quantity is a rate on an axis from 0 to 100 %; with None it is on a logarithmic axis.
     """
     figure, panels = make_panels(len(curves), 2.5, 2.3, sharey=True, sharex=True)
     for panel, (name, of_set) in zip(panels, curves.items(), strict=True):
@@ -440,8 +440,8 @@ def draw_sets(
 
 
 def draw_lambda_by_depth(curves: dict[str, list[dict[str, list[tuple[int, float]]]]], title: str) -> Figure:
-    """A panel for each arm: lambda against the layer, a line for each of at most `SHOWN_STEPS` logged updates, from its
-    start, dashed, to its end; means over the seeds. `curves` by arm and seed as `lambda_curves` returns them."""
+    """A panel for each arm: lambda by layer, averaged over the seeds, with a line for each of about `SHOWN_STEPS`
+    logged updates from the start (dashed) to the end. `curves` are those of `lambda_curves`, by arm and seed."""
     figure, panels = make_panels(len(curves), 3.6 if len(curves) > 1 else 6.4, 3.3, columns=3)
     last = max(points[-1][0] for seeds in curves.values() for layers in seeds for points in layers.values())
     scale = plt.Normalize(0, last)
@@ -468,8 +468,8 @@ def draw_lambda_by_depth(curves: dict[str, list[dict[str, list[tuple[int, float]
 
 def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     """A row for each stored haystack: the image, the map of the standard run, and A1, lambda A2 and their difference of
-    the differential run. One scale of colours for all maps, white at 0; of each run the layer that attends most to the
-    needle, first token of the answer, heads averaged. Raises UserError as `draw_attention` does."""
+    the differential run. All maps share one colour scale, white at 0. Each run shows the layer that attends most to the
+    needle, at the first token of the answer, averaged over heads. Raises UserError as `draw_attention` does."""
     attention, parts = read_attention_of_one_image(run), read_signed_maps(run)
     samples = attention_questions(run, list(attention))
     columns = {
@@ -514,7 +514,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
 
 
 def draw_signed(panel: Axes, m: torch.Tensor, limit: float) -> AxesImage:
-    """A map [side, side] in colours from -limit to limit, white at 0."""
+    """Draw a map [side, side] with a colour scale from -limit to limit, white at 0."""
     side = len(m)
     return panel.imshow(m.numpy(), cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
 
@@ -538,7 +538,7 @@ def read_signed_maps(run: Path) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Config:
-    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders; with several, their attention side by side as well
+    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders; of several, the attention is also drawn side by side
     token: Annotated[int, Meta(ge=0)] = 0  # token of the answer whose attention is drawn
 
 

@@ -1,16 +1,16 @@
 """The study: does differential attention find the needle better than standard attention does?
 
-    python study.py                      # run what is missing of the conversion study (A) and print its state
+    python study.py                      # run the missing runs of the conversion study (A) and print its status
     python study.py --study=B1           # from scratch, on symbols: which arm forms the retrieval circuit first?
     python study.py --study=C            # the conversion of a pretrained language model, exploratory
     python study.py --quick=True         # 2 arms, 2 seeds, fewer steps and questions: ten minutes, not the study
-    python study.py --report=True        # the table, the verdicts and the figure, from the records alone
+    python study.py --report=True        # the tables, the verdicts and the figure, from the records
 
-`study.json` is the plan: one section a study, committed before its first run. Every run trains and asks in a process of
-its own, in an ordinary run folder, and leaves one record under results/study/. A run that has a record is never
-repeated; a study that was stopped continues with the same command. Records of another plan are refused, and a study
-does not continue where the same run gives other numbers, as on another processor. Such a machine can replicate the
-study in a folder of its own, --records=results/study-NAME, which the report shows under its own heading.
+`study.json` is the plan, with one section per study, committed before its first run. Every run trains and is evaluated
+in its own process and an ordinary run folder, and writes one record under results/study/. A run that has a record is
+never repeated; the same command continues a study that was stopped. Records of another plan are refused, and a study
+does not continue on a machine where the same run gives different numbers, such as another processor. On that machine
+the study can be replicated in a folder of its own, --records=results/study-NAME, which the report lists separately.
 """
 
 import importlib
@@ -46,7 +46,7 @@ RUNNERS = {
     "C": "study_decoder",
     "C-pilot": "study_decoder",
 }
-NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # of the calibration
+NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # noise levels of --calibrate
 POLL_SECONDS = 1.0
 QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
 QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 120, 40
@@ -55,20 +55,20 @@ QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 120, 40
 @dataclass
 class Config:
     study: Name = "A"  # section of study.json
-    jobs: Annotated[int, Meta(ge=1, le=256)] = 2  # processes at once, each of one thread
-    arms: tuple[str, ...] = ()  # only these; empty: all of the plan, those of the main question first
-    seeds: tuple[int, ...] = ()  # only these; empty: all of the plan
-    records: str = "results/study"  # folder of the records; of a replication: results/study-NAME
-    status: bool = False  # print what is finished and missing, and stop
-    quick: bool = False  # a small version for a first look, in runs/study/quick; its numbers are not the study's
-    report: bool = False  # print table and verdicts and draw the figure, from the records
+    jobs: Annotated[int, Meta(ge=1, le=256)] = 2  # runs at the same time, each in a process with one thread
+    arms: tuple[str, ...] = ()  # arms to run; empty: all of the plan, those of the main question first
+    seeds: tuple[int, ...] = ()  # seeds to run; empty: all of the plan
+    records: str = "results/study"  # folder of the records; for a replication: results/study-NAME
+    status: bool = False  # print which runs are finished and missing, and stop
+    quick: bool = False  # run a small version for a first look, in runs/study/quick; it is not part of the study
+    report: bool = False  # print tables and verdicts and draw the figure, from the records
     calibrate: str = ""  # print the accuracy of this run folder by cells, distractors and noise (studies A and A-pilot)
-    run: str = ""  # internal: the one job of this process, as ARM/JOB, or "fingerprint"
-    fingerprint: str = ""  # internal: of this machine, for the record of the job
+    run: str = ""  # internal: the job that this process runs, as ARM/JOB, or "fingerprint"
+    fingerprint: str = ""  # internal: fingerprint of this machine, for the record of the job
 
 
 class Job(NamedTuple):
-    """One run of a study. `pairs`: the size of B1's task."""
+    """One run of a study. `pairs` is the size of B1's task, None in other studies."""
 
     arm: str
     seed: int
@@ -84,7 +84,7 @@ class Job(NamedTuple):
 
 # ---- the plan
 def read_section(study: str) -> dict[str, Any]:
-    """A section of study.json. Raises UserError where it is not there."""
+    """A section of study.json. Raises UserError if it does not exist."""
     plan = read_json(PLAN)
     if study not in plan:
         raise UserError(f"{PLAN.name}: has no section {study}: choose one of {', '.join(plan)}")
@@ -92,7 +92,7 @@ def read_section(study: str) -> dict[str, Any]:
 
 
 def check_committed(study: str, section: dict):
-    """Raise UserError unless the section is the one of the last commit: a plan comes before its first run."""
+    """Raise UserError unless the section is the same in the last commit: a plan is committed before its first run."""
     try:
         git = subprocess.run(["git", "-C", ROOT, "show", f"HEAD:{PLAN.name}"], capture_output=True, text=True)
     except FileNotFoundError as error:
@@ -114,9 +114,9 @@ def make_quick(section: dict) -> dict[str, Any]:
 
 
 def list_jobs(section: dict, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> list[Job]:
-    """The runs of a section: family by family in the plan's order, then seed by seed, so that arms stay level.
+    """The runs of a section: family by family in the plan's order, then seed by seed, so that arms advance together.
 
-    Raises UserError for an arm or a seed that the plan does not have.
+    Raises UserError for an arm or a seed that is not in the plan.
     """
     unknown = set(arms) - set(section["arms"])
     if unknown:
@@ -137,7 +137,7 @@ def list_jobs(section: dict, arms: tuple[str, ...] = (), seeds: tuple[int, ...] 
 
 # ---- records
 def read_records(folder: Path, study: str, section: dict) -> dict[Job, Record]:
-    """The records in `folder` of the runs that the section plans. Raises UserError for a record of another plan."""
+    """The records in `folder` of runs that the section plans. Raises UserError for a record of another plan."""
     planned, found = set(list_jobs(section)), {}
     for record in study_records.read_records(folder, study):
         if record.plan != study_records.hash_plan(section):
@@ -150,7 +150,7 @@ def read_records(folder: Path, study: str, section: dict) -> dict[Job, Record]:
 
 
 def format_status(section: dict, records: dict[Job, Record], jobs: int) -> list[str]:
-    """For every arm its finished and missing seeds, and the time that is left."""
+    """Lines with the number of finished and missing runs of every arm, and the remaining time."""
     lines = [f"{'arm':24}{'family':16}{'finished':>10}{'missing':>10}"]
     for arm, choices in section["arms"].items():
         total = [job for job in list_jobs(section) if job.arm == arm]
@@ -167,11 +167,11 @@ def format_status(section: dict, records: dict[Job, Record], jobs: int) -> list[
 
 # ---- running
 def run_jobs(study: str, section: dict, folder: Path, jobs: list[Job], found: dict[Job, Record], config: Config):
-    """Run these jobs, `config.jobs` at once. A stop ends the processes, which continue when they are started again.
+    """Run these jobs, `config.jobs` at a time. If interrupted, stop their processes; a later start continues them.
 
-    `found`: the records that are in `folder` already. A job that fails is named and left out. Raises UserError when all
-    that could run has run and some have failed, and before any run where this machine gives other numbers than the
-    records.
+    `found` holds the records that are already in `folder`. A job that fails is reported, and the others still run.
+    Raises UserError at the end if a job has failed, and before any run if this machine gives other numbers than those
+    in the records.
     """
     waiting, running, failed = list(jobs), {}, []
     threads = str(section["threads"])
@@ -262,9 +262,9 @@ def print_grid(study: str, section: dict, folder: Path):
 
 
 def write_report():
-    """Print table and verdicts of all studies and write them with the figure, from the plan and the records alone.
+    """Print tables and verdicts of all studies, and write results/study/report.md and figure.png.
 
-    The files are results/study/report.md and figure.png; results/study-* are replications.
+    They depend only on the plan and the records. Records in results/study-* are replications.
     """
     import study_figure
 

@@ -1,9 +1,9 @@
-"""Study A: one run of an arm on the embedded model, and the questions of endpoint N. study.py starts it.
+"""Study A: one run of an arm on the embedded model, and the questions of endpoint N. Started by study.py.
 
-Endpoint N asks in which cell a drawing is, in the drawing styles that the model was trained on. What makes it hard is
-not the style but the number of cells (16 in one image, 64 in four images), and either the other drawings, which look
-like the needle, or pixel noise. Every seed asks questions of its own, the same in all arms; question i of every
-condition looks for concept i modulo their number.
+Endpoint N asks in which cell a drawing is, in the drawing styles that the model was trained on. The difficulty comes
+from the number of cells (16 in one image, 64 in four images), and from either distractors that look like the needle or
+pixel noise. Every seed has its own questions, the same in all arms; the needle of question i of every condition is
+concept i modulo the number of concepts.
 """
 
 import hashlib
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 
 CELL = 64  # side in pixels of a drawing's cell, before the image is scaled to the model's size
 MAX_NEW_TOKENS = 12
-BATCH_SIZE = 64  # questions answered at once
+BATCH_SIZE = 64  # questions per batch
 
 
 class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one set of questions shows."""
+    """The haystacks of one set of questions."""
 
     images: int
-    grid: int  # cells along a side of each image
-    n: int  # questions
+    grid: int  # cells per side of each image
+    n: int  # number of questions
     distractors: str = "random"  # or "look-alike": the captions nearest to the needle's
     noise: float = 0.0  # standard deviation of the pixel noise, where 1 is the range of a channel
     present: bool = True  # the needle is in one of the cells
@@ -66,7 +66,7 @@ class StitchedImage:
     pool: ImagePool
     key: str
     cells: tuple[tuple[int, ...], ...]
-    side: int  # pixels of the model's images: noise is added there, where scaling does not average it away
+    side: int  # of the model's images in pixels; noise is added at this size, so that resizing does not average it out
     noise: float
 
     def __hash__(self) -> int:
@@ -87,7 +87,7 @@ class StitchedImage:
 def read_look_alikes(section: dict) -> dict[str, list[str]]:
     """Caption -> the other captions, nearest first, as `rank_look_alikes` found them.
 
-    Raises UserError where the file is not the one that the plan was made with.
+    Raises UserError if the file is not the one that the plan was made with.
     """
     file = Path(__file__).parent / section["look_alikes"]
     if hashlib.sha256(read_bytes(file)).hexdigest() != section["look_alikes_sha256"]:
@@ -97,7 +97,7 @@ def read_look_alikes(section: dict) -> dict[str, list[str]]:
 
 @torch.inference_mode()
 def rank_look_alikes(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor) -> dict[str, list[str]]:
-    """For every trained caption the other ones, nearest first: cosine similarity of the frozen tower's mean features.
+    """For every training caption the others, by decreasing cosine similarity of mean features of the frozen tower.
 
     Each drawing fills one image, on the same background; a caption's features are the mean over its drawings.
     """
@@ -116,7 +116,7 @@ def rank_look_alikes(model: PaliGemmaForConditionalGeneration, processor: PaliGe
 def make_questions(
     conditions: dict[str, Condition], look_alikes: dict[str, list[str]], side: int, seed: int
 ) -> list[Question]:
-    """The questions of one seed, for a model whose images have `side` pixels."""
+    """The questions of one seed, for a model whose images are `side` pixels wide."""
     pools = {
         style: ImagePool(read_pool(splits=(style,))) for style in {condition.style for condition in conditions.values()}
     }
@@ -146,7 +146,7 @@ def make_questions(
 
 
 def pack_answers(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
-    """By condition {"n", "right"}: a bit for each question in order, as hexadecimal digits of numpy.packbits."""
+    """Condition -> {"n", "right"}: one bit per question in order, numpy.packbits as hexadecimal digits."""
     packed = {}
     for name in names:
         right = [row["response"] is not None and is_exact(row["response"], row["ground_truth"])
@@ -162,7 +162,7 @@ def pack_bits(right: Sequence[bool]) -> dict[str, Any]:
 
 # ---- one run
 def make_config(section: dict, arm: str, seed: int, folder: Path) -> finetune_original.Config:
-    """The configuration of a run: the section's, then the arm's flags."""
+    """The configuration of a run: the section's flags, overridden by the arm's."""
     flags = section["train"] | section["arms"][arm].get("flags", {})
     flags |= dict(seed=seed, output_dir=str(folder), model=section["model"])
     if "shapes" in flags:
@@ -175,9 +175,9 @@ def make_config(section: dict, arm: str, seed: int, folder: Path) -> finetune_or
 
 
 def train(config: finetune_original.Config, arm: str) -> tuple[str, str]:
-    """Fine-tune, or find that it has been done: (the model to ask, "finished" or why the run failed).
+    """Fine-tune, unless the run is already finished. Returns (the model to evaluate, "finished" or the failure).
 
-    A failed run, one whose lambda did not learn or whose loss was not finite, is asked at its last checkpoint.
+    A run fails if its lambda did not learn or its loss was not finite; its last checkpoint is evaluated instead.
     """
     folder = Path(config.output_dir)
     try:
@@ -189,7 +189,7 @@ def train(config: finetune_original.Config, arm: str) -> tuple[str, str]:
 
 
 def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
-    """Train an arm at one seed and ask it the seed's questions: all fields of its record that follow from this."""
+    """Train an arm at one seed and ask it the seed's questions. Returns the fields of its record that result."""
     arm, seed = job.arm, job.seed
     conditions = {name: msgspec.convert(c, Condition) for name, c in section["conditions"].items()}
     look_alikes = read_look_alikes(section)
@@ -229,7 +229,7 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
 
 
 def training_seconds(folder: Path) -> float:
-    """Seconds that training took over all starts of a run; 0 for a failed run, which has no end."""
+    """Training time in seconds, over all starts of a run; 0 for a failed run, which has no final/run.json."""
     end = folder / "final" / "run.json"
     return read_json(end)["seconds"] if end.exists() else 0.0
 
@@ -262,9 +262,9 @@ def log_likelihood(answerer: Answerer, questions: Sequence[Question]) -> float:
 
 
 def count_flops(config: finetune_original.Config, images: list[Image.Image], prompt: str) -> int:
-    """Floating point operations of the base model with the arm's attention, forward, on one prompt.
+    """Forward FLOPs of the base model with the arm's attention on one prompt.
 
-    LoRA, which all arms have alike, is not counted.
+    LoRA is not counted; it is the same in all arms.
     """
     model_class, processor_class = classes_of(config.model)
     model = model_class.from_pretrained(config.model, differential=getattr(config, "differential", None))
@@ -289,7 +289,7 @@ def has_lambda(model: VisionLanguageModel) -> bool:
 
 # ---- the pilot
 def format_pilot(section: dict, records: dict["Job", ConversionRecord]) -> list[str]:
-    """The grid as a markdown table: endpoint N of every seed and its mean, the last loss, and where lambda ended."""
+    """The grid as a markdown table: endpoint N of every seed and its mean, the last loss, and the final lambdas."""
     seeds = sorted({job.seed for job in records})
     lines = ["| arm | " + " | ".join(f"N, seed {seed}" for seed in seeds) + " | mean N | last loss | lambda |"]
     lines.append("|---|" + "---|" * (len(seeds) + 3))
@@ -308,7 +308,7 @@ def format_pilot(section: dict, records: dict["Job", ConversionRecord]) -> list[
 
 
 def calibrate(section: dict, name: str, seed: int, noises: Sequence[float]):
-    """Print the accuracy of a trained model by cells, distractors and noise: what the difficulty is set by."""
+    """Print the accuracy of a trained model by cells, distractors and noise, used to choose the difficulty."""
     accelerator = make_accelerator()
     model = PaliGemmaForConditionalGeneration.from_pretrained(name, torch.float32, accelerator.device)
     processor = PaliGemmaProcessor.from_pretrained(name)

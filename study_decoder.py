@@ -1,8 +1,8 @@
-"""Study C: one run of an arm on a pretrained language model, and its questions. study.py starts it.
+"""Study C: one run of an arm on a pretrained language model, and its questions. Started by study.py.
 
-The prompt lists key-value pairs, "The code of the {noun} is {4 digits}.", one a line, and asks for the codes of a few
-of the nouns. Training shows one number of pairs; the questions have as many and more. The model is SmolLM2 as a Phi-3
-decoder, which `benchmarks/smollm2.py` writes; it is not part of this repository.
+The prompt lists key-value pairs, "The code of the {noun} is {4 digits}.", one per line, and asks for the codes of a few
+of the nouns. Training uses one number of pairs; the questions have as many or more. The model is SmolLM2 as a Phi-3
+decoder, written by `benchmarks/smollm2.py`; it is not part of this repository.
 """
 
 import json
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from study import Job
 
 CODE = re.compile(r"\d{4}")
-BATCH_SIZE = 4  # prompts answered at once
-TOKENS_PER_CODE = 6  # four digits, a blank, and one to spare
-FINGERPRINT_STEPS = 10  # with one prompt each
+BATCH_SIZE = 4  # prompts per batch
+TOKENS_PER_CODE = 6  # four digits, a space, and one spare
+FINGERPRINT_STEPS = 10  # steps of one prompt each
 
 
 def key_value_prompt(pairs: int, key: str, needles: int = 1) -> tuple[str, list[str], list[str]]:
-    """(prompt, the codes asked for, all codes), drawn from `key`: a line for each pair, then the question."""
+    """(prompt, the codes asked for, all codes), random with seed `key`: one line per pair, then the question."""
     rng = random.Random(key)
     nouns = sorted({image.caption for image in read_pool()})
     chosen, codes = rng.sample(nouns, pairs), [str(code) for code in rng.sample(range(1000, 10000), pairs)]
@@ -53,7 +53,7 @@ def key_value_prompt(pairs: int, key: str, needles: int = 1) -> tuple[str, list[
 
 
 def write_training_rows(file: Path, pairs: int, needles: int, count: int, seed: int):
-    """Write `count` rows of {image, prefix, suffix}, the training data of one seed, equal in all arms."""
+    """Write `count` rows of {image, prefix, suffix}: the training data of one seed, the same in all arms."""
     rows = []
     for i in range(count):
         prompt, codes, _ = key_value_prompt(pairs, f"study/train/{seed}/{i}", needles)
@@ -64,7 +64,7 @@ def write_training_rows(file: Path, pairs: int, needles: int, count: int, seed: 
 
 
 def make_questions(section: dict, seed: int) -> list[Question]:
-    """The questions of one seed, equal in all arms."""
+    """The questions of one seed, the same in all arms."""
     questions, needles = [], section["needles"]
     for name in endpoint_conditions(section):
         for i in range(section["prompts"]):
@@ -76,8 +76,8 @@ def make_questions(section: dict, seed: int) -> list[Question]:
 
 
 def pack_codes(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
-    """As `study_conversion.pack_answers`, with a bit for every code: the first ones of all prompts, then the second
-    ones, ... A code is right if it stands in its place among the codes of the response."""
+    """Like `study_conversion.pack_answers`, with one bit per code: the first codes of all prompts, then the second
+    codes, and so on. A code is right if it is at its position among the codes of the response."""
     packed = {}
     for name in names:
         right = []
@@ -89,7 +89,7 @@ def pack_codes(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
-    """Train an arm at one seed and ask it the seed's questions: all fields of its record that follow from this."""
+    """Train an arm at one seed and ask it the seed's questions. Returns the fields of its record that result."""
     arm, seed = job.arm, job.seed
     check_model(section)
     questions, names = make_questions(section, seed), endpoint_conditions(section)
@@ -105,7 +105,7 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
     answerer = Answerer(model, Phi3Processor.from_pretrained(section["model"]), accelerator, dtype, BATCH_SIZE)
     rows = answer_questions(answerer, questions, progress=f"{arm} seed {seed}")
     record = study_conversion.describe_training(model, folder, status) | {
-        "num_concepts": section["prompts"],  # the prompts are resampled: codes of one prompt belong together
+        "num_concepts": section["prompts"],  # the bootstrap resamples prompts: codes of one prompt are dependent
         "answers": pack_codes(rows, names),
         "needle_shares": [],
         "log_likelihoods": {},
@@ -119,7 +119,7 @@ def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
 
 
 def check_model(section: dict):
-    """Raise UserError unless the converted model is there and has the weights that the plan was made for."""
+    """Raise UserError unless the converted model exists and has the weights that the plan was made for."""
     if not (Path(section["model"]) / "config.json").exists():
         fix = f"write it with python benchmarks/smollm2.py --folder={section['model']}"
         raise UserError(f"{section['model']}: there is no model: {fix}")

@@ -1,4 +1,4 @@
-"""The figure of the study, from the plan and the committed records alone: one PNG of up to four panels."""
+"""The figure of the study, drawn from the plan and the committed records: one PNG of up to four panels."""
 
 import math
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from study_report import (
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; every arm has a marker of its own as well
+# the colour-blind safe palette of Okabe and Ito, with a marker for each arm
 LOOKS = {
     "standard": ("#000000", "o"),
     "split": ("#0072B2", "s"),
@@ -61,9 +61,9 @@ FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.tit
 
 
 def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path: Path) -> None:
-    """Studies A and B1 in up to four panels, as a PNG of equal bytes for equal records and versions.
+    """Draw studies A and B1 in up to four panels, as a PNG with the same bytes for the same records and versions.
 
-    A study whose runs are not all finished has no panel, and replications are not drawn.
+    A study with unfinished runs has no panel, and replications are not drawn.
     """
     conversion, symbolic = (first_group(plan, study, records) for study in ("A", "B1"))
     if conversion and conversion.missing(core_arms(conversion.section)):
@@ -91,7 +91,7 @@ def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path
             axes[0, 0].text(0.5, 0.5, "no study is finished", transform=axes[0, 0].transAxes, **NOTE)
         with writing(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            # matplotlib's own entry names its version
+            # by default matplotlib writes its version into the file
             figure.savefig(path, format="png", metadata={"Software": None})
         plt.close(figure)
 
@@ -103,13 +103,14 @@ def look(arm: str) -> dict[str, str]:
 
 
 def first_group(plan: dict[str, dict[str, Any]], study: str, records: Sequence[Record]) -> Group | None:
-    """The runs of a study in its planned environment; None where it has none."""
+    """The runs of a study in its planned environment; None if there are none."""
     groups = group_records(plan[study], study, records) if study in plan else []
     return groups[0] if groups else None
 
 
 def draw_forest(panel: Axes, group: Group) -> None:
-    """A row for each arm: dots are seeds, the bar is the 95 % interval, the open diamond is against additive."""
+    """A row for each arm against standard: dots are seeds, the bar is the 95 % interval; open diamonds: against
+    additive."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
     found = {c.a: c for c in (core_contrasts(group)[0], *secondary_contrasts(group))}
     arms = [arm for arm in group.arms() if arm in found]
@@ -138,7 +139,7 @@ def draw_forest(panel: Axes, group: Group) -> None:
 
 
 def draw_cells(panel: Axes, group: Group) -> None:
-    """Mean accuracy of the core arms with the 95 % interval over seeds, against log2 of the cells."""
+    """Mean accuracy of the core arms with the 95 % interval over seeds, against the number of cells (log2 axis)."""
     cells = []
     for arm in core_arms(group.section):
         curves = [accuracy_by_cells(record) for record in group.of_arm(arm).values()]
@@ -162,7 +163,7 @@ def draw_cells(panel: Axes, group: Group) -> None:
 
 
 def draw_survival(panel: Axes, group: Group) -> None:
-    """Share of the runs below 75 % accuracy after so many steps; a line style for each number of pairs."""
+    """Share of the runs still below 75 % accuracy, by steps; a line style for each number of pairs."""
     numbers = sorted({record.pairs for record in group.records})
     for pairs, style in zip(numbers, ("solid", "dashed", "dotted"), strict=False):
         first = math.inf
@@ -187,7 +188,8 @@ def draw_survival(panel: Axes, group: Group) -> None:
 
 
 def draw_share(panel: Axes, group: Group) -> None:
-    """A point for each seed of the core arms; an arrow leads to the accuracy without the second map."""
+    """Accuracy against attention on the needle, a point for each seed of the core arms; an arrow points to the accuracy
+    without the second map."""
     conditions, layer = endpoint_conditions(group.section), group.section.get("attention_layer")
     runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
     runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]

@@ -1,7 +1,7 @@
-"""The records of the study's runs, and what of the plan they follow from.
+"""The records of the study's runs.
 
-A record is a small JSON file, results/study/<study>/<arm>/seedNN.json, that a finished run leaves. It holds the hash of
-the plan, where the run took place and one bit for every answer, so that reports follow from records alone.
+A record is a small JSON file, results/study/<study>/<arm>/seedNN.json, written by a finished run. It holds the hash of
+the plan, the environment of the run and one bit per answer, so that reports need nothing but the plan and the records.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Hex = Annotated[str, Meta(pattern="^[0-9a-f]+$")]
 
 # ---- records
 class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which of `n` questions were answered right: `right` is numpy.packbits of them as hexadecimal digits."""
+    """Which of `n` questions were answered right: `right` is numpy.packbits of one bit each, as hexadecimal digits."""
 
     n: Positive
     right: Hex
@@ -36,7 +36,7 @@ class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"right has {len(self.right)} hexadecimal digits, not those of {self.n} bits")
 
     def bits(self) -> np.ndarray:
-        """[n] of 0 and 1."""
+        """Array [n] of 0 and 1."""
         return np.unpackbits(np.frombuffer(bytes.fromhex(self.right), np.uint8), count=self.n)
 
     def rate(self) -> float:
@@ -45,7 +45,7 @@ class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What every finished run of a study leaves: which run it is, and where it ran."""
+    """The fields of every record: which run it is, and where it ran."""
 
     plan: Hex  # `hash_plan` of the study's section
     arm: str
@@ -54,30 +54,30 @@ class Record(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     device: str
     dtype: str
     threads: Positive
-    fingerprint: Hex  # of the first losses of a pilot seed: what processor and versions make of the same run
+    fingerprint: Hex  # hash of the first losses of a pilot seed, which depend on processor and versions
     versions: dict[str, str]
     status: str  # "finished", or why training failed; a failed run counts with its accuracy
-    seconds: float  # of training, over all starts, and of the questions
+    seconds: float  # for training, over all starts, and for answering the questions
     trained_parameters: Count
 
 
 class ConversionRecord(Record, kw_only=True):
     """A run of study A or C. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
 
-    Where the caption is absent, right means that the model said so. Question i of a condition has the needle concept
-    i modulo `num_concepts`, in every seed. `knockout`: answers with the second map switched off. `needle_shares`: of
-    the attention, by layer. `log_likelihoods`: mean log-probability, in nats, of the right answer, by condition of the
-    endpoint. `forward_flops`: of the prompt of one question, see `study_conversion.count_flops`.
+    If the caption is absent, right means that the model said so. The needle of question i of a condition is concept
+    i modulo `num_concepts`, in every seed. `knockout` holds answers with the second map switched off, `needle_shares`
+    the needle's share of the attention by layer, `log_likelihoods` the mean log-probability, in nats, of the right
+    answer by condition of the endpoint, and `forward_flops` the FLOPs of one prompt (`study_conversion.count_flops`).
     """
 
     study: Literal["A", "A-pilot", "C", "C-pilot"]
     num_concepts: Positive
     final_loss: float | None  # None: not finite
-    lambdas: list[float]  # of the layers, in order
+    lambdas: list[float]  # one per layer, in order
     answers: dict[str, Answers]
     needle_shares: list[float]
     knockout: dict[str, Answers]
-    log_likelihoods: dict[str, float] = {}  # empty: not asked
+    log_likelihoods: dict[str, float] = {}  # empty: not measured
     forward_flops: Count = 0  # 0: not counted
 
 
@@ -94,7 +94,7 @@ class SymbolicRecord(Record, kw_only=True):
 
 
 class Environment(NamedTuple):
-    """What must be equal for runs to be compared or pooled."""
+    """What must be equal for runs to be compared or pooled with each other."""
 
     device: str
     dtype: str
@@ -103,19 +103,19 @@ class Environment(NamedTuple):
 
 
 def environment_of(record: Record) -> Environment:
-    """Where a run took place."""
+    """The environment of a run."""
     return Environment(record.device, record.dtype, record.threads, record.fingerprint)
 
 
 def hash_plan(section: dict[str, Any]) -> str:
-    """SHA-256 of one study's section of the plan, whatever the order of its keys and its white space."""
+    """SHA-256 of one study's section of the plan, independent of key order and white space."""
     return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
 
 def read_records(folder: Path, study: str) -> list[Record]:
     """The records of one study, <arm>/seedNN.json or <arm>/<pairs>pairs-seedNN.json in `folder`, in order of path.
 
-    Raises UserError for a file that is no record, or that lies where another run's belongs.
+    Raises UserError for a file that is not a record, or that has another run's path.
     """
     records = []
     for path in sorted(Path(folder).glob("*/*.json")):
@@ -127,7 +127,7 @@ def read_records(folder: Path, study: str) -> list[Record]:
 
 
 def record_path(record: Record) -> Path:
-    """Where a record lies in the folder of its study."""
+    """The path of a record in the folder of its study."""
     name = f"seed{record.seed:02d}.json"
     if isinstance(record, SymbolicRecord):
         name = f"{record.pairs}pairs-{name}"
@@ -141,7 +141,7 @@ def endpoint_conditions(section: dict[str, Any]) -> list[str]:
 
 
 def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
-    """Unweighted mean accuracy of these conditions. Raises UserError if one was not asked."""
+    """Unweighted mean accuracy of these conditions, in points. Raises UserError if the record lacks one."""
     missing = [condition for condition in conditions if condition not in record.answers]
     if missing:
         raise UserError(
@@ -151,5 +151,5 @@ def points(record: ConversionRecord, conditions: Sequence[str]) -> float:
 
 
 def fingerprint_of(losses: Sequence[float]) -> str:
-    """A hash of the first losses of a run: equal where library, processor and number of threads round alike."""
+    """A hash of the first losses of a run: equal if library, processor and number of threads give the same rounding."""
     return hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""The answer of the study and its tables, from the plan and the committed records alone; study_figure.py draws them.
+"""The answer of the study and its tables, computed from the plan and the committed records. See also study_figure.py.
 
 Study A fine-tunes a pretrained model with every attention arm and compares endpoint N, the accuracy in finding a
 needle among many cells; study C does the same with a language model and codes in text; study B1 trains small decoders
-from scratch and compares how many steps they need to retrieve.
-All differences are paired over seeds. In text and tables they are points, hundredths of the accuracy.
+from scratch and compares how many steps they need until they retrieve.
+All differences are paired over seeds. In text and tables, differences of accuracy are in percentage points.
 """
 
 import math
@@ -45,9 +45,9 @@ from study_records import (
 )
 
 MARGIN = 3.0  # points: the smallest effect of interest and the margin of equivalence
-NARROW_MARGIN = 2.0  # reported beside it
+NARROW_MARGIN = 2.0  # a second margin, also reported
 HYPOTHESES = (("split", "standard"), ("split", "additive"), ("split", "flipped"))
-KINDS = ("look-alike", "noise", "pairs")  # of what makes a condition with the needle hard
+KINDS = ("look-alike", "noise", "pairs")  # sources of difficulty of conditions with the needle
 # B1: the first is the primary contrast, the others form one secondary family
 CONTRASTS = (
     ("v1", "double_width_norm"),
@@ -70,7 +70,7 @@ class Group:
     records: list[Record]
 
     def of_arm(self, arm: str) -> dict[int, Record]:
-        """The records of an arm by seed, in order; of B1, all of one number of pairs (see `with_pairs`)."""
+        """The records of an arm by seed, in order; for B1, call it on a group with one number of pairs."""
         found = {record.seed: record for record in self.records if record.arm == arm}
         return {seed: found[seed] for seed in sorted(found)}
 
@@ -89,9 +89,9 @@ class Group:
 
 
 def group_records(section: dict[str, Any], study: str, records: Sequence[Record]) -> list[Group]:
-    """The records of a study, apart by environment: first those that ran as planned, then replications.
+    """The records of a study, grouped by environment: first those that ran as planned, then replications.
 
-    Raises UserError for a record of another plan, of a run that is not planned, or the same run twice.
+    Raises UserError for a record of another plan, for a run that is not planned, and for duplicate runs.
     """
     digest, found = hash_plan(section), {}
     for record in records:
@@ -115,16 +115,16 @@ def group_records(section: dict[str, Any], study: str, records: Sequence[Record]
     return [Group(section, e, [found[e][key] for key in sorted(found[e])]) for e in sorted(found, key=order)]
 
 
-# ---- study A: what is measured in one run
+# ---- study A: measures of one run
 def knocked_out(record: ConversionRecord, conditions: Sequence[str]) -> float | None:
-    """`points` with the second map switched off; None where it was not asked so."""
+    """`points` with the second map switched off; None if this was not measured."""
     if not set(conditions) <= set(record.knockout):
         return None
     return 100 * statistics.fmean(record.knockout[condition].rate() for condition in conditions)
 
 
 def false_alarms(record: ConversionRecord) -> float | None:
-    """Mean rate, in points, at which a cell was named although the caption is in none."""
+    """Mean rate, in points, at which a cell was named although the caption is absent."""
     rates = [1 - answers.rate() for condition, answers in record.answers.items() if condition.endswith(" absent")]
     return 100 * statistics.fmean(rates) if rates else None
 
@@ -145,7 +145,7 @@ def accuracy_by_cells(record: ConversionRecord) -> dict[int, float]:
 
 
 def slope(record: ConversionRecord) -> float | None:
-    """Points of accuracy that a doubling of the cells adds, by least squares on log2(cells)."""
+    """Change of accuracy in points per doubling of the cells, by least squares on log2(cells)."""
     rates = accuracy_by_cells(record)
     if len(rates) < 2:
         return None
@@ -153,7 +153,7 @@ def slope(record: ConversionRecord) -> float | None:
 
 
 def cells_at_half(record: ConversionRecord) -> float | None:
-    """log2 of the number of cells at which a logistic fit passes 50 %; None where accuracy does not cross it."""
+    """log2 of the number of cells at which a logistic fit passes 50 %; None if accuracy does not cross 50 %."""
     totals = {}
     for condition, answers in record.answers.items():
         cells, kind = condition.split(maxsplit=1)
@@ -166,7 +166,8 @@ def cells_at_half(record: ConversionRecord) -> float | None:
 
 
 def sensitivity(record: ConversionRecord) -> float | None:
-    """Mean d' over the cells asked both ways: a hit is the right cell, a false alarm any cell for an absent caption."""
+    """Mean d' over the numbers of cells that were asked with and without the needle: a hit is the right cell, a false
+    alarm is any cell for an absent caption."""
     found = []
     for condition, absent in record.answers.items():
         cells = condition.removesuffix(" absent")
@@ -195,17 +196,17 @@ class Contrast:
 
     @property
     def t90(self) -> dict:
-        """The same with the 90 % interval, which lies inside a margin where TOST rejects at 5 %."""
+        """The same with the 90 % interval, which lies inside a margin exactly when TOST rejects at 5 %."""
         return paired_t(self.differences, 0.90)
 
     @property
     def significant(self) -> bool:
-        """By Holm's test in its family."""
+        """Whether Holm's test in its family rejects."""
         return self.holm_p < ALPHA
 
 
 def contrast(group: Group, a: str, b: str, measure: Callable[[Record], float | None]) -> Contrast | None:
-    """The differences of two arms; None for fewer than three seeds that have both values."""
+    """The differences of two arms; None if fewer than three seeds have both values."""
     of_a, of_b = group.of_arm(a), group.of_arm(b)
     values = {seed: (measure(of_a[seed]), measure(of_b[seed])) for seed in of_a if seed in of_b}
     pairs = {seed: x - y for seed, (x, y) in values.items() if x is not None and y is not None}
@@ -215,7 +216,7 @@ def contrast(group: Group, a: str, b: str, measure: Callable[[Record], float | N
 
 
 def adjust(contrasts: Sequence[Contrast]) -> None:
-    """Set the Holm p values of one family."""
+    """Set the Holm-adjusted p values of one family of contrasts."""
     for found, p in zip(contrasts, holm([c.t["p"] for c in contrasts]), strict=True):
         found.holm_p = p
 
@@ -234,7 +235,7 @@ def verdict(found: Contrast) -> str:
 
 
 def core_verdict(hypotheses: Sequence[Contrast]) -> str:
-    """The verdict on `split` against standard attention; "helps" names the subtraction where all three say so."""
+    """The verdict on `split` against standard attention; it credits the subtraction if all three hypotheses help."""
     verdicts = [verdict(hypothesis) for hypothesis in hypotheses]
     is_subtraction = len(verdicts) == len(HYPOTHESES) and set(verdicts) == {"helps"}
     return "helps (and it is the subtraction)" if is_subtraction else verdicts[0]
@@ -246,7 +247,7 @@ def hypotheses_of(section: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def core_contrasts(group: Group) -> list[Contrast]:
-    """The hypotheses with their Holm p values. Call it when all core runs are in."""
+    """The hypotheses with their Holm p values. Requires that all core runs are finished."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
     found = [contrast(group, a, b, measure) for a, b in hypotheses_of(group.section)]
     adjust(found)
@@ -263,7 +264,7 @@ def secondary_contrasts(group: Group) -> list[Contrast]:
 
 
 def bootstrap(group: Group, found: Contrast) -> tuple[float, float]:
-    """95 % interval of a contrast of endpoint N in points, seeds and needle concepts resampled together."""
+    """95 % interval of a contrast of endpoint N in points, from resampling both seeds and needle concepts."""
     conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(found.a), group.of_arm(found.b)
     concepts = {record.num_concepts for record in (*of_a.values(), *of_b.values())}
     if len(concepts) > 1:
@@ -284,7 +285,7 @@ def bootstrap(group: Group, found: Contrast) -> tuple[float, float]:
 
 
 def core_arms(section: dict[str, Any]) -> list[str]:
-    """The arms that must all be in before any difference is shown."""
+    """The arms whose runs must all be finished before any difference is shown."""
     return [arm for arm, planned in section["arms"].items() if planned["family"] == "core"]
 
 
@@ -311,19 +312,19 @@ def needle_share(record: ConversionRecord, layer: int | None) -> float | None:
 
 
 def condition_order(condition: str) -> tuple[int, str]:
-    """By the number of cells."""
+    """Sort key: the number of cells, then the kind."""
     cells, kind = condition.split(maxsplit=1)
     return int(cells), kind
 
 
 # ---- study B1
 def log_steps(record: SymbolicRecord) -> float:
-    """ln(steps); a censored run counts with its limit."""
+    """ln(steps); a censored run counts with its step limit."""
     return math.log(record.steps)
 
 
 def symbolic_contrasts(group: Group) -> dict[int, list[Contrast]]:
-    """Number of pairs -> the contrasts of ln(steps). One Holm family of the primary contrasts, one of all others."""
+    """Number of pairs -> contrasts of ln(steps). The primary contrasts are one Holm family, all others another."""
     found = {}
     for pairs in sorted({record.pairs for record in group.records}):
         part = group.with_pairs(pairs)
@@ -343,7 +344,7 @@ def steps_verdict(found: Contrast) -> str:
 
 # ---- text
 def format_ratio(log_ratio: float) -> str:
-    """By how many percent a ratio, given as its logarithm, differs from 1."""
+    """A ratio, given as its logarithm, as the percentage by which it differs from 1."""
     return f"{round(100 * math.expm1(log_ratio)) + 0:+d} %"
 
 
@@ -414,15 +415,15 @@ def symbolic_answer(group: Group) -> str:
 
 
 def planned_symbolic(section: dict[str, Any]) -> int:
-    """How many runs study B1 has."""
+    """Number of planned runs of study B1."""
     return sum(len(arm["seeds"]) for arm in section["arms"].values()) * len(section["pairs"])
 
 
 def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) -> list[str]:
-    """The report as lines of markdown: all studies, replications under headings of their own.
+    """The report as lines of markdown: all studies, with replications under their own headings.
 
-    `plan`: sections of study.json, {"A": section, "B1": section, "C": section}. Raises UserError for records of another
-    plan.
+    `plan` holds sections of study.json: {"A": section, "B1": section, "C": section}. Raises UserError for records of
+    another plan.
     """
     lines = []
     for study, title, write in (
@@ -465,7 +466,7 @@ def format_conversion(group: Group) -> list[str]:
 
 
 def format_spread(group: Group) -> list[str]:
-    """What is shown before all core runs are in: standard deviations of the arms, no means and no differences."""
+    """The table before all core runs are finished: standard deviations of the arms, no means and no differences."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
     rows = []
     for arm, planned in group.section["arms"].items():
@@ -495,7 +496,7 @@ def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> str:
-    """Pearson's r of two arms over seeds; near 0, equal data and order do not make their difference more certain."""
+    """Pearson's r of two arms over seeds; near 0, pairing by seed does not make their difference more certain."""
     if min(a) == max(a) or min(b) == max(b):
         return NO_VALUE
     return f"{stats.pearsonr(a, b).statistic:.2f}"
@@ -529,7 +530,7 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
 
 
 def format_secondary(group: Group) -> list[str]:
-    """A row for each secondary endpoint, a column for each hypothesis; a star where Holm's p is below 0.05."""
+    """A row for each secondary endpoint, a column for each hypothesis; a star if Holm's p is below 0.05."""
     measures = secondary_endpoints(group)
     columns = []
     for a, b in hypotheses_of(group.section):
@@ -548,7 +549,7 @@ def format_secondary(group: Group) -> list[str]:
 
 
 def format_seeds(group: Group, a: str, b: str) -> list[str]:
-    """A row for each seed: how many questions of the endpoint each arm alone answers, and McNemar's exact p."""
+    """A row for each seed: how many questions of the endpoint only one arm gets right, and McNemar's exact p."""
     conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(a), group.of_arm(b)
     rows = []
     for seed in (seed for seed in of_a if seed in of_b):

@@ -3,13 +3,13 @@
     python study_symbolic.py                          # the learning-rate grid of every arm on the pilot seeds
     python study_symbolic.py --arms=v1 --pairs=8      # part of it
 
-Every sample is a list of key-value pairs and then each of its keys once more, in another order; the answer to a key is
-its value. The list changes with every sample, so the answer is never in the weights: the decoder has to form the
-circuit of two attention layers that finds an equal token and reads what follows it (associative recall, arXiv
-2312.04927; induction heads, 2209.11895). Until it has, accuracy stands still at what a guess among the listed values
-reaches. The arms differ in their attention alone.
+A sample is a list of key-value pairs, followed by all its keys in another order; the answer to a key is its value. The
+list changes with every sample, so the answer is never in the weights: the decoder has to form the circuit of two
+attention layers that finds an equal token and reads the token after it (associative recall, arXiv 2312.04927;
+induction heads, 2209.11895). Until then, accuracy stays at that of a guess among the listed values. The arms differ
+only in their attention.
 
-B batch, n pairs of a sample, L sequence = 3 n, C hidden size, V vocabulary.
+Shapes: B batch, n pairs of a sample, L = 3 n sequence length, C hidden size, V vocabulary.
 """
 
 import itertools
@@ -45,23 +45,24 @@ HIDDEN_SIZE, LAYERS = 64, 2
 MLP_SIZE = 128  # hidden units of the MLP of the standard arm
 BATCH_SIZE = 64
 BETAS = (0.9, 0.98)
-WARMUP_STEPS = 100  # over which the learning rate grows linearly; constant afterwards
+WARMUP_STEPS = 100  # linear warm-up; the learning rate is constant afterwards
 CLIP_NORM = 1.0
 THRESHOLD = 0.75  # accuracy that counts as retrieval
-SMOOTHING_STEPS = 20  # accuracy is the mean over the batches of so many updates
+SMOOTHING_STEPS = 20  # accuracy is the mean over the batches of the last 20 updates
 RECORDED_LOSSES = 10
-SEED_STRIDE = 1_000_003  # seeds of neighbouring runs do not share the generators of their weights
+SEED_STRIDE = 1_000_003  # keeps runs with neighbouring seeds from sharing generator seeds of their weights
 
 # ---- the pilot, which sets the learning rates of the study
-PILOT_SEEDS = (100, 101)  # used for nothing else
+PILOT_SEEDS = (100, 101)  # not used in the study
 LEARNING_RATES = {8: (2e-3, 4e-3, 8e-3, 16e-3), 16: (1e-3, 2e-3, 4e-3, 8e-3)}  # by the number of pairs, for every arm
 PILOT_MAX_STEPS = {8: 1500, 16: 2000}
-CENSORING_FACTOR = 10  # runs of the study end after so many medians of the pilot
+CENSORING_FACTOR = 10  # step limit of the study's runs, in multiples of the pilot's median steps
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Attention of one arm: heads, each with keys and values of its own, and the differential preset or None."""
+    """Attention of one arm: multi-head attention, with keys and values for each head, and a differential preset or
+    None."""
 
     heads: int
     head_dim: int
@@ -79,11 +80,11 @@ ARMS = {
 
 # ---- the task
 def draw_batch(pairs: int, generator: torch.Generator, batch_size: int = BATCH_SIZE) -> tuple[Tensor, Tensor]:
-    """Tokens [B, 3 n] and answers [B, n] of fresh samples.
+    """Tokens [B, 3 n] and answers [B, n] of new samples.
 
     A row is `k1 v1 k2 v2 ... kn vn q1 ... qn`: distinct keys, distinct values, and the keys in a random order; answer i
-    is the value that follows q_i in the list. A guess among all values is right at a rate of 1 / 64, a guess among the
-    listed values at 1 / n.
+    is the value that follows q_i in the list. A guess among all values has accuracy 1 / 64, a guess among the listed
+    values 1 / n.
     """
     keys = torch.rand(batch_size, NUM_KEYS, generator=generator).argsort(1)[:, :pairs]
     values = NUM_KEYS + torch.rand(batch_size, NUM_VALUES, generator=generator).argsort(1)[:, :pairs]
@@ -94,7 +95,7 @@ def draw_batch(pairs: int, generator: torch.Generator, batch_size: int = BATCH_S
 
 # ---- the decoder
 class RecallDecoder(nn.Module):
-    """A Gemma decoder of two layers with the attention of one arm; causal, no pretrained weights."""
+    """A causal two-layer Gemma decoder with the attention of one arm, randomly initialised."""
 
     def __init__(self, arm: Arm, seed: int):
         super().__init__()
@@ -108,11 +109,11 @@ class RecallDecoder(nn.Module):
         self.draw_weights(seed)
 
     def draw_weights(self, seed: int):
-        """Draw every projection from a normal distribution of variance 1 / inputs, embeddings of variance 1 / C.
+        """Draw projections from a normal distribution of variance 1 / inputs, and embeddings of variance 1 / C.
 
-        A generator for each name: projections of one name and shape are equal in all arms. Parameters of the
-        differential modules start as their presets say, except V2's second query, which is drawn like the first: a copy
-        of it, right for a pretrained layer, would only scale the output.
+        Each parameter name has its own generator, so projections of the same name and shape are equal in all arms.
+        Parameters of the differential modules start as their presets say, except V2's second query, which is drawn like
+        the first: the preset's copy of the first, meant for a pretrained layer, would only scale the output.
         """
         for name, parameter in self.named_parameters():
             is_projection = ".differential." not in name or name.endswith(".second_query")
@@ -129,9 +130,9 @@ class RecallDecoder(nn.Module):
 
 
 def decoder_config(arm: Arm) -> GemmaConfig:
-    """Sizes of an arm's decoder. V2's second query is paid for with hidden units of the MLP: all arms have equally many
-    parameters, up to the vectors of lambda and of the head norm (see `count_parameters`)."""
-    # second_query and lambda_token have this many rows of C, a hidden unit of the gated MLP has three
+    """Sizes of an arm's decoder. V2's extra projections are offset by fewer hidden units of the MLP, so that all arms
+    have the same number of parameters, up to the vectors of lambda and of the head norm (see `count_parameters`)."""
+    # second_query and lambda_token have this many rows of size C, a hidden unit of the gated MLP has three
     added_rows = arm.heads * arm.head_dim + arm.heads if arm.preset == "v2" else 0
     return GemmaConfig(
         vocab_size=NUM_KEYS + NUM_VALUES,
@@ -145,7 +146,7 @@ def decoder_config(arm: Arm) -> GemmaConfig:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trained parameters."""
+    """Number of trained parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -154,17 +155,18 @@ def train(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
     """Train one decoder until its smoothed accuracy reaches 75 %, at most `max_steps` updates.
 
     Returns {"arm", "seed", "pairs", "learning_rate", "max_steps", "steps", "censored", "accuracy", "status",
-    "trained_parameters", "losses", "seconds"}: the accuracy was reached after `steps` updates, or `censored` says that
-    it was not. It is measured on each batch before the update that the batch causes; batches are drawn fresh, so none
-    was trained on. `losses` are the first ten. A loss that is not finite ends the run, censored. float32 on the CPU:
-    bit-equal where processor, torch and number of threads are. Raises UserError for an unknown arm or too many pairs.
+    "trained_parameters", "losses", "seconds"}. The accuracy was reached after `steps` updates, or, if `censored`, not
+    reached. It is measured on each batch before the update on that batch; batches are new, so none was trained on.
+    `losses` are the first ten. A loss that is not finite ends the run, censored. Results in float32 on the CPU are
+    bit-identical for the same processor, torch and number of threads. Raises UserError for an unknown arm or a number
+    of pairs out of range.
     """
     check_arm(arm)
     if not 2 <= pairs <= min(NUM_KEYS, NUM_VALUES):
         raise UserError(f"pairs {pairs}: must be 2 to {min(NUM_KEYS, NUM_VALUES)}, the number of keys")
     started = time.monotonic()
     model = RecallDecoder(ARMS[arm], seed)
-    # fresh batches leave nothing to overfit: no weight decay
+    # no weight decay: every batch is new, so there is nothing to overfit
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
     generator = torch.Generator().manual_seed(seed)  # the same batches in every arm
@@ -198,15 +200,15 @@ def train(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
 
 
 def run(section: dict[str, Any], job: "Job", folder: Path) -> dict[str, Any]:
-    """A run that study.py has planned: the fields of its record that follow from it. `folder` stays empty."""
+    """Run one job of study.py. Returns the fields of its record that result; `folder` is not used."""
     rate = section["arms"][job.arm]["learning_rates"][str(job.pairs)]
     found = train(job.arm, job.seed, job.pairs, rate, section["max_steps"][str(job.pairs)])
     return {name: value for name, value in found.items() if name != "losses"}
 
 
 def measure_fingerprint(section: dict[str, Any], folder: Path) -> str:
-    """A hash of the first ten losses of the standard arm at the first pilot seed: equal where library, processor and
-    number of threads round alike."""
+    """A hash of the first ten losses of the standard arm at the first pilot seed: equal if torch, the processor and the
+    number of threads give the same rounding."""
     pairs = section["pairs"][0]
     rate = section["arms"]["standard"]["learning_rates"][str(pairs)]
     losses = train("standard", PILOT_SEEDS[0], pairs, rate, RECORDED_LOSSES)["losses"]
@@ -221,12 +223,12 @@ def check_arm(arm: str):
 
 # ---- the pilot
 def mean_log_steps(runs: Sequence[dict]) -> float:
-    """Mean over runs of ln(steps); a censored run counts with its limit."""
+    """Mean over runs of ln(steps); a censored run counts with its step limit."""
     return statistics.fmean(math.log(run["steps"]) for run in runs)
 
 
 def choose_learning_rate(runs: Sequence[dict]) -> float:
-    """The learning rate of least mean ln(steps) among the runs of one arm and number of pairs; of equals the lowest."""
+    """The learning rate with the lowest mean ln(steps) for one arm and number of pairs; in a tie the lowest rate."""
     rates = sorted({run["learning_rate"] for run in runs})
     return min(rates, key=lambda rate: mean_log_steps([run for run in runs if run["learning_rate"] == rate]))
 
@@ -234,7 +236,7 @@ def choose_learning_rate(runs: Sequence[dict]) -> float:
 def summarise_pilot(runs: Sequence[dict]) -> dict:
     """{"8": {"max_steps", "learning_rates": {arm: rate}}, ...} by the number of pairs.
 
-    `max_steps`, where a run of the study is censored: 10 times the median steps of all arms, each at its chosen rate.
+    `max_steps`, the step limit of the study's runs, is 10 times the median steps of all arms at their chosen rates.
     """
     summary = {}
     for pairs in sorted({run["pairs"] for run in runs}):
@@ -247,7 +249,7 @@ def summarise_pilot(runs: Sequence[dict]) -> dict:
 
 
 def format_pilot(runs: Sequence[dict]) -> list[str]:
-    """The grid as markdown tables: steps of the seeds in order, `>` where censored, those of the chosen rate bold."""
+    """The grid as markdown tables: steps of each seed in order, `>` if censored, the chosen rate in bold."""
     lines = []
     for pairs, summary in summarise_pilot(runs).items():
         asked = [run for run in runs if str(run["pairs"]) == pairs]
@@ -294,12 +296,12 @@ class Pilot(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass
 class Config:
-    """The pilot of study B1. A run that is in the output already is not repeated."""
+    """The pilot of study B1. Runs that are already in the output are not repeated."""
 
-    arms: tuple[str, ...] = tuple(ARMS)  # architectures that are trained
-    pairs: tuple[Annotated[int, Meta(ge=2, le=NUM_KEYS)], ...] = tuple(LEARNING_RATES)  # key-value pairs of a sample
-    seeds: tuple[Annotated[int, Meta(ge=0)], ...] = PILOT_SEEDS  # one run each
-    output: str = "results/study/B1-pilot.json"  # file of the runs
+    arms: tuple[str, ...] = tuple(ARMS)  # arms to train
+    pairs: tuple[Annotated[int, Meta(ge=2, le=NUM_KEYS)], ...] = tuple(LEARNING_RATES)  # key-value pairs per sample
+    seeds: tuple[Annotated[int, Meta(ge=0)], ...] = PILOT_SEEDS  # seeds, one run each
+    output: str = "results/study/B1-pilot.json"  # file that holds the runs
 
 
 @one_line_errors

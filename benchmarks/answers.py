@@ -1,10 +1,11 @@
-"""Answers per second of the needle evaluation beside transformers' own PaliGemma: same weights, questions and batches.
+"""Answers per second of the needle evaluation against transformers' own PaliGemma: same weights, questions and batches.
 
     python benchmarks/answers.py
 
-Both read the stitched images from disk, preprocess, encode and generate greedily, untuned and under a LoRA adapter (a
-random one: what it says does not matter); the answers must be equal before anything is timed. Both in one process, in
-turn, one thread, process time; median over rounds of the ratio. `benchmarks/gpu.py` runs the same on a GPU.
+Both sides read the stitched images from disk, preprocess, encode and generate greedily, with and without a LoRA adapter
+(a random one, since the text does not matter). The answers must be equal before anything is timed. Both sides run in
+turn in one process with one thread; the result is the median over rounds of the ratio of process times.
+`benchmarks/gpu.py` runs the same on a GPU.
 """
 
 import json
@@ -43,17 +44,17 @@ from needle_eval.questions import Question  # noqa: E402
 from needle_eval.runner import Answerer, answer_batches, plan_batches  # noqa: E402
 from processing_paligemma import PaliGemmaProcessor  # noqa: E402
 
-MIN_EQUAL_ON_GPU = 0.98  # share of equal answers, where rounding may decide between two near logits
-GPU_WORKERS = 4  # processes that read images for ours on a GPU, as eval_mmnih.py starts them
+MIN_EQUAL_ON_GPU = 0.98  # required share of equal answers: rounding may decide between two close logits
+GPU_WORKERS = 4  # processes that load images for our side on a GPU, as in eval_mmnih.py
 NANO = ROOT / "assets" / "paligemma-nano"
 
 
 @dataclass
 class Config:
     rounds: int = 9  # timed rounds, after one that is not counted
-    samples: int = 64  # images, each searched for a thing that is there and for one that is not
+    samples: int = 64  # images; each is asked for an object that it shows and for one that it does not
     batch_size: int = 32  # questions answered at once
-    protocol: str = "detect"  # what the embedded model can do untuned
+    protocol: str = "detect"  # a task that the embedded model can do without fine-tuning
     device: Literal["cpu", "cuda"] = "cpu"
     output: str = str(ROOT / "benchmarks" / "results" / "answers.json")
 
@@ -64,7 +65,7 @@ def ours(answerer: Answerer, batches: list[list[Question]]) -> list[str]:
 
 
 def theirs(model: torch.nn.Module, processor: transformers.ProcessorMixin, batches: list[list[Question]]) -> list[str]:
-    """The model card's way: every image of every prompt opened, preprocessed and encoded."""
+    """As on the model card: every image of every prompt is opened, preprocessed and encoded."""
     texts = []
     for batch in batches:
         images = [[Image.open(path).convert("RGB") for path in question.images] for question in batch]
@@ -77,7 +78,7 @@ def theirs(model: torch.nn.Module, processor: transformers.ProcessorMixin, batch
 
 
 def model_pair(lora: bool, folder: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Our model and theirs, with the same weights; `lora`: under the same adapter, as after fine-tuning."""
+    """Our model and theirs, with the same weights and, if `lora`, the same adapter, as after fine-tuning."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(NANO)
     their_model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32).eval()
     if lora:

@@ -1,10 +1,10 @@
-"""Times every path of attention.py at every length: the measurements behind `choose_path`.
+"""Time every path of attention.py at several lengths: the measurements behind `choose_path`.
 
     python benchmarks/attention_paths.py
 
-Forward + backward of the attention core alone on a CPU, one thread, process time, all paths interleaved; the median
-over rounds of the ratio to standard attention through SDPA in the same round. "maps" keeps explicit maps, "chunks"
-computes them again for a few queries at a time, "sdpa" is torch's, on the heads of both maps at once.
+Forward + backward of the attention core on a CPU with one thread, in process time, all paths interleaved. Results are
+medians over rounds of the ratio to standard attention through SDPA in the same round. "maps" keeps explicit maps,
+"chunks" recomputes them for a few queries at a time, "sdpa" is torch's SDPA on the heads of both maps at once.
 """
 
 import json
@@ -25,7 +25,7 @@ from compare import machine  # noqa: E402
 import attention  # noqa: E402
 from attention import PrefixMask  # noqa: E402
 
-SHAPES = {  # query heads, key heads of each map, value heads, width of a map, of a value
+SHAPES = {  # query heads, key heads of each map, value heads, width of a map, width of a value, differential
     "Gemma, standard": (8, 1, 1, 256, 256, False),
     "Gemma, second query (split, v2)": (8, 1, 1, 256, 256, True),
     "Gemma, halves (v1_width)": (8, 2, 1, 128, 256, True),
@@ -37,12 +37,12 @@ SHAPES = {  # query heads, key heads of each map, value heads, width of a map, o
 @dataclass
 class Config:
     lengths: tuple[int, ...] = (256, 512, 768, 1024)
-    rounds: int = 5  # timed, after one that is not
+    rounds: int = 5  # timed rounds, after one that is not counted
     output: str = str(ROOT / "benchmarks" / "results" / "attention_paths.json")
 
 
 def work(shape, length: int, dtype, path: str):
-    """A call that runs this shape forward and backward on this path; the last 48 rows are causal."""
+    """A function that runs this shape forward and backward on this path; the last 48 rows are causal."""
     heads, keys, values, width, value_width, differential = shape
     torch.manual_seed(0)
     sizes = [(heads, width), (heads, width), (keys, width), (values, value_width)]

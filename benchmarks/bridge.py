@@ -1,12 +1,12 @@
-"""Which preset works in which model of transformers: tiny random models, each claim measured; writes the table of
+"""Measure which preset works in which model of transformers, on tiny random models, and write the table of
 docs/bridge.md.
 
     python benchmarks/bridge.py
 
-All in float32, with eager attention and SDPA where the model has both. E: the outputs at step 0 are bit-equal to those
-of the standard model. C: greedy decoding with a KV cache gives the logits of decoding without, and a row padded on the
-left those of the row alone. T: with LoRA beside it, every trainable parameter has a gradient within four updates. S:
-the folder that `save_pretrained` writes gives the same outputs.
+Everything runs in float32, with eager attention and SDPA where the model has both. E: the outputs at step 0 are
+bit-equal to those of the standard model. C: greedy decoding gives the same logits with and without a KV cache, and for
+a row padded on the left and for the row alone. T: together with LoRA, every trainable parameter gets a gradient within
+four updates. S: the model loaded from the folder that `save_pretrained` writes gives the same outputs.
 """
 
 import json
@@ -31,11 +31,11 @@ from differential_attention import PRESETS, DifferentialConfig, set_progress  # 
 from differential_transformers import add_differential, differential_parameters, from_pretrained  # noqa: E402
 from errors import UserError  # noqa: E402
 
-IMAGE, SIDE, PATCHES = 90, 16, 4  # id of an image token, pixels, image tokens of an image
-ROWS = (9, 5)  # words of the two prompts, the second padded on the left
+IMAGE, SIDE, PATCHES = 90, 16, 4  # id of an image token, pixels per side, image tokens per image
+ROWS = (9, 5)  # text tokens of the two prompts; the second is padded on the left
 NEW_TOKENS, UPDATES = 4, 4
 TOLERANCE = 2e-5  # of logits, whose standard deviation is about 1
-AMPLIFY = 6.0  # of the initial weights, so that maps are not uniform
+AMPLIFY = 6.0  # factor on the initial weights, so that maps are not uniform
 
 TEXT = dict(
     vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -169,8 +169,8 @@ def make_model(host: Host, implementation: str = "eager") -> hf.PreTrainedModel:
 
 
 def make_batch(host: Host, rows: tuple[int, ...] = ROWS, only: int | None = None) -> dict[str, Tensor]:
-    """Inputs: prompts of these lengths, padded on the left, with an image each if the model takes images; `only` one
-    of them, without pads."""
+    """Inputs: prompts of these lengths, padded on the left, each with an image if the model takes images; with `only`
+    just that prompt, without padding."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(len(rows), 3, SIDE, SIDE, generator=generator)
     words = [torch.randint(3, IMAGE, (count,), generator=generator) for count in rows]
@@ -193,13 +193,13 @@ def make_batch(host: Host, rows: tuple[int, ...] = ROWS, only: int | None = None
 
 
 def run(model: hf.PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Logits, or the last hidden state of a tower alone."""
+    """Logits, or the last hidden state if the model is only a tower."""
     out = model(**batch)
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
 def stir(model: hf.PreTrainedModel, scale: float = 0.2) -> hf.PreTrainedModel:
-    """Move every differential parameter away from its start."""
+    """Move every differential parameter away from its initial value."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for _, parameter in differential_parameters(model):
@@ -223,7 +223,7 @@ def is_exact(host: Host, preset: str, implementation: str) -> bool:
 
 
 def is_cached(host: Host, preset: str, implementation: str) -> bool:
-    """Whether decoding with a cache, and a row alone, give the logits of the whole padded batch."""
+    """Whether decoding without a cache, and of single rows, gives the logits of cached decoding of the padded batch."""
     model = make_model(host, implementation)
     add_differential(model, config_of(host, preset))
     stir(model)
@@ -241,7 +241,7 @@ def is_cached(host: Host, preset: str, implementation: str) -> bool:
 
 
 def is_trained(host: Host, preset: str, implementation: str) -> bool:
-    """Whether every trainable parameter, of LoRA and differential, gets a gradient."""
+    """Whether every trainable parameter, of LoRA and of differential attention, gets a gradient."""
     base, batch = make_model(host, implementation), make_batch(host)
     fused = any(name.endswith("qkv_proj") for name, _ in base.named_modules())
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["qkv_proj"] if fused else ["q_proj", "v_proj"]))
@@ -259,7 +259,7 @@ def is_trained(host: Host, preset: str, implementation: str) -> bool:
 
 
 def is_saved(host: Host, preset: str, implementation: str) -> bool:
-    """Whether the model in a saved folder has the same outputs."""
+    """Whether a saved and reloaded model gives the same outputs."""
     model, batch = make_model(host, implementation), make_batch(host)
     add_differential(model, config_of(host, preset))
     stir(model)
@@ -287,7 +287,7 @@ def measure(host: Host, preset: str) -> str:
 @dataclass
 class Config:
     output: str = str(ROOT / "benchmarks" / "results" / "bridge.json")
-    page: str = str(ROOT / "docs" / "bridge.md")  # its table is replaced
+    page: str = str(ROOT / "docs" / "bridge.md")  # page whose table is replaced
 
 
 def format_table(results: dict[str, dict[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""Ours against transformers + peft, and differential against standard attention: same weights, same work, one process.
+"""Time ours against transformers + peft, and differential against standard attention, with the same weights and work.
 
     python benchmarks/compare.py                 # CPU, one thread; benchmarks/gpu.py is for a GPU
     python benchmarks/compare.py --compiled=True # also both sides under torch.compile, with minutes of warm-up
@@ -11,7 +11,7 @@ greedy tokens are compared before anything is timed. The two baselines:
     HF-tuned    what an expert runs: logits of label rows, vision features reused, adapters in the model's dtype
 
 Ours reuses vision features as well, as with `--vision_cache_gb`, without the time of the look-up; its adapters are
-float32. All rows of a batch have the same length, so there are no pads and no ragged prefixes.
+float32. All rows of a batch have the same length, so there is no padding and there are no ragged prefixes.
 """
 
 import ctypes
@@ -61,12 +61,12 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass
 class Config:
-    size: Literal["full", "tiny"] = "full"  # tiny: does the code run?
-    rounds: int = 5  # timed, after one that is not
+    size: Literal["full", "tiny"] = "full"  # tiny: only check that the code runs
+    rounds: int = 5  # timed rounds, after one that is not counted
     compiled: bool = False  # time both sides under torch.compile as well
     output: str = str(ROOT / "benchmarks" / "results" / "compare_cpu.json")
-    child: str = ""  # internal: whose step this process measures the memory of
-    dtype: str = "float32"  # internal: in which type
+    child: str = ""  # internal: the variant whose step memory this process measures
+    dtype: str = "float32"  # internal: its dtype
 
 
 # ---- models and batches
@@ -94,14 +94,14 @@ def vision_config(hidden, layers, mlp, heads, image_size=224):
 
 
 def mid_size(config: Config, vocabulary: int = 257216):
-    """185 M parameters at 257,216 tokens; for the smoke test a toy of the same shape."""
+    """185 M parameters with a vocabulary of 257,216 tokens; for `--size=tiny` a toy with the same structure."""
     if config.size == "tiny":
         return hf_config(512, 32, 2, 64, 4, 8, vision_config(24, 2, 32, 2, image_size=28))
     return hf_config(vocabulary, 512, 6, 4096, 8, 64, vision_config(384, 6, 1536, 6))
 
 
 def hf_model(hf, dtype, device="cpu", weights=None):
-    """A transformers PaliGemma, random or on the very tensors `weights`."""
+    """A PaliGemma of transformers, with random weights or sharing the tensors `weights`."""
     import transformers
 
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def our_model(hf, weights, differential=None):
 
 
 def with_lora(model, own_dtype: bool = False):
-    """peft's LoRA of rank 8 in the language model, none of its factors zero, the same for every model."""
+    """Add peft's LoRA of rank 8 to the language model, with the same random non-zero factors for every model."""
     from peft import LoraConfig, get_peft_model
 
     targets = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(LINEARS)})"
@@ -163,7 +163,7 @@ def default_loss(adapted, batch):
 
 
 def tuned_loss(adapted, batch, features, labelled):
-    """`labelled` [n]: the positions that have a label in any row."""
+    """Loss of HF-tuned; `labelled` [n] are the positions that have a label in any row."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
@@ -173,7 +173,7 @@ def tuned_loss(adapted, batch, features, labelled):
 
 
 def make_tuned_loss(adapted, batch, features) -> Callable:
-    """`tuned_loss` of a batch, after checking that transformers uses the features: 5.17 ignores them silently."""
+    """`tuned_loss` of a batch, after checking that transformers uses the features; 5.17 silently ignores them."""
     labelled = (batch["labels"] != -100).any(0).nonzero().squeeze(1)
     with torch.no_grad():
         losses = [tuned_loss(adapted, batch, t, labelled).item() for t in (features, torch.zeros_like(features))]
@@ -189,7 +189,7 @@ def our_loss(adapted, batch, features):
 
 
 def training_variants(hf, dtype, batch, device="cpu", which=("HF-default", "HF-tuned", "ours", "split")) -> dict:
-    """Name -> (loss function, its parameters' optimizer). All share the frozen weights."""
+    """Name -> (loss function, optimizer). All variants share the frozen weights."""
     source = hf_model(hf, dtype, device)
     weights = source.state_dict()
     features = our_model(hf, weights).model.image_features(batch["pixel_values"])
@@ -313,7 +313,7 @@ def layer_variants(config: Config, dtype, length: int) -> dict[str, Callable]:
 
 
 def embedded_rows(config: Config):
-    """Answers of the embedded model to eight needle questions: the whole call."""
+    """Answers of the embedded model to eight needle questions; the whole call of generate is timed."""
     import transformers
 
     folder = ROOT / "assets" / "paligemma-nano"
@@ -337,7 +337,7 @@ def embedded_rows(config: Config):
 
 
 def decode_rows(config: Config, dtype: str):
-    """Greedy tokens a second of the mid-size model at 257,216 tokens, batch 1: time of 33 new tokens less that of 1."""
+    """Greedy decoding of the mid-size model, vocabulary 257,216, batch 1: time of 33 new tokens minus that of 1."""
     hf = mid_size(config)
     prompt = make_batch(hf, DTYPES[dtype], 1, 32, 0)
     source = hf_model(hf, DTYPES[dtype])
@@ -348,7 +348,7 @@ def decode_rows(config: Config, dtype: str):
     for name in ("ours", "split"):
         sides[name].config.eos_token_id = -1
     times, answers = decode_times(sides, prompt, 33, config.rounds)
-    if dtype == "float32":  # in bfloat16 two near logits may round to either side
+    if dtype == "float32":  # in bfloat16 rounding may swap two close logits
         assert answers["HF"] == answers["ours"], f"greedy tokens differ: {answers}"
     yield f"decode, vocabulary 257,216, batch 1, {dtype}: HF / ours", ratio(times["HF"], times["ours"])
     yield f"decode, {dtype}: tokens/s of split / standard", ratio(times["ours"], times["split"])
@@ -357,8 +357,8 @@ def decode_rows(config: Config, dtype: str):
 def decode_times(
     sides: dict, prompt: dict, new: int, rounds: int, device: str = "cpu", options: dict[str, dict] | None = None
 ) -> tuple[dict, dict]:
-    """Seconds of the tokens after the first, and every model's tokens. `options`: more arguments of `generate` of some
-    sides."""
+    """Seconds for the tokens after the first, and the tokens of every model. `options` are additional arguments of
+    `generate`, by side."""
     prompt = {key: prompt[key] for key in ("input_ids", "attention_mask", "pixel_values")}
     answers = {}
 
@@ -375,7 +375,7 @@ def decode_times(
 
 
 def memory_rows(config: Config, dtype: str):
-    """Growth of the resident set in the first step, each variant in a process of its own."""
+    """Growth of resident memory in the first step, each variant in its own process."""
     names = ("HF-default", "HF-tuned", "ours", "split")
     flags = [f"--size={config.size}", f"--dtype={dtype}"]
     peaks = {name: json.loads(fresh_process([__file__, f"--child={name}", *flags])) for name in names}
@@ -385,20 +385,20 @@ def memory_rows(config: Config, dtype: str):
 
 
 def fresh_process(arguments: list[str]) -> str:
-    """The last line that a python process of its own prints, one thread."""
+    """Run Python in a new process with one thread. Returns the last line that it prints."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ONE_THREAD, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
 
 def step_memory(config: Config) -> float:
-    """MB; of the variant that this process is for."""
+    """Growth of resident memory in MB in one step of the variant `config.child`."""
     dtype = DTYPES[config.dtype]
     hf = mid_size(config)
     batch = make_batch(hf, dtype, 2, 32, 32)
     ((_, work),) = training_variants(hf, dtype, batch, which=(config.child,)).items()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what building left free would hide growth
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is not returned would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the resident memory
     before = resident("VmHWM")
     step(*work)
@@ -411,8 +411,7 @@ def resident(key: str) -> float:
 
 
 def load_rows(config: Config):
-    """A checkpoint of 1.3 GB in bf16 shards, its pages in memory: seconds of wall time in fresh processes, best of
-    three."""
+    """Load a checkpoint of 1.3 GB in bf16 shards from the page cache: wall time in fresh processes, best of three."""
     with tempfile.TemporaryDirectory() as folder:
         vision = vision_config(384, 6, 1536, 6)
         hf = mid_size(config) if config.size == "tiny" else hf_config(257216, 1024, 12, 8192, 8, 128, vision)
@@ -461,7 +460,7 @@ def line(name: str, row: dict) -> str:
 
 
 def summary(rows: dict[str, dict]) -> list[str]:
-    """The ratios as the README shows them: both dtypes of a piece of work in one line, quartiles in brackets."""
+    """The ratios as the README shows them: one line per kind of work with both dtypes, quartiles in brackets."""
     cells: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
         dtype = next((d for d in DTYPES if f", {d}" in name), "float32")

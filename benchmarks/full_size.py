@@ -1,10 +1,10 @@
-"""Measure loading and answering with a random PaliGemma 3b against transformers: time, peak memory, logits.
+"""Compare loading and answering with a random PaliGemma 3b to transformers: time, peak memory, logits.
 
     python benchmarks/full_size.py --folder=/tmp/paligemma-3b-random
 
 transformers writes the checkpoint as bf16 shards (5.9 GB) unless the folder holds one. Both libraries then load it and
-answer one prompt, in bfloat16 and in float32, each in a process of its own. In bfloat16 two correct implementations
-differ by rounding; float32 shows whether they compute the same function. Needs 16 GB of memory.
+answer one prompt, in bfloat16 and in float32, each in its own process. In bfloat16 two correct implementations differ
+by rounding; float32 shows whether they compute the same function. Needs 16 GB of memory.
 """
 
 import json
@@ -31,7 +31,7 @@ class Config:
     new_tokens: int = 5  # length of the greedy answer
     output: str = str(ROOT / "benchmarks" / "results" / "full_size.json")
     side: Literal["", "ours", "transformers"] = ""  # internal: the library that this process measures
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # internal: its weights and computation
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # internal: dtype of its weights and computation
 
 
 def write_checkpoint(folder: str) -> None:
@@ -55,7 +55,7 @@ def write_checkpoint(folder: str) -> None:
 
 
 def peak_gb() -> float:
-    """Peak resident memory of this process in GB. getrusage would return the parent's if that was larger."""
+    """Peak resident memory of this process in GB. getrusage would return that of the parent process if larger."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1e6
 
@@ -99,7 +99,7 @@ def measure(config: Config) -> dict:
 
 
 def measure_in_fresh_processes(config: Config, side: str, dtype: str) -> dict:
-    """`measure` in `PROCESSES` processes, one after another: the last result with the shortest times."""
+    """Run `measure` in `PROCESSES` processes, one after another. Returns the last result with the shortest times."""
     for file in Path(config.folder).glob("*.safetensors"):
         file.read_bytes()  # so that both libraries find the files in the page cache
     flags = [f"--side={side}", f"--dtype={dtype}", f"--folder={config.folder}", f"--new_tokens={config.new_tokens}"]

@@ -2,9 +2,9 @@
 
     python benchmarks/full_size_phi.py --folder=/tmp/phi-3.5-vision-random
 
-The checkpoint, bf16 shards of 8.3 GB, is written shard by shard unless the folder holds one. A fresh process loads it
-and answers one prompt with a square image at 4 crops, in bfloat16. Needs 12 GB of memory. The numbers of the released
-code at small size are in tests/test_phi3v.py; the released code itself is not run here.
+The checkpoint (8.3 GB in bf16 shards) is written shard by shard unless the folder holds one. A fresh process loads it
+and answers one prompt with a square image at 4 crops, in bfloat16. Needs 12 GB of memory. The released code is not run
+here; tests/test_phi3v.py compares with its numbers at small size.
 """
 
 import json
@@ -30,7 +30,7 @@ from modeling_phi3 import Phi3Config, Phi3TextConfig, Phi3VForCausalLM  # noqa: 
 NUM_CROPS, CROP, GRID = 4, 336, 2  # a square image is cut into GRID x GRID crops
 IMAGE_TOKENS = 757  # of a square image at 4 crops
 SHARD_BYTES = 2_000_000_000
-PROMPT_IDS = [1, 32010, 29871, 13]  # <s>, <|user|> and a newline; the text is of no importance with random weights
+PROMPT_IDS = [1, 32010, 29871, 13]  # <s>, <|user|> and a newline; the text does not matter with random weights
 ANSWER_IDS = [1724, 338, 4318, 297, 445, 1967, 29973, 32007, 29871, 13, 32001]
 
 
@@ -43,7 +43,7 @@ class Config:
 
 
 def make_config() -> Phi3Config:
-    """Phi-3.5-vision's sizes; its rotary factors are stood in for by a ramp of the same length."""
+    """Phi-3.5-vision's sizes, with a ramp of the same length in place of its rotary factors."""
     half = 48
     text = Phi3TextConfig(
         max_position_embeddings=131072,

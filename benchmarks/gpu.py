@@ -1,12 +1,12 @@
-"""What a GPU makes of this repository, beside transformers + peft: one command, ten minutes.
+"""Benchmark this repository on a GPU against transformers + peft: one command, ten minutes.
 
     python benchmarks/gpu.py                                   # PaliGemma 3b with random weights, bfloat16
     python benchmarks/gpu.py --sections ceilings steps_224     # some of SECTIONS below
-    python benchmarks/gpu.py --device=cpu --size=tiny          # does the code run?
+    python benchmarks/gpu.py --device=cpu --size=tiny          # check that the code runs
 
-Every section runs by itself: what fails or does not fit the time is named and the others go on. The results file is
-written again after every row, so nothing is lost when the command is cut off. Variants of a row are interleaved; ratios
-are medians over rounds of the ratio within a round. The sides:
+Sections are independent: one that fails or runs out of time is reported, and the others still run. The results file is
+written after every row, so nothing is lost if the command is interrupted. Variants of a row are interleaved; ratios are
+medians over rounds of the ratio within a round. The sides:
 
     HF-default           logits of every row, the vision tower at every step, peft's float32 adapters
     HF-default, autocast the same under bfloat16 autocast, as transformers' Trainer runs it
@@ -72,20 +72,20 @@ from modeling_siglip import SiglipVisionConfig  # noqa: E402
 from modeling_vlm import GraphCache  # noqa: E402
 
 NANO = ROOT / "assets" / "paligemma-nano"
-BATCH, PROMPT, LABELS = 8, 64, 64  # rows of a step; tokens of the longest prompt and answer beside the image
+BATCH, PROMPT, LABELS = 8, 64, 64  # rows of a step; tokens of the longest prompt and answer, without the image
 DATASHEET_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 311.8, "L40S": 362.0, "4090": 165.2}  # dense bfloat16
-SPARE_SECONDS = 15  # a section does not begin with less time left
-TOP_KERNELS = 12  # of a profile that are listed
+SPARE_SECONDS = 15  # minimum time left to start a section
+TOP_KERNELS = 12  # kernels listed per profile
 
 
 @dataclass
 class Config:
-    seconds: int = 540  # of the whole command; sections that do not fit are left out
-    sections: tuple[str, ...] = ()  # of SECTIONS, in their order; empty: all
+    seconds: int = 540  # time limit of the whole command; sections that do not fit are left out
+    sections: tuple[str, ...] = ()  # sections to run, always in the order of SECTIONS; empty: all
     device: Literal["cuda", "cpu"] = "cuda"
-    size: Literal["full", "tiny"] = "full"  # tiny: does the code run?
-    rounds: int = 20  # timed
-    warmups: int = 3  # rounds before, which are not
+    size: Literal["full", "tiny"] = "full"  # tiny: only check that the code runs
+    rounds: int = 20  # timed rounds
+    warmups: int = 3  # untimed rounds before them
     output: str = ""  # empty: benchmarks/results/gpu_CARD.json
 
 
@@ -119,7 +119,7 @@ def paligemma2_3b(config: Config, image_size: int):
 
 
 def make_step_batch(hf, device: str, ragged: bool) -> dict[str, Tensor]:
-    """BATCH rows of an image, a prompt and an answer; `ragged`: shorter ones too, padded on the left to one length."""
+    """BATCH rows of an image, a prompt and an answer; if `ragged`, of different lengths and padded on the left."""
     batch = make_batch(hf, torch.bfloat16, BATCH, PROMPT, LABELS)
     if ragged:
         length, pad = batch["input_ids"].shape[1], hf.pad_token_id
@@ -137,8 +137,8 @@ def make_step_batch(hf, device: str, ragged: bool) -> dict[str, Tensor]:
 
 
 def step_flops(hf, batch: dict, with_vision: bool) -> float:
-    """Of one step on padded rows: forward pass and gradients of activations (weights are frozen, LoRA is left out), the
-    head at label rows, attention as dense squares; of the tower the forward pass."""
+    """FLOPs of one step on padded rows: forward pass and activation gradients (weights are frozen, LoRA is left out),
+    the head at label rows, attention as dense squares; for the vision tower only the forward pass."""
     text, (rows, length) = hf.text_config, batch["input_ids"].shape
     width = text.num_attention_heads * text.head_dim
     layer = 2 * text.hidden_size * (width + text.num_key_value_heads * text.head_dim)
@@ -175,13 +175,13 @@ class Variant:
         return loss.item()
 
     def fixed_bytes(self) -> int:
-        """Weights, adapters and the state of the optimizer."""
+        """Bytes of weights, adapters and optimizer state."""
         state = [t for entry in self.optimizer.state.values() for t in entry.values()]
         return sum(t.nbytes for t in [*self.adapted.parameters(), *state])
 
 
 def make_variants(hf, batch: dict[str, Tensor], names: tuple[str, ...], device: str) -> dict[str, Variant]:
-    """Variants of the names in the text at the top, on shared frozen weights; ", compiled" compiles their layers."""
+    """Variants by their names in the module docstring, on shared frozen weights; ", compiled" compiles their layers."""
     source = hf_model(hf, torch.bfloat16, device)
     weights = source.state_dict()
     features = our_model(hf, weights).model.image_features(batch["pixel_values"])
@@ -211,7 +211,7 @@ def make_variants(hf, batch: dict[str, Tensor], names: tuple[str, ...], device: 
 
 
 def make_our_loss(adapted, batch: dict[str, Tensor], features: Tensor | None) -> Callable[[], Tensor]:
-    """As training.py computes it: the plan is made on the CPU; `features` None: of the pixels, at every step."""
+    """The loss as training.py computes it, with the plan made on the CPU; with `features` None the tower runs too."""
     inputs = {key: tensor for key, tensor in batch.items() if key != "pixel_values"}
     images = dict(pixel_values=batch["pixel_values"]) if features is None else dict(image_features=features)
     plan = adapted.get_base_model().model.plan(**{key: tensor.cpu() for key, tensor in inputs.items()})
@@ -232,7 +232,7 @@ Rows = Iterator[tuple[str, dict]]
 
 
 def ceilings(config: Config) -> Rows:
-    """What the card reaches here: the denominators of every share below."""
+    """What the GPU achieves on simple operations, for comparison with the other sections."""
     size, mega = (8192, 1024) if config.size == "full" else (64, 1)
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=config.device) for _ in range(2))
     times = interleaved({"matmul": lambda: a @ b}, config.rounds, config.device, config.warmups)
@@ -254,7 +254,7 @@ def datasheet_tflops(config: Config) -> float | None:
 
 
 def backends(config: Config) -> Rows:
-    """Which kernel SDPA really takes, forward and backward, by the names of the operations that ran."""
+    """Which kernels SDPA chooses, forward and backward, by the names of the operations that ran."""
     for name, heads, kv_heads, width, masked, dtype in (
         ("SigLIP", 16, 16, 72, False, torch.bfloat16),
         ("Gemma, no mask", 8, 1, 256, False, torch.bfloat16),
@@ -272,7 +272,7 @@ def backends(config: Config) -> Rows:
         yield f"SDPA backend: {name}", {"ops": [op for op in ran if op != "scaled_dot_product_attention"]}
 
 
-COMPILED_TESTS = "flex or compiled"  # they compile, which takes minutes
+COMPILED_TESTS = "flex or compiled"  # these tests compile, which takes minutes
 
 
 def gpu_tests(config: Config) -> Rows:
@@ -284,7 +284,7 @@ def compiled_tests(config: Config) -> Rows:
 
 
 def run_tests(names: str) -> dict:
-    """Of marker `gpu`, those whose names fit."""
+    """Run the tests with marker `gpu` whose names match `names`."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", names, "tests/test_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -307,13 +307,13 @@ def steps_448(config: Config) -> Rows:
 
 
 def steps_gemma2(config: Config) -> Rows:
-    """Soft-capped scores, which flash attention lacks."""
+    """Steps of a model with soft-capped scores, which flash attention does not support."""
     yield from step_rows(config, "PaliGemma 2, 448 px", paligemma2_3b(config, 448), ("HF-tuned", "ours", "split"))
 
 
 def compiled(config: Config) -> Rows:
-    """Ragged rows only: compiling takes a minute. Layers of transformers that are compiled one by one compile again at
-    every layer, so they are left out."""
+    """Ragged rows only, since compiling takes a minute. transformers is left out: if its layers are compiled one by
+    one, every layer compiles again."""
     names = ("ours", "ours, compiled", "split", "split, compiled")
     yield from step_rows(config, "224 px", paligemma_3b(config), names, kinds=("ragged",))
 
@@ -321,9 +321,9 @@ def compiled(config: Config) -> Rows:
 def step_rows(
     config: Config, label: str, hf, names: tuple[str, ...], kinds: tuple[str, ...] = ("uniform", "ragged")
 ) -> Rows:
-    """Uniform and ragged batches: milliseconds, peak memory and rates of every variant, then ratios."""
+    """For uniform and ragged batches: milliseconds, peak memory and TFLOP/s of every variant, then ratios."""
     medians = {}
-    names = tuple(name for name in names if config.device == "cuda" or "flex" not in name)  # a CPU cannot train with it
+    names = tuple(name for name in names if config.device == "cuda" or "flex" not in name)  # no training on a CPU
     for kind in kinds:
         batch = make_step_batch(hf, config.device, ragged=kind == "ragged")
         variants, losses, peaks = make_variants(hf, batch, names, config.device), {}, {}
@@ -353,7 +353,7 @@ def step_rows(
 
 
 def first_update(variant: Variant, device: str) -> tuple[float, float]:
-    """(loss, peak memory in GB, as if the others were not there) of one update, after one that allocates what stays."""
+    """(loss, peak memory in GB of this variant alone) of one update, after one that allocates the optimizer state."""
     loss = variant.update()
     if device == "cpu":
         return loss, 0.0
@@ -366,7 +366,7 @@ def first_update(variant: Variant, device: str) -> tuple[float, float]:
 
 
 def ratios_of(times: dict) -> list[tuple[str, str]]:
-    """The pairs that are compared."""
+    """The pairs of variants to compare."""
     pairs = [("ours, vision", "HF-default"), ("ours, vision", "HF-default, autocast"), ("ours", "HF-tuned")]
     pairs += [("ours", "HF-tuned, flex"), ("split", "ours"), ("v1_width", "ours"), ("ours, compiled", "ours")]
     pairs += [("split, compiled", "ours, compiled"), ("split, compiled", "split")]
@@ -377,8 +377,8 @@ ADAPTERS = ("HF, adapter", "ours, adapter")
 
 
 def decode(config: Config) -> Rows:
-    """Tokens a second after the first; ours replays the graph of its last answer, "new graph" records one an answer;
-    beside what reading every decoder weight once a token allows."""
+    """Tokens per second after the first token. Ours replays the graph of its last answer, "new graph" records one per
+    answer. `of_floor` is relative to the speed at which each token only reads every decoder weight once."""
     hf, device = paligemma_3b(config), config.device
     source = hf_model(hf, torch.bfloat16, device)
     weights = source.state_dict()
@@ -410,12 +410,12 @@ def decode(config: Config) -> Rows:
 
 
 def copy_bandwidth(config: Config) -> float:
-    """Bytes a second, read and written."""
+    """Bytes read and written per second."""
     return next(row["tb_per_s"] for name, row in ceilings(config) if name == "ceiling: copy") * 1e12
 
 
 def kernels(config: Config) -> Rows:
-    """Forward + backward of the attention of one layer by every path that is right for it; `taken`: the one in use."""
+    """Forward + backward of the attention of one layer on every path that supports it; `taken`: the path in use."""
     lengths = (384, 1152) if config.size == "full" else (24,)
     for name, (second, value_width, softcap, paths) in {
         "standard": (False, 256, None, ("varlen", "sdpa")),
@@ -445,13 +445,13 @@ def can_run(run: Callable, path: str) -> bool:
 
 
 def attention_work(config: Config, length: int, second: bool, value_width: int, softcap: float | None) -> Callable:
-    """A function of a path that runs Gemma 2B's attention of a ragged batch forward and backward on it; None: on the
-    path in use, which it returns."""
+    """A function that runs Gemma 2B's attention of a ragged batch forward and backward on a given path, or with None on
+    the path in use, and returns the path."""
     heads, width = (8, 256) if config.size == "full" else (4, 8)
     value_width = width * value_width // 256
     device, dtype, chosen = config.device, torch.bfloat16, []
     types = torch.arange(length) >= length - 24
-    valid = torch.arange(length) >= torch.arange(BATCH)[:, None]  # rows with 0 to BATCH - 1 pads
+    valid = torch.arange(length) >= torch.arange(BATCH)[:, None]  # rows with 0 to BATCH - 1 padding tokens
     mask = attention.PrefixMask.from_tensors(valid.long(), types.long().expand(BATCH, -1)).to(device)
     shapes = [(heads, width), (heads, width), (1, width), (1, value_width)]
     q1, q2, k, v = (torch.randn(BATCH, h, length, d, dtype=dtype, device=device) for h, d in shapes)
@@ -479,7 +479,7 @@ def attention_work(config: Config, length: int, second: bool, value_width: int, 
 
 
 def profiles(config: Config) -> Rows:
-    """Of one update on a ragged batch: launches, copies, how busy the card is, and the kernels that take longest."""
+    """Profile of one update on a ragged batch: launches, syncs, share of GPU busy time, and the slowest kernels."""
     hf = paligemma_3b(config)
     batch = make_step_batch(hf, config.device, ragged=True)
     variants = make_variants(hf, batch, ("ours", "split", "HF-tuned"), config.device)
@@ -503,12 +503,12 @@ def profiles(config: Config) -> Rows:
 
 
 def kernels_among(events) -> list:
-    """The events of a profile that ran on the card."""
+    """The events of a profile that ran on the GPU."""
     return [event for event in events if event.device_type == DeviceType.CUDA]
 
 
 def card_ms(work: Callable[[], object], times: int = 5) -> float:
-    """Milliseconds that the card is busy with one call of `work`."""
+    """GPU time of one call of `work` in milliseconds."""
     work()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         for _ in range(times):
@@ -518,7 +518,7 @@ def card_ms(work: Callable[[], object], times: int = 5) -> float:
 
 
 def resume(config: Config) -> Rows:
-    """finetune_diff.py on the embedded model, killed and continued, beside one that was never stopped."""
+    """finetune_diff.py on the embedded model: a run that is killed and resumed against an uninterrupted one."""
     with tempfile.TemporaryDirectory() as folder:
         steps, samples, save_every = (60, 64, 20) if config.size == "full" else (4, 2, 2)
         flags = [f"--max_steps={steps}", f"--save_every={save_every}", "--log_every=1", f"--eval_samples={samples}"]
@@ -534,8 +534,8 @@ def resume(config: Config) -> Rows:
 
 
 def run_script(script: str, flags: list[str], folder: Path, killed_at: int | None) -> float:
-    """Seconds of a fine-tune into `folder`; with `killed_at` it is killed once that checkpoint exists, and started
-    again."""
+    """Seconds of a fine-tuning run into `folder`. With `killed_at` the run is killed once that checkpoint exists, and
+    started again."""
     command = [sys.executable, script, *flags, f"--output_dir={folder}", "--tracker=none"]
     began = time.perf_counter()
     if killed_at is not None:
@@ -559,7 +559,7 @@ def answer_rows(config: Config) -> Rows:
 
 
 def train_3b(config: Config) -> Rows:
-    """A random PaliGemma 3b through the scripts: 50 steps of both arms, killed and continued, evaluated, exported."""
+    """Run the scripts on a random PaliGemma 3b: 50 steps of both arms, killed and resumed; evaluation; export."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         steps, samples, save_every, rows = (50, 16, 20, BATCH) if config.size == "full" else (3, 2, 2, 2)
@@ -597,7 +597,7 @@ def write_random_model(config: Config, folder: Path):
     shutil.copy(NANO / "tokenizer.json", folder)
 
 
-SECTIONS: dict[str, tuple[Callable[[Config], Rows], int]] = {  # with the most seconds that it may take
+SECTIONS: dict[str, tuple[Callable[[Config], Rows], int]] = {  # section -> (function, time limit in seconds)
     "ceilings": (ceilings, 30),
     "backends": (backends, 30),
     "tests": (gpu_tests, 120),
@@ -650,7 +650,7 @@ def describe_machine(config: Config) -> dict:
 
 
 def table(rows: dict[str, dict]) -> list[str]:
-    """The rows, without cells that are tables themselves."""
+    """One line per row, without cells that are tables themselves."""
     cells = {
         name: ", ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict))
         for name, row in rows.items()
@@ -714,7 +714,7 @@ def main():
                     result["rows"][name] = row
                     write()
                     print(*table({name: row}), flush=True)
-        except Exception as error:  # the other sections go on
+        except Exception as error:  # the other sections still run
             result["faults"][section] = "".join(traceback.format_exception(error))[-1500:]
             print(f"{section}: {type(error).__name__}: {str(error)[:300]}", flush=True)
         result["seconds"][section] = round(time.monotonic() - began, 1)

@@ -1,13 +1,12 @@
-"""How often an update makes a GPU launch a kernel and the host wait for it, ours beside transformers + peft, counted
-on a CPU.
+"""Count the kernel launches and host-device syncs of an update, ours and transformers + peft, without a GPU.
 
     python benchmarks/launches.py
 
 A model with PaliGemma 3b's 18 + 27 layers at toy width, the same weights on both sides, a ragged batch of 8 needle
-questions, bfloat16. Every operation counts as one launch, kernels that differ between the devices as those of CUDA
-(tests/pretend_cuda.py); the host waits where it must know a value or a size. Ours is counted in the training loop; for
-transformers: loss, backward pass, clipping and AdamW. A decoded token is what 4 tokens take more than 3, of ours
-without the CUDA graph, which makes one launch of them all.
+questions, bfloat16. Every operation counts as one launch; where CUDA has other kernels than the CPU, CUDA's are counted
+(tests/pretend_cuda.py). A sync is counted where the CPU needs a value or a size. Ours is counted in the training loop;
+for transformers: loss, backward pass, clipping and AdamW. A decoded token is the count of 4 tokens minus that of 3; for
+ours without the CUDA graph, which replaces all these launches by one.
 """
 
 import json
@@ -47,7 +46,7 @@ class Config:
 
 
 def counted(work: Callable[[], object]) -> Counted:
-    """Of the second call."""
+    """Launches and syncs of the second call of `work`."""
     work()
     with pretend_cuda.Counts() as counts:
         work()
@@ -103,7 +102,7 @@ def hf_updates(folder: Path) -> Iterator[tuple[str, Counted]]:
 
 
 def decoded_tokens(folder: Path) -> Iterator[tuple[str, Counted]]:
-    """Ours without the CUDA graph, which makes one launch of them all."""
+    """Counts per decoded token; ours without the CUDA graph, which replaces all launches by one."""
     ids = torch.randint(5, 90, (2, 6))
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     with pytest.MonkeyPatch.context() as patch:

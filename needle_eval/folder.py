@@ -1,7 +1,7 @@
-"""The folder of an evaluation: its name, what its eval.json says, and whether an interrupted evaluation continues.
+"""The folder of an evaluation: its name, its eval.json, and whether an interrupted evaluation can be resumed.
 
-eval.json (what was asked, of which model), answers.jsonl, and what report.py makes of them: scores.json, plots/,
-response/ in the form of the benchmark's own scorer.
+It holds eval.json (the questions and the model), answers.jsonl, and what report.py derives from them: scores.json,
+plots/, and response/ in the format of the benchmark's own scorer.
 """
 
 import dataclasses
@@ -29,22 +29,22 @@ from processing_paligemma import Processor
 if TYPE_CHECKING:
     from eval_mmnih import Config
 
-COMMON_FLAGS = ("benchmark", "data", "prefix", "samples")  # what decides the questions of every benchmark
-UNNAMED_FLAGS = ("benchmark", "data", "image_folder")  # not in the name of a folder unless the benchmark says so
-FLAGS_WITHOUT_QUESTIONS = ("attention", "skip_none")  # flags of a benchmark that change no question
-COMPARED = ("benchmark", "model", "weights", "questions", "config", "dtype")  # one evaluation has one of each
+COMMON_FLAGS = ("benchmark", "data", "prefix", "samples")  # flags that decide the questions of every benchmark
+UNNAMED_FLAGS = ("benchmark", "data", "image_folder")  # not in a folder's name unless in NAME_FLAGS
+FLAGS_WITHOUT_QUESTIONS = ("attention", "skip_none")  # flags of a benchmark that do not change its questions
+COMPARED = ("benchmark", "model", "weights", "questions", "config", "dtype")  # fixed within an evaluation
 SLUG_LENGTH = 120
-NAME_LENGTH = 40  # of a flag's value in a folder's name
+NAME_LENGTH = 40  # characters of a flag's value in a folder's name
 
 
 def slug(name: str) -> str:
     """A model's name as part of a file name."""
     name = re.sub(r"[^\w.-]+", "-", name.removeprefix("./").removeprefix("runs/").removeprefix("assets/").strip("/"))
-    return name[-SLUG_LENGTH:].lstrip(".-") or "model"  # ".." is a folder, and a file's name has a limit
+    return name[-SLUG_LENGTH:].lstrip(".-") or "model"  # ".." is a folder, and file names have a maximum length
 
 
 def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:
-    """eval/ of the run folder that `model` is, or is inside of; runs/eval/MODEL for any other model."""
+    """A folder in eval/ of the run that `model` is, or lies in; in runs/eval/MODEL for any other model."""
     if config.output_dir:
         return Path(config.output_dir) / (slug(model) if len(config.model) > 1 else "")
     name = ("knockout-" if config.knockout else "") + evaluation_name(config, benchmark)
@@ -59,9 +59,9 @@ def output_folder(config: "Config", benchmark: ModuleType, model: str) -> Path:
 
 
 def evaluation_name(config: "Config", benchmark: ModuleType) -> str:
-    """The benchmark, the values of its NAME_FLAGS, and every other flag that decides questions, unless at its default.
+    """The benchmark, the values of its NAME_FLAGS, and all other flags that decide questions and are not at default.
 
-    As in "mmneedle-official-MMNEEDLE-images_1_10": evaluations in other settings have folders of their own.
+    Example: "mmneedle-official-MMNEEDLE-images_1_10". Evaluations with other settings get folders of their own.
     """
     flags = [flag for flag in asked_flags(benchmark) if flag not in (*UNNAMED_FLAGS, *benchmark.NAME_FLAGS)]
     defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in flags}
@@ -73,12 +73,12 @@ def evaluation_name(config: "Config", benchmark: ModuleType) -> str:
 
 
 def fill_defaults(config: "Config", benchmark: ModuleType) -> "Config":
-    """The configuration with the benchmark's own values for flags that were left empty."""
+    """The configuration with the benchmark's own defaults for flags that were left empty."""
     return dataclasses.replace(config, **getattr(benchmark, "complete_flags", lambda config: {})(config))
 
 
 def asked_flags(benchmark: ModuleType) -> list[str]:
-    """The flags that decide what is asked."""
+    """The flags that decide the questions."""
     return [*COMMON_FLAGS, *(flag for flag in benchmark.FLAGS if flag not in FLAGS_WITHOUT_QUESTIONS)]
 
 
@@ -98,7 +98,7 @@ def make_record(
     dtype: torch.dtype,
     accelerator: Accelerator,
 ) -> dict:
-    """What eval.json says: benchmark, questions, decoding, model and its weights, versions."""
+    """The contents of eval.json: benchmark, questions, decoding, model and its weights, versions."""
     return {
         "benchmark": config.benchmark,
         "model": portable_path(model),
@@ -117,7 +117,7 @@ def make_record(
 
 
 def hash_weights(model: str) -> str:
-    """Changes with the weights: adapters by their contents, the base by `weights_fingerprint`."""
+    """A hash of the weights: of the contents of adapter files, and of the base model's `weights_fingerprint`."""
     base, adapter = resolve_run(model)
     digest = hashlib.sha256()
     if adapter is not None:
@@ -128,7 +128,7 @@ def hash_weights(model: str) -> str:
 
 
 class AskedConfig(msgspec.Struct):
-    """What a table needs of the configuration in eval.json; only MMNeedle has a protocol."""
+    """The fields of the configuration in eval.json that a table needs; only MMNeedle has a protocol."""
 
     data: str = ""
     prefix: str = ""
@@ -136,7 +136,7 @@ class AskedConfig(msgspec.Struct):
 
 
 class Record(msgspec.Struct):
-    """What scoring and comparing need of eval.json."""
+    """The fields of eval.json that scoring and comparing need."""
 
     benchmark: str
     model: str = ""
@@ -146,7 +146,7 @@ class Record(msgspec.Struct):
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """eval.json of a folder. Raises UserError for fields of other types."""
+    """eval.json of a folder. Raises UserError for fields of the wrong type."""
     file = folder / "eval.json"
     record = read_json(file)
     fields = msgspec.to_builtins(decode_typed(read_bytes(file), Record, file, "give a folder that eval_mmnih.py wrote"))
@@ -154,7 +154,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def changed_fields(old: dict, new: dict, names: tuple[str, ...] = COMPARED) -> list[str]:
-    """The names of these fields that differ between two records, those inside "config" after it."""
+    """The names of the fields that differ between two records; "config" is followed by the names that differ in it."""
     changed = [name for name in names if old.get(name) != new.get(name)]
     if "config" in changed:
         ours, theirs = new.get("config", {}), old.get("config", {})
@@ -164,17 +164,17 @@ def changed_fields(old: dict, new: dict, names: tuple[str, ...] = COMPARED) -> l
 
 # ---- the folder
 def open_folder(folder: Path, record: dict, overwrite: bool) -> BaseFileLock:
-    """Make the folder and its eval.json, or check that an interrupted evaluation is the same one; returns its lock.
+    """Make the folder and its eval.json, or check that it holds the same evaluation, interrupted. Returns its lock.
 
-    Raises UserError where the folder has another evaluation and `overwrite` is False, and where another process
-    evaluates into it.
+    Raises UserError if the folder holds another evaluation and `overwrite` is False, or if another process is writing
+    to it.
     """
     file = folder / "eval.json"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
         if overwrite:
-            if file.exists():  # figures and response files may be of settings that are not asked again
+            if file.exists():  # figures and response files may belong to settings that this evaluation lacks
                 for name in ("response", "plots"):
                     shutil.rmtree(folder / name, ignore_errors=True)
             names = ("answers.jsonl", "eval.json", "scores.json", "attention.json")
@@ -195,7 +195,7 @@ def open_folder(folder: Path, record: dict, overwrite: bool) -> BaseFileLock:
 def read_rows(folder: Path, row_type: type) -> list[dict[str, Any]]:
     """All answer rows of a folder, checked against the benchmark's `AnswerRow`.
 
-    Raises UserError where some are still missing, and naming the line for a row that is no answer to its questions.
+    Raises UserError if answers are missing or duplicated, and, with the line number, for a row of the wrong type.
     """
     file = folder / "answers.jsonl"
     if not file.is_file():

@@ -1,8 +1,8 @@
 """MM-NIAH: needles in long documents of text and images (Wang et al., arXiv 2406.07230; OpenGVLab/MM-NIAH).
 
-This is another benchmark than MMNeedle (arXiv 2406.11230). Here are its reader, prompts, scoring rule and bins. No
-MM-NIAH score is advertised: most documents are longer than the 8,192 positions of PaliGemma's decoder, which also takes
-all images before the text.
+This benchmark differs from MMNeedle (arXiv 2406.11230). The module holds its reader, prompts, scoring rule and bins.
+This repository publishes no MM-NIAH scores: most documents are longer than the 8,192 positions of PaliGemma's decoder,
+which also takes all images before the text.
 
 Context lengths are in tokens, text and images together, as the rows give them; depths are fractions of the document.
 """
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 TASKS = ("retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image")
 FLAGS = ("image_folder",)
 NAME_FLAGS = ()
-LONG_QUESTIONS_ARE_WRONG = True  # a document that does not fit the model is answered wrong; other benchmarks refuse it
-IMAGE_MARK = "<image>"  # where an image stands in the text
-CONTEXT_BINS = (1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 40000, 48000, 64000)  # tokens, from here on
+LONG_QUESTIONS_ARE_WRONG = True  # a document that does not fit the model counts as wrong; other benchmarks raise
+IMAGE_MARK = "<image>"  # placeholder of an image in the text
+CONTEXT_BINS = (1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 40000, 48000, 64000)  # tokens, lower ends
 DEPTH_BINS = 5
 MAX_NEW_TOKENS, MAX_NEW_TOKENS_COUNTING = 16, 32
 SOURCE = "give a folder of the release, or one of its files"
@@ -47,9 +47,9 @@ SOURCE = "give a folder of the release, or one of its files"
 def load_questions(config: "Config") -> list[Question]:
     """The first `config.samples` questions (0: all) of each task's {task}.jsonl in the folder `config.data`.
 
-    Or `config.data` is one such file, whose name starts with its task: the released counting-text-easy.jsonl. Images
-    are below `config.image_folder`, by default the data folder. Prompts are flattened, `config.prefix` before them.
-    Raises UserError that names the file and line of a bad row, and when none of the images exists.
+    `config.data` may also be a single file whose name starts with its task, such as counting-text-easy.jsonl. Images
+    are below `config.image_folder`, by default the data folder. Prompts are flattened and start with `config.prefix`.
+    Raises UserError with the file and line of a bad row, and when none of the images exists.
     """
     if config.data.partition(":")[0] == "haystack":
         raise UserError(f"--benchmark=mm-niah --data={config.data}: give the folder or a file of the released MM-NIAH")
@@ -63,7 +63,7 @@ def load_questions(config: "Config") -> list[Question]:
 
 
 def task_files(path: Path) -> dict[str, Path]:
-    """Task -> file: all tasks of a folder, or the one of a file."""
+    """Task -> file: all tasks of a folder, or the one task of a single file."""
     if not path.is_file():
         return {task: path / f"{task}.jsonl" for task in TASKS}
     named = [task for task in TASKS if path.name.startswith(task)]
@@ -73,11 +73,11 @@ def task_files(path: Path) -> dict[str, Path]:
 
 
 Depth = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Length = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]  # written back as it was read
+Length = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]  # int or float, as in the file
 
 
 class NiahMeta(msgspec.Struct):
-    """What a row says about its document and its choices."""
+    """The fields of a row that describe its document and its choices."""
 
     context_length: Length
     placed_depth: Depth | Annotated[list[Depth], msgspec.Meta(min_length=1)]
@@ -99,7 +99,7 @@ class NiahRow(msgspec.Struct):
 def read_task(file: Path, task: str, images: Path, prefix: str = "", limit: int = 0) -> list[Question]:
     """The first `limit` questions (0: all) of a task's file. Images are below `images` and are not opened here.
 
-    Raises UserError that names the file and line of a bad row, also for an image outside `images`.
+    Raises UserError with the file and line of a bad row; an image outside `images` makes a row bad.
     """
     rows = read_rows(file, NiahRow, limit, f"{SOURCE}; or leave {task} out")
     questions = [make_question(name, task, row, images, prefix) for name, row in rows]
@@ -141,7 +141,7 @@ def make_question(name: str, task: str, row: NiahRow, images: Path, prefix: str)
 
 
 def build_question(row: NiahRow) -> tuple[str, list[str]]:
-    """A row's question with its choices and the official instruction, and all its images in prompt order.
+    """A row's question with its choices and the official instruction, and all images of the row in prompt order.
 
     The official prompt is context, newline, question (get_input in utils/tools.py of OpenGVLab/MM-NIAH).
     """
@@ -161,7 +161,7 @@ def flatten_prompt(prompt: str) -> str:
 
 
 def answer_fits(task: str, answer: object, choices: int) -> bool:
-    """Whether a ground truth has the type that its task asks for: a list of counts, an option's number, or a text."""
+    """Whether a ground truth has the type that its task needs: a list of counts, an option's number, or text."""
     if task.startswith("counting"):
         return isinstance(answer, list) and bool(answer) and all(type(count) is int for count in answer)
     if choices:
@@ -190,10 +190,10 @@ ANSWER_ROW = NiahAnswer
 def score_answer(response: str | None, truth: object) -> float:
     """The official score of a response in [0, 1], by the type of the truth; None scores 0.
 
-    A list: the share of positions that match, in json; more entries are free. An int: the option's letter, or its
-    number from 0. A string: found as whole words, both sides through `vqa_normalise`. So "not a banana" is right for
-    banana, and "B, because" wrong for B: the official rule, unchanged (is_correct in calculate_scores.py of
-    OpenGVLab/MM-NIAH).
+    A list: the share of its positions that a JSON list has right; extra entries are ignored. An int: 1 if the response
+    is the option's letter, or its number counted from 0. A string: 1 if the response contains it as whole words, both
+    sides through `vqa_normalise`. By this official rule, kept unchanged, "not a banana" is right for banana, and
+    "B, because" is wrong for B (is_correct in calculate_scores.py of OpenGVLab/MM-NIAH).
     """
     if response is None:
         return 0.0
@@ -207,7 +207,7 @@ def score_answer(response: str | None, truth: object) -> float:
 
 
 def score_list(response: str, truth: list) -> float:
-    """The share of positions of `truth` that a json list, or all lists of a json object, has right."""
+    """The share of positions of `truth` that a JSON list has right; the lists of a JSON object are concatenated."""
     try:
         given = json.loads(response.replace("json", "").replace("```", "").strip())
         if isinstance(given, dict):
@@ -221,7 +221,7 @@ def score_list(response: str, truth: list) -> float:
 
 def read_option(response: str) -> int | None:
     """The option, counted from 0, that a response names."""
-    if response.isdecimal() and len(response) < 4000:  # Python refuses to read longer ones
+    if response.isdecimal() and len(response) < 4000:  # Python's int() refuses longer ones
         return int(response)
     text = response.lower().replace("the answer is", "").replace("*", "")
     if "." in text:
@@ -249,16 +249,16 @@ CONTRACTED = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-CONTRACTIONS = {  # a form that lacks one apostrophe gets it back
+CONTRACTIONS = {  # restores one missing apostrophe
     word[:i] + word[i + 1 :]: word for word in CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
 }
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this one the wrong way round
+CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has this entry reversed
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def vqa_normalise(text: str, numbers: dict[str, str] = NUMBERS) -> str:
-    """An answer as the VQA evaluation compares it: no articles, punctuation or capitals, numbers to twenty and tens as
-    digits, apostrophes put back into contractions (vqaEval.py of GT-Vision-Lab/VQA, in MM-NIAH's copy).
+    """Normalise an answer as the VQA evaluation does: remove articles, punctuation and capitals, write numbers up to
+    twenty and tens as digits, restore apostrophes in contractions (vqaEval.py of GT-Vision-Lab/VQA, MM-NIAH's copy).
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     has_thousands = re.search(r"\d,\d", text)
@@ -266,20 +266,20 @@ def vqa_normalise(text: str, numbers: dict[str, str] = NUMBERS) -> str:
     for mark in PUNCTUATION:
         glued = has_thousands or f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if glued else " ")
-    plain = re.sub(r"\.(?!\d)", "", plain, count=32)  # the official code passes a flag, 32, where the count belongs
+    plain = re.sub(r"\.(?!\d)", "", plain, count=32)  # the official code passes a flag, 32, as the count
     words = [numbers.get(word, word) for word in plain.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def context_bin(length: float) -> int | None:
-    """The place of a context length in CONTEXT_BINS: 1000 is in 0, 63,999 in 9. None below 1000: the row is dropped."""
+    """The index of a context length's bin: 0 for 1000, 9 for 63,999. None below 1000: the row is dropped."""
     place = bisect.bisect_right(CONTEXT_BINS, length) - 1
     return None if place < 0 else place
 
 
 def depth_bin(depth: float | list[float]) -> int:
-    """The fifth of the document that a needle, or the mean of several, is in; 0.6 is in 2, as the official division has
-    it."""
+    """The fifth of the document that a needle, or the mean depth of several, falls in. 0.6 falls in 2, as in the
+    official code, which divides by 1 / 5."""
     depth = sum(depth) / len(depth) if isinstance(depth, list) else depth
     return min(int(depth / (1 / DEPTH_BINS)), DEPTH_BINS - 1)
 
@@ -291,13 +291,13 @@ def is_correct(row: dict) -> bool:
 
 
 def score(rows: list[dict]) -> dict:
-    """Scores of answer rows (`questions.Question`) by the official rule, and beside it the plain mean over the rows.
+    """Scores of answer rows (`questions.Question`) by the official rule, and the plain mean over the rows.
 
-    {"tasks": {task: {...}}, "overall": ...}, fractions of 1. A task has n, dropped (rows below 1000 tokens, in no
-    score), broken (responses of None), "cells" [context bin][depth bin] and "mean", each as `statistics.mean_rate`;
-    "by_context" and their mean "official", where a bin's score is the mean of its five depth cells and a cell without
-    rows counts 0 (calculate_scores.py of OpenGVLab/MM-NIAH). "overall" is the mean of the tasks, None unless all six
-    are there. Raises UserError for a row that is no answer to an MM-NIAH question.
+    Returns {"tasks": {task: {...}}, "overall": ...}, scores in [0, 1]. A task has n, dropped (rows below 1000 tokens,
+    which count nowhere), broken (responses of None), "cells" [context bin][depth bin] and "mean", each a
+    `statistics.mean_rate`; "by_context" and their mean "official", where a bin's score is the mean of its five depth
+    cells and a cell without rows counts 0 (calculate_scores.py of OpenGVLab/MM-NIAH). "overall" is the mean of the
+    tasks, None unless all six are present. Raises UserError for a row that does not answer an MM-NIAH question.
     """
     by_task = {}
     for row in rows:
@@ -346,7 +346,7 @@ def average(values: Iterable[float]) -> float:
 
 # ---- what is printed and written
 def format_table(scores_by_model: dict[str, dict]) -> list[str]:
-    """Lines to print, a block for each model: percent; a context bin without rows reads "-" and counts 0."""
+    """Lines to print, one block per model, in percent; a context bin without rows is shown as "-" and counts 0."""
     bins = [f"{length // 1000}k" for length in CONTEXT_BINS]
     lines = []
     for model, scores in scores_by_model.items():
@@ -377,9 +377,9 @@ def format_line(name: str, n: object, dropped: object, official: str, mean: str,
 
 
 def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
-    """Write {model}_{task}-val.jsonl of each task, the names and rows that the official scorer takes apart.
+    """Write {model}_{task}-val.jsonl for each task, with the names and rows that the official scorer parses.
 
-    No response is written "None", as the official runners do.
+    A missing response is written as "None", as the official runners do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = ("question_id", "question", "answer", "response", "context_length", "placed_depth")

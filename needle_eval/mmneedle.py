@@ -1,8 +1,8 @@
-"""MMNeedle (Wang et al., arXiv 2406.11230, NAACL 2025): its questions, the scores of its answers, its tables and files.
+"""MMNeedle (Wang et al., arXiv 2406.11230, NAACL 2025): questions, scores, tables and response files.
 
 A setting is M images of N x N cells and K needles. Questions come from the release (`mmneedle_release.py`) or from
-haystacks of other images in its schema (`mmneedle_build.py`); `mmneedle_rules.py` says when an answer is right. This is
-not MM-NIAH, which `mm_niah.py` reads. No torch is imported here.
+haystacks of other images in its schema (`mmneedle_build.py`); `mmneedle_rules.py` decides when an answer is right.
+MM-NIAH is a different benchmark, see `mm_niah.py`. This module does not import torch.
 """
 
 import math
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from eval_mmnih import Config
 
 FLAGS = ("seed", "split", "protocol", "images", "grids", "needles", "per_cell", "cell", "attention", "skip_none")
-BUILDING_FLAGS = ("seed", "split", "cell")  # of haystacks that are built, not of the release
-NAME_FLAGS = ("protocol", "data", "split")  # whose values are always part of an evaluation folder's name
-GRIDS, QUADRANT_GRIDS = (2, 4), (2,)  # where --grids is left empty
-HAS_CELLS = True  # its scores are drawn as maps of cells, and models side by side
-PLACE_PROTOCOLS = ("finetuned", "official", "rank")  # they answer a place in words: attention on it can be measured
+BUILDING_FLAGS = ("seed", "split", "cell")  # apply to generated haystacks, not to the release
+NAME_FLAGS = ("protocol", "data", "split")  # flags whose values are always part of an evaluation folder's name
+GRIDS, QUADRANT_GRIDS = (2, 4), (2,)  # defaults of --grids
+HAS_CELLS = True  # scores are drawn as maps of cells, and for several models side by side
+PLACE_PROTOCOLS = ("finetuned", "official", "rank")  # the answer is a place in text: attention on it can be measured
 
 
 # ---- questions
 def complete_flags(config: "Config") -> dict:
-    """The grids of a protocol where none are given."""
+    """The default grids of the protocol where none are given."""
     return {"grids": config.grids or (QUADRANT_GRIDS if config.protocol == "quadrant" else GRIDS)}
 
 
 def load_questions(config: "Config") -> list[Question]:
-    """The questions of all settings, from the release in the folder `config.data` or from haystacks that are built.
+    """The questions of all settings, from the release in the folder `config.data` or from generated haystacks.
 
-    Raises UserError for flags that do not go together, for files that are missing or not the release's, and when none
+    Raises UserError for flags that exclude each other, for files that are missing or not the release's, and when none
     of the images exists.
     """
     settings = make_settings(config.images, config.grids, config.needles)
@@ -96,7 +96,7 @@ ANSWER_ROW = NeedleAnswer
 def is_correct(row: dict) -> bool:
     """Whether an answer row is right: a positive by its exact answer, a negative by its existence.
 
-    One of the two answers of `quadrant` is right or wrong by itself.
+    Each of the two answers of `quadrant` is judged separately.
     """
     if row.get("axis") is not None:
         place = row["ground_truth"].split(", ")[1 if row["axis"] == "rows" else 2]
@@ -109,7 +109,7 @@ def is_correct(row: dict) -> bool:
 
 # ---- scores
 def score(rows: list[dict]) -> dict[str, dict]:
-    """Scores by setting ("1x2x2"), positives and negatives apart, every rate with its count and Wilson interval."""
+    """Scores by setting ("1x2x2"), positives and negatives separately; rates with their counts and Wilson intervals."""
     by_setting: dict[str, list[dict]] = {}
     for row in prepare_rows(rows):
         by_setting.setdefault(row["setting"], []).append(row)
@@ -117,7 +117,7 @@ def score(rows: list[dict]) -> dict[str, dict]:
 
 
 def score_setting(rows: list[dict]) -> dict:
-    """Scores of one setting's positives and negatives, those of the baselines beside them."""
+    """Scores of one setting's positives and negatives, and of the baselines."""
     positives, negatives = ([row for row in rows if row["kind"] == kind] for kind in ("positive", "negative"))
     scores = {"baselines": score_baselines(positives)}
     if positives:
@@ -130,7 +130,7 @@ def score_setting(rows: list[dict]) -> dict:
 
 
 def score_kind(rows: list[dict]) -> dict:
-    """Existence, strict and lenient, and what could not be read, of positives or of negatives."""
+    """Scores of either positives or negatives: existence, strict and lenient, and the share of malformed answers."""
     needles, negative = rows[0]["shape"][2], rows[0]["kind"] == "negative"
     verdicts = [score_strict(row["response"], row["ground_truth"], needles) for row in rows]
     meant = [parse_lenient(row["response"], needles) for row in rows]
@@ -141,7 +141,7 @@ def score_kind(rows: list[dict]) -> dict:
         "broken": len(rows) - len(responses),
         "format failures": rate(sum(not is_well_formed(text, needles) for text in responses), len(rows)),
     }
-    if rows[0]["protocol"] != "quadrant":  # which offers no way to say "absent"
+    if rows[0]["protocol"] != "quadrant":  # `quadrant` offers no way to say "absent"
         scores["existence"] = rate(sum(v["existence"] for v in verdicts), len(rows))
         right = [text is not None and absent == negative for text, absent in zip(meant, says_absent, strict=True)]
         scores["existence, lenient"] = rate(sum(right), len(rows))
@@ -149,7 +149,7 @@ def score_kind(rows: list[dict]) -> dict:
 
 
 def score_positives(rows: list[dict]) -> dict:
-    """All scores of positives: those of `score_kind`, index, exact, single needles, and by place."""
+    """All scores of positives: those of `score_kind`, index, exact, of single needles, and by place."""
     images, grid, needles = rows[0]["shape"]
     verdicts = [score_strict(row["response"], row["ground_truth"], needles) for row in rows]
     scores = score_kind(rows)
@@ -161,7 +161,7 @@ def score_positives(rows: list[dict]) -> dict:
         each = [pair for v in verdicts for pair in v["each"]]
         for i, name in enumerate(("index", "exact")):
             scores[f"first {name}"] = rate(sum(v["first"][i] for v in verdicts), len(rows))
-            # a needle that was not answered is charged; the official pooling is over the answered ones
+            # an unanswered needle counts as wrong; the official pooling leaves it out
             scores[f"individual {name}"] = rate(sum(pair[i] for pair in each), needles * len(rows))
             scores[f"individual {name}, official pooling"] = rate(sum(pair[i] for pair in each), len(each))
     cells = [(row, column) for row in range(grid) for column in range(grid)]
@@ -171,9 +171,9 @@ def score_positives(rows: list[dict]) -> dict:
 
 
 def score_places(rows: list[dict], verdicts: list[dict], place_of: Callable, places: list[tuple]) -> list[dict]:
-    """Exact answers by place, the needle's cell or its image: one entry a place, each needle counted once.
+    """Exact answers by place, which is the needle's cell or its image: one entry per place, each needle counted once.
 
-    A broken row that names no place is in none of them.
+    A broken row without a place is left out.
     """
     right, total = Counter(), Counter()
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -191,8 +191,8 @@ def balanced(one: dict, other: dict) -> dict:
 
 
 def score_baselines(positives: list[dict]) -> dict:
-    """Rates of three baselines that do not see the image: a uniform guess, the best constant on these rows, and always
-    "-1"."""
+    """Rates of three baselines that do not see the image: a uniform guess, the best constant answer to these rows, and
+    always "-1"."""
     always = {"existence, positives": 0.0, "existence, negatives": 1.0, "balanced existence": 0.5, "exact": 0.0}
     if not positives:
         return {"always -1": always}
@@ -224,13 +224,13 @@ METRICS = {
     "negative": ("existence", "existence, lenient"),
 }
 TITLES = {"positive": "caption present", "negative": "caption absent"}
-NOT_SETTINGS = ("attention", "decoding")  # what report.py puts beside the settings
+NOT_SETTINGS = ("attention", "decoding")  # keys that report.py adds to the settings
 
 
 def format_table(scores_by_model: dict[str, dict]) -> list[str]:
-    """Scores of models side by side, percent with 95 % Wilson intervals, baselines last.
+    """Scores of models side by side, in percent with 95 % Wilson intervals, baselines last.
 
-    Where answers were ranked ("decoding"), their exactness is another metric and is named so.
+    Where answers were ranked ("decoding"), exactness is a different metric and is labelled "ranked".
     """
     lines = []
     first = next(iter(scores_by_model.values()))
@@ -266,9 +266,9 @@ def format_table(scores_by_model: dict[str, dict]) -> list[str]:
 
 
 def format_baselines(baselines: dict, kind: str, metric: str) -> str:
-    """The three blind baselines, where they have a rate of this metric."""
+    """The three baselines that do not see the image, where they have a rate of this metric."""
     metric = metric.removesuffix(", lenient")
-    if metric == "existence":  # a guess and a constant name a cell
+    if metric == "existence":  # the guess and the constant answer name a cell
         rates, always = ([1.0, 1.0], 0.0) if kind == "positive" else ([0.0, 0.0], 1.0)
     else:
         rates = [baselines.get(name, {}).get(metric) for name in ("uniform", "best constant")]
@@ -278,9 +278,9 @@ def format_baselines(baselines: dict, kind: str, metric: str) -> str:
 
 
 def describe(config: "Config", image_size: int, num_image_tokens: int) -> list[str]:
-    """Lines about the protocol and the size of a cell in the model's eyes: in pixels and in patches."""
+    """Lines about the protocol and the size of a cell as the model sees it, in pixels and in patches."""
     patches = math.isqrt(num_image_tokens)
-    is_grid = patches**2 == num_image_tokens  # image tokens of Phi-3-vision are not
+    is_grid = patches**2 == num_image_tokens  # not for the image tokens of Phi-3-vision
     cells = ", ".join(
         f"{n}x{n}: {image_size // n} px" + f", {patches / n:g} patches" * is_grid for n in config.grids if image_size
     )
@@ -292,16 +292,17 @@ def describe(config: "Config", image_size: int, num_image_tokens: int) -> list[s
 
 # ---- response files
 def file_names(target: object) -> object:
-    """A target, or those of several needles, without the folders of the release's annotations (val2014/)."""
+    """A target, or the targets of several needles, without the folders of the release's annotations (val2014/)."""
     if isinstance(target, list):
         return [file_names(one) for one in target]
-    return Path(target).name if isinstance(target, str) else target  # a broken row holds anything
+    return Path(target).name if isinstance(target, str) else target  # a broken row may hold anything
 
 
 def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
-    """Answers in the files that the benchmark's own scorer reads: {folder}/COCO_val2014_{first}_{last}/....json.
+    """Write the files that the benchmark's own scorer reads: {folder}/COCO_val2014_{first}_{last}/....json.
 
-    The scorer splits the file name at "_" and reads "needles" in it as several needles: the model's name loses both.
+    The scorer splits the file name at "_" and takes "needles" in it as the sign of several needles, so both are
+    replaced in the model's name.
     """
     version = re.sub(r"[^A-Za-z0-9.-]+", "-", model_name).strip("-.") or "model"
     version = re.sub("needles", "needle", version, flags=re.IGNORECASE)

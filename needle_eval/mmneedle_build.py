@@ -1,4 +1,4 @@
-"""Haystacks of captioned images in the files and keys of MMNeedle's release, built once. No torch is imported here."""
+"""Build haystacks of captioned images with the files and keys of MMNeedle's release. Does not import torch."""
 
 import hashlib
 from pathlib import Path
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from eval_mmnih import Config
 
 CACHE = Path("runs/haystacks")
-NEGATIVES_FROM = 5000  # ids below are positives
-BUILDER = 3  # raise it when other bytes are written: older folders are then left alone
+NEGATIVES_FROM = 5000  # the first id of negatives; positives have lower ones
+BUILDER = 3  # version of the written bytes: after a change, new folders are built and older ones ignored
 
 
 def build_haystacks(config: "Config", setting: Setting) -> Path:
-    """The folder with the haystacks of a setting that `config` asks for; they are built unless they are there.
+    """The folder with the haystacks of a setting that `config` asks for; they are built if it does not exist.
 
-    A folder whose files are not as they were written is built again. Evaluations that start together build it once.
+    A folder whose files have changed is built again. Evaluations that start at the same time build it once.
     """
     source = config.data.partition(":")[2]
     split = config.split or ("test" if source else "test_style")
@@ -50,7 +50,7 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
 
 
 def check_captions(data: str, split: str, images: list[PoolImage], setting: Setting):
-    """Raise UserError unless the images have a caption for every cell of a grid and one more for each needle."""
+    """Raise UserError unless the images have a different caption for every cell of a grid and one more per needle."""
     count, needed = len({image.caption for image in images}), setting.grid**2 + setting.needles
     if count < needed:
         own = data.partition(":")[2] and split == "test"
@@ -62,7 +62,7 @@ def check_captions(data: str, split: str, images: list[PoolImage], setting: Sett
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of a built folder is as it was written."""
+    """Whether the folder exists and none of its files has changed since it was built."""
     if not folder.exists():
         return False
     try:
@@ -76,7 +76,7 @@ def is_complete(folder: Path) -> bool:
 def write_haystacks(pool: ImagePool, folder: Path, setting: Setting, samples: int, seed: int, cell: int):
     """Write `samples` positives, and as many negatives on the same stitched images, with the release's files and keys.
 
-    `cell` is the side of a cell in pixels. The same pool and numbers give the same bytes. Raises UserError when the
+    `cell` is the side of a cell in pixels. The same pool and arguments give the same bytes. Raises UserError when the
     pool has too few captions.
     """
     names = [name_of(image) for image in pool.images]
@@ -115,5 +115,5 @@ def annotate(haystack: Haystack, setting: Setting, names: list[str]) -> dict:
 
 
 def name_of(image: PoolImage) -> str:
-    """The file name of a pool image in the metadata, without slashes: a/b.png and a-b.png stay two."""
+    """The file name of a pool image in the metadata. Slashes are escaped, so a/b.png and a-b.png stay distinct."""
     return f"{image.style}-{image.concept}".replace("%", "%25").replace("/", "%2F")

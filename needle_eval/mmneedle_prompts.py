@@ -1,4 +1,4 @@
-"""MMNeedle's settings and the prompts of every protocol. No torch is imported here."""
+"""MMNeedle's settings and the prompts of every protocol. Does not import torch."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -7,22 +7,22 @@ from errors import UserError
 from haystack import clean_caption, needle_prompt
 
 ABSENT = "-1"
-PROTOCOLS = {  # and the longest answer, in tokens a needle
+PROTOCOLS = {  # protocol -> longest answer, in tokens per needle
     "official": 30,  # the benchmark's prompt, word for word
     "finetuned": 12,  # a short question in PaliGemma's form, answered "1, 2, 1" or "-1"
-    "rank": 12,  # the short question; every possible answer is ranked, none generated: a metric of its own
-    "quadrant": 100,  # two questions about halves (arXiv 2507.15875), 2 x 2 only
-    "detect": 40,  # PaliGemma's own task; the cell is where the box has its centre
+    "rank": 12,  # the short question; all possible answers are ranked, none is generated: a different metric
+    "quadrant": 100,  # two questions about halves of the image (arXiv 2507.15875), 2 x 2 only
+    "detect": 40,  # PaliGemma's own task; the answer is the cell that contains the centre of the box
 }
 
 
-SAMPLES = {1: 1000, 2: 100, 5: 100}  # positives, and negatives, that the paper evaluates, by number of needles
+SAMPLES = {1: 1000, 2: 100, 5: 100}  # number of needles -> number of positives, and of negatives, in the paper
 OTHER_SAMPLES = 100  # for other numbers of needles
 
 
 @dataclass(frozen=True)
 class Setting:
-    """M images a question, N x N cells an image, K needles."""
+    """M images per question, N x N cells per image, K needles."""
 
     images: int
     grid: int
@@ -33,13 +33,13 @@ class Setting:
 
     @property
     def annotations(self) -> str:
-        """The name of the released file of questions."""
+        """The name of the question file in the release."""
         start = f"{self.needles}_" if self.needles > 1 else ""
         return f"{start}annotations_{self.images}_{self.grid}_{self.grid}.json"
 
     @property
     def default_samples(self) -> int:
-        """Positives, and negatives, that the paper evaluates."""
+        """The number of positives, and of negatives, that the paper evaluates."""
         return SAMPLES.get(self.needles, OTHER_SAMPLES)
 
     def cells(self) -> list[tuple[int, int, int]]:
@@ -48,8 +48,9 @@ class Setting:
 
 
 def make_settings(images: tuple[int, ...], grids: tuple[int, ...], needles: tuple[int, ...]) -> list[Setting]:
-    """All combinations but one cell alone, which the benchmark leaves out. Raises UserError when nothing is left."""
-    shapes = dict.fromkeys(product(images, grids, needles))  # a number given twice is one setting
+    """All combinations except 1 image of 1 x 1 cells, which the benchmark excludes. Raises UserError if none is left,
+    and for numbers below 1."""
+    shapes = dict.fromkeys(product(images, grids, needles))  # without duplicates
     settings = [Setting(*shape) for shape in shapes if shape[:2] != (1, 1)]
     if not settings or any(min(s.images, s.grid, s.needles) < 1 for s in settings):
         raise UserError(
@@ -59,7 +60,7 @@ def make_settings(images: tuple[int, ...], grids: tuple[int, ...], needles: tupl
 
 
 def check_protocol(protocol: str, setting: Setting):
-    """Raise UserError where a protocol cannot ask the questions of a setting."""
+    """Raise UserError if a protocol does not support a setting."""
     fits = {
         "quadrant": (setting.images, setting.grid, setting.needles) == (1, 2, 1),
         "detect": (setting.images, setting.needles) == (1, 1),
@@ -73,7 +74,7 @@ def check_protocol(protocol: str, setting: Setting):
 
 
 def make_prompts(protocol: str, setting: Setting, captions: list[str]) -> dict[str, str]:
-    """What is asked: two prompts by axis for `quadrant`, one under "" for the others."""
+    """Axis -> prompt: two prompts for `quadrant`, one under "" for the other protocols."""
     if protocol == "quadrant":
         return quadrant_prompts(captions[0])
     if protocol == "official":
@@ -84,7 +85,7 @@ def make_prompts(protocol: str, setting: Setting, captions: list[str]) -> dict[s
 
 
 def official_prompt(setting: Setting, captions: list[str]) -> str:
-    """The benchmark's data-protocol prompt, word for word; captions stand in it as the release has them."""
+    """The benchmark's data-protocol prompt, word for word, with the captions unchanged."""
     images = "images" if setting.images > 1 else "image"
     subimages = "subimages" if setting.grid > 1 else "subimage"
     head = (
@@ -107,7 +108,7 @@ def official_prompt(setting: Setting, captions: list[str]) -> str:
 
 
 def quadrant_prompts(caption: str) -> dict[str, str]:
-    """The two questions of arXiv 2507.15875's evaluation, word for word: a caption's own full stop makes two."""
+    """The two questions of arXiv 2507.15875's evaluation, word for word: a caption's own full stop is doubled."""
     return {
         "rows": f"Caption: {caption}. Where is the caption? Top or Bottom?",
         "columns": f"Caption: {caption}. Where is the caption? Left or Right?",
@@ -115,5 +116,5 @@ def quadrant_prompts(caption: str) -> dict[str, str]:
 
 
 def make_candidates(setting: Setting) -> tuple[str, ...]:
-    """Every answer that `rank` compares: all cells, then "-1"."""
+    """All answers that `rank` compares: every cell, then "-1"."""
     return (*(", ".join(str(n + 1) for n in cell) for cell in setting.cells()), ABSENT)

@@ -1,7 +1,7 @@
-"""MMNeedle's released files: read by type, and asked in any protocol. No torch is imported here.
+"""Read MMNeedle's released files, with type checks, and make questions of any protocol. Does not import torch.
 
-The release holds stitched images, which COCO image is in which cell, and annotations: rows of images, the needle's
-place and its target. `mmneedle_build.py` writes haystacks of other images with the same files and keys.
+The release holds stitched images, metadata that maps each cell to a COCO image, and annotations: rows with images, the
+needle's place and its target. `mmneedle_build.py` writes haystacks of other images with the same files and keys.
 """
 
 import gzip
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # ---- questions
 class NeedleRow(msgspec.Struct):
-    """A question of the release; numbers count from 0 and are -1 for an absent needle, lists for several needles."""
+    """A question of the release. Numbers count from 0, -1 is an absent needle; for several needles they are lists."""
 
     image_ids: list[str]
     index: int | list[int]
@@ -35,11 +35,11 @@ class NeedleRow(msgspec.Struct):
 def read_questions(
     folder: str | Path, setting: Setting, protocol: str, samples: int = 0, per_cell: int = 0, prefix: str = ""
 ) -> list[Question]:
-    """The first `samples` positives and negatives of a setting (0: the paper's number), asked in `protocol`.
+    """The first `samples` positives and negatives of a setting (0: the paper's number), as questions of `protocol`.
 
-    `per_cell` takes that many positives of every cell instead, `prefix` is put before every prompt. `quadrant` asks
-    positives only, each twice. A row without caption, image or place becomes a question with an error, which counts as
-    wrong. Raises UserError for files that are missing or not the release's.
+    With `per_cell`, that many positives of every cell are taken instead. `prefix` is put before every prompt.
+    `quadrant` asks positives only, each twice. A row without caption, image or place becomes a question with an error,
+    which counts as wrong. Raises UserError for files that are missing or not the release's.
     """
     check_protocol(protocol, setting)
     folder = Path(folder)
@@ -68,7 +68,7 @@ def read_questions(
 def ask(
     folder: Path, setting: Setting, protocol: str, kind: str, row: dict[str, Any], captions: dict[str, str], prefix: str
 ) -> Iterator[Question]:
-    """The question of one row, or the two of `quadrant`."""
+    """Yields the question of one row, or the two questions of `quadrant`."""
     fields = {
         "benchmark": "mmneedle",
         "protocol": protocol,
@@ -105,9 +105,9 @@ def ask(
 
 
 def ground_truth_of(row: NeedleRow, setting: Setting) -> str:
-    """The official string: "index, row, column" from 1, "; " between needles; a negative reads "0, 0, 0".
+    """The official string: "index, row, column" from 1, "; " between needles; "0, 0, 0" for an absent needle.
 
-    Raises UserError for another number of needles and for a place outside the setting.
+    Raises UserError for a wrong number of needles and for a place outside the setting.
     """
     columns = [numbers if isinstance(numbers, list) else [numbers] for numbers in (row.index, row.row, row.col)]
     if {len(numbers) for numbers in columns} != {setting.needles}:
@@ -120,7 +120,7 @@ def ground_truth_of(row: NeedleRow, setting: Setting) -> str:
 
 
 def captions_of(row: NeedleRow, captions: dict[str, str], setting: Setting) -> list[str]:
-    """The captions of a row's targets. Raises UserError for another number of them or a missing caption."""
+    """The captions of a row's targets. Raises UserError for a wrong number of targets or a missing caption."""
     targets = row.target if isinstance(row.target, list) else [row.target]
     if len(targets) != setting.needles:
         raise UserError(f"{len(targets)} targets where the setting has {setting.needles} needles")
@@ -150,13 +150,13 @@ def first_per_cell(rows: list[dict], setting: Setting, count: int) -> list[dict]
 
 # ---- files of the release
 def find_release(folder: Path, name: str) -> Path | None:
-    """Where a JSON file of the release is: metadata_stitched/, annotations_trainval/ or `folder`, plain or gzipped."""
+    """The path of a JSON file, plain or gzipped, in metadata_stitched/, annotations_trainval/ or `folder`, or None."""
     places = (folder / "metadata_stitched", folder / "annotations_trainval", folder)
     return next((f for place in places for f in (place / name, place / f"{name}.gz") if f.is_file()), None)
 
 
 def read_release(folder: Path, name: str, type_: type[T]) -> T:
-    """A JSON file of the release. Raises UserError when it is missing or holds anything else."""
+    """The contents of a JSON file of the release. Raises UserError when it is missing or of another type."""
     file = find_release(folder, name)
     if file is None:
         raise UserError(f"{folder}: has no metadata_stitched/{name}: give MMNeedle's data folder, or other settings")
@@ -180,18 +180,18 @@ def read_captions(folder: Path) -> dict[str, str]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Refuses every class: dicts and strings need none, and a pickle that names one could run code."""
+    """Refuses all classes: dicts and strings need none, and a pickle that names a class could run code."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
 
 def unpickle_captions(file: Path) -> dict[str, str]:
-    """The captions in a pickle of strings. Raises UserError for a pickle that holds or asks for anything else."""
+    """The captions in a pickle of strings. Raises UserError for a pickle with anything else in it."""
     try:
         with open(file, "rb") as stream:
             captions = PlainUnpickler(stream).load()
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle may raise any exception
         raise UserError(f"{file}: refused ({error}): it must hold file names and captions alone") from error
     if not isinstance(captions, dict) or not all(isinstance(c, str) for pair in captions.items() for c in pair):
         raise UserError(f"{file}: holds no file names and captions: download it again")

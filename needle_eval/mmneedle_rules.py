@@ -1,4 +1,4 @@
-"""When an answer to MMNeedle is right: the official rule, a lenient reading, and the answers of other protocols.
+"""When an MMNeedle answer is right: the official rule, a lenient parser, and conversion of other protocols' answers.
 
 No torch is imported here.
 """
@@ -12,11 +12,11 @@ from needle_eval.questions import normalise
 
 # ---- the strict rule
 def score_strict(response: str | None, truth: str, needles: int) -> dict:
-    """What the official scorer says of one answer: existence, index, exact; for K > 1 also `first` and `each` needle.
+    """The official scorer's verdict on one answer: existence, index, exact; for K > 1 also `first` and `each` needle.
 
-    `each` holds (index, exact) of the answered needles only, as the official pooling has it. Two oddities stay because
-    published figures contain them: an empty answer claims existence on a positive, and "0, 0, 0" has the right index
-    on a negative. None, a broken question, is wrong in everything.
+    `each` holds (index, exact) of the answered needles only, as in the official pooling. Two oddities are kept because
+    published numbers contain them: an empty answer counts as claiming existence on a positive, and "0, 0, 0" has the
+    right index on a negative. None, for a broken question, is wrong in everything.
     """
     if response is None:
         return {"existence": False, "index": False, "exact": False, "first": (False, False), "each": []}
@@ -33,31 +33,31 @@ def score_strict(response: str | None, truth: str, needles: int) -> dict:
 
 
 def split_needles(answer: str, needles: int) -> list[str]:
-    """The parts of an answer, one a needle, as the official scorer splits it."""
+    """The parts of an answer, one per needle, as the official scorer splits it."""
     return [part.strip() for part in answer.split("; ")] if needles > 1 else [answer]
 
 
 def says_absent(response: str, needles: int) -> bool:
-    """Whether the official scorer takes an answer for "no needle"."""
+    """Whether the official scorer reads an answer as "no needle"."""
     return "; ".join(split_needles(normalise(response), needles)) in absent_answers(needles)
 
 
 def absent_answers(needles: int) -> set[str]:
-    """Every answer that the official scorer takes for "no needle", normalised, split and joined again."""
+    """Every answer that the official scorer reads as "no needle", normalised, split and joined again."""
     if needles == 1:
         return {ABSENT}
     one = [ABSENT] * needles
     return {ABSENT, "; ".join(one), ", ".join(one), "".join(one), "; ".join(["-1, -1, -1"] * needles)}
 
 
-# ---- the lenient reading
+# ---- the lenient parser
 def parse_lenient(response: str | None, needles: int = 1) -> str | None:
-    """The answer meant: per needle the next -1 or the next three integers; None if the text does not hold K of them.
+    """The intended answer: for each needle the next -1 or the next three integers; None if the text has fewer than K.
 
-    One leading -1 stands for all needles where nothing else follows.
+    If -1 is the only number, it stands for all needles.
     """
-    text = re.sub(r"<\w+>", " ", response or "")  # location tokens are no numbers
-    numbers = re.findall(r"(?<!\w)-\d+|\d+", text)  # "1-2-1" and "row-2" have no minus
+    text = re.sub(r"<\w+>", " ", response or "")  # location tokens are not numbers
+    numbers = re.findall(r"(?<!\w)-\d+|\d+", text)  # the hyphens in "1-2-1" and "row-2" are not minus signs
     if numbers and (set(numbers) == {ABSENT} or says_absent(response, needles)):
         return "; ".join([ABSENT] * needles)
     found = []
@@ -71,21 +71,21 @@ def parse_lenient(response: str | None, needles: int = 1) -> str | None:
 
 
 def is_well_formed(response: str, needles: int = 1) -> bool:
-    """Whether an answer has the form that was asked for, right or wrong."""
+    """Whether an answer has the requested format, right or wrong."""
     one = r"(-1|\d+, \d+, \d+)"
     answer = "; ".join(split_needles(normalise(response), needles))
     return answer in absent_answers(needles) or bool(re.fullmatch("; ".join([one] * needles), answer))
 
 
-# ---- answers of other protocols, brought into the same form
+# ---- answers of other protocols, converted to the same format
 def prepare_rows(rows: list[dict]) -> list[dict]:
-    """Rows of any protocol as rows whose `response` the rules above can read, one for each question about needles."""
+    """Convert rows of any protocol to rows whose `response` the rules above can read, one per question."""
     rows = merge_quadrants(rows)
     return [row | {"response": cell_of_box(row)} if row["protocol"] == "detect" else row for row in rows]
 
 
 def cell_of_box(row: dict) -> str | None:
-    """`detect`: the cell with the centre of the first box; no answer at all is "-1"; other text stays."""
+    """`detect`: the cell that contains the centre of the first box; "-1" for an empty answer; other text is kept."""
     response, grid = row["response"], row["shape"][1]
     if response is None:
         return None
@@ -100,9 +100,9 @@ def cell_of_box(row: dict) -> str | None:
 
 
 def merge_quadrants(rows: list[dict]) -> list[dict]:
-    """`quadrant`: the two answers of an image as one, row and column, for every model alike (arXiv 2507.15875).
+    """`quadrant`: merge the two answers about an image into one row and column (arXiv 2507.15875).
 
-    Rows without an axis stay as they are: those of other protocols, merged ones, and broken ones, which were not asked.
+    Rows without an axis are kept: rows of other protocols, merged rows, and broken rows, which were never asked.
     """
     merged, pairs = [], {}
     for row in rows:
@@ -121,7 +121,7 @@ def merge_quadrants(rows: list[dict]) -> list[dict]:
 
 
 def join_quadrants(rows: str | None, columns: str | None) -> str | None:
-    """The place that "top" or "bottom" and "left" or "right" name; both answers as they are if one does not."""
+    """The place that "top" or "bottom" and "left" or "right" name; if either answer is different, both unchanged."""
     if rows is None or columns is None:
         return None
     row, column = (

@@ -1,4 +1,4 @@
-"""How much attention the answer pays to the needle (arXiv 2507.15875, its second table; here for every layer)."""
+"""How much attention the answer pays to the needle (second table of arXiv 2507.15875; here for every layer)."""
 
 import torch
 
@@ -11,9 +11,9 @@ from vision_cache import FeatureStore
 
 
 def measure_needle_attention(answerer: Answerer, questions: list[Question], count: int) -> dict[str, dict]:
-    """By setting: what the answer's tokens pay to the needle's patches, as a share of the images', by layer.
+    """By setting and layer: the attention of the answer's tokens on the needle's patches, as a share of all images'.
 
-    The mean over the first `count` positives of the true answer's tokens; `even` is what a blind layer would pay.
+    Mean over the true answer's tokens and the first `count` positives; `even` is the share under uniform attention.
     """
     found = {}
     for setting in dict.fromkeys(question.setting for question in questions):
@@ -28,8 +28,8 @@ def measure_needle_attention(answerer: Answerer, questions: list[Question], coun
 
 
 def needle_attention(answerer: Answerer, question: Question) -> torch.Tensor | None:
-    """The needle's share in every layer, the mean over the true answer's tokens: [layers]. None for a broken question
-    and for several needles."""
+    """The needle's share of the attention in every layer, averaged over the tokens of the true answer: [layers]. None
+    for a broken question and for several needles."""
     images, grid, needles = question.fields["shape"]
     if question.error or needles > 1:
         return None
@@ -38,7 +38,7 @@ def needle_attention(answerer: Answerer, question: Question) -> torch.Tensor | N
         pixels = {image: processor.image_inputs(open_reference(image)) for image in question.images}
         features = FeatureStore(answerer.model).encode(list(question.images), pixels, answerer.batch_size)
         row = processor.encode(question.prompt, question.ground_truth, [len(image) for image in features])
-    except UserError:  # its answer row names it
+    except UserError:  # its answer row has the error
         return None
     inputs = stack_inputs([pixels[image] for image in question.images]) | processor.pad([row])
     batch = {key: tensor.to(answerer.accelerator.device) for key, tensor in inputs.items()}

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, from its scores alone."""
+"""Figures of an evaluation, drawn from its scores."""
 
 import math
 import textwrap
@@ -24,16 +24,16 @@ STYLE = {
     "grid.alpha": 0.3,
     "font.size": 9,
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own
+# the colour-blind safe palette of Okabe and Ito, each colour with its own marker
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["s", "^", "D", "v", "P", "X", "o"]
 PERCENT = matplotlib.ticker.PercentFormatter(1.0)
 RATE_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
-DARK = 0.45  # rates below it are drawn so dark that text on them is white
-CHANCE = dict(colors="0.4", linestyles="dashed", linewidth=1)  # of lines at what a uniform guess reaches
-MIN_ANSWERS = 5  # of a point in a figure of calibration
+DARK = 0.45  # cells with rates below it are dark, so their text is white
+CHANCE = dict(colors="0.4", linestyles="dashed", linewidth=1)  # style of lines at the rate of a uniform guess
+MIN_ANSWERS = 5  # answers needed for a point in a calibration figure
 TITLE_WIDTH = 48  # characters on a line of a panel's title
-COLUMNS = 4  # panels beside each other
+COLUMNS = 4  # panels per row
 
 
 def arm_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -46,7 +46,7 @@ def arm_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def make_panels(
     count: int, width: float, height: float, columns: int = COLUMNS, **options
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels of this size in inches, row by row, at most `columns` beside each other."""
+    """A figure of `count` panels, each of this size in inches, row by row, at most `columns` per row."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     size = width * columns, height * rows
@@ -57,7 +57,7 @@ def make_panels(
 
 
 def draw_haystacks(scores: dict[str, dict], folder: Path, title: str):
-    """cells.png, needles found by their cell; with several images depths.png, by their image."""
+    """Draw cells.png, the share of needles found by cell, and with several images depths.png, by image."""
     positives = {name: found["positive"] for name, found in scores.items() if "positive" in found}
     if not positives:
         return
@@ -70,7 +70,7 @@ def draw_haystacks(scores: dict[str, dict], folder: Path, title: str):
 
 
 def draw_cells(positives: dict[str, dict], path: Path, title: str):
-    """One map a setting: a square for every cell of the grid, in it the percentage of its needles that were found."""
+    """One map per setting, with a square for every cell of the grid that shows the percentage of its needles found."""
     figure, panels = make_panels(len(positives), 3.1, 3.1)
     for panel, (name, found) in zip(panels, positives.items(), strict=True):
         side = math.isqrt(len(found["cells"]))
@@ -86,25 +86,25 @@ def draw_cells(positives: dict[str, dict], path: Path, title: str):
 
 
 def wrap_title(text: str, width: int = TITLE_WIDTH) -> str:
-    """A title on lines of at most `width` characters; long names are broken."""
+    """A title, wrapped to lines of at most `width` characters; long names are split."""
     return textwrap.fill(text, width)
 
 
 def cells_title(name: str, found: dict) -> str:
-    """The setting, and how many needles its map counts: several of one question where it has several."""
+    """The setting, and how many needles its map counts, which is more than the questions where they have several."""
     needles = sum(cell["n"] for cell in found["cells"])
     more = f"{needles:,} needles in {found['n']:,} questions"
     return f"{name}\n" + (more if needles > found["n"] else f"n = {needles:,}")
 
 
 def needles_label(positives: dict[str, dict]) -> str:
-    """What the maps show: with one needle a question exact answers, with several each needle for itself."""
+    """What the maps show: exact answers for one needle per question, single needles for several."""
     several = any("individual exact" in found for found in positives.values())
     return "needles found, each counted for itself" if several else "exact answers"
 
 
 def draw_depths(positives: dict[str, dict], path: Path, title: str):
-    """Which of the images holds the needle, downwards, against the setting, to the right."""
+    """Draw rates with the image that holds the needle on the vertical axis and the setting on the horizontal one."""
     deepest = max(len(found["depths"]) for found in positives.values())
     rates = np.full((deepest, len(positives)), math.nan)
     for column, found in enumerate(positives.values()):
@@ -122,7 +122,7 @@ def draw_depths(positives: dict[str, dict], path: Path, title: str):
 
 
 def draw_heat_map(panel: Axes, rates: np.ndarray) -> AxesImage:
-    """Rates [rows, columns] in colours from 0 to 1, percentages in the cells, grey where there is none."""
+    """Rates [rows, columns] as colours from 0 to 1, with percentages in the cells; cells without a rate are grey."""
     image = panel.imshow(rates, cmap=RATE_COLOURS, vmin=0, vmax=1, aspect="auto")
     size = 10 if max(rates.shape) <= 4 else 7
     for (row, column), value in np.ndenumerate(rates):
@@ -137,8 +137,8 @@ def draw_heat_map(panel: Axes, rates: np.ndarray) -> AxesImage:
 
 
 def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
-    """Exact answers, and existence where the caption is absent, by setting for several models: 95 % Wilson intervals,
-    dashes at what a uniform guess reaches."""
+    """Exact answers, and existence where the caption is absent, by setting for several models, with 95 % Wilson
+    intervals and dashed lines at the rate of a uniform guess."""
     kinds = {
         "positive": ("exact", "caption present, exact answers"),
         "negative": ("existence", "caption absent, said so"),
@@ -173,7 +173,7 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
 
 
 def draw_rates(panel: Axes, rates_by_model: dict[str, list[dict | None]]):
-    """A point with its interval for every rate, models beside each other at every place; None where there is none."""
+    """A point with its interval for every rate, models side by side at every place; no point where a rate is None."""
     step = min(0.16, 0.7 / len(rates_by_model))
     for number, (name, rates) in enumerate(rates_by_model.items()):
         shown = [(place, rate) for place, rate in enumerate(rates) if rate]
@@ -191,7 +191,7 @@ def draw_rates(panel: Axes, rates_by_model: dict[str, list[dict | None]]):
 
 # ---- figures of several runs
 class Difference(NamedTuple):
-    """A row of a forest plot, in points; without an interval where none is known."""
+    """A row of a forest plot, in percentage points; `low` and `high` are None if no interval is known."""
 
     label: str
     mean: float
@@ -200,7 +200,7 @@ class Difference(NamedTuple):
 
 
 def draw_forest(groups: dict[str, tuple[list[Difference], Difference]], colour: str, title: str, axis: str) -> Figure:
-    """A panel for each group: a row for every seed with the interval over its questions, then the mean of several."""
+    """A panel for each group: a row per seed with the interval over its questions, then the mean of several seeds."""
     longest = max(len(seeds) + (len(seeds) > 1) for seeds, _ in groups.values())
     figure, panels = make_panels(len(groups), 2.7, 1.0 + 0.24 * longest, columns=3, sharex=True)
     for panel, (name, (seeds, pooled)) in zip(panels, groups.items(), strict=True):
@@ -227,8 +227,8 @@ def draw_forest(groups: dict[str, tuple[list[Difference], Difference]], colour: 
 
 
 def draw_confusion(shares: dict[str, np.ndarray], grid: int, title: str) -> Figure:
-    """A panel for each arm: the share of the answers [truth, answer] to needles in a cell, cells row by row, then
-    absent needles and "-1"; the last column holds everything else that was answered."""
+    """A panel for each arm: the confusion matrix [truth, answer] as shares of the answers to each truth. Cells come
+    row by row, then absent needles and "-1"; the last column counts all other answers."""
     cells = [f"{row},{column}" for row in range(1, grid + 1) for column in range(1, grid + 1)]
     side = 3.9 if grid > 2 else 3.1
     figure, panels = make_panels(len(shares), side, side * 0.95, columns=3)
@@ -258,10 +258,10 @@ def draw_confusion(shares: dict[str, np.ndarray], grid: int, title: str) -> Figu
 
 
 def draw_calibration(bins: dict[str, list[list[dict]]], style: dict[str, dict[str, str]], title: str) -> Figure:
-    """Right answers against the confidence in them: a line for every seed of an arm, and how many answers there are.
+    """Share of right answers against confidence, one line for every seed of an arm, and the number of answers per bin.
 
-    Parts of the range with fewer than `MIN_ANSWERS` answers have no point. `bins` by arm and seed as
-    `statistics.confidence_bins` returns them.
+    Bins with fewer than `MIN_ANSWERS` answers have no point. `bins` are those of `statistics.confidence_bins`, by arm
+    and seed.
     """
     figure, (panel, counts) = plt.subplots(
         2, 1, figsize=(5.6, 4.8), layout="constrained", sharex=True, height_ratios=(3, 1)
@@ -292,8 +292,8 @@ def draw_needle_share(
     style: dict[str, dict[str, str]],
     title: str,
 ) -> Figure:
-    """A panel for each setting: the needle's share of the attention by layer, mean and band over the seeds of an arm;
-    dashed: what a layer that looks everywhere alike pays."""
+    """A panel for each setting: the needle's share of the attention by layer, mean and band over the seeds of an arm.
+    The dashed line is the share under uniform attention."""
     figure, panels = make_panels(len(shares), 3.0, 2.7, sharey=True)
     for panel, (setting, of_setting) in zip(panels, shares.items(), strict=True):
         panel.axhline(even[setting], color="0.4", linestyle="dashed", linewidth=1, label="even attention")
@@ -310,7 +310,7 @@ def draw_needle_share(
 
 
 class Curve(NamedTuple):
-    """A quantity of one run; that of an unfinished run is drawn apart."""
+    """A quantity of one run; unfinished runs are drawn separately."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -318,7 +318,7 @@ class Curve(NamedTuple):
 
 
 def draw_seeds(panel: Axes, curves: Sequence[Curve], look: dict[str, str], label: str):
-    """The mean of the finished runs over the x that all have, and a band from the lowest to the highest of them.
+    """The mean of the finished runs at the x that all of them have, and a band from the lowest to the highest run.
 
     An unfinished run is a thin dotted line.
     """
@@ -337,7 +337,7 @@ def draw_seeds(panel: Axes, curves: Sequence[Curve], look: dict[str, str], label
 
 
 def finish(figure: Figure, panel: Axes, title: str, width: int):
-    """The figure's title, and one legend below all panels with the entries of this one."""
+    """Add the figure's title, and one legend below all panels with the entries of `panel`."""
     handles, labels = panel.get_legend_handles_labels()
     columns = max(1, min(len(labels), width // (max(map(len, labels)) + 8)))
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=columns)

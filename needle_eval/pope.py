@@ -1,7 +1,7 @@
 """POPE: does a model see objects that are not there? (Li et al., arXiv 2305.10355; AoiDragon/POPE)
 
-Yes/no questions about COCO val2014 images in three splits. Question files and images are read from disk, none is
-downloaded. This is another benchmark than MMNeedle, and no haystack: one image, one question.
+Yes/no questions about COCO val2014 images in three splits. Question files and images are read from disk; nothing is
+downloaded. Unlike MMNeedle, it has no haystacks: each question is about one image.
 """
 
 import json
@@ -29,15 +29,15 @@ SPLITS = ("random", "popular", "adversarial")
 FLAGS = ("image_folder",)
 NAME_FLAGS = ()
 MAX_NEW_TOKENS = 10
-DIGITS = 2  # of percentages, as the paper has them
+DIGITS = 2  # after the decimal point of percentages, as in the paper
 SOURCE = "use that of AoiDragon/POPE, output/coco"
 
 
 # ---- questions
 def load_questions(config: "Config") -> list[Question]:
-    """The first `config.samples` questions (0: all) of each split, their images in `config.image_folder`.
+    """The first `config.samples` questions (0: all) of each split, with images in `config.image_folder`.
 
-    Raises UserError that names the file and line of a bad row, and when none of the images exists.
+    Raises UserError with the file and line of a bad row, and when none of the images exists.
     """
     if config.data.partition(":")[0] == "haystack" or not config.image_folder:
         raise UserError("POPE needs --data, the folder of its files, and --image_folder, that of COCO val2014")
@@ -59,8 +59,8 @@ class PopeRow(msgspec.Struct):
 def read_split(folder: Path, images: Path, split: str, prefix: str = "", limit: int = 0) -> list[Question]:
     """The first `limit` questions (0: all) of coco_pope_{split}.json in `folder`, or of the same file with .gz.
 
-    The file holds one JSON object a line. `prefix` goes before each text. Images are in the folder `images` and are not
-    opened here. Raises UserError that names the file and line, also for an image outside `images`.
+    The file holds one JSON object per line. `prefix` goes before each text. Images are in the folder `images` and are
+    not opened here. Raises UserError with the file and line of a bad row; an image outside `images` makes a row bad.
     """
     path = folder / f"coco_pope_{split}.json"
     packed = path.with_suffix(".json.gz")
@@ -96,8 +96,8 @@ ANSWER_ROW = PopeAnswer
 
 
 def parse_pope(response: str | None) -> str:
-    """The official reading (evaluate.py of AoiDragon/POPE): "no" if No, not or no is a word, split at blanks, of what
-    is before the first full stop, commas dropped; else "yes". No response at all is "none", and never right.
+    """The official rule (evaluate.py of AoiDragon/POPE): cut the response at the first full stop, drop commas, split
+    at spaces; "no" if one of the words is No, not or no, else "yes". None gives "none", which is never right.
     """
     if response is None:
         return "none"
@@ -106,24 +106,24 @@ def parse_pope(response: str | None) -> str:
 
 
 def is_invalid(response: str | None) -> bool:
-    """Whether a response is anything but yes or no, whatever its case, blanks around it and one full stop after it."""
+    """Whether a response is not yes or no, ignoring case, surrounding whitespace and one full stop at the end."""
     return response is None or response.strip().removesuffix(".").strip().lower() not in ("yes", "no")
 
 
 def is_correct(row: dict) -> bool:
-    """Whether an answer row is right by the official reading."""
+    """Whether an answer row is right by the official rule."""
     return parse_pope(row["response"]) == row["ground_truth"]
 
 
 # ---- scores
 def score(rows: list[dict]) -> dict:
-    """Scores of answer rows (`questions.Question`): {split: {...}, "mean": {...}}, fractions of 1, yes as the positive.
+    """Scores of answer rows (`questions.Question`): {split: {...}, "mean": {...}}, in [0, 1], with yes as the positive.
 
-    A split has n, accuracy, precision, recall, yes_ratio (of the predictions), invalid (`is_invalid`), each as
-    `statistics.rate` with its counts, f1, broken (responses of None), and under "baselines" the same metrics of the
-    constant answers. What is undefined is None, as precision and f1 are where no answer is yes. The six questions of
-    an image are taken as independent, so that the intervals are a little narrow. "mean" is over the splits present.
-    Raises UserError for a row that is no answer to a POPE question.
+    A split has n; accuracy, precision, recall, yes_ratio (of the predictions) and invalid (`is_invalid`), each a
+    `statistics.rate` with its counts; f1, broken (responses of None), and under "baselines" the same metrics of the
+    constant answers. Undefined values are None, such as precision and f1 where no answer is yes. The six questions of
+    an image are treated as independent, so the intervals are a little narrow. "mean" is over the splits present.
+    Raises UserError for a row that does not answer a POPE question.
     """
     by_split = {}
     for row in rows:
@@ -141,7 +141,7 @@ def score(rows: list[dict]) -> dict:
 
 
 def score_split(rows: list[dict]) -> dict:
-    """Metrics of one split, and those of the two constant answers beside them."""
+    """Metrics of one split, and of the two constant answers."""
     truths = [row["ground_truth"] for row in rows]
     responses = [row["response"] for row in rows]
     return metrics(truths, [parse_pope(response) for response in responses]) | {
@@ -168,7 +168,7 @@ def metrics(truths: list[str], predictions: list[str]) -> dict:
 
 # ---- what is printed and written
 def format_table(scores_by_model: dict[str, dict]) -> list[str]:
-    """Lines to print, a block for each model: percent, the accuracy with its 95 % interval, "-" for undefined."""
+    """Lines to print, one block per model: percentages, the accuracy with its 95 % interval, "-" for undefined."""
     lines = []
     for model, scores in scores_by_model.items():
         lines += [
@@ -200,9 +200,9 @@ def format_line(name: str, n: str, accuracy: str, *others: str) -> str:
 
 
 def write_official(rows: list[dict], folder: Path, model_name: str) -> list[Path]:
-    """Write {model}_coco_pope_{split}.json of each split: {"question", "answer"} a line, in the order of the questions.
+    """Write {model}_coco_pope_{split}.json for each split: one {"question", "answer"} per line, in question order.
 
-    The official evaluate.py pairs lines with labels by their order and cannot leave one out or count it as wrong, so a
+    The official evaluate.py pairs lines with labels by their order and cannot skip a line or count it as wrong, so a
     split with broken questions gets no file.
     """
     files = []

@@ -1,4 +1,4 @@
-"""A question of a benchmark, reading question files, and when an answer is exact. No torch is imported here."""
+"""Benchmark questions: their type, reading question files, and exact match of answers. Does not import torch."""
 
 import gzip
 import os
@@ -19,11 +19,11 @@ ROW_FIX = "correct or delete the line"
 
 
 class OpenableImage(Protocol):
-    """An image that is made when it is needed. Hashable: equal references are opened and encoded once. `str` of it
-    names it in answer rows and messages."""
+    """An image that is made when it is needed. It is hashable, and equal references are opened and encoded once. Its
+    `str` is its name in answer rows and messages."""
 
     def open(self) -> Image.Image:
-        """The image. Raises UserError where it is missing or broken."""
+        """The image. Raises UserError if it is missing or broken."""
 
 
 ImageReference = str | OpenableImage  # a string is the path of an image file
@@ -31,15 +31,15 @@ ImageReference = str | OpenableImage  # a string is the path of an image file
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark: what is shown, what is asked, and what the answer should be.
+    """One question of a benchmark: images, prompt, and the right answer.
 
-    `images` in the order of the prompt. `setting` names the group that is scored together. `ground_truth` as the
-    benchmark writes it, json-able. `candidates`: if given, the likeliest of them is the answer and none is generated.
-    `error` says why the question cannot be asked.
+    `images` are in the order of the prompt. `setting` names the group of questions that is scored together.
+    `ground_truth` is in the benchmark's own form and JSON-serialisable. If `candidates` are given, the most likely of
+    them is the answer and no text is generated. `error` says why the question cannot be asked.
 
-    Its answer is one json object: {"id", "setting", "prompt", "response", "ground_truth", "images", "seconds",
+    Its answer row is a JSON object: {"id", "setting", "prompt", "response", "ground_truth", "images", "seconds",
     **fields}. `response` is None where an image or the row was broken ("error" says why): such an answer is wrong and
-    stays in every denominator. All scores are computed from such rows alone.
+    stays in every denominator. All scores are computed from these rows alone.
     """
 
     id: str
@@ -55,19 +55,19 @@ class Question:
 
 # ---- images
 def open_reference(image: ImageReference) -> Image.Image:
-    """The image that a reference names. Raises UserError where it is missing or broken."""
+    """Open the image of a reference. Raises UserError if it is missing or broken."""
     return open_image(image) if isinstance(image, str) else image.open()
 
 
 def check_some_image_exists(questions: list[Question], fix: str):
-    """Raise UserError when none of the image files exists. Single missing files are reported with their answers."""
+    """Raise UserError when none of the image files exists. If only some are missing, their answer rows report it."""
     paths = {image for question in questions for image in question.images if isinstance(image, str)}
-    if paths and not any(map(os.path.isfile, paths)):  # False also for a name that no file can have
+    if paths and not any(map(os.path.isfile, paths)):  # isfile is also False for an invalid file name
         raise UserError(f"{min(paths)}: none of {len(paths):,} images exists: {fix}")
 
 
 def check_inside(folder: Path, names: list[str], source: str):
-    """Raise UserError, `source` at its front, when one of these file names leaves `folder`, also through a link."""
+    """Raise UserError, prefixed with `source`, if a file name leads outside `folder`, also through a symbolic link."""
     for name in names:
         try:
             resolve_inside(folder, name)
@@ -77,10 +77,10 @@ def check_inside(folder: Path, names: list[str], source: str):
 
 # ---- question files
 def read_rows(path: Path, type_: type[T], limit: int, fix: str) -> list[tuple[str, T]]:
-    """The first `limit` rows (0: all) of a file of JSON lines, plain or .gz, as ("path:number", row of `type_`).
+    """The first `limit` rows (0: all) of a JSON lines file, plain or .gz, as ("path:number", row of `type_`).
 
-    Blank lines are left out. Raises UserError with `fix` at its end when the file cannot be read or holds no row, and
-    with the line's number for a row of another type.
+    Blank lines are skipped. Raises UserError, ending in `fix`, when the file cannot be read or holds no row, and with
+    the line number for a row of another type.
     """
     data = read_bytes(path)
     try:
@@ -94,7 +94,7 @@ def read_rows(path: Path, type_: type[T], limit: int, fix: str) -> list[tuple[st
 
 
 def check_unique_ids(questions: list[Question], source: str | Path):
-    """Raise UserError when two questions of `source`, a file, have one id."""
+    """Raise UserError when two questions of the file `source` have the same id."""
     repeated = [name for name, times in Counter(question.id for question in questions).items() if times > 1]
     if repeated:
         raise UserError(f"{source}: the id {repeated[0]} is there more than once: ids must be unique, correct the file")
@@ -102,7 +102,7 @@ def check_unique_ids(questions: list[Question], source: str | Path):
 
 # ---- answers
 class AnswerRow(msgspec.Struct, kw_only=True):
-    """What every answer row holds; a benchmark adds the fields that its scores need."""
+    """The fields of every answer row; a benchmark adds those that its scores need."""
 
     id: str
     setting: str
@@ -111,7 +111,7 @@ class AnswerRow(msgspec.Struct, kw_only=True):
 
 
 def check_row(row: dict[str, Any], row_type: type[AnswerRow], name: str):
-    """Raise UserError, `name` at its front, where an answer row lacks a field or has another type."""
+    """Raise UserError, prefixed with `name`, if an answer row lacks a field or a field has the wrong type."""
     try:
         msgspec.convert(row, row_type)
     except msgspec.ValidationError as error:
@@ -119,10 +119,10 @@ def check_row(row: dict[str, Any], row_type: type[AnswerRow], name: str):
 
 
 def normalise(response: str) -> str:
-    """MMNeedle's normalisation: newlines deleted, blanks and full stops stripped."""
+    """MMNeedle's normalisation: delete newlines, strip whitespace and full stops."""
     return response.replace("\n", "").strip().strip(".").strip()
 
 
 def is_exact(response: str, answer: str) -> bool:
-    """MMNeedle's strict exact match for one needle; a negative's answer is "-1". Other answers go by the same rule."""
+    """MMNeedle's strict exact match for one needle, where a negative's answer is "-1"; used for other text as well."""
     return normalise(response) == normalise(answer)

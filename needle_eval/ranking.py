@@ -1,6 +1,6 @@
-"""Ranking possible answers by their likelihood, where nothing is generated.
+"""Rank candidate answers by their likelihood, without generating text.
 
-Shapes: B prompts, L their padded length, A candidates, T their padded length with `<eos>`, V vocabulary, N tokens an
+Shapes: B prompts, L their padded length, A candidates, T their padded length with `<eos>`, V vocabulary, N tokens per
 image, C hidden size.
 """
 
@@ -22,12 +22,12 @@ def rank_candidates(
     features: ImageFeatures | None,
     candidates: tuple[str, ...],
 ) -> list[tuple[str, float]]:
-    """The likeliest of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`, and the
+    """The most likely of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`, and the
     confidence in it: its probability, given that the answer is one of the candidates.
 
-    `batch` holds prompts [B, L], padded on the left, `plan` is its plan; `features` of their images. It is the mean,
-    since "-1" is shorter than a cell and a sum would favour it. One pass over the prompts fills the cache, which every
-    candidate continues.
+    `batch` holds prompts [B, L], padded on the left; `plan` is the plan of the batch, `features` are those of its
+    images. The mean is used because "-1" is shorter than a cell and a sum would favour it. One pass over the prompts
+    fills the KV cache, and every candidate continues from it.
     """
     language = model.model.language_model
     count, length = batch["input_ids"].shape
@@ -66,7 +66,7 @@ def continue_prompt(model: torch.nn.Module, cache: KVCache, valid: Tensor, row: 
 
 
 def candidate_tensors(processor: Processor, candidates: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids [A, T] of the answers and their `<eos>`, padded on the right, and 1.0 at their tokens, else 0 [A, T]."""
+    """Token ids [A, T] of the candidates with `<eos>`, padded on the right, and a mask [A, T]: 1.0 at tokens."""
     rows = [processor.encode("", text, 0) for text in candidates]
     rows = [[i for i, is_answer in zip(*row, strict=True) if is_answer] for row in rows]
     width = max(map(len, rows))

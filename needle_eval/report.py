@@ -1,4 +1,4 @@
-"""Scores, tables, figures and comparisons of evaluations, from the files in their folders and nothing else."""
+"""Scores, tables, figures and comparisons of evaluations, computed from the files in their folders."""
 
 import contextlib
 import glob
@@ -16,11 +16,11 @@ from needle_eval.folder import changed_fields, read_record, read_rows, slug
 from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, paired_difference, paired_over_seeds, rate
 
 # A benchmark is a module with load_questions(config), is_correct(row), score(rows), format_table(scores_by_model) and
-# write_official(rows, folder, model_name). ANSWER_ROW is the type of its answer rows, FLAGS are the flags that it alone
-# reads, NAME_FLAGS those whose values name its folders. It may have more: complete_flags(config), prepare_rows(rows),
+# write_official(rows, folder, model_name). ANSWER_ROW is the type of its answer rows, FLAGS are the flags that not all
+# benchmarks read, NAME_FLAGS those whose values name its folders. Optional: complete_flags(config), prepare_rows(rows),
 # describe(config, image_size, num_image_tokens), HAS_CELLS, LONG_QUESTIONS_ARE_WRONG.
 BENCHMARKS: dict[str, ModuleType] = {"mmneedle": mmneedle, "pope": pope, "mm-niah": mm_niah}
-NAME_LENGTH = 120  # of the models' names in a figure's file name
+NAME_LENGTH = 120  # characters of the models' names in a figure's file name
 MACHINE = ("device", "processes")  # fields of eval.json that scores.json leaves out
 
 
@@ -35,14 +35,14 @@ def open_record(folder: Path) -> tuple[dict, ModuleType]:
 
 
 def prepare_rows(rows: list[dict], benchmark: ModuleType) -> list[dict]:
-    """Answer rows in the form that they are scored and compared in, one for each question of the benchmark."""
+    """Answer rows in the form used for scoring and comparing, one for each question of the benchmark."""
     return getattr(benchmark, "prepare_rows", list)(rows)
 
 
 def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     """eval.json and the scores of a folder; writes scores.json, plots/ and the official response files.
 
-    The scores have two more keys for the table, "decoding" and, where it was measured, "attention".
+    The returned scores have two more keys for the table: "decoding", and "attention" if it was measured.
     """
     record, benchmark = open_record(folder)
     raw = read_rows(folder, benchmark.ANSWER_ROW)
@@ -60,7 +60,7 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
 
 
 def figure_title(folder: Path, record: dict) -> str:
-    """The model, the training seed where it is known, and what was asked."""
+    """The model, its training seed if known, and the benchmark, protocol and data."""
     config, seed = record["config"], ""
     with contextlib.suppress(UserError):
         seed = f" (seed {seed_of(folder)})"
@@ -70,7 +70,7 @@ def figure_title(folder: Path, record: dict) -> str:
 
 
 class NeedleAttention(msgspec.Struct):
-    """What was measured in one setting: the mean share of each layer over n questions."""
+    """The needle's share of the attention in one setting: the mean of each layer over n questions."""
 
     n: Annotated[int, msgspec.Meta(ge=1)]
     even: float
@@ -78,7 +78,7 @@ class NeedleAttention(msgspec.Struct):
 
 
 def read_attention(file: Path) -> dict[str, dict] | None:
-    """attention.json, by setting, or None where nothing was measured."""
+    """attention.json, by setting, or None if the file does not exist."""
     if not file.exists():
         return None
     measured = read_typed(file, dict[str, NeedleAttention], "delete it, or measure again with --overwrite=True")
@@ -86,16 +86,16 @@ def read_attention(file: Path) -> dict[str, dict] | None:
 
 
 def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]:
-    """The table of all folders side by side, after what was asked and how.
+    """Lines to print: the settings, then the table of all folders side by side.
 
-    Where models are drawn side by side, the figure of one folder is in its plots/, that of several in `comparisons`.
+    If the benchmark HAS_CELLS, accuracy is drawn into plots/ of each folder, and of several folders into `comparisons`.
     """
     scored = [score_folder(folder, skip_none) for folder in folders]
     record = scored[0][0]
     if any(changed_fields(record, other, ("benchmark", "config")) for other, _ in scored):
         raise UserError(f"{', '.join(map(str, folders))}: answer different questions and cannot be compared")
     names = [slug(other["model"]) for other, _ in scored]
-    if len(set(names)) < len(names):  # one model answered twice
+    if len(set(names)) < len(names):  # the same model in two folders
         names = [str(folder) for folder in folders]
     scores_by_model = {name: scores for name, (_, scores) in zip(names, scored, strict=True)}
     benchmark, config = BENCHMARKS[record["benchmark"]], record["config"]
@@ -117,7 +117,7 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
 
 # ---- one arm against the other
 def compare(first: str, second: str) -> list[str]:
-    """Two runs, or two patterns of runs over the same seeds, on the same questions; also into comparison-*.json."""
+    """Compare two runs, or two patterns of runs over the same seeds, question by question; writes comparison-*.json."""
     pairs = pair_folders(first, second)
     compared = [compare_folders(*folders) for folders in pairs]
     lines = []
@@ -139,7 +139,7 @@ def compare(first: str, second: str) -> list[str]:
 
 
 def compare_folders(first: Path, second: Path) -> dict[str, dict]:
-    """`compare_answers` of two folders. Raises UserError where they answer different questions."""
+    """`compare_answers` of two folders. Raises UserError if they answer different questions."""
     (record, benchmark), (other, _) = map(open_record, (first, second))
     changed = changed_fields(record, other, ("benchmark", "config", "decoding"))
     if changed:
@@ -149,9 +149,9 @@ def compare_folders(first: Path, second: Path) -> dict[str, dict]:
 
 
 def compare_answers(first: list[dict], second: list[dict], benchmark: ModuleType) -> dict[str, dict]:
-    """The same questions answered by two models: by setting and kind both rates, the paired difference, McNemar's p.
+    """By setting and kind: the rates of two models on the same questions, their paired difference and McNemar's p.
 
-    Raises UserError when the ids differ, or what was asked under one id.
+    Raises UserError when the ids differ, or the prompts or ground truths of the same id.
     """
     first, second = ({row["id"]: row for row in rows} for rows in (first, second))
     if set(first) != set(second):
@@ -178,7 +178,7 @@ def group_of(row: dict) -> str:
 
 
 def compare_pairs(pairs: list[tuple[bool, bool]]) -> dict:
-    """Rates, difference and McNemar's test of questions that were right or wrong in two runs."""
+    """Rates, difference and McNemar's test from pairs of (right in the first run, right in the second)."""
     counts = Counter(pairs)
     both, only_a, only_b = counts[True, True], counts[True, False], counts[False, True]
     return {
@@ -205,7 +205,7 @@ def compare_over_seeds(compared: list[dict]) -> dict[str, dict]:
 
 # ---- which folders
 def pair_folders(first: str, second: str) -> list[tuple[Path, Path]]:
-    """Answer folders of both arms, paired by seed where there are several. Raises UserError for unequal seeds."""
+    """Answer folders of both arms, paired by seed if there are several. Raises UserError if their seeds differ."""
     found = [[pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) for pattern in (first, second)]
     arms = [[answer_folder(Path(path)) for path in paths] for paths in found]
     for pattern, folders in zip((first, second), arms, strict=True):
@@ -239,7 +239,7 @@ class SeededConfig(msgspec.Struct):
 
 
 class SeededRun(msgspec.Struct):
-    """What pairing needs of a run.json."""
+    """The fields of run.json that pairing needs."""
 
     config: SeededConfig
 

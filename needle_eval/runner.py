@@ -1,9 +1,9 @@
-"""Questions to answers: batches, images encoded once, one row an answer, and a run that continues where it was stopped.
+"""Answer questions in batches: each image is encoded once, each answer is a row, and an interrupted run is resumed.
 
-This module is benchmark-agnostic: a `Question` has images, a prompt and the length of its longest answer; its answer is
-scored elsewhere. The evaluation script calls it with a file, training in memory. All batches are planned before the
-first answer and every process answers its share of them, so an interrupted run and several processes give the answers
-of one run.
+This module is benchmark-agnostic: a `Question` has images, a prompt and the length of its longest answer, and answers
+are scored elsewhere. The evaluation script writes answers to a file, training keeps them in memory. All batches are
+planned before the first answer and every process answers its share of them, so resumed runs and runs on several
+processes give the same answers as an uninterrupted run on one.
 """
 
 import json
@@ -32,7 +32,7 @@ from needle_eval.ranking import rank_candidates
 from processing_paligemma import Processor
 from vision_cache import FeatureStore
 
-FEATURE_BYTES = 2 << 30  # of image features that stay on the model's device
+FEATURE_BYTES = 2 << 30  # maximum size of the image features kept on the model's device
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Answerer:
     accelerator: Accelerator
     dtype: torch.dtype  # bfloat16: under autocast
     batch_size: int = 32  # questions answered at once
-    workers: int = 0  # processes that read images
+    workers: int = 0  # processes that load images
 
 
 def answer_questions(
@@ -57,11 +57,11 @@ def answer_questions(
 ) -> list[dict]:
     """One answer row for each question, in the order of the questions, the same list on every process.
 
-    With `file`, a row is written as soon as it is known, and rows that are in the file already stay: of a
-    batch with a missing row, the whole batch is computed again, so that its padding and rounding are the same.
+    With `file`, every row is written as soon as it is computed, and rows that are already in the file are kept. If a
+    row of a batch is missing, the whole batch is computed again, so that its padding and rounding are the same.
     `is_correct` and `progress`, a title, are for the progress bar; without a title there is none. `raise_if_stopped` is
     called before every batch, equally often on every process, and may raise to end the run. A broken image or prompt
-    gives a row with "error" and the response None, which is answered again when the run is. Raises UserError when
+    gives a row with "error" and the response None, which is tried again when the run is resumed. Raises UserError when
     `file` holds answers to other questions.
     """
     accelerator = answerer.accelerator
@@ -70,9 +70,9 @@ def answer_questions(
     if file is not None:
         with accelerator.main_process_first():
             rows = read_answers(file, questions, cut_last_line=accelerator.is_main_process)
-        accelerator.wait_for_everyone()  # all processes plan from the same file, before one of them writes to it
+        accelerator.wait_for_everyone()  # all processes plan from the same file before the main process writes to it
     batches = [b for b in plan_batches(questions, answerer.batch_size) if any(q.id not in rows for q in b)]
-    # neighbouring batches, which take equally long, go to different processes
+    # neighbouring batches, which take about equally long, go to different processes
     answers = answer_batches(answerer, batches[accelerator.process_index :: accelerator.num_processes])
     rounds = math.ceil(len(batches) / accelerator.num_processes)
     bf16 = answerer.dtype == torch.bfloat16
@@ -93,9 +93,9 @@ def answer_questions(
 
 # ---- the plan
 def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
-    """Batches within a setting, sorted by the length of the prompt so that little is padded, without broken questions.
+    """Batches within a setting, sorted by prompt length to reduce padding, without broken questions.
 
-    A function of the questions alone: ties stay in order.
+    Deterministic: questions of equal length keep their order.
     """
 
     def group_of(question: Question) -> tuple:
@@ -109,7 +109,7 @@ def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
 def plan_images(
     batches: list[list[Question]], capacity: int
 ) -> list[tuple[list[ImageReference], list[ImageReference]]]:
-    """For every batch the images to open before it and those to forget after it: an LRU cache of `capacity`."""
+    """For every batch, the images to load before it and to drop after it: an LRU cache of `capacity` images."""
     held: OrderedDict[ImageReference, None] = OrderedDict()
     plan = []
     for batch in batches:
@@ -124,12 +124,12 @@ def plan_images(
 
 
 def mark_too_long(questions: list[Question], processor: Processor, limit: int) -> list[Question]:
-    """The questions; those that do not fit `limit` positions with their longest answer have an error."""
+    """The questions, with an error set where the prompt and the longest answer do not fit `limit` positions."""
     marked = []
     for question in questions:
         try:
             prompt = processor.encode(question.prompt, None, len(question.images))[0]
-        except UserError:  # reported with its answer
+        except UserError:  # its answer row has the error
             prompt = []
         needed = len(prompt) + question.max_new_tokens
         if needed > limit:
@@ -145,7 +145,7 @@ def mark_too_long(questions: list[Question], processor: Processor, limit: int) -
 
 # ---- answers
 def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterator[list[dict]]:
-    """Yield the rows of every batch; an image is opened and encoded once while its features are stored."""
+    """Yield the rows of every batch; an image is not opened or encoded again while its features are stored."""
     width = answerer.model.config.text_config.hidden_size * torch.finfo(answerer.dtype).bits // 8
     plan = plan_images(batches, FEATURE_BYTES // max(1, answerer.processor.num_image_tokens * width))
     loader = DataLoader(
@@ -167,7 +167,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
 
 
 class OpenedImages(Dataset):
-    """For every batch, and each of its new images: what the model takes of it, or what is wrong with it."""
+    """Item i holds, for every new image of batch i, the model's inputs or an error message."""
 
     def __init__(self, images: list[list[ImageReference]], processor: Processor):
         self.images, self.processor = images, processor
@@ -193,7 +193,7 @@ def answer_batch(
     faults: dict[ImageReference, str],
     started: float,
 ) -> list[dict]:
-    """The rows of one batch. `started`: when its images began to be encoded, for the seconds of an answer."""
+    """The rows of one batch. `started` is the time at which encoding of its images began, for "seconds" of a row."""
     good, encoded, rows = [], [], {}
     for question in batch:
         try:
@@ -230,7 +230,7 @@ def answer_batch(
 
 
 def make_row(question: Question, response: str | None, seconds: float, confidence: float | None = None) -> dict:
-    """The answer row of a question; `confidence` of an answer that was ranked."""
+    """The answer row of a question; `confidence` is given if candidates were ranked."""
     row = {
         "id": question.id,
         "setting": question.setting,
@@ -247,7 +247,7 @@ def make_row(question: Question, response: str | None, seconds: float, confidenc
 
 # ---- the file
 class StoredAnswer(msgspec.Struct):
-    """What an answers file is compared by and what is taken from it; the other fields follow from the question."""
+    """The fields of a stored answer that are compared or read; the others follow from the question."""
 
     id: str
     prompt: str
@@ -262,8 +262,8 @@ class StoredAnswer(msgspec.Struct):
 def read_answers(file: Path, questions: list[Question], cut_last_line: bool = False) -> dict[str, dict]:
     """The rows of a file by id, in the order of the questions; answers with an error are left out.
 
-    A last line that a killed process left unfinished is ignored, with `cut_last_line` deleted. Raises UserError when
-    the file answers other questions: other ids, prompts, images or ground truths.
+    A last line that a killed process left unfinished is ignored, and deleted with `cut_last_line`. Raises UserError
+    when the file answers other questions: other ids, prompts, images or ground truths.
     """
     if not file.exists():
         return {}
@@ -292,12 +292,12 @@ def read_answers(file: Path, questions: list[Question], cut_last_line: bool = Fa
 
 
 def write_answers(file: Path, rows: list[dict]):
-    """Write the file again, whole and in order."""
+    """Rewrite the whole file in order."""
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class AnswerLog:
-    """Adds answer rows to those so far, to the file, if any, and to the progress bar."""
+    """Adds answer rows to `rows`, to the file, if any, and to the progress bar."""
 
     def __init__(self, rows: dict[str, dict], file: Path | None, bar: tqdm, is_correct: Callable[[dict], bool] | None):
         self.rows, self.file, self.bar, self.is_correct = rows, file, bar, is_correct

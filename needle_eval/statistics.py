@@ -1,9 +1,9 @@
-"""How sure a measured rate, or a difference of two, is: 95 % intervals and exact tests.
+"""The uncertainty of a measured rate, or of the difference of two: 95 % intervals and tests.
 
-Rates and scores are fractions of 1. Two kinds of chance are kept apart: which questions were asked (`rate`,
-`mean_rate`, and over the same questions `mcnemar_exact`, `paired_difference`), and which seed a model was trained with
-(`mean_over_seeds`, `paired_over_seeds`, `paired_t`, `equivalence`); `bootstrap_seeds_and_items` takes both together.
-Questions are taken as independent.
+Rates and scores are fractions in [0, 1]. Two sources of variation are kept apart: the choice of questions (`rate`,
+`mean_rate`, and for two runs on the same questions `mcnemar_exact`, `paired_difference`), and the training seed
+(`mean_over_seeds`, `paired_over_seeds`, `paired_t`, `equivalence`); `bootstrap_seeds_and_items` covers both together.
+Questions are treated as independent.
 """
 
 import math
@@ -16,14 +16,14 @@ from scipy import optimize, stats
 from errors import UserError
 
 CONFIDENCE = 0.95
-ALPHA = 0.05  # of a significant result
-MIN_SEEDS = 3  # of an interval over seeds: with two it covers nearly every possible rate
-ROUNDING = 1e-9  # differences of seeds, in any unit, that are no further apart are equal
+ALPHA = 0.05  # significance level
+MIN_SEEDS = 3  # seeds needed for an interval: with two it covers nearly all possible rates
+ROUNDING = 1e-9  # differences over seeds, in any unit, that differ by no more are treated as equal
 
 
 # ---- one run
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """Wilson score interval of a rate (Wilson 1927); (0, 1) for no sample."""
+    """Wilson score interval of a rate (Wilson 1927); (0, 1) if there are no samples."""
     if not total:
         return 0.0, 1.0
     interval = stats.binomtest(right, total).proportion_ci(CONFIDENCE, "wilson")
@@ -31,18 +31,18 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def rate(right: int, total: int) -> dict:
-    """{"right", "n", "rate", "low", "high"} of a count, with its Wilson interval; for n = 0 the rate is None."""
+    """{"right", "n", "rate", "low", "high"} of a count, with the Wilson interval; for n = 0 the rate is None."""
     low, high = wilson(right, total)
     return {"right": right, "n": total, "rate": right / total if total else None, "low": low, "high": high}
 
 
 def format_percent(fraction: float | None, digits: int = 1) -> str:
-    """A fraction in percent; "-" for none."""
+    """A fraction in percent; "-" for None."""
     return "-" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
 def format_rate(found: dict, digits: int = 1) -> str:
-    """A `rate` in percent with its interval, as in 25.0 [22.4, 27.8]; "-" without a sample."""
+    """A `rate` in percent with its interval, as in 25.0 [22.4, 27.8]; "-" if there are no samples."""
     value, low, high = (format_percent(found[key], digits) for key in ("rate", "low", "high"))
     return value if found["rate"] is None else f"{value} [{low}, {high}]"
 
@@ -63,16 +63,16 @@ def format_bounds(low: float, high: float, digits: int = 1) -> str:
 
 
 def format_p(p: float) -> str:
-    """A p value with as many digits as it is known to."""
+    """A p value with three decimals; "< .001" below that."""
     return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
 
 def mean_rate(scores: Sequence[float]) -> dict:
-    """As `rate`, for scores within [0, 1]; "right" is their sum.
+    """Like `rate`, for scores in [0, 1]; "right" is their sum.
 
-    Where the sum is no whole number, the interval is that of the two counts beside it, each end the wider one. None
-    varies more than 0/1 scores of the same mean, so it is wide enough, and unlike a bootstrap's it has a width where
-    all scores are equal.
+    If the sum is not an integer, the interval spans the Wilson intervals of the integers below and above it. It is wide
+    enough, since no scores in [0, 1] vary more than 0/1 scores of the same mean, and unlike a bootstrap interval it has
+    a width even if all scores are equal.
     """
     right, total = math.fsum(scores), len(scores)
     low, high = wilson(math.floor(right), total)[0], wilson(math.ceil(right), total)[1]
@@ -89,10 +89,10 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> dict:
     """{"mean", "low", "high"}: the rate of run B minus that of run A on the same questions, with its score interval.
 
-    The arguments count the questions that both runs, one or none of them have right. The interval is Newcombe's hybrid
-    score interval for paired rates (Statistics in Medicine 17, 1998, 2635, method 10). It has a width also where the
-    runs differ nowhere, or everywhere alike. It approximates what `mcnemar_exact` computes, so close to p = 0.05 one
-    of them can exclude zero alone. Raises UserError where there is no question.
+    The arguments count the questions that both runs, only A, only B, or neither has right. The interval is Newcombe's
+    hybrid score interval for paired rates (Statistics in Medicine 17, 1998, 2635, method 10). It has a width even if
+    the runs never differ, or differ the same way on every question. It only approximates `mcnemar_exact`, so close to
+    p = 0.05 the two can disagree about zero. Raises UserError if there are no questions.
     """
     n = both + only_a + only_b + neither
     if not n:
@@ -111,7 +111,7 @@ def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> dict
 
 
 def mean_of_independent(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """The same of the unweighted mean of independent (estimate, low, high), by MOVER (Zou and Donner 2008)."""
+    """(estimate, low, high) of the unweighted mean of independent estimates, by MOVER (Zou and Donner 2008)."""
     mean = statistics.fmean(estimate for estimate, _, _ in estimates)
     below = math.hypot(*(estimate - low for estimate, low, _ in estimates)) / len(estimates)
     above = math.hypot(*(high - estimate for estimate, _, high in estimates)) / len(estimates)
@@ -120,9 +120,9 @@ def mean_of_independent(estimates: Sequence[tuple[float, float, float]]) -> tupl
 
 # ---- several seeds
 def mean_over_seeds(rates: Sequence[float]) -> dict:
-    """{"n", "mean", "low", "high"} over the seeds of one arm: Student's t interval, cut off at 0 and 1.
+    """{"n", "mean", "low", "high"} over the seeds of one arm: Student's t interval, clipped to [0, 1].
 
-    The interval is None for fewer than `MIN_SEEDS` seeds, the mean for none.
+    The interval is None for fewer than `MIN_SEEDS` seeds, and the mean is None without seeds.
     """
     n = len(rates)
     mean = statistics.fmean(rates) if n else None
@@ -133,10 +133,10 @@ def mean_over_seeds(rates: Sequence[float]) -> dict:
 
 
 def paired_over_seeds(a_rates: Sequence[float], b_rates: Sequence[float]) -> dict:
-    """{"n", "mean", "low", "high", "p"} of b - a, seed by seed: `paired_t`, its interval cut off at -1 and 1.
+    """{"n", "mean", "low", "high", "p"} of b - a, seed by seed: `paired_t` with the interval clipped to [-1, 1].
 
-    Interval and p are None for fewer than `MIN_SEEDS` seeds and where all differences are equal: without a spread over
-    the seeds there is nothing to test against. Raises UserError where the arms have not the same number.
+    Interval and p are None for fewer than `MIN_SEEDS` seeds, and if all differences are equal: without a spread over
+    the seeds there is nothing to test against. Raises UserError if the arms have different numbers of seeds.
     """
     if len(a_rates) != len(b_rates):
         raise UserError(f"{len(a_rates)} and {len(b_rates)} seeds cannot be paired: give the same seeds of both arms")
@@ -150,14 +150,14 @@ def paired_over_seeds(a_rates: Sequence[float], b_rates: Sequence[float]) -> dic
 
 # ---- differences over seeds, in any unit
 def has_spread(differences: Sequence[float]) -> bool:
-    """Whether differences are further apart than rounding: without a spread there is no t test."""
+    """Whether differences vary by more than rounding error: without a spread there is no t test."""
     return max(differences) - min(differences) > ROUNDING
 
 
 def paired_t(differences: Sequence[float], confidence: float = CONFIDENCE) -> dict:
-    """{"n", "mean", "sd", "low", "high", "p"} of paired differences: Student's t, two-sided, not cut off.
+    """{"n", "mean", "sd", "low", "high", "p"} of paired differences: Student's t, two-sided, not clipped.
 
-    Raises UserError for fewer than `MIN_SEEDS` differences. Where all are equal, the interval has no width.
+    Raises UserError for fewer than `MIN_SEEDS` differences. If all are equal, the interval has no width.
     """
     n = len(differences)
     if n < MIN_SEEDS:
@@ -173,7 +173,7 @@ def paired_t(differences: Sequence[float], confidence: float = CONFIDENCE) -> di
 def equivalence(differences: Sequence[float], margin: float) -> float:
     """p value of two one-sided t tests (TOST, Schuirmann 1987) that the mean difference lies within +-`margin`.
 
-    It is below 0.05 exactly where the 90 % interval of `paired_t` lies inside +-`margin`.
+    It is below 0.05 exactly when the 90 % interval of `paired_t` lies inside +-`margin`.
     """
     if not has_spread(differences):
         return float(abs(differences[0]) >= margin)
@@ -183,7 +183,7 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number, in the same order (Holm 1979): below alpha where Holm's test rejects."""
+    """p values adjusted for multiple testing, in the same order (Holm 1979): below alpha where Holm's test rejects."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -194,12 +194,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap_seeds_and_items(
     differences: np.ndarray, counts: np.ndarray, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of a mean difference, where seeds and items are drawn with replacement together.
+    """95 % percentile interval of a mean difference, from a bootstrap over both seeds and items.
 
-    `differences` [conditions, seeds, items]: sums over the questions about an item; `counts` [conditions, items]: how
-    many questions these are. The estimate is the unweighted mean over conditions of (sum of differences) / (number of
-    questions); one draw of seeds and one of items serve all conditions. It is conservative where both matter (Owen
-    2007, "The pigeonhole bootstrap").
+    `differences` [conditions, seeds, items] are sums over the questions about an item, `counts` [conditions, items]
+    the numbers of these questions. The estimate is the unweighted mean over conditions of (sum of differences) /
+    (number of questions); each resample uses one draw of seeds and one of items for all conditions. The interval is
+    conservative if both matter (Owen 2007, "The pigeonhole bootstrap").
     """
     _, seeds, items = differences.shape
     generator = np.random.default_rng(seed)
@@ -217,7 +217,7 @@ def bootstrap_seeds_and_items(
 def log_rank(
     a_steps: Sequence[float], a_censored: Sequence[bool], b_steps: Sequence[float], b_censored: Sequence[bool]
 ) -> float:
-    """Two-sided p value of the log-rank test of two groups; a censored value is the last one without the event."""
+    """Two-sided p value of the log-rank test of two groups; a censored value is the last step without the event."""
     a = stats.CensoredData.right_censored(a_steps, a_censored)
     b = stats.CensoredData.right_censored(b_steps, b_censored)
     if a.num_censored() + b.num_censored() == len(a) + len(b):  # no event at all
@@ -227,7 +227,7 @@ def log_rank(
 
 # ---- detection and thresholds
 def d_prime(hits: float, n_present: int, false_alarms: float, n_absent: int) -> float:
-    """z(hit rate) - z(false alarm rate) of counts, with the log-linear correction that keeps rates off 0 and 1
+    """z(hit rate) - z(false alarm rate) from counts, with the log-linear correction that keeps rates away from 0 and 1
     (Hautus 1995)."""
     hit_rate, false_rate = (hits + 0.5) / (n_present + 1), (false_alarms + 0.5) / (n_absent + 1)
     return float(stats.norm.ppf(hit_rate) - stats.norm.ppf(false_rate))
@@ -236,7 +236,7 @@ def d_prime(hits: float, n_present: int, false_alarms: float, n_absent: int) -> 
 def logistic_threshold(levels: Sequence[float], right: Sequence[int], total: Sequence[int]) -> float | None:
     """The level at which a logistic curve, fitted to counts by maximum likelihood, passes 50 %.
 
-    None where the rates do not lie on both sides of 50 %: the level would be extrapolated.
+    None unless there are rates on both sides of 50 %, since the level would be extrapolated.
     """
     rates = [r / n for r, n in zip(right, total, strict=True)]
     if not min(rates) < 0.5 < max(rates):
@@ -249,14 +249,14 @@ def logistic_threshold(levels: Sequence[float], right: Sequence[int], total: Seq
         logits = parameters[0] + parameters[1] * x
         return float((n * np.logaddexp(0, logits) - hits * logits).sum() / n.sum())
 
-    # bounds: counts that a step separates have no finite slope
+    # bounds, because counts that a step function separates have no finite slope
     intercept, slope = optimize.minimize(loss, (0.0, 0.0), bounds=[(-50, 50)] * 2).x
     return float(centre - scale * intercept / slope)
 
 
 # ---- calibration
 def confidence_bins(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[dict]:
-    """{"n", "confidence", "rate"} of the answers in each of `bins` equal parts of [0, 1]; means, None for no answer."""
+    """{"n", "confidence", "rate"} of the answers in each of `bins` equal bins of [0, 1]; means, None in empty bins."""
     found = [[] for _ in range(bins)]
     for confidence, is_right in zip(confidences, right, strict=True):
         found[min(int(confidence * bins), bins - 1)].append((confidence, is_right))
@@ -268,6 +268,6 @@ def confidence_bins(confidences: Sequence[float], right: Sequence[bool], bins: i
 
 
 def calibration_error(bins: Sequence[dict]) -> float:
-    """Expected calibration error: mean |rate - confidence| of the bins, weighted by their answers (Naeini 2015)."""
+    """Expected calibration error: mean |rate - confidence| of the bins, weighted by their counts (Naeini 2015)."""
     total = sum(found["n"] for found in bins)
     return sum(found["n"] * abs(found["rate"] - found["confidence"]) for found in bins if found["n"]) / total

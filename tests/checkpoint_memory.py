@@ -1,4 +1,4 @@
-"""Child process of test_checkpoint.py: loads a folder and prints peak resident growth and weights, in bytes, as json.
+"""Child process of test_checkpoint.py: loads a folder and prints peak resident growth and weights in bytes, as JSON.
 
 python tests/checkpoint_memory.py FOLDER {bfloat16,float32}
 """

@@ -7,12 +7,12 @@ from haystack import read_pool
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig
 
-torch.set_num_threads(1)  # tests run in two processes: threads that wait for each other make both slow
+torch.set_num_threads(1)  # tests run in two processes, whose threads would slow each other down
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A model folder with a real tokenizer and random weights: 16 image tokens, two layers, steps of milliseconds."""
+    """A model folder with a real tokenizer and random weights: 16 image tokens, two layers, steps take milliseconds."""
     folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = build_tokenizer([p.caption for p in read_pool()] + ["answer en where is ?\n", "1, 2, 3, 4, -1"])
     image = tokenizer.token_to_id("<image>")

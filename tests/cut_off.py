@@ -1,11 +1,11 @@
-"""Child process of test_survival.py: starts one configuration again and again and interrupts it.
+"""Child process of test_survival.py: starts one configuration repeatedly and interrupts it.
 
 python tests/cut_off.py CONFIG.json STARTS.json
 
-A start is {folder, action, at, count, copy, change}. `action` is a signal's name, or "full" for a disk that is full. It
-happens when the run reaches `at` for the `count`-th time: one of POINTS, or "call", any call that changes the file
-system inside the run folder. Without `at` it happens after `count` seconds; without `action` the run may end. `copy`
-names a folder that is copied to `folder` first, `change` has other fields of Config. Every start is a fork of
+A start is {folder, action, at, count, copy, change}. `action` is a signal's name, or "full" for a full disk. It happens
+when the run reaches `at` for the `count`-th time: one of POINTS, or "call", any call that changes the file system
+inside the run folder. Without `at` it happens after `count` seconds; without `action` the run is not interrupted.
+`copy` names a folder that is copied to `folder` first, `change` overrides fields of Config. Every start is a fork of
 this process, which has imported everything and computed nothing.
 
 Prints a list of [exit status, output, calls]. A status below zero is a signal's; calls are listed for starts without an
@@ -41,7 +41,7 @@ from finetune_original import finetune
 from modeling_gemma import PaliGemmaForConditionalGeneration
 
 POINTS = {
-    "step": (torch.optim.AdamW, "step"),  # there are gradients, the weights are not updated yet
+    "step": (torch.optim.AdamW, "step"),  # gradients exist, the weights are not yet updated
     "checkpoint": (training, "save_trainer_state"),  # the adapter is written, the optimizer is not
     "evaluation": (PaliGemmaForConditionalGeneration, "generate"),
     "log": (run_folder.Run, "log"),
@@ -49,7 +49,7 @@ POINTS = {
     "data": (training, "print_setup"),  # nothing is written yet
 }
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree"}
-WRITERS = [(torch, "save"), (adapters, "save_file"), (safetensors.torch, "save_file")]  # these raise no audit event
+WRITERS = [(torch, "save"), (adapters, "save_file"), (safetensors.torch, "save_file")]  # without audit events
 
 
 def act(action: str):
@@ -71,8 +71,8 @@ def call_before(owner: object, name: str, hook: Callable[[], None]):
 
 
 def watch_calls(folder: Path, on_call: Callable[[str], None]):
-    """Call `on_call` before every call that changes something in `folder`, with its name and path; TensorBoard's files
-    are left out, which a thread writes."""
+    """Call `on_call`, with name and path, before every call that changes something in `folder`. TensorBoard's files,
+    which a thread writes, are left out."""
 
     def hook(event: str, args: tuple):
         writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
@@ -91,7 +91,7 @@ def watch_calls(folder: Path, on_call: Callable[[str], None]):
 
 
 def child(config: Config, start: dict, pipe: int):
-    """Train in this process, which is a fork, and leave it."""
+    """Train in this process, which is a fork, and exit."""
     os.dup2(pipe, 1)
     os.dup2(pipe, 2)
     code, calls, folder = 1, [], Path(config.output_dir).resolve()
@@ -127,7 +127,7 @@ def run(config: Config, start: dict) -> list:
     if start.get("copy"):
         shutil.rmtree(config.output_dir, ignore_errors=True)
         shutil.copytree(Path(config.output_dir).with_name(start["copy"]), config.output_dir)
-    read, write = os.pipe()  # not a file, which a full disk would not take either
+    read, write = os.pipe()  # not a file, which could not be written on a full disk
     pid = os.fork()
     if pid == 0:
         child(config, start, write)
@@ -147,7 +147,7 @@ def run(config: Config, start: dict) -> list:
 
 def main(config: str, starts: str):
     torch.set_num_threads(1)
-    machine.versions()  # imports peft and transformers, as every fork would
+    machine.versions()  # imports peft and transformers, which otherwise every fork would import
     importlib.import_module("torch.utils.tensorboard")
     fields = json.loads(Path(config).read_text())
     base = Config(**fields | {"differential": DifferentialConfig(**fields["differential"]).resolve()})

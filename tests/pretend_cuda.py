@@ -1,5 +1,5 @@
-"""Paths of a CUDA device on CPU tensors: kernels that a CPU lacks are computed by their formula, and what a device
-would launch and wait for is counted.
+"""Code paths of a CUDA device on CPU tensors: kernels that a CPU lacks are computed by their formulas, and the kernel
+launches and syncs of a device are counted.
 
 B batch, N packed rows, H query heads, K key/value heads, D head dim.
 """
@@ -30,8 +30,8 @@ from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, P
 
 LABEL_ROWS, VOCABULARY = 512, 257_216  # of PaliGemma 3b in a batch of 8, 64 label tokens each
 FLASH_BACKWARD = 3  # kernels of flash attention's backward pass: dot products, the gradients, a conversion
-GROUPED_SUMS = 2  # more, where query heads share keys: sums of the gradients of keys and values
-# aten ops that launch nothing: they make a view, or memory that is not written
+GROUPED_SUMS = 2  # additional kernels if query heads share keys: sums of the gradients of keys and values
+# aten ops without a kernel launch: they make a view or uninitialised memory
 FREE = {
     "_record_function_enter_new", "_record_function_exit", "_reshape_alias", "_unsafe_view", "alias", "as_strided",
     "chunk", "detach", "diagonal", "empty", "empty_like", "empty_strided", "expand", "is_pinned", "is_same_size",
@@ -39,7 +39,7 @@ FREE = {
     "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold",
     "unsqueeze", "view", "view_as_real",
 }  # fmt: skip
-# aten ops whose result has a size or a value that the host must know
+# aten ops whose result has a size or value that the CPU needs (a sync)
 SYNCS = {"_local_scalar_dense", "equal", "masked_select", "nonzero", "unique_dim", "_unique2", "bincount"}
 
 
@@ -49,7 +49,7 @@ def segment_masks(ends_q: Tensor, ends_k: Tensor, rows: int, keys: int, causal: 
     query, key = torch.arange(rows), torch.arange(keys)
     segment_q, segment_k = (torch.searchsorted(e.long(), i, right=True) for e, i in ((ends_q, query), (ends_k, key)))
     sees = segment_q[:, None] == segment_k
-    if causal:  # from the lower right corner
+    if causal:  # aligned to the lower right corner
         from_end_q = ends_q.long()[segment_q.clamp(max=len(ends_q) - 1)] - query
         from_end_k = ends_k.long()[segment_k.clamp(max=len(ends_k) - 1)] - key
         sees &= from_end_q[:, None] <= from_end_k
@@ -57,8 +57,8 @@ def segment_masks(ends_q: Tensor, ends_k: Tensor, rows: int, keys: int, causal: 
 
 
 def flash_maps(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """(maps [H, N, S], q, k, v [H, *, D]) of packed q [N, H, D] and k, v [N, K, D], in float32 or wider; a query
-    without keys has a map of zeros."""
+    """(maps [H, N, S], q, k, v [H, *, D]) of packed q [N, H, D] and k, v [N, K, D], in float32 or wider; the map
+    of a query without keys is zero."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.transpose(0, 1).to(wide) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[0] // t.shape[0], dim=0) for t in (k, v))
@@ -110,9 +110,9 @@ def force(monkeypatch: pytest.MonkeyPatch, taken: Counter | None = None):
     monkeypatch.setattr(fused_ops, "query_chunks", lambda *args: chunks(*args[:4], "cuda"))
 
 
-# ---- what a device would be asked to do
+# ---- counting launches and syncs
 class CountedRMSNorm(torch.autograd.Function):
-    """F.rms_norm, which is one kernel on CUDA and several operations on a CPU."""
+    """F.rms_norm, counted as one kernel, as on CUDA; on a CPU it is several operations."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -137,10 +137,10 @@ plain_rms_norm = F.rms_norm
 
 
 class Counts(TorchDispatchMode):
-    """Counts operations that a CUDA device would launch, and those for which the host would wait.
+    """Counts operations that would launch a kernel on a CUDA device, and those that would sync.
 
     Kernels that differ between the devices are counted as on CUDA: flash attention, RMSNorm, gradient clipping for all
-    tensors at once. Copies to the device are not seen: there is none.
+    tensors at once. Copies to the device are not counted, since there is no device.
     """
 
     active: "Counts | None" = None
@@ -192,7 +192,7 @@ class Counts(TorchDispatchMode):
     @classmethod
     @contextlib.contextmanager
     def paused(cls) -> Iterator[None]:
-        """Inside the block nothing is counted: work of the host on its own tensors."""
+        """Inside the block nothing is counted: it is CPU work on CPU tensors."""
         mode = cls.active
         before = mode is not None and mode.is_paused
         if mode is not None:
@@ -221,7 +221,7 @@ def count(name: str, times: int = 1):
 
 # ---- updates of a deep model
 def write_deep_model(source: Path, folder: Path):
-    """A model folder with as many layers and heads as PaliGemma 3b, otherwise of the sizes of `source`."""
+    """A model folder with as many layers and heads as PaliGemma 3b; all other sizes are those of `source`."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     config = PaliGemmaConfig.from_pretrained(source)
     text = replace(config.text_config, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1)
@@ -233,8 +233,8 @@ def write_deep_model(source: Path, folder: Path):
 def count_updates(
     model: Path, folder: Path, preset: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[int, int]]:
-    """(launches, waits) of the second update of the training loop and of the third, which is logged: ragged batches of
-    8 needle questions in bfloat16, the tiles of the loss as many as at the size of PaliGemma 3b."""
+    """(launches, syncs) of the second update of the training loop and of the third, which is logged: ragged batches of
+    8 needle questions in bfloat16, with as many tiles of the loss as at PaliGemma 3b's size."""
     base = finetune_original if preset is None else finetune_diff
     options = dict(batch_size=8, max_steps=4, log_every=3, dtype="bfloat16", grids=(2,), negatives=0.5)
     config = tiny.quick(base.Config, model, folder, save_every=100, **options)
@@ -246,7 +246,7 @@ def count_updates(
     monkeypatch.setattr(fused_ops, "tile_size", lambda *_: -(-vocabulary // tiles))
     real_loader, real_plan, real_progress = training.loader, PaliGemmaModel.plan, training.set_progress
 
-    def loader(*args, **kwargs):  # in processes of its own
+    def loader(*args, **kwargs):  # its work runs in worker processes
         batches = real_loader(*args, **kwargs)
         while True:
             with counts.paused():
@@ -255,7 +255,7 @@ def count_updates(
                 return
             yield batch
 
-    def plan(*args, **kwargs):  # of tensors on the CPU
+    def plan(*args, **kwargs):  # works on CPU tensors
         with counts.paused():
             return real_plan(*args, **kwargs)
 

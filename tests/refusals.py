@@ -1,4 +1,4 @@
-"""What the tests of files share: errors of one line, a process without privileges, a child process."""
+"""Helpers of the file tests: one-line errors, a process without privileges, a child process."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from errors import UserError
 
 @contextmanager
 def refused(*parts: object) -> Iterator[None]:
-    """The block raises a UserError of one line that names every part."""
+    """The block must raise a one-line UserError that contains every part."""
     with pytest.raises(UserError) as caught:
         yield
     line = str(caught.value)
@@ -26,7 +26,7 @@ def refused(*parts: object) -> Iterator[None]:
 
 @contextmanager
 def unprivileged(folder: Path) -> Iterator[None]:
-    """Root reads and writes everything, so the block runs as another user, who can reach `folder`."""
+    """Run the block as a user who is not root, since root can read and write everything; `folder` stays accessible."""
     if os.geteuid():
         yield
         return

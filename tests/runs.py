@@ -1,4 +1,4 @@
-"""What the tests of training share: short runs, what they logged and saved, scripts as child processes."""
+"""Helpers of the training tests: short runs, their logs and files, scripts as child processes."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def logged(config: Config, key: str = "loss") -> list[tuple[int, Any]]:
 
 
 def without_speed(file: Path) -> list[dict]:
-    """The lines of a log without what differs between two equal runs."""
+    """The lines of a log without the fields that differ between two equal runs."""
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in file.read_text().splitlines()]
 
 
@@ -40,7 +40,7 @@ def saved_differential(config: Config, folder: str = "final") -> dict[str, Tenso
 
 
 def interrupt(config: Config, step: int, arm: str = "original", differential=None):
-    """Train, and send SIGTERM during the update that makes `step` of them."""
+    """Train, and send SIGTERM during update number `step`."""
     real = training.learning_rate_at
 
     def stop(config: Config, done: int, steps: int) -> float:
@@ -55,7 +55,7 @@ def interrupt(config: Config, step: int, arm: str = "original", differential=Non
 
 
 def crash(config: Config, step: int, arm: str = "original", differential=None):
-    """Train, and leave with an exception during the update after `step` others, without a checkpoint at that step."""
+    """Train, and raise an exception during the update after `step`, without a checkpoint at that step."""
 
     def fail(config: Config, done: int, steps: int) -> float:
         if done == step:
@@ -76,7 +76,7 @@ def flags_of(config: Config) -> list[str]:
 
 
 def start(*arguments: str, **kwargs) -> subprocess.Popen:
-    """Python with these arguments in the repository, on one thread."""
+    """Start Python with these arguments in the repository, with one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **pipes, **kwargs)

@@ -5,8 +5,8 @@ import numpy as np
 from study_records import Answers, ConversionRecord, Record, SymbolicRecord, hash_plan
 
 CONCEPTS = 20
-PAIRED_SD = 3.06  # points: of the difference of two arms in endpoint N, measured in a pilot
-BASE = {4: 0.93, 16: 0.66, 32: 0.60, 64: 0.54}  # accuracy of standard by cells
+PAIRED_SD = 3.06  # points: SD of the difference of two arms in endpoint N, measured in a pilot
+BASE = {4: 0.93, 16: 0.66, 32: 0.60, 64: 0.54}  # number of cells -> accuracy of standard
 ENDPOINT = {"cells": [16, 64], "kinds": ["look-alike", "noise"]}
 CORE = ("standard", "split", "additive", "flipped")
 ENVIRONMENT = dict(commit="c0ffee", device="cpu", dtype="float32", threads=1, fingerprint="ab12",
@@ -14,7 +14,7 @@ ENVIRONMENT = dict(commit="c0ffee", device="cpu", dtype="float32", threads=1, fi
 
 
 def make_plan(others: dict[str, str] | None = None, seeds: int = 12, symbolic_seeds: int = 16) -> dict[str, dict]:
-    """Both sections; `others`: arm -> family of arms beside the core, with half as many seeds."""
+    """Both sections; `others` maps arms outside the core to their families, with half as many seeds."""
     arms = {arm: {"seeds": list(range(seeds)), "family": "core"} for arm in CORE}
     arms |= {arm: {"seeds": list(range(seeds // 2)), "family": family} for arm, family in (others or {}).items()}
     train = {"shapes": [[1, 2], [1, 4], [2, 2], [4, 2]]}
@@ -33,10 +33,10 @@ def pack(right: np.ndarray) -> Answers:
 def simulate_conversion(
     plan: dict, effects: dict[str, float], rng: np.random.Generator, n: int = 400, endpoint_only: bool = False
 ) -> list[Record]:
-    """Every planned run of study A; `effects`: points of endpoint N that an arm is better than standard.
+    """Every planned run of study A; `effects` are the points of endpoint N by which an arm is better than standard.
 
-    A seed makes all arms better or worse alike, and each arm by itself; questions are answered independently. Together
-    the difference of two arms has `PAIRED_SD`.
+    Each seed has an effect shared by all arms and one for each arm; questions are answered independently. In total the
+    difference of two arms has the standard deviation `PAIRED_SD`.
     """
     section, records = plan["A"], []
     asked = len(ENDPOINT["cells"]) * len(ENDPOINT["kinds"]) * n
@@ -69,7 +69,7 @@ def simulate_conversion(
 
 
 def simulate_symbolic(plan: dict, log_ratios: dict[str, float], rng: np.random.Generator) -> list[Record]:
-    """Every planned run of study B1; `log_ratios`: mean of ln(steps) against standard, by arm."""
+    """Every planned run of study B1; `log_ratios` is the mean of ln(steps) relative to standard, by arm."""
     section, records = plan["B1"], []
     for pairs in section["pairs"]:
         for arm, planned in section["arms"].items():

@@ -1,4 +1,4 @@
-"""Answers: the plan, images encoded once, broken ones kept apart, ranking against a full forward pass, continuing."""
+"""Answering questions: the plan, images encoded once, broken images, ranking against a full forward pass, resuming."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def questions(tmp_path_factory):
 @pytest.fixture
 def answerer(tiny_model):
     model, processor = (c.from_pretrained(tiny_model) for c in (PaliGemmaForConditionalGeneration, PaliGemmaProcessor))
-    with torch.no_grad():  # random weights of the usual size answer alike whatever they are asked
+    with torch.no_grad():  # random weights of the usual size give the same answer to every question
         for name, p in model.named_parameters():
             p.mul_(8 if p.ndim > 1 and "embed" not in name else 1)
     return Answerer(model, processor, Accelerator(cpu=True), torch.float32, batch_size=4)
@@ -113,7 +113,7 @@ def test_a_broken_image_costs_its_own_questions_alone(answerer, questions, tmp_p
 
 
 def test_ranking_is_the_likelihood_of_a_full_forward_pass(answerer, questions, tmp_path):
-    """Mean log-probability of the answer's tokens and `<eos>`, prompt and candidate in one row, no cache."""
+    """Mean log-probability of the answer's tokens and `<eos>`, with prompt and candidate in one row and no cache."""
     asked = questions[::5]
     options = {str(s): make_candidates(s) for s in (Setting(1, 2), Setting(3, 2))}
     asked = [replace(q, candidates=options[q.setting]) for q in asked]
@@ -152,7 +152,7 @@ def test_answers_to_other_questions_are_refused(answerer, questions, tmp_path):
     answer_questions(answerer, questions[:2], file, is_correct)
     with pytest.raises(UserError, match="answers another question"):
         answer_questions(answerer, [replace(q, prompt=q.prompt + "?") for q in questions[:2]], file, is_correct)
-    with pytest.raises(UserError, match="answers another question"):  # the same words of another image
+    with pytest.raises(UserError, match="answers another question"):  # the same prompt about another image
         answer_questions(answerer, [replace(q, images=("other.png",)) for q in questions[:2]], file, is_correct)
     file.write_text("{}\n")
     with pytest.raises(UserError, match=r"answers.jsonl:1: Object missing required field id: delete the line"):
@@ -170,7 +170,7 @@ def test_what_does_not_fit_the_model_is_marked_with_the_numbers(answerer, questi
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """An image that is in no file: what training's own evaluation asks about."""
+    """An image that is not a file, as in training's own evaluation."""
 
     colour: str
 

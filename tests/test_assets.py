@@ -1,4 +1,4 @@
-"""The embedded models: transformers agrees with them, and they do what their READMEs say."""
+"""The embedded models agree with transformers, and do what their READMEs say."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_transformers_reads_it_and_agrees(model, processor):
 
 @pytest.mark.parametrize("folder", [PHI_NANO], indirect=True)
 def test_tower_and_decoder_of_phi_nano_agree_with_transformers(model, processor):
-    """transformers has both parts, but not what joins them."""
+    """transformers has both parts, but not the module that joins them."""
     import transformers
 
     config, weights = read_json(PHI_NANO / "config.json"), load_file(PHI_NANO / "model.safetensors")
@@ -102,7 +102,7 @@ def test_tower_and_decoder_of_phi_nano_agree_with_transformers(model, processor)
 
 
 def test_it_captions_and_finds_trained_drawings_in_new_arrangements(folder, model, processor):
-    """The bars that it was made for; its README has the exact figures."""
+    """The minimum accuracies that it was made for; its README has the exact numbers."""
     task_class = {NANO: Task, PHI_NANO: PhiTask}[folder]
     task = task_class(Config(), read_pool(splits=("train",)), processor, augment=False)
     scores = measure(model, task, 128, seed=99)

@@ -19,7 +19,7 @@ LONG = EXPLICIT_MAX_KEYS + 8  # above the length where the path changes
 
 
 def mask_of(length: int, side: str) -> PrefixMask:
-    """Three rows: full, uneven prefixes and suffixes with pads on `side`, nothing but pads."""
+    """Three rows: full; uneven prefix and suffix with pads on `side`; only pads."""
     valid = torch.ones(3, length, dtype=torch.long)
     types = torch.zeros_like(valid)
     types[0, -3:] = 1
@@ -128,7 +128,7 @@ def test_equal_queries_are_bit_equal_to_standard_attention(heads, kv_heads, leng
 
 
 def test_equal_keys_of_their_own_give_standard_attention_up_to_rounding():
-    """Keys of the second map are a view of a larger tensor, for which a matmul may choose another kernel."""
+    """The second map's keys are a view of a larger tensor, for which matmul may choose another kernel."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 7, 16) for heads in (4, 2, 2))
     standard = attention(q, k, v, None, 0.25)
@@ -161,7 +161,7 @@ def test_a_second_query_serves_neighbouring_heads():
 
 
 def test_bf16_maps_are_blended_in_float32(monkeypatch):
-    """Rounded first, the difference of two near maps would be rounding alone."""
+    """If they were rounded first, the difference of two similar maps would be only rounding error."""
     seen = []
     monkeypatch.setattr("fused_ops.blend", lambda first, *rest: seen.append(first.dtype) or blend(first, *rest))
     q, kv = torch.randn(1, 4, 6, 8).bfloat16(), torch.randn(1, 1, 6, 8).bfloat16()
@@ -169,7 +169,7 @@ def test_bf16_maps_are_blended_in_float32(monkeypatch):
     assert seen == [torch.float32] and out.dtype == torch.bfloat16
 
 
-# ---- the kernel that works in chunks, and the mask that it asks
+# ---- the chunked kernel, and its mask
 def shifted_mask(length: int) -> PrefixMask:
     """Ragged prefixes and suffixes, pads left and right, a causal row and a row of pads."""
     rows = [(0, 3, 4, 0), (2, 1, 3, 1), (0, 0, 7, 0), (1, 6, 0, 0), (0, 0, 0, 7)]  # pads, prefix, suffix, pads
@@ -218,7 +218,7 @@ def test_chunks_equal_the_formula_in_float64(shapes, window, softcap, monkeypatc
 def test_chunks_see_what_the_mask_allows(queries, keys, monkeypatch):
     monkeypatch.setattr("fused_ops.CHUNK", 2)
     types = torch.zeros(2, keys)
-    types[:, -3:] = 1  # from here on alike in both rows
+    types[:, -3:] = 1  # from here on the same in both rows
     alike = PrefixMask.from_tensors(torch.ones(2, keys), types)
     types[1, -5:] = 1
     ragged = PrefixMask.from_tensors(torch.ones(2, keys), types)
@@ -261,8 +261,7 @@ def test_sdpa_uses_no_mask_where_every_row_has_the_same_prefix(monkeypatch):
 
 
 def test_dense_masks_get_expanded_keys_off_the_cpu(monkeypatch):
-    """Where key heads stay shared, CUDA has no fused kernel for a mask or for float32. Of one key head no copy is
-    made."""
+    """If key heads stay shared, CUDA has no fused kernel for a mask or for float32. A single key head is not copied."""
     q, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
     valid = torch.ones(2, 9)
     valid[1, 0] = 0

@@ -1,5 +1,5 @@
-"""Differential attention in models of transformers: its claims by model and preset, equality with our port, folders
-that cannot be mistaken, peft, Trainer."""
+"""Differential attention in models of transformers: its claims by model and preset, equality with our port, saved
+folders that cannot be taken for standard models, peft, Trainer."""
 
 import copy
 import functools
@@ -113,8 +113,9 @@ def source(family):
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 @pytest.mark.parametrize("tower", ["text", "vision"])
 def test_logits_in_paligemma_are_those_of_our_port(family, tower):
-    """Every preset that both support, moved away from its start; the parameters have equal starts. Rows are padded on
-    the right: with pads on the left transformers counts positions from the first pad, which src_siglip_split sees."""
+    """Every preset that both support, with parameters that start equal and are moved away from their start. Rows are
+    padded on the right: with left padding transformers counts positions from the first pad, which matters for
+    src_siglip_split."""
     batch = tiny.batch(side="right")
     supported = 0
     for preset in PRESETS:
@@ -268,7 +269,7 @@ def test_the_rest_of_a_model_keeps_its_attention():
     assert not hasattr(layers[0].self_attn, "differential") and hasattr(layers[1].self_attn, "differential")
     logits_of(model, batch)
     assert not any(hasattr(layer.self_attn, "layer_input") for layer in layers)
-    add_differential(model, "v2")  # in the place of the first
+    add_differential(model, "v2")  # replaces the first
     assert len(layers[1].self_attn._forward_pre_hooks) == 1
     logits_of(model, batch)
 
@@ -307,7 +308,7 @@ def test_bfloat16_keeps_the_differential_parameters_in_float32():
     assert {p.dtype for _, p in differential_parameters(model)} == {torch.float32}
 
 
-# ---- what does not fit is refused by name
+# ---- refusals
 def refusal(model, differential="split") -> str:
     before = {name for name, _ in model.named_parameters()}
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Layouts, refusals, atomic writes, run folders and adapters: everything that touches a disk."""
+"""Layouts, refusals, atomic writes, run folders and adapters: everything that reads or writes files."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def paligemma(family="gemma", device="cpu", layers=2, **changes):
 
 
 def layout(memory: dict, which: str) -> dict:
-    """The state dict in layout L1, L2 or L3, spelt out apart from the code under test."""
+    """The state dict in layout L1, L2 or L3, written out independently of the code under test."""
     memory = {key: tensor for key, tensor in memory.items() if key != HEAD}
     if which == "L2":
         return {key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in memory.items()}
@@ -56,7 +56,7 @@ def layout(memory: dict, which: str) -> dict:
 
 
 def equal(model, expected: dict):
-    """Every parameter, the tied head apart, is off the meta device and bit-equal to `expected`."""
+    """Every parameter except the tied head must be off the meta device and bit-equal to `expected`."""
     found = {key: tensor for key, tensor in model.state_dict().items() if key != HEAD}
     assert set(found) == set(expected) - {HEAD}
     for key, tensor in found.items():
@@ -128,7 +128,7 @@ def test_what_transformers_saves_loads(tmp_path, family):
 
 
 def test_older_weights_stay_until_the_new_ones_are_in_place(source, tmp_path, monkeypatch):
-    """The moves stop before config.json, which is the last: shards of the older model are still there."""
+    """The moves stop before config.json, the last file: the shards of the older model must still exist."""
     real_replace, moved = os.replace, []
 
     def replace(file, target):
@@ -527,7 +527,7 @@ def test_run_folders(run, monkeypatch):
     for inner in ("final", "best", "checkpoints/step-000400"):
         assert checkpoint.resolve_run(f"runs/x/{inner}") == ("base", Path("runs/x") / inner / "adapter")
     assert checkpoint.resolve_run("runs/x/best/adapter") == ("base", Path("runs/x/best/adapter"))
-    files.write_json(run / "best/run.json", {"base_model": "google/paligemma2-3b-pt-224"})  # its own goes first
+    files.write_json(run / "best/run.json", {"base_model": "google/paligemma2-3b-pt-224"})  # its own file has priority
     assert checkpoint.resolve_run("runs/x/best")[0] == "google/paligemma2-3b-pt-224"
     files.write_json(run / "run.json", {"base_model": str(run.parent.parent / "base")})
     monkeypatch.chdir(run / "final")
@@ -693,7 +693,7 @@ CATASTROPHE = r".*(\w+\w+)+(\w+\w+)+(\w+\w+)+x"
     ],
 )
 def test_regular_expressions_of_adapters_are_refused(tmp_path, field, value):
-    """They would be matched against every name of a module, for hours."""
+    """Matching them against every module name could take hours."""
     save_adapter(tmp_path)
     config = tmp_path / "adapter_config.json"
     files.write_json(config, files.read_json(config) | {field: value, "layers_to_transform": [0]})
@@ -737,7 +737,7 @@ def test_fields_of_an_adapter_are_typed(tmp_path, changes, parts):
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS"])
 def test_an_adapter_of_any_task_loads(tmp_path, task):
-    """peft's own classes for tasks need methods of transformers' models."""
+    """peft's task classes need methods that only transformers' models have."""
     stored = save_adapter(tmp_path)
     config = tmp_path / "adapter_config.json"
     files.write_json(config, files.read_json(config) | {"task_type": task})
@@ -759,7 +759,7 @@ def test_every_lora_target_is_a_layer(targets):
 
 
 def test_modules_to_save_are_not_merged(tmp_path):
-    """But for the tower and the projector, see test_trained_parts.py."""
+    """Except the tower and the projector, see test_trained_parts.py."""
     config = peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["input_layernorm"])
     peft.get_peft_model(paligemma(), config).save_pretrained(tmp_path, save_embedding_layers=False)
     model = tiny_model()

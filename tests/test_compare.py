@@ -1,5 +1,5 @@
-"""benchmarks/compare.py and benchmarks/gpu.py in miniature: their tables print, losses and tokens agree. The numbers
-mean nothing here.
+"""benchmarks/compare.py and benchmarks/gpu.py at tiny size: tables print, losses and tokens agree. The times mean
+nothing here.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ def test_the_table_of_the_cpu(compare, tmp_path, monkeypatch, capsys):
     threads, real = torch.get_num_threads(), compare.fresh_process
     started = []
 
-    def fresh_process(arguments):  # one of each kind: every one imports transformers
+    def fresh_process(arguments):  # only one of each kind, since each imports transformers
         kind = (arguments[0], "modeling_gemma" in arguments or "--child=ours" in arguments)
         started.append(kind)
         return real(arguments) if kind[1] and started.count(kind) == 1 else "2.0" if "-c" not in arguments else "[1, 2]"
@@ -103,7 +103,7 @@ def test_the_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_other_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
-    """Scripts in processes of their own: a run that is killed and continued, answers, training at full size."""
+    """Scripts in their own processes: a run that is killed and resumed, answers, the training section."""
     patient = {name: (gpu.SECTIONS[name][0], 600) for name in ("resume", "answers", "train_3b")}
     monkeypatch.setattr(gpu, "SECTIONS", patient)
     result = run_gpu(gpu, monkeypatch, tmp_path, "--seconds=1500")

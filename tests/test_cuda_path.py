@@ -1,6 +1,6 @@
-"""What runs on a CUDA device, on CPU tensors: paths chosen as there, kernels that a CPU lacks computed by their formula
-(pretend_cuda.py). What a device would launch and wait for is counted for one update of a model with PaliGemma 3b's
-18 + 27 layers.
+"""Code paths of a CUDA device on CPU tensors: paths are chosen as on CUDA, and kernels that a CPU lacks are computed by
+their formulas (pretend_cuda.py). Launches and syncs are counted for one update of a model with PaliGemma 3b's 18 + 27
+layers.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ def left_padded(rows: list[tuple[int, int]], length: int = 9) -> PrefixMask:
 
 
 def is_token(mask: PrefixMask, queries: int, keys: int) -> torch.Tensor:
-    """[B, 1, L, 1]: the queries that are not pads."""
+    """[B, 1, L, 1]: True for queries that are not pads."""
     return (torch.arange(keys - queries, keys) >= mask.start[:, None])[:, None, :, None]
 
 
 @pytest.mark.parametrize("queries", [9, 6, 4, 2])
 @pytest.mark.parametrize("rows", RAGGED)
 def test_two_calls_of_flash_attention_are_the_prefix_mask(rows, queries, monkeypatch):
-    """Forward and gradients in float64, standard and blended, with shared keys and keys of their own."""
+    """Forward and gradients in float64, standard and blended, with shared and separate keys."""
     pretend_cuda.force(monkeypatch)
     monkeypatch.setattr(attention, "choose_path", lambda *args: "varlen")
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_both_arms_start_bit_equal_on_every_path_of_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("options", [dict(softcap=2.0), dict(window=3), dict(softcap=2.0, window=3), dict(wide=True)])
 def test_flex_attention_is_the_formula(options, monkeypatch):
-    """Its forward pass in float64, where flash attention has no kernel; a CPU has no backward pass of it."""
+    """Its forward pass in float64, for cases where flash attention has no kernel; a CPU has no backward pass for it."""
     options = dict(options)
     monkeypatch.setattr(attention, "choose_path", lambda *args: "flex")
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_flex_attention_is_the_formula(options, monkeypatch):
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_flex_attention_compiles_to_one_graph_with_gradients(softcap, window, monkeypatch):
-    """As a GPU runs it, but for the kernel: aot_eager computes it by its formula."""
+    """As on a GPU, except for the kernel, which aot_eager computes by its formula."""
     module = attention.flex_module()
     monkeypatch.setattr(module, "_validate_device", lambda *_: None)  # torch refuses a backward pass on a CPU
     compiled = torch.compile(module.flex_attention, dynamic=True, fullgraph=True, backend="aot_eager")
@@ -155,7 +155,7 @@ def test_paths_of_a_gpu():
     assert path(queries=1) == path(softcap=5.0) == path(value=32) == "maps"
     assert path(600, softcap=5.0) == path(600, value=32) == path(window=20) == "flex"
     assert path(600, softcap=5.0, dtype=torch.float32) == "chunks"
-    assert path(on="sdpa") == path(window=20, on="sdpa") == "sdpa"  # an older card, or another kind of device
+    assert path(on="sdpa") == path(window=20, on="sdpa") == "sdpa"  # an older GPU, or another kind of device
     assert path(600, softcap=5.0, on="sdpa") == path(600, value=32, on="sdpa") == "chunks"
     right = PrefixMask.from_tensors(torch.tensor([[1, 1, 0], [1, 1, 1]]))
     x = torch.empty(2, 1, 3, 8).bfloat16()
@@ -174,13 +174,13 @@ def test_paths_of_a_gpu():
     ],
 )
 def test_only_cards_with_flash_attention_get_its_paths(device, capability, kernels, monkeypatch):
-    """A T4 and Apple's GPUs have SDPA alone."""
+    """A T4 and Apple's GPUs only have SDPA."""
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert kernels_of(torch.device(device)) == kernels
 
 
-# ---- one update of 18 + 27 layers: launches and waits
+# ---- one update of 18 + 27 layers: launches and syncs
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("deep-model")
@@ -190,7 +190,7 @@ def deep_model(tmp_path_factory, tiny_model):
 
 @pytest.mark.parametrize(("preset", "launches"), [(None, 3200), ("split", 4300)])
 def test_launches_and_waits_of_an_update(preset, launches, deep_model, tmp_path, monkeypatch):
-    """The training loop on a ragged batch of 8 in bfloat16; logging may wait twice more."""
+    """The training loop on a ragged batch of 8 in bfloat16; logging may sync two more times."""
     plain, logged = pretend_cuda.count_updates(deep_model, tmp_path, preset, monkeypatch)
     print(f"{preset or 'standard'}: {plain[0]:,} launches, {plain[1]} waits; logged {logged[0]:,}, {logged[1]}")
     assert launches // 2 < plain[0] <= launches
@@ -231,7 +231,7 @@ def test_decoding_on_a_fixed_cache_gives_the_same_tokens(family, preset, monkeyp
 
 
 def test_a_kept_cache_gives_the_tokens_of_a_new_one(monkeypatch):
-    """Answers of other prompts lie in it; a batch of another size, or longer, gets a new one."""
+    """The cache still holds answers to other prompts; a batch of another size, or a longer one, gets a new cache."""
     model, made = tiny.ours_like(tiny.hf_model("gemma")), []
     model.config.eos_token_id = -1
     monkeypatch.setattr(modeling_vlm, "choose_step_decoder", lambda _: choose_step_decoder("cuda"))
@@ -268,7 +268,7 @@ def test_a_decoded_token_waits_once(with_adapter, deep_model, monkeypatch):
 # ---- torch.compile
 @pytest.mark.parametrize("preset", [None, "split"])
 def test_a_decoder_layer_is_one_graph_for_ragged_batches(preset, monkeypatch):
-    """No graph break, and two graphs at most for five batches of different lengths."""
+    """No graph breaks, and at most two graphs for five batches of different lengths."""
     pretend_cuda.force(monkeypatch)
     model = tiny.ours_like(tiny.hf_model("gemma"))
     if preset:
@@ -301,7 +301,7 @@ PRESETS_TO_TRACE = [pytest.param(p, marks=() if p in FAST_TO_TRACE else pytest.m
 
 @pytest.mark.parametrize("preset", PRESETS_TO_TRACE)
 def test_a_layer_of_every_preset_is_one_graph(preset, monkeypatch):
-    """Without a graph break, on the paths of a GPU: variable-length attention, and explicit maps of wide values."""
+    """No graph breaks on the paths of a GPU: variable-length attention, and explicit maps for wide values."""
     pretend_cuda.force(monkeypatch)
     model = tiny.ours_like(tiny.hf_model("gemma", num_key_value_heads=2))
     add_differential(model, preset)
@@ -334,8 +334,8 @@ def losses_and_gradients(model, batches: list[dict]) -> list[list[torch.Tensor]]
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("preset", [None, "split"])
 def test_compiled_layers_are_the_model_in_float64(preset, backend, monkeypatch):
-    """Losses and gradients of ragged batches of four lengths, by variable-length attention; what is compiled for the
-    first one serves the others."""
+    """Losses and gradients of ragged batches of four lengths with variable-length attention; the code compiled for the
+    first batch is used for the others."""
     monkeypatch.setattr(attention, "choose_path", lambda q, k, v, mask, *_: "sdpa" if mask is None else "varlen")
     model = tiny.ours_like(tiny.hf_model("gemma", amplify=1.0))
     if preset:
@@ -382,7 +382,7 @@ def test_the_flag_compile_changes_no_result(tiny_model, tmp_path, monkeypatch):
 
 
 def test_a_static_cache_takes_keys_of_another_dtype():
-    """As under autocast, in which the projections of a float32 model are bfloat16."""
+    """As under autocast, where the projections of a float32 model are bfloat16."""
     model = tiny.ours_like(tiny.hf_model("gemma"))
     caches = [modeling_vlm.KVCache(model.model.language_model, 2, 4, torch.float32, "cpu") for _ in range(2)]
     k, v = (torch.randn(2, 1, 1, 16).bfloat16() for _ in range(2))

@@ -1,4 +1,4 @@
-"""Data sources: pure functions of (seed, epoch, index), rows checked, answers never in an evaluation's input."""
+"""Data sources: pure functions of (seed, epoch, index), checked rows, no answers in the input of an evaluation."""
 
 import json
 import random
@@ -77,7 +77,7 @@ def test_haystacks_of_several_shapes_have_the_images_and_cells_of_each():
     assert [rows.text(i)[2] for i in range(400)] == [images for images, _ in found]
     assert len(rows.get(0, found.index((4, 2))).images) == 4
     assert rows.chance is None and source(shapes=((4, 2),), negatives=0.0).chance == 1 / 16
-    assert rows.kind(3) == source(shapes=shapes).kind(3)  # whatever the epoch: rows of one length can share a batch
+    assert rows.kind(3) == source(shapes=shapes).kind(3)  # in every epoch: rows of one length can share a batch
 
 
 def test_batches_of_haystacks_can_share_a_shape():
@@ -275,7 +275,7 @@ def test_a_file_of_mostly_bad_rows_is_refused(tmp_path):
 
 
 def test_a_line_that_is_not_utf8_is_one_bad_row_and_unicode_separators_end_no_line(tmp_path):
-    """One broken line is one bad row, and U+2028 ends no line of json."""
+    """One broken line is one bad row, and U+2028 does not end a line of JSON."""
     good = json.dumps({"image": "a.png", "prefix": "a\u2028b", "suffix": "b"}, ensure_ascii=False).encode()
     write_rows(tmp_path, [])
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, b'{"image": "\xff"}', good, b""]))
@@ -293,11 +293,11 @@ def test_a_hundred_thousand_rows_with_one_bad_in_a_hundred(tmp_path):
     found = read_jsonl(path, strict=False)
     assert (len(found), len(found.skipped)) == (99_000, 1_000)
     assert "rows.jsonl:1:" in found.skipped[0] and "rows.jsonl:99901:" in found.skipped[-1]
-    assert time.process_time() - began < 20  # a second on an idle machine
+    assert time.process_time() - began < 20  # takes a second on an idle machine
 
 
 def bomb(path, side=40_000):
-    """A png that says it has 1.6 thousand million pixels."""
+    """A PNG whose header declares 1.6 billion pixels."""
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
     data = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
@@ -306,7 +306,7 @@ def bomb(path, side=40_000):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_images_and_bombs_are_left_out_of_a_batch(tmp_path, tiny_model, workers):
-    """Of a batch that lost all its rows, as of an empty one, a stand-in's tensors are left, and no example."""
+    """A batch that lost all its rows, like an empty one, has the tensors of a stand-in row and no examples."""
     processor = PaliGemmaProcessor.from_pretrained(tiny_model)
     path = write_rows(tmp_path, [{"image": f"{name}.png", "prefix": "a", "suffix": "b"} for name in "cba"])
     bomb(tmp_path / "b.png")
@@ -500,7 +500,7 @@ def test_group_by_length_puts_rows_of_similar_length_into_a_batch(tmp_path, tiny
     assert padded(batch_order(28, 4, 3, lengths=lengths)) < 1.06 < padded(batch_order(28, 4, 3))
 
 
-# ---- defects that once passed
+# ---- regression tests
 def test_one_image_under_several_names_or_copied_is_never_both_trained_on_and_held_out(tmp_path):
     (tmp_path / "sub").mkdir()
     names = []
@@ -524,7 +524,7 @@ def test_ten_thousand_images_are_compared_within_seconds(tmp_path):
     source = read_jsonl(write_rows(tmp_path, rows))
     began = time.process_time()
     assert len({key for (key,) in source.image_keys()}) == 10_000
-    assert time.process_time() - began < 10  # half a second on an idle machine
+    assert time.process_time() - began < 10  # takes half a second on an idle machine
 
 
 def test_text_with_special_tokens_is_named_by_its_row_and_equal_texts_stay_apart(tmp_path, tiny_model):
@@ -538,7 +538,7 @@ def test_text_with_special_tokens_is_named_by_its_row_and_equal_texts_stay_apart
 
 @pytest.mark.parametrize("words", [40, 3_000, 5_000_000])
 def test_rows_longer_than_the_model_are_skipped_and_named(tmp_path, tiny_model, words):
-    """Megabytes are refused by their number of characters, before they are tokenised."""
+    """Rows of megabytes are refused by their number of characters, before tokenisation."""
     processor = PaliGemmaProcessor.from_pretrained(tiny_model)
     good = {"image": "a.png", "prefix": "a", "suffix": "b"}
     path = write_rows(tmp_path, [good | {"prefix": "a " * words}, good])
@@ -552,7 +552,7 @@ def test_rows_longer_than_the_model_are_skipped_and_named(tmp_path, tiny_model, 
 
 
 def test_messages_of_broken_images_are_the_same_each_time(tmp_path, tiny_model):
-    """A memory address in them would log one row again and again."""
+    """With a memory address in the message, the same row would be logged again and again."""
     processor = PaliGemmaProcessor.from_pretrained(tiny_model)
     path = write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}])
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -584,7 +584,7 @@ def test_evaluation_data_beside_haystacks_is_refused():
 
 
 def parquet_of(folder, images):
-    """A parquet file whose image column is as given, without the Image feature."""
+    """A parquet file with the given image column, without the Image feature."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""demo.py: answers and maps of several models, and the page where gradio is installed."""
+"""demo.py: answers and maps of several models, and, if gradio is installed, the page."""
 
 import re
 import sys

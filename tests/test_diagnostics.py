@@ -1,4 +1,4 @@
-"""What a run logs of lambda and of both maps, against the forward pass."""
+"""What a run logs about lambda and both maps, checked against the forward pass."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_diagnostics():
     for line in found.values():
         assert line["cosine"] < 0.999 and line["distance"] > 0.01 and line["entropy1"] != line["entropy2"]
     other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 55)}
-    assert measure_maps(model, other) == found  # pads count nowhere
+    assert measure_maps(model, other) == found  # pads are not counted
     assert measure_maps(build(), batch) == {}
     token = stir(build("v2"))
     start = {name: line["lambda"] for name, line in measure_maps(token, batch).items()}
@@ -78,7 +78,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("preset", MEASURED)
 def test_what_a_method_does_not_have_is_not_measured(preset):
-    """No lambda of a control without one, no second output of a gate; values in their own places."""
+    """No lambda for a control without one, no second output for a gate; other values are in their places."""
     model, batch = stir(build(preset)), tiny.batch()
     for name, line in measure_maps(model, batch).items():
         assert set(line) == MEASURED[preset]
@@ -131,7 +131,7 @@ def test_maps_of_the_two_branches_are_attention_maps():
 
 @pytest.mark.parametrize("map_of", [acting_map, first_map, subtracted_map])
 def test_attention_of_answers_of_unequal_length_is_that_of_each_row_alone(map_of):
-    """Cut to the shortest answer: "10, 4, 2" has a token more than "1, 4, 2"."""
+    """Cut to the shortest answer: "10, 4, 2" has one token more than "1, 4, 2"."""
     model, lengths = stir(build("split")), (8, 9, 8)
     batch = tiny.batch(prefixes=(5, 2, 4), suffixes=lengths)
     attention = answer_attention(model, batch, map_of)

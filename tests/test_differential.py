@@ -1,5 +1,5 @@
-"""The preset table and its claims, the methods' formulas, and the defects of arXiv 2507.15875's code, each absent here
-or, where it is one of method, present in the `src_` preset that reproduces it."""
+"""The preset table and its claims, the methods' formulas, and the defects of arXiv 2507.15875's code: each is absent
+here or, if it is part of the method, present only in the `src_` preset that reproduces it."""
 
 import functools
 import itertools
@@ -67,7 +67,7 @@ CASES = [(p, t) for p in PRESETS for t in ("text", "vision") if t == "text" or p
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("preset", "tower"), CASES)
 def test_step_0_is_exact_or_not_as_claimed(preset, tower, side):
-    """Bit-equal in float32: also defect b, a norm that destroys the pretrained function."""
+    """Bit-equal in float32; includes defect b, a norm that destroys the pretrained function."""
     batch = tiny.batch(side=side)
     standard = logits(build(family=family_of(preset)), batch)
     found = logits(build(preset, towers=(tower,)), batch)
@@ -126,7 +126,7 @@ def zeroed(model, *kinds):
 
 
 def test_other_starting_points_behave_as_known():
-    """Rows of the known table of conversions that no preset stands for."""
+    """Known starting points of conversions that no preset uses."""
     standard = logits(build().double(), tiny.batch())
     # W_D zero, lambda zero: exact and dead; W_D random, no annealing: exact, lambda learns first
     model = zeroed(build("dex", anneal=False).double(), "value_map")
@@ -421,7 +421,7 @@ def test_sharpen_and_gate_are_their_formulas():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_knock_out_is_lambda_zero(preset):
-    """`split` and its relatives become the model without their second map; v2 and v1 keep their first one."""
+    """`split` and its relatives lose their second map; v2 and v1 keep their first map."""
     batch, model = tiny.batch(), stir(build(preset))
     config = DifferentialConfig(preset).resolve()
     if config.combine == "replace" or config.second == "none":
@@ -522,7 +522,7 @@ def test_every_allowed_combination_of_the_four_choices_computes():
 
 # ---- lambda
 def test_the_schedule_counts_layers_from_0():
-    """Defect f, in the source presets only: a schedule one layer early."""
+    """Defect f, only in the source presets: a schedule that is one layer early."""
     known = {0: 0.2000, 1: 0.3555, 2: 0.4707, 10: 0.7701, 17: 0.7963, 26: 0.7998}
     for index, value in known.items():
         assert abs(da.lambda_init_of(index) - value) < 5e-5
@@ -534,7 +534,7 @@ def test_the_schedule_counts_layers_from_0():
 
 
 def test_vectors_start_as_v1s_and_gains_at_1():
-    """Defect c: gains drawn like lambdas."""
+    """Defect c: gains initialised like lambdas."""
     attend, *_ = layer(None, heads=8, kv_heads=2, width=128)
     drawn = []
     for seed in range(20):

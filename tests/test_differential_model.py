@@ -1,5 +1,5 @@
-"""Whole models with differential attention: configurations, masks, cache, precision, LoRA, saving; the defects of arXiv
-2507.15875's code that only these show."""
+"""Whole models with differential attention: configurations, masks, cache, precision, LoRA, saving; and the defects of
+arXiv 2507.15875's code that only show in whole models."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ LORA = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|o
 
 
 def adapt(model, seed=0, dropout=0.0):
-    """LoRA as a training script puts it in, then the differential parameters unfrozen."""
+    """Add LoRA as a training script does, then unfreeze the differential parameters."""
     model.requires_grad_(False)
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=LORA)
@@ -40,7 +40,7 @@ def adapt(model, seed=0, dropout=0.0):
 
 
 def steps(model, count, lr=1e-2, batches=None):
-    """AdamW on one batch, as a run does it: no weight decay, progress set before each step. Returns the losses."""
+    """AdamW on one batch, as in a run: no weight decay, progress set before each step. Returns the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     losses = []
     for step in range(count):
@@ -134,7 +134,7 @@ def test_towers_and_layers_are_chosen():
     assert not torch.equal(down[0], down[1])
     assert not torch.equal(down[0], next(iter(da.differential_parameters(build("split", seed=1)).values())))
     for name, parameter in da.differential_parameters(build("split", layers=(2,))).items():
-        assert torch.equal(parameter, start[name])  # a layer starts the same whichever others there are
+        assert torch.equal(parameter, start[name])  # a layer's start does not depend on the other layers
 
 
 # ---- masks
@@ -285,7 +285,7 @@ def test_bfloat16_from_the_bound_of_lambda_trains_without_nan():
 # ---- LoRA and training
 @pytest.mark.parametrize("preset", PRESETS)
 def test_exactly_the_declared_parameters_train_beside_lora(preset):
-    """Defects d and j: what was to train was frozen, and the trained model was another class."""
+    """Defects d and j: parameters that should train were frozen, and the trained model had another class."""
     adapted = adapt(build(preset))
     assert any(isinstance(module, DifferentialAttention) for module in adapted.modules())
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
@@ -322,7 +322,7 @@ def test_lambda_zero_moves_nothing_but_lora():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_adding_differential_attention_leaves_the_random_state_alone(preset):
-    """At one seed LoRA's first weights and the dropout masks are bit-equal in both arms."""
+    """With the same seed LoRA's initial weights and the dropout masks are bit-equal in both arms."""
     standard, model = (build(family=family_of(preset)) for _ in range(2))
     before = torch.get_rng_state()
     da.add_differential(model, preset)
@@ -395,7 +395,7 @@ def test_a_run_folder_and_its_base_are_enough(preset, base, tmp_path):
 
 
 def test_defect_e_a_resumed_run_equals_the_uninterrupted_one(base, tmp_path):
-    """Loading overwrites what was built, whatever seed that had; the next losses are equal."""
+    """Loading overwrites the initial parameters, whatever their seed; the next losses are equal."""
     adapted = adapt(PaliGemmaForConditionalGeneration.from_pretrained(base, differential="v1_width"))
     steps(adapted, 3)
     folder = run_folder(tmp_path / "run", base, adapted)

@@ -1,4 +1,4 @@
-"""eval_mmnih.py as it is run: three benchmarks, several models and processes, cut off and continued, compared."""
+"""eval_mmnih.py end to end: three benchmarks, several models and processes, interruption and resuming, comparison."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def evaluate(*flags: str, capsys=None) -> str:
-    """The script's main in this process; what it prints."""
+    """Run the script's main in this process. Returns what it prints."""
     argv, sys.argv = sys.argv, ["eval_mmnih.py", *map(str, flags)]
     try:
         eval_mmnih.main()
@@ -116,7 +116,7 @@ def test_quadrant_needs_no_other_flag(tiny_model, folder, capsys):
 
 
 def test_other_settings_are_in_another_folder(tiny_model, folder, capsys):
-    """Before, the second of these was refused: the folder's name did not say what was asked."""
+    """Once the second of these was refused, because the folder's name did not contain the settings."""
     flags = (f"--model={tiny_model}", "--grids=2", "--samples=3")
     for more in ([], ["--needles=2"], ["--images", "1", "2"], ["--prefix=hm ", "--seed=1"], ["--per_cell=0"]):
         evaluate(*flags, *more)
@@ -303,7 +303,7 @@ def test_mm_niah(tiny_model, folder, capsys):
 
 
 def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
-    """What was built for the embedded images has the release's files: given as --data it is the same benchmark."""
+    """A folder built from the embedded images has the release's files: given as --data it is the same benchmark."""
     flags = (f"--model={tiny_model}", "--samples=5", "--grids=2", "--protocol=official")
     evaluate(*flags, "--output_dir=built")
     release = next((folder / "runs" / "haystacks").glob("embedded-*"))
@@ -348,7 +348,7 @@ def test_flags_that_would_be_ignored_are_refused(folder, capsys):
 
 # ---- continuing, processes
 def test_evaluations_that_start_together_share_what_is_built(folder):
-    """Each in its own process, as two models on two GPUs are."""
+    """Each runs in its own process, like two models on two GPUs."""
     code = (
         "from eval_mmnih import Config; from needle_eval.mmneedle_build import Setting, build_haystacks; "
         "print(build_haystacks(Config(samples=150), Setting(1, 2)))"

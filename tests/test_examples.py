@@ -23,7 +23,7 @@ def code_cells() -> list[str]:
 
 
 def make_checkout(folder: Path) -> Path:
-    """A folder with the repository's scripts, in which runs/ is its own."""
+    """A folder with the repository's scripts and its own runs/."""
     folder.mkdir()
     for path in (*ROOT.glob("*.py"), ROOT / "needle_eval", ROOT / "assets"):
         (folder / path.name).symlink_to(path)
@@ -41,7 +41,7 @@ def test_the_notebook_is_plain_python_and_its_imports_exist():
 
 
 def test_what_comes_before_training_runs(tmp_path):
-    """The task, the model, and that the second map changes nothing at first."""
+    """The task, the model, and that the second map initially changes nothing."""
     cells = code_cells()
     training = next(number for number, source in enumerate(cells) if "finetune_original.py" in source)
     printed = run("\n".join(cells[:training]), tmp_path)
@@ -50,7 +50,7 @@ def test_what_comes_before_training_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook_runs_in_ten_minutes_of_one_core(tmp_path):
-    """Minutes of the processor, since other work on the machine takes time as well."""
+    """CPU time is measured, since other work on the machine takes time as well."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run("\n".join(code_cells()), tmp_path, 6 * MINUTES * 60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""What is trained here is used elsewhere: merged folders, their cards, and what would go to the hub."""
+"""Export of trained models: merged folders, their model cards, and what would be uploaded to the hub."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_the_standard_arm_is_a_paligemma_of_transformers(runs, batch, tiny_model
 
 @pytest.mark.parametrize("part", ["", "best", "checkpoints/step-000003"])
 def test_the_differential_arm_stands_alone(runs, batch, tiny_model, tmp_path, monkeypatch, part):
-    """Weights, differential attention and processor are in the folder, and nothing in it points back."""
+    """Weights, differential attention and processor are in the folder, and nothing in it refers to the run."""
     folder = tmp_path / "out"
     assert run(monkeypatch, f"--model={runs / 'diff' / part}", f"--output={folder}") == 0
     expected = logits(PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff" / part), batch)
@@ -159,7 +159,7 @@ def test_differential_parameters_are_finite(tiny_model, tmp_path, value):
 def test_the_card_of_an_adapter(runs, arm):
     folder = runs / arm / "final/adapter"
     card = huggingface_hub.ModelCard.load(folder / "README.md")
-    assert card.data.to_dict()["library_name"] == "peft" and card.data.base_model is None  # a folder is no hub id
+    assert card.data.to_dict()["library_name"] == "peft" and card.data.base_model is None  # a folder is not a hub id
     assert ("load_differential" in card.text) == (arm == "diff")
     assert ("AutoPeftModel" in card.text) == (arm == "original")
     assert "[More Information Needed]" not in card.text
@@ -220,7 +220,7 @@ def test_the_base_of_an_adapter(tiny_model, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("how", ["no", "full"])
 def test_a_model_with_an_adapter_is_not_saved_as_a_whole(tiny_model, tmp_path, how):
-    """Nothing could load the folder; merged, the model is saved."""
+    """Nothing could load such a folder; the merged model can be saved."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
     new_lora(Config(train_projector=how), model)
     with refused("save_pretrained", "merge it"):
@@ -232,7 +232,7 @@ def test_a_model_with_an_adapter_is_not_saved_as_a_whole(tiny_model, tmp_path, h
 
 
 def test_a_full_memory_is_not_taken_for_a_fault_of_the_adapter(tiny_model, tmp_path, monkeypatch):
-    """It keeps its own message, which names the flags that help."""
+    """An out-of-memory error keeps its own message, which names the flags that help."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(tiny_model)
     save_lora(new_lora(Config(), model), tmp_path)
 
@@ -269,7 +269,7 @@ def test_transformers_refuses_a_differential_folder(runs, batch, tmp_path, monke
 
 
 def test_differential_folders_of_older_versions_load(runs, batch, tmp_path):
-    """They have the model_type and the names of the weight files of a standard model."""
+    """They have the model_type and weight file names of a standard model."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(runs / "diff")
     merge(model)
     model.save_pretrained(tmp_path)
@@ -328,7 +328,7 @@ def test_bfloat16_halves_the_folder(runs, batch, tmp_path, monkeypatch):
 
 
 class Hub:
-    """Stands in for HfApi and notes what is asked of it."""
+    """A stand-in for HfApi that records its calls."""
 
     asked: list = []
     fault = None

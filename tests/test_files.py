@@ -1,4 +1,4 @@
-"""Files: typed reading, ranges of flags, confinement, atomic writes, locks, images, and what is not a regular file."""
+"""Files: typed reading, ranges of flags, confinement, atomic writes, locks, images, and files that are not regular."""
 
 import dataclasses
 import errno
@@ -161,7 +161,7 @@ def test_a_file_appears_whole_or_not_at_all_and_a_folder_is_none(tmp_path, monke
 
 
 def test_a_leftover_of_another_kind_is_replaced(tmp_path):
-    """A folder where the temporary file of write_json should be, a file where that of atomic_folder should be."""
+    """A folder at the temporary path of write_json, and a file at that of atomic_folder."""
     (tmp_path / ".run.json.tmp").mkdir()
     (tmp_path / ".final.tmp").touch()
     (tmp_path / ".final.old").symlink_to(tmp_path)
@@ -420,7 +420,7 @@ def noise(mode="RGB", width=37, height=23, seed=0):
 
 
 def fault(*args, **kwargs) -> str:
-    """The one line of the UserError that open_image ends in."""
+    """The one line of the UserError that open_image raises."""
     with pytest.raises(UserError) as caught:
         open_image(*args, **kwargs)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The differential arm through the whole loop: the same conditions as the baseline, and a lambda that learns."""
+"""The differential arm in the whole training loop: the same conditions as the baseline, and a lambda that learns."""
 
 import json
 from dataclasses import replace
@@ -62,7 +62,7 @@ def test_lambda_learns_is_logged_and_is_saved(config, capsys):
 
 
 def test_lambda_warms_up_over_its_share_of_training(config):
-    """Update k of n runs at progress k / n: lambda is whole at the end of its warm-up."""
+    """Update k of n runs at progress k / n: lambda reaches its full value at the end of its warm-up."""
     differential = DifferentialConfig("lambda_fixed", lambda_start=0.4, lambda_warmup=0.5)
     train(replace(config, differential=differential.resolve()))
     for _, layers in logged(config, "lambda"):
@@ -137,7 +137,7 @@ def test_first_adapters_batches_and_dropout_of_both_arms_are_bit_equal(config, t
 
 @pytest.mark.parametrize("preset", [None, "split", "v2", "v1_width", "additive", "grouped", "src_gemma_samemap"])
 def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
-    """Values weighed by it are what the layer's attention gives."""
+    """The values weighted by it are the output of the layer's attention."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, differential=preset)
     for name, p in differential_parameters(model).items():
         torch.nn.init.normal_(p, std=0.5 if "second_up" in name else 0.1)
@@ -153,7 +153,7 @@ def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
         weighed = apply_maps(acting, v)
         if preset in ("v1_width", "src_gemma_samemap"):  # a norm follows the map
             weighed = attend.differential.head_norm(weighed)
-        weighed = weighed[:, :, -out.shape[1] :]  # the last layer answers for label rows alone
+        weighed = weighed[:, :, -out.shape[1] :]  # the last layer only computes label rows
         torch.testing.assert_close(attend.o_proj(weighed.transpose(1, 2).flatten(2)), out, atol=1e-5, rtol=1e-4)
         a1, subtracted = (part(attend, x, rotary, mask) for part in (first_map, subtracted_map))
         acts = acting_map(attend, x, rotary, mask)

@@ -1,4 +1,4 @@
-"""Nonsense in every flag of both arms: it is refused in one line before anything is loaded, or it has a meaning."""
+"""Unusual values in every flag of both arms: refused in one line before anything is loaded, or meaningful."""
 
 import contextlib
 import io
@@ -52,7 +52,7 @@ DIFFERENTIAL = {
 
 
 def parse(config_class: type, *flags: str):
-    """The configuration of these flags, as `main` has it; SystemExit or UserError."""
+    """The configuration of these flags, as in `main`. Raises SystemExit or UserError."""
     config = parse_config(config_class, None, flags)
     if config_class is finetune_diff.Config:
         config = replace(config, differential=config.differential.resolve())

@@ -1,6 +1,6 @@
-"""Mutated files of an evaluation: each is used, or refused in one line that names it; nothing else is raised.
+"""Mutated files of an evaluation: each is used, or refused in one line that names it.
 
-The larger run, 2,000 files, is marked slow.
+The larger run, with 2,000 files, is marked slow.
 """
 
 import gzip
@@ -24,11 +24,11 @@ from needle_eval.runner import make_row, read_answers
 
 VALUES = [None, True, -1, 0, 10**30, 1.5, "", " ", "a" * 3000, "\x00", "\ud800", "<image>", [], [[]], {}, [1], [-1]]
 VALUES += ["/etc/hostname", "../a.png", float("nan"), float("inf"), "1, 1, 1", ["a.png"] * 50, "0, 0, 0; 0, 0, 0"]
-SECONDS = 20  # that one file may take
+SECONDS = 20  # time limit for one file
 
 
 def mutate(rng: random.Random, text: str) -> bytes:
-    """A file of JSON, or of JSON lines, with a value changed, removed or renamed somewhere, or bytes of it changed."""
+    """A file of JSON or JSON lines with one value changed, removed or renamed, or with some bytes changed."""
     lines = text.splitlines() if text.startswith('{"') and "\n" in text.strip() else [text]
     at = rng.randrange(len(lines))
     kind = rng.randrange(7)
@@ -112,7 +112,7 @@ def load(name: str):
 
 
 def uses() -> dict[str, list]:
-    """File -> what reads it."""
+    """File -> the functions that read it."""
     reading = {f"coco_pope_{split}.json": [lambda: load("pope")] for split in pope.SPLITS}
     reading |= {f"niah/{task}.jsonl": [lambda: load("mm-niah")] for task in mm_niah.TASKS}
     reading["release/metadata_stitched/annotations_1_2_2.json"] = [lambda: load("mmneedle")]

@@ -1,8 +1,8 @@
-"""Mutated files of a model, an adapter and a manifest: each loads and answers, or ends in one line that names a file.
+"""Mutated files of a model, an adapter and a manifest: each loads and answers, or is refused in one line that names it.
 
-Mutations are drawn from a seed: a value in JSON replaced, removed or renamed, mostly of a field that is read; tensors
-with NaN, another shape, dtype or name in a well-formed file; headers edited; bytes flipped, cut or inserted; the file
-replaced by a link loop, a pipe, a device or a folder, or deleted.
+Mutations are random with a fixed seed: a JSON value replaced, removed or renamed, mostly in a field that is read;
+tensors with NaN, another shape, dtype or name in a well-formed file; headers edited; bytes flipped, cut or inserted;
+the file replaced by a link loop, a pipe, a device or a folder, or deleted.
 """
 
 import json
@@ -64,7 +64,7 @@ VALUES = [
     *({"q_proj": 0}, {"q_proj": "x"}, {"rope_type": "yarn"}),
 ]
 
-# regular expressions of a stranger: the first takes exponential time on the name of a module
+# untrusted regular expressions: the first takes exponential time on the name of a module
 PATTERN_FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
 PATTERNS = [value for text in (r"(([a-z_.0-9])+)+!", r".*\.q_proj", "(", "") for value in (text, [text], {text: 3})]
 
@@ -83,7 +83,7 @@ FIELDS = (
 
 
 class Hang(BaseException):
-    """Raised in a case that takes longer than LIMIT; no handler of the product catches it."""
+    """Raised in a case that takes longer than LIMIT; the code under test does not catch it."""
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def places(data: Any, path: tuple = ()) -> list[tuple]:
 def mutate_data(data: Any, rng: random.Random, fields: tuple[str, ...] = ()) -> str:
     """Replace, delete, rename or exchange one value of parsed JSON, in place. Returns what was done.
 
-    Half of the time the value of one of `fields`, which the product reads, since most of a file is not read at all.
+    Half of the time this is the value of one of `fields`, which are read, since most of a file is never read.
     """
     paths = places(data)
     short = [path for path in paths if len(path) <= 2]  # a tokenizer is mostly vocabulary
@@ -219,7 +219,7 @@ def mutate_bytes(raw: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def replace_file(path: Path, rng: random.Random) -> str:
-    """Put something that is no regular file in the place of `path`."""
+    """Replace `path` by something that is not a regular file."""
     action = rng.choice(["missing", "folder", "link loop", "pipe", "link to /dev/zero", "dangling link"])
     path.unlink()
     if action == "folder":

@@ -1,4 +1,4 @@
-"""Mutated rows of every kind of dataset: each is used, or left out with one line that names it."""
+"""Mutated rows of every kind of dataset: each is used, or skipped with one line that names it."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def mutate(rng: random.Random, row: dict) -> bytes:
 
 
 def check_source(source: Rows, processor: PaliGemmaProcessor, name: str) -> int:
-    """Every row is used or named; returns how many are used."""
+    """Check that every row is used or named. Returns how many are used."""
     faults = []
     keys = [[(0, index)] for index in range(len(source))]
     used = sum(len(examples) for examples, _ in loader(source, processor, keys, True, 0, faults.append, max_length=128))

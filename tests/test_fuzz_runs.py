@@ -68,7 +68,7 @@ def mutate_json(raw: bytes, random_state: random.Random) -> bytes:
 
 
 def mutate_lines(raw: bytes, random_state: random.Random) -> bytes:
-    """A log with one line whose values are others, or which is another JSON value."""
+    """A log in which one line has other values or is another JSON value."""
     lines = raw.splitlines()
     row = random_state.randrange(len(lines))
     whole = random_state.random() < 0.5

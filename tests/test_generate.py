@@ -1,4 +1,4 @@
-"""generate.py: drawn boxes and what a user gets wrong."""
+"""generate.py: drawn boxes, and wrong use."""
 
 import sys
 
@@ -20,7 +20,7 @@ def marks(tmp_path, side: int, answer: str) -> np.ndarray:
 
 
 def label_height(tmp_path, side: int) -> int:
-    """Rows that the label alone changes."""
+    """Number of rows that only the label changes."""
     label = marks(tmp_path, side, BOX + "cat") & ~marks(tmp_path, side, BOX)
     return int(label.any(1).sum())
 

@@ -1,7 +1,7 @@
-"""What only a GPU can show: its kernels beside float64 on the CPU, CUDA graphs, nf4, compiled layers, two GPUs.
+"""Tests that need a GPU: its kernels against float64 on the CPU, CUDA graphs, nf4, compiled layers, two GPUs.
 
 Skipped without a CUDA device. `GPU_TESTS_DEVICE=cpu pytest tests/test_gpu.py` runs what a CPU can, with flash attention
-by its formula (pretend_cuda.py): it shows that the tests themselves are right.
+computed by its formula (pretend_cuda.py), to check the tests themselves.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-4}
 
 
 def check_close(found: Tensor, expected: Tensor, tolerance: float):
-    """`found`, on the GPU, is `expected`, in float64 on the CPU."""
+    """`found`, on the GPU, must be close to `expected`, in float64 on the CPU."""
     error = (found.detach().double().cpu() - expected).norm() / expected.norm().clamp(min=1e-9)
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
 @pytest.fixture
 def taken(monkeypatch) -> Counter:
-    """Attention paths, counted; on a CPU those of a GPU."""
+    """Counts of the attention paths taken; on a CPU the paths of a GPU are forced."""
     counted = Counter()
     if DEVICE == "cpu":
         pretend_cuda.force(monkeypatch, counted)
@@ -86,7 +86,7 @@ CASES = {  # path, dtype, rows of (prefix, suffix), length, queries, head dim, v
 
 
 def left_padded(rows: list[tuple[int, int]] | None, length: int) -> PrefixMask | None:
-    """The mask of rows whose last tokens are the suffix; prefixes take what is left where the length is larger."""
+    """The mask of left-padded rows that end in the suffix; if `length` is larger, prefixes are extended."""
     if rows is None:
         return None
     longer = length - max(prefix + suffix for prefix, suffix in rows)
@@ -99,7 +99,7 @@ def left_padded(rows: list[tuple[int, int]] | None, length: int) -> PrefixMask |
 @pytest.mark.parametrize("kind", ["standard", "blended", "blended, own keys"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_attention_path_is_the_formula(case, kind, taken):
-    """Forward and gradients, beside float64."""
+    """Forward and gradients, against float64."""
     path, *_ = CASES[case]
     if DEVICE == "cpu" and path == "flex":
         pytest.skip("a CPU has no backward pass of FlexAttention")
@@ -110,13 +110,13 @@ def test_every_attention_path_is_the_formula(case, kind, taken):
 @pytest.mark.parametrize("kind", ["standard", "blended"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("varlen")])
 def test_one_call_with_a_dense_mask_is_the_formula(case, kind, monkeypatch):
-    """In half precision, with rows of pads: cuDNN's kernel on Hopper, which is faster there than variable lengths."""
+    """In half precision, with rows of pads: cuDNN's kernel, which on Hopper is faster than variable lengths."""
     monkeypatch.setattr(attention, "choose_path", lambda *_: "sdpa")
     check_attention(case, kind)
 
 
 def check_attention(case: str, kind: str):
-    """Forward and gradients of a case, beside float64."""
+    """Forward and gradients of a case, against float64."""
     _, dtype, rows, length, queries, width, value_width, options = CASES[case]
     torch.manual_seed(0)
     mask, batch = left_padded(rows, length), len(rows or ALIKE)
@@ -168,7 +168,7 @@ def models(preset: str | None, dtype: torch.dtype, family: str = "gemma", **text
         unfreeze_differential(model.train())
         with torch.no_grad():
             for name, p in adapted.named_parameters():
-                if "lora_" in name:  # the same values in both, whatever the device
+                if "lora_" in name:  # the same values on both devices
                     p.copy_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
         if kind == torch.double:
             adapted.double()
@@ -192,7 +192,7 @@ def loss_and_gradients(model, batch: dict, device: str) -> tuple[Tensor, dict[st
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_every_preset_trains_as_in_float64(preset, dtype, taken):
     """Loss and gradients of a ragged batch."""
-    # in bfloat16 sums of many rounded terms meet, and the gradient of a small tensor is a difference of large ones
+    # in bfloat16, sums have many rounded terms, and the gradient of a small tensor is a difference of large numbers
     tolerance = 1e-3 if dtype == torch.float32 else 0.15
     exact, rounded = models(preset, dtype, num_key_value_heads=2)
     batch = tiny.batch(prefixes=(5, 2, 9), suffixes=(3, 4, 2), side="left")
@@ -243,7 +243,7 @@ def test_lora_is_the_formula():
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_tiled_loss_is_the_formula(dtype, softcap, monkeypatch):
-    """Of a vocabulary of several tiles."""
+    """With a vocabulary of several tiles."""
     monkeypatch.setattr(fused_ops, "GPU_TILE_LOGITS", 1 << 17)
     torch.manual_seed(0)
     hidden, weight = torch.randn(48, 64).to(dtype), torch.randn(100_000, 64).to(dtype)
@@ -259,16 +259,16 @@ def test_the_tiled_loss_is_the_formula(dtype, softcap, monkeypatch):
     check_close(leaf.grad, exact.grad, TOLERANCE[dtype])
 
 
-# ---- waits
+# ---- syncs
 @on_a_gpu
 @pytest.mark.parametrize("preset", [None, "split"])
 def test_a_forward_and_backward_pass_never_wait(preset):
-    """torch itself raises where the host would wait for the GPU."""
+    """torch raises if an operation would sync with the GPU."""
     _, model = models(preset, torch.bfloat16)
     batch = tiny.batch(prefixes=(5, 2, 9), suffixes=(3, 4, 2), side="left")
     plan = model.model.plan(**batch).to(DEVICE)
     on_gpu = {key: tensor.to(DEVICE) for key, tensor in batch.items()}
-    for checked in (False, True):  # the first pass makes what is made once
+    for checked in (False, True):  # the first pass creates what is created only once
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
@@ -282,7 +282,7 @@ def test_a_forward_and_backward_pass_never_wait(preset):
 @pytest.mark.parametrize("preset", [None, "split", "difflora", "v1_width"])
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_a_cuda_graph_decodes_the_tokens_of_the_cpu(family, preset, monkeypatch):
-    """Ragged prompts, twice, in float32; the graph is recorded once a call."""
+    """Ragged prompts, twice, in float32; the graph is recorded once per call."""
     captured = []
     real = modeling_vlm.StaticStepDecoder.capture
     monkeypatch.setattr(modeling_vlm.StaticStepDecoder, "capture", lambda self: captured.append(1) or real(self))
@@ -312,7 +312,7 @@ def test_a_cuda_graph_decodes_with_an_adapter():
 
 
 def test_a_kept_graph_answers_other_prompts_and_follows_the_adapter(monkeypatch):
-    """One graph for prompts of other lengths; between the calls the adapter takes other values."""
+    """One graph serves prompts of other lengths; the adapter changes between the calls."""
     captured = []
     real = modeling_vlm.StaticStepDecoder.capture
     monkeypatch.setattr(modeling_vlm.StaticStepDecoder, "capture", lambda self: captured.append(1) or real(self))
@@ -341,7 +341,7 @@ def config(tiny_model, tmp_path) -> Config:
 
 @pytest.mark.parametrize("preset", [None, "split"])
 def test_a_killed_run_continues(preset, config, tmp_path):
-    """Losses as those of a run that was never stopped; sums on a GPU are not bit-equal."""
+    """Losses are close to those of an uninterrupted run; sums on a GPU are not bit-equal."""
     arm, differential = ("diff", DifferentialConfig(preset).resolve()) if preset else ("original", None)
     finetune(config, arm, differential)
     resumed = replace(config, output_dir=str(tmp_path / "resumed"))
@@ -383,7 +383,7 @@ def test_compiled_layers_keep_the_losses(config, tmp_path):
 
 @on_a_gpu
 def test_out_of_memory_is_one_line(config):
-    """A real one: the process may take 24 MB more."""
+    """A real out-of-memory error: the process may allocate only 24 MB more."""
     torch.cuda.empty_cache()
     limit = torch.cuda.memory_reserved() + 24e6
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)

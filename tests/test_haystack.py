@@ -1,4 +1,4 @@
-"""What every benchmark shares: the exact match by golden cases, the five entry points, and no torch."""
+"""What all benchmarks share: exact match by golden cases, the five entry points, and no import of torch."""
 
 import importlib
 import inspect
@@ -31,7 +31,7 @@ BENCHMARKS = ("mmneedle", "pope", "mm_niah")
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_imports_no_torch(name):
-    """Its questions and scores are read in a tenth of a second, not in four."""
+    """Its questions and scores load in a tenth of a second, not in four seconds."""
     code = f"import sys, needle_eval.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -139,7 +139,7 @@ def test_the_interval_agrees_with_the_test_beside_it():
 
 
 def test_the_interval_covers_the_truth():
-    """95 % intervals of a known difference: held 95 times in a hundred, not 90 and not always."""
+    """95 % intervals of a known difference cover it in about 95 % of cases, not 90 % and not always."""
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(600):
@@ -190,7 +190,7 @@ def test_paired_seeds():
 
 
 def test_equal_differences_of_all_seeds_have_no_interval_and_no_p_value():
-    """Without a spread over the seeds there is no t test; rounding of rates is no spread."""
+    """Without a spread over the seeds there is no t test; rounding of rates does not count as spread."""
     one_more = ([26 / 40, 30 / 40, 22 / 40], [27 / 40, 31 / 40, 23 / 40])  # questions of 40, one more in every seed
     for a, b in (one_more, ([0.1, 0.2, 0.4], [0.1, 0.2, 0.4]), ([0.0, 0.25, 0.5], [0.5, 0.75, 1.0])):
         over = paired_over_seeds(a, b)
@@ -283,7 +283,7 @@ def test_the_bootstrap_resamples_seeds_and_items():
     both = of_seeds[:, None] + of_items[None, :] - 1
     low, high = bootstrap_seeds_and_items(both[None], np.ones((1, 30)), 20_000)
     assert high - low > found[1] - found[0]
-    # conditions count alike however many questions they have: the means 1 and 0 give 0.5
+    # conditions have equal weight for any number of questions: the means 1 and 0 give 0.5
     unequal = np.stack([np.full((4, 5), 3.0), np.zeros((4, 5))])
     assert bootstrap_seeds_and_items(unequal, np.array([[3] * 5, [50] * 5]), 50) == pytest.approx((0.5, 0.5))
 

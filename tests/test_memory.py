@@ -1,4 +1,4 @@
-"""The memory of a training step, as benchmarks/memory.py counts it, is what autograd saves on real tensors."""
+"""The memory of a training step as counted by benchmarks/memory.py equals what autograd saves on real tensors."""
 
 import importlib.util
 import sys
@@ -27,7 +27,7 @@ def memory():
 
 
 def small_model(memory, preset: str | None, device: str) -> torch.nn.Module:
-    """Three decoder layers of the shape of Gemma 2B's, an eighth as wide."""
+    """Three decoder layers shaped like Gemma 2B's, an eighth as wide."""
     text = GemmaConfig(hidden_size=256, intermediate_size=2048, num_hidden_layers=3, head_dim=32, vocab_size=512)
     vision = SiglipVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     config = PaliGemmaConfig(text_config=text, vision_config=vision, image_token_id=511)
@@ -63,7 +63,7 @@ def saved_bytes(model, batch: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("preset", [pytest.param(None, marks=pytest.mark.slow), "split"])
 def test_the_count_is_what_autograd_saves(preset, memory, monkeypatch):
-    """Of a layer, on the paths of a GPU, within 3 %: on the meta device and on the CPU."""
+    """For one layer on the paths of a GPU, within 3 %, on the meta device and on the CPU."""
     pretend_cuda.force(monkeypatch)
     batch = memory.make_batch(small_model(memory, None, "meta").config, rows=2)
     with pretend_cuda.Counts():  # RMSNorm is one kernel, as on CUDA

@@ -1,4 +1,4 @@
-"""The metrics of --metric against values of the official code and of their formulas, and in a run."""
+"""The metrics of --metric against values from the official code and from their formulas, and in a run."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def rows_of(pairs: list[tuple[str, str]]) -> list[dict]:
         ("a twelve", [*["twelve don't", "red b\n"] * 3, *["a twelve"] * 3, "yes"], 0.9),
         ("0", [*["none"] * 4, "0", "0", *[" tv"] * 4], 1.0),
         ("\tq", ["dont x-ray"] * 5 + ["red. yes"] * 5, 0.0),
-        ("Yes", ["yes"] * 10, 0.0),  # where all agree, nothing is normalised
+        ("Yes", ["yes"] * 10, 0.0),  # if all agree, nothing is normalised
         ("yes\n", ["yes"] * 10, 1.0),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_a_run_is_scored_logged_and_ranked_by_the_metric(tiny_model, tmp_path, monkeypatch, capsys):
-    """best/ follows the metric: the answer at step 2 is no more exact than the others, but nearer."""
+    """best/ follows the metric: the answer at step 2 is not an exact match either, but closer."""
     shutil.copytree(SAMPLE, tmp_path / "rows")
     row = {"image": "fruit.png", "prefix": "answer en which?", "suffix": "red apple"}
     data = tmp_path / "rows" / "answers.jsonl"

@@ -182,7 +182,7 @@ def test_the_vqa_normalisation(text, normal):
 
 
 def test_the_contractions_are_the_official_ones():
-    """The digest is of the official table, without its entries in capitals or unchanged, which never act."""
+    """The digest is of the official table without entries in capitals or unchanged, which never have an effect."""
     assert len(CONTRACTIONS) == 114
     lines = "\n".join(f"{wrong} {right}" for wrong, right in sorted(CONTRACTIONS.items()))
     digest = "f2c800b1132e79302dd72686ce8bba16120f1873f98a85561222e89317336e7a"
@@ -283,7 +283,7 @@ def test_what_the_official_scorer_reads(tmp_path):
     assert lines[1]["response"] == "None" and len(lines) == 2
 
 
-# ---- what never errs and what never answers
+# ---- a perfect model and one that never answers
 def test_an_oracle_scores_all_and_a_silent_model_nothing(tmp_path):
     choices = {"choices": ["a", "b"]}
     for task in TASKS:

@@ -1,4 +1,4 @@
-"""MMNeedle's schema, prompts and response files; haystacks built in the same schema; the release itself, if at hand."""
+"""MMNeedle's schema, prompts and response files; haystacks built in the same schema; the release, if available."""
 
 import hashlib
 import io
@@ -41,7 +41,7 @@ def png(colour) -> bytes:
 
 
 def flat_pool(count: int = 40) -> ImagePool:
-    """Images of one opaque colour each: what a cell shows can be read off a pixel."""
+    """Images of one opaque colour each, so that a single pixel tells what a cell shows."""
     colours = [(i, (i * 37) % 256, (i * 91) % 256) for i in range(count)]
     return ImagePool([PoolImage(png(c), f"colour {i}", str(i), "flat", "test") for i, c in enumerate(colours)])
 
@@ -111,7 +111,7 @@ def test_settings():
 # ---- the schema
 @pytest.mark.parametrize("shape", [(1, 2, 1), (1, 4, 1), (3, 2, 1), (10, 1, 1), (2, 3, 2), (10, 4, 1), (1, 4, 5)])
 def test_flat_colours_decode_back_to_their_metadata(tmp_path, shape):
-    """Row-major, 0-based, the needle where the annotation says, its caption nowhere else; a negative's in no cell."""
+    """Row-major, 0-based; a needle only in the annotated cell, and in no cell for a negative."""
     pool, setting = flat_pool(250 if shape[0] == 10 else 40), Setting(*shape)
     write_haystacks(pool, tmp_path, setting, samples=12, seed=3, cell=8)
     metadata = json.loads((tmp_path / "metadata_stitched" / f"{shape[1]}_{shape[1]}.json").read_text())
@@ -261,7 +261,7 @@ def test_broken_rows_become_questions_that_count_as_wrong(tmp_path):
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "link.png", "a/../../secret.png", "loop.png", "\0"])
 def test_images_outside_the_release_are_not_opened(tmp_path, path):
-    """Such a row is a question that counts as wrong, and its error names the path."""
+    """A row with such an image becomes a question that counts as wrong, and its error names the path."""
     release = tmp_path / "release"
     release.mkdir()
     (tmp_path / "secret.png").write_bytes(png("red"))
@@ -392,7 +392,7 @@ def test_response_files_are_scored_alike_by_the_official_rule(tmp_path):
 @pytest.mark.parametrize("model", ["many-needles_seed0", "NEEDLES", "runs/needles/2_needles"])
 @pytest.mark.parametrize("needles", [1, 2])
 def test_the_official_scorer_reads_the_setting_off_the_file_name_whatever_the_model_is_called(tmp_path, model, needles):
-    """The released scorer takes a name apart at "_" and "needles" in it for several needles."""
+    """The released scorer splits a name at "_" and takes "needles" in it as the sign of several needles."""
     target = ["val2014/a.jpg"] * needles
     row = {"id": "x", "row": 0, "shape": [1, 2, needles], "kind": "positive", "protocol": "official"}
     row |= {"response": "-1", "ground_truth": "1, 1, 1", "target": target if needles > 1 else target[0]}
@@ -443,8 +443,8 @@ def test_the_released_needles_lie_where_the_metadata_says():
 @released
 @pytest.mark.parametrize(("grid", "swapped", "constant"), [(2, 51.7, 26.8), (4, 24.0, 7.1), (8, 14.2, 2.7)])
 def test_oracles_and_constants_on_the_first_thousand(grid, swapped, constant):
-    """The truth scores 100; with row and column swapped only the diagonal is right; the best constant is the paper's
-    data's own."""
+    """The truth scores 100; with row and column swapped only the diagonal is right; the best constant is that of the
+    paper's data."""
 
     def swap(truth: str) -> str:
         index, row, column = truth.split(", ")

@@ -1,4 +1,4 @@
-"""What the model promises by itself: the mask, leaks, the cache, stopping, counts, loading and saving."""
+"""The model on its own: the mask, leaks, the cache, stopping, counts, loading and saving."""
 
 import json
 
@@ -159,7 +159,7 @@ def test_generation_of_a_batch_equals_that_of_its_rows():
         start = int((batch["attention_mask"][row] == 0).sum())
         alone = {key: batch[key][row : row + 1, start:] for key in ("input_ids", "attention_mask")}
         out = model.generate(**alone, pixel_values=batch["pixel_values"][row : row + 1], max_new_tokens=6)
-        answer = out[0, alone["input_ids"].shape[1] :].tolist()  # alone, a row that has met its eos stops
+        answer = out[0, alone["input_ids"].shape[1] :].tolist()  # alone, a row stops at its eos
         assert answer + [tiny.PAD] * (6 - len(answer)) == together[row].tolist()
 
 
@@ -196,7 +196,7 @@ def test_sampling_follows_its_generator_and_top_p():
 
 
 def test_labels_without_token_types_are_refused():
-    """Without token types the answer would be prefix, and each of its tokens would see the next."""
+    """Without token types the answer would be part of the prefix, and each of its tokens would see the next one."""
     model, batch = tiny.ours_like(tiny.hf_model("gemma")), tiny.batch()
     del batch["token_type_ids"]
     with pytest.raises(UserError, match="labels need token_type_ids"):

@@ -14,7 +14,7 @@ FAMILIES = ["gemma", "gemma2"]
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_and_loss_equal_transformers(family, images, side):
-    """In float64: with amplified weights the rounding of float32 shows, and differs between processors."""
+    """In float64, since with amplified weights float32 rounding is visible and differs between processors."""
     hf, ours = (model.double() for model in tiny.pair(family))
     batch = tiny.batch(images=images, side=side)
     batch["pixel_values"] = batch["pixel_values"].double()
@@ -42,7 +42,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_config_fields_that_change_the_function_are_read(field):
-    """In float64, where both programs differ by nothing but the field."""
+    """In float64, where only the field can make a difference."""
     family, changes = FIELDS[field]
     hf, ours = (model.double() for model in tiny.pair(family, **changes))
     standard = tiny.ours_like(tiny.hf_model(family)).double()
@@ -91,7 +91,7 @@ def test_greedy_tokens_equal_transformers(family, images):
 
 
 def test_each_gemma2_difference_shows():
-    """A parity test that a missing soft-cap or window could pass would prove nothing."""
+    """The parity test would be useless if it passed without a soft-cap or window."""
     batch = tiny.batch()
     hf, ours = tiny.pair("gemma2")
     with torch.no_grad():

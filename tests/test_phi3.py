@@ -19,7 +19,7 @@ from models import classes_of
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("length", [7, ORIGINAL, ORIGINAL + 1, 60])
 def test_logits_and_loss_equal_transformers_on_both_sides_of_the_border(variant, length):
-    """Left pads in the second row, except where they would put the rows on two sides of the border."""
+    """Left pads in the second row, unless they would put the rows on different sides of the border."""
     hf, ours = pair(variant)
     batch = ids_and_mask((length, length - 2 if length != ORIGINAL + 1 else length))
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -32,7 +32,7 @@ def test_logits_and_loss_equal_transformers_on_both_sides_of_the_border(variant,
 
 
 def test_logits_equal_transformers_at_600_tokens():
-    """Above 512 keys attention is SDPA's."""
+    """Above 512 keys attention uses SDPA."""
     hf, ours = pair("longrope", max_position_embeddings=1024)
     batch = ids_and_mask((600,))
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_logits_equal_transformers_at_600_tokens():
 
 
 def test_each_field_of_a_variant_shows():
-    """A parity test that a missing factor, window or partial rotation could pass would prove nothing."""
+    """The parity test would be useless if it passed without a factor, window or partial rotation."""
     batch = ids_and_mask((60,))
     for variant in ("longrope", "partial rotary", "window", "grouped queries"):
         _, ours = pair(variant)
@@ -59,7 +59,7 @@ def test_each_field_of_a_variant_shows():
 
 
 def test_a_row_has_the_same_logits_in_a_batch_and_alone():
-    """transformers chooses the factors by the longest row of a batch, which changes the short rows of one."""
+    """transformers chooses the factors by the longest row of a batch, which changes the short rows in it."""
     hf, ours = pair("longrope")
     lengths = (9, ORIGINAL, ORIGINAL + 1, 50)
     batch = ids_and_mask(lengths)
@@ -73,7 +73,7 @@ def test_a_row_has_the_same_logits_in_a_batch_and_alone():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_tokens_equal_transformers_over_the_border(variant):
-    """Rows cross it at different steps; each equals transformers' answer to it alone, and the uncached one."""
+    """Rows cross it at different steps; each equals transformers' answer to that row alone, and the uncached one."""
     hf, ours = pair(variant, seed=3)
     lengths, new = (ORIGINAL - 9, ORIGINAL - 4, ORIGINAL + 3), 14
     batch = ids_and_mask(lengths, seed=1)
@@ -93,7 +93,7 @@ def test_greedy_tokens_equal_transformers_over_the_border(variant):
 
 
 def test_only_rows_that_cross_the_border_are_decoded_on_a_growing_cache(monkeypatch):
-    """On the static cache of a GPU the tokens are the same, also of a row beyond the border and of one up to it."""
+    """On the static cache of a GPU the tokens are the same, also for rows beyond the border and just up to it."""
     _, ours = pair("longrope", seed=3)
     ours.config.stop_ids = ()
     used, real = [], modeling_vlm.LongRopeStepDecoder.run
@@ -159,7 +159,7 @@ def test_rotary_tables_are_bit_equal_to_transformers():
 # ---- attention paths
 @pytest.mark.parametrize("queries", [1, 5, 64])
 def test_a_causal_mask_without_pads_is_one_causal_call(monkeypatch, queries):
-    """SDPA takes it as a causal bias on a GPU; here the same call with a dense mask."""
+    """On a GPU SDPA gets a causal bias; here the same call is made with a dense mask."""
     calls = []
 
     def record(q, k, v, mask, scale):
@@ -253,7 +253,7 @@ def test_second_query_of_v2_is_the_query_part_of_the_fused_projection():
 
 
 def test_v1_pairs_keep_the_maps_of_their_heads():
-    """The paper's case: with as many key as query heads, both maps of a pair are pretrained ones."""
+    """The paper's case: with as many key heads as query heads, both maps of a pair are pretrained maps."""
     _, ours = pair("default rotary")
     attention = ours.model.language_model.layers[0].self_attn
     x = torch.randn(1, 9, 64)
@@ -307,7 +307,7 @@ def test_configs_that_cannot_be_right_are_refused(field, tmp_path):
 
 
 def test_stop_ids_of_released_configs():
-    """They say 2, which never comes."""
+    """Released configs give 2, which the model never generates."""
     assert Phi3Config.from_dict({"model_type": "phi3", "eos_token_id": 2}).stop_ids == (32007, 32000)
     assert Phi3Config.from_dict({"model_type": "phi3", "eos_token_id": [7, 8]}).stop_ids == (7, 8)
     assert Phi3Config.from_dict({"model_type": "phi3", "eos_token_id": 5, "vocab_size": 9}).stop_ids == (5,)

@@ -1,4 +1,4 @@
-"""Phi-3-vision: pixels, token counts, ids and logits against numbers of the released code."""
+"""Phi-3-vision: pixels, token counts, ids and logits against numbers from the released code."""
 
 import json
 import os
@@ -25,7 +25,7 @@ IMAGE = 400  # outside the vocabulary of the golden model
 
 
 def golden_values(name: str, shape: torch.Size) -> torch.Tensor:
-    """Weights that are a hash of their name and index, so that another program can make the same ones."""
+    """Weights computed as a hash of their name and index, so that another program can make the same ones."""
     index = np.arange(int(np.prod(shape)), dtype=np.uint64)
     h = (np.uint64(2654435761) * index + np.uint64(zlib.crc32(name.encode()))) & np.uint64(0xFFFFFFFF)
     h ^= h >> np.uint64(16)
@@ -285,7 +285,7 @@ def test_ids_of_the_released_tokenizer():
 
 # ---- folders
 def test_every_layout_of_keys_loads(tmp_path):
-    """The hub's, that of the memory of the released code, and transformers' names to come; auto_map is ignored."""
+    """The hub's keys, those of the released code in memory, and transformers' future names; auto_map is ignored."""
     hub = tiny_phi.folder(tmp_path / "hub")
     processor = Phi3VProcessor.from_pretrained(hub)
     batch = processor([golden_image(40, 20)], ["where is this?"])
@@ -324,7 +324,7 @@ def test_every_layout_of_keys_loads(tmp_path):
 
 
 def test_a_released_config_is_read(tmp_path):
-    """Its tower is only named, its stop token never comes, its code is not run."""
+    """Its tower is only named, its stop token is never generated, its code is not run."""
     released = {
         "model_type": "phi3_v",
         "architectures": ["Phi3VForCausalLM"],
@@ -376,7 +376,7 @@ def test_images_of_unlike_grids_in_one_batch_equal_each_alone(tmp_path):
 
 
 def test_a_frozen_tower_computes_under_autocast_what_it_does_without(tmp_path):
-    """Training has the features of generation."""
+    """Training uses the same features as generation."""
     folder = tiny_phi.folder(tmp_path)
     model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
     batch = processor([golden_image(20, 20)], ["where is this?"])
@@ -413,7 +413,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_fit_both_towers(tmp_path, preset):
-    """Exact ones change no logit; the layer of the tower that never runs is left alone."""
+    """Exact presets change no logit; the layer of the tower that never runs is left as it is."""
     folder = tiny_phi.folder(tmp_path)
     model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
     batch = processor([golden_image(20, 20)], ["where is this?"], ["No"])

@@ -1,4 +1,4 @@
-"""The Phi family through the scripts: both arms, resume, evaluation, answers, export, adapters in transformers."""
+"""The Phi family with the scripts: both arms, resume, evaluation, answers, export, adapters in transformers."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def trained(model, tmp_path_factory):
 
 @dataclass(frozen=True)
 class Gradient:
-    """An image of this size that is made when it is opened."""
+    """An image of the given size that is made when it is opened."""
 
     size: tuple[int, int]
 
@@ -148,7 +148,7 @@ def test_evaluation_asks_in_the_turn_of_the_user(trained, model, tmp_path, monke
 
 
 def test_attention_is_measured_on_the_patches_of_the_crops(model):
-    """Not on line ends, the separator and the global view: a needle's share of an even map is that of its cell."""
+    """Line ends, separator and global view are left out: a needle's share of a uniform map is that of its cell."""
     model_class, processor_class = classes_of(model)
     built, processor = model_class.from_pretrained(model), processor_class.from_pretrained(model)
     batch = processor([Gradient((9, 9)).open(), Gradient((40, 20)).open()], ["where is this?"] * 2, ["No", "yes"])
@@ -164,7 +164,7 @@ def test_attention_is_measured_on_the_patches_of_the_crops(model):
 
 
 def test_answers_do_not_depend_on_the_other_images_of_a_batch(model):
-    """Images of unlike grids, answered together and alone by the runner."""
+    """Images with different grids, answered together and alone by the runner."""
     model_class, processor_class = classes_of(model)
     parts = model_class.from_pretrained(model), processor_class.from_pretrained(model), Accelerator(cpu=True)
     images = [Gradient((40, 20)), Gradient((20, 60)), Gradient((9, 9))]
@@ -212,7 +212,7 @@ def test_an_exported_run_gives_the_logits_of_the_run(trained, tmp_path, monkeypa
 
 
 def test_the_vision_cache_changes_no_loss(model):
-    """Images of unlike grids, first computed, then from the cache."""
+    """Images with different grids, first computed, then from the cache."""
     model_class, processor_class = classes_of(model)
     built, processor = model_class.from_pretrained(model).requires_grad_(False), processor_class.from_pretrained(model)
     images = [Gradient(size).open() for size in ((40, 20), (20, 60))]
@@ -230,7 +230,7 @@ def test_the_vision_cache_changes_no_loss(model):
 
 
 def test_text_alone_trains(decoder, tiny_model, tmp_path, capsys):
-    """Rows whose image is null, through the script: the loss of a decoder falls; PaliGemma leaves such rows out."""
+    """Rows whose image is null, with the script: the loss of a decoder falls; PaliGemma skips such rows."""
     assert classes_of(decoder)[1] is Phi3Processor
     rows = [{"image": None, "prefix": f"where is {n}?", "suffix": "yes" if n % 2 else "No"} for n in range(10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -245,7 +245,7 @@ def test_text_alone_trains(decoder, tiny_model, tmp_path, capsys):
 
 
 def test_an_adapter_goes_to_transformers_and_back(decoder, tmp_path):
-    """Of a decoder alone, through peft, on transformers' Phi3ForCausalLM."""
+    """The adapter of a pure decoder, loaded by peft on transformers' Phi3ForCausalLM."""
     model_class, processor_class = classes_of(decoder)
     adapted = new_lora(Config(), model_class.from_pretrained(decoder)).eval()
     with torch.no_grad():
@@ -285,7 +285,7 @@ def test_the_tiled_loss_is_used_for_an_untied_head():
 
 
 def test_quantize_and_checkpointing_find_the_layers(decoder):
-    """By modules, not by names; the layers of 4 bits need bitsandbytes."""
+    """Layers are found by module type, not by name; 4-bit layers need bitsandbytes."""
     built = classes_of(decoder)[0].from_pretrained(decoder)
     built.gradient_checkpointing_enable()
     assert built.model.language_model.gradient_checkpointing

@@ -1,4 +1,4 @@
-"""Figures of training: drawn from saved files alone, complete or not at all."""
+"""Figures of training: drawn only from saved files, and written completely or not at all."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def run(config, tmp_path) -> Path:
 
 @pytest.fixture
 def figures(monkeypatch) -> dict:
-    """The figures that are saved, by file name, with the texts of titles in them."""
+    """The saved figures by file name, with the texts of their titles."""
     found = {}
     real = plots.save
 
@@ -97,7 +97,7 @@ def test_sample_images_are_the_images_of_the_questions(config, run):
 
 
 def test_cells_of_answers_are_outlined(run, figures):
-    """The needle's cell, and for a wrong answer the cell that it names."""
+    """The needle's cell, and for a wrong answer the answered cell."""
 
     def answer(line: dict) -> dict:
         return line | {"answer": "1, 2, 1", "response": "1, 2, 1" if line["id"].endswith("/0") else "1, 1, 2"}

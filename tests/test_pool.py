@@ -1,4 +1,4 @@
-"""The embedded image pool: the claims of its README, checked on the file."""
+"""The embedded image pool: the claims of its README, checked against the file."""
 
 import hashlib
 import importlib.util
@@ -43,7 +43,7 @@ def concepts_of(rows, split):
 
 
 def on_background(data, grey, size=24):
-    """The image pasted on one grey, `size` pixels square, as a flat float array in 0..1."""
+    """The image pasted on a uniform grey, `size` pixels square, as a flat float array in 0..1."""
     with Image.open(io.BytesIO(data)) as image:
         image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, (grey, grey, grey, 255))

@@ -1,4 +1,4 @@
-"""POPE: the reader, the official parse and the metrics, by golden cases (arXiv 2305.10355 and its evaluate.py)."""
+"""POPE: reader, official parsing rule and metrics, by golden cases (arXiv 2305.10355 and its evaluate.py)."""
 
 import gzip
 import json
@@ -108,7 +108,7 @@ def test_bad_files_are_named(tmp_path):
             read_split(tmp_path, Path("x"), "popular")
 
 
-# ---- the official parse
+# ---- the official parsing rule
 @pytest.mark.parametrize(
     ("response", "read"),
     [(r, "no") for r in ("no", "No", "No.", "no,", " no", "not sure", "There is no dog", "Yes, but not a dog")]

@@ -1,4 +1,4 @@
-"""assets/pretrain.py: what one family has of its own, and that the other's tokenizer and configuration have stayed."""
+"""assets/pretrain.py: what is specific to one family, and the unchanged tokenizer and configuration of the other."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def test_the_stored_tokenizer_and_configuration_are_rebuilt(family, made):
 
 
 def lattice_boxes(side: int, grid: int) -> list[tuple[tuple[int, int], torch.Tensor]]:
-    """((row, column), box in pixels) of every square that a drawing may take in a grid."""
+    """((row, column), box in pixels) of every square that a drawing may fill in a grid."""
     step, cell = side // LATTICE, side // grid
     found = []
     for row in range(grid):
@@ -90,7 +90,7 @@ def test_a_search_hits_if_the_best_tokens_give_the_right_cell(made):
         answers[2],
     ]
     predicted = task.text_batch(["detect red apple"] * 3, moved)["labels"]
-    assert torch.equal(predicted != -100, labels != -100)  # equally many tokens
+    assert torch.equal(predicted != -100, labels != -100)  # the same number of tokens
     vocabulary = task.processor.tokenizer.get_vocab_size()
     for best, expected in ((labels, [True] * 3), (predicted, [True, False, True])):
         logits = F.one_hot(best.clamp(min=0), vocabulary).float()
@@ -130,7 +130,7 @@ def test_patch_maps_lie_as_the_image_does(made):
 
 
 def test_dropout_takes_the_global_view_of_some_images(made, family):
-    """And nothing else: tokens of the grid of crops stay, and PaliGemma has no dropout."""
+    """Only the global view is dropped: tokens of the grid of crops stay, and PaliGemma has no dropout."""
     model, task = made
     vision = task.vision(model, task.draw(torch.Generator().manual_seed(0), 8, 2)[1])
     whole = task.image_features(model, vision)
@@ -176,7 +176,7 @@ def test_the_guide_loss_asks_for_attention_on_the_cell_and_for_readable_places(m
         return
     line, column = torch.arange(16) // 4, torch.arange(16) % 4
     places = task.places[:, line].T + task.places[:, 4 + column].T
-    chance = 2 * math.log(4)  # of lines and columns that cannot be read
+    chance = 2 * math.log(4)  # if lines and columns cannot be read
     assert guided(made, places, aimed=True) < 0.01
     assert guided(made, aimed=True) == pytest.approx(chance, abs=0.01)
     assert guided(made, places) > 3  # attention over more than 20 tokens
@@ -221,7 +221,7 @@ def test_both_stages_train_every_layer_that_runs(made, family):
 
 
 def test_a_saved_model_is_read_back(made, family, tmp_path):
-    """By the classes that `--model` chooses, with the tokenizer, chat layout and crops of pretraining."""
+    """It is read by the classes that `--model` chooses, with the tokenizer, chat template and crops of pretraining."""
     model, task = made
     folder = tmp_path / "model"
     metrics = {"n": 4, "scores": {"trained": {"caption_2x2": 0.5, "ocr": 0.25}}}

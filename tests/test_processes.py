@@ -1,4 +1,4 @@
-"""Several processes give the result of one: rows that do not divide among them, evaluations, errors, two nodes."""
+"""Several processes give the results of one: rows that do not divide evenly, evaluations, errors, two nodes."""
 
 import json
 import signal
@@ -55,19 +55,19 @@ def config(tiny_model, tmp_path):
 
 
 def launch(config, *arguments: str, scriptname="finetune_original.py", flags: tuple[str, ...] = ()):
-    """Start a script by torchrun with the flags of a configuration and these."""
+    """Start a script with torchrun, with the flags of a configuration and the given ones."""
     return start("-m", "torch.distributed.run", *arguments, scriptname, *flags_of(config), *flags)
 
 
 def check_finished(*processes):
-    """Wait for processes, which must succeed."""
+    """Wait for processes to succeed."""
     for process in processes:
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
 
 
 def check_same(found, expected):
-    """Losses to 1e-5, every answer of the evaluations, and the adapters."""
+    """Compare losses to 1e-5, all answers of the evaluations, and the adapters."""
     assert dict(logged(found)) == pytest.approx(dict(logged(expected)), abs=1e-5)
     assert logged(found, "eval") == logged(expected, "eval")
     answers = [(Path(c.output_dir) / "samples.jsonl").read_text() for c in (found, expected)]
@@ -98,7 +98,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(config, tmp_path):
     process = launch(config, "--standalone", "--nproc-per-node=2")
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    (line,) = [line for line in err.splitlines() if "error: " in line]  # beside the other's bar
+    (line,) = [line for line in err.splitlines() if "error: " in line]  # next to the other process's progress bar
     assert f"more.jsonl:{broken + 1}" in line
     assert "in train\n" not in err and "Connection closed" not in err  # torchrun's own report is all that follows
 
@@ -120,7 +120,7 @@ def test_sharded_frozen_layers_train_like_whole_ones(config, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_the_phi_family_as_one(config, tmp_path):
-    """FSDP2 of the frozen layers; what trains is synchronized by DDP."""
+    """FSDP2 for the frozen layers; trained parameters are synchronized by DDP."""
     model = str(tiny_phi.folder(tmp_path / "phi"))
     config = replace(config, model=model, max_steps=3, lr=1e-2)
     finetune(config, "diff", DifferentialConfig("v1").resolve())
@@ -156,7 +156,7 @@ def test_four_processes_train_as_one(config, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one(config, tmp_path):
-    """Two agents that find each other at one address, as on two machines."""
+    """Two torchrun agents with one rendezvous address, as on two machines."""
     finetune(config, "original")
     together = replace(config, output_dir=str(tmp_path / "together"))
     with socket.socket() as free:

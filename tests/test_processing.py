@@ -1,4 +1,4 @@
-"""The processor against transformers' own, against golden ids of the Gemma vocabulary, and against a user's mistakes.
+"""The processor against transformers' own and golden ids of the Gemma vocabulary, and its errors for wrong input.
 
 GEMMA_TOKENIZER: path of a tokenizer.json with Gemma 1's 256000 tokens; without it the golden ids are skipped.
 """
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 LOCS = [f"<loc{i:04d}>" for i in range(1024)]
 SEGS = [f"<seg{i:03d}>" for i in range(128)]
-SPECIAL = ["<unk>", "<bos>", "<pad>", "<eos>"]  # no id is Gemma's: one that is not read from the files shows
+SPECIAL = ["<unk>", "<bos>", "<pad>", "<eos>"]  # ids differ from Gemma's, so that hard-coded ids are noticed
 UNK, BOS, PAD, EOS = range(4)
 
 
@@ -43,7 +43,7 @@ def extend(tokenizer, special_locs=False):
 
 
 def tiny_tokenizer():
-    """Gemma's kind of BPE: blanks as "▁", bytes for unseen characters, one token for a double newline."""
+    """BPE like Gemma's: spaces as "▁", bytes for unseen characters, one token for a double newline."""
     merges = [("\n", "\n"), ("▁", "c"), ("▁c", "a"), ("▁ca", "t")]
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + list("▁\n" + string.ascii_letters + string.digits + "?;,.<>")
     vocab = {token: i for i, token in enumerate(SPECIAL + pieces + ["".join(pair) for pair in merges])}
@@ -51,7 +51,7 @@ def tiny_tokenizer():
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(SPECIAL)
-    # Gemma's files place a <bos> in front, which PaliGemma's layout must not take over
+    # Gemma's files put a <bos> in front, which must not appear in PaliGemma's layout
     template = {"single": "<bos> $A", "pair": "<bos> $A <bos>:1 $B:1", "special_tokens": [("<bos>", BOS)]}
     tokenizer.post_processor = processors.TemplateProcessing(**template)
     return tokenizer
@@ -93,7 +93,7 @@ def hf_images(size):
 
 def hf_processor(ours):
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
-    tokenizer = Tokenizer.from_str(ours.tokenizer.to_str())  # transformers changes the one it is given
+    tokenizer = Tokenizer.from_str(ours.tokenizer.to_str())  # transformers modifies its argument
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
     image_settings = hf_images(ours.image_size)
     image_settings.image_seq_length = ours.num_image_tokens
@@ -108,7 +108,7 @@ def pair(request):
 
 
 def noise_image(mode="RGB", width=37, height=23, seed=0):
-    """Noise over a gradient, so that a wrong resize, channel order or mode shows."""
+    """Noise over a gradient, so that a wrong resize, channel order or mode is noticed."""
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 120, (height, width, 4)) + np.linspace(0, 135, width)[None, :, None]
     rgba = Image.fromarray(values.astype(np.uint8))
@@ -126,7 +126,7 @@ def text_ids(processor, text):
 
 
 def fault(function, *args, **kwargs):
-    """The one line of the UserError that a call ends in."""
+    """The one line of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
@@ -282,7 +282,7 @@ MODES = [
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_of_pil_equals_transformers(tiny, mode):
-    """Random bytes; where transformers fails (La) or clips to white (16-bit grey), to_rgb only has to work."""
+    """Random bytes; if transformers fails (La) or clips to white (16-bit grey), to_rgb only has to work."""
     assert set(Image.MODES) <= set(MODES)
     image = Image.new(mode, (37, 23))
     raw = np.random.default_rng(0).integers(0, 255, len(image.tobytes()), dtype=np.uint8).tobytes()
@@ -474,7 +474,7 @@ def test_malformed_parts_are_skipped():
     assert locs_to_boxes(cat + "<seg001>" * 16 + " a dog\n", 100, 200) == [(box, "a dog")]
 
 
-# ---- a user's mistakes, each in one line
+# ---- one-line errors for wrong input
 
 
 @pytest.mark.parametrize("token", ["<image>", "<bos>", "<eos>", "<pad>"])

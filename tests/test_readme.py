@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: commands run, flags exist, links resolve, tables equal the committed results."""
+"""README.md and docs/ are correct: commands run, flags exist, links resolve, tables equal the committed results."""
 
 import ast
 import functools
@@ -25,7 +25,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT /
 PAGES = {"README.md": README} | dict(sorted(PAGES.items()))
 RESULTS = ROOT / "benchmarks" / "results"
 MAX_README_WORDS = 2300
-# a command with one of these needs a licence, a download, another machine or minutes
+# commands with one of these need a licence, a download, another machine or minutes
 NOT_HERE = re.compile(
     r"study\.py(?! --report)|demo\.py|google/|microsoft/|benchmarks/|/data/|\b[A-Z]{4,}\b|\$|torchrun"
 )
@@ -75,7 +75,7 @@ def flags_of(config: type, prefix: str = "--") -> set[str]:
 
 
 def test_quick_commands_run(tmp_path):
-    """As they are, in an empty folder, with a `python` that adds flags to make them short."""
+    """Unchanged, in an empty folder, with a `python` that adds flags to make them short."""
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     (tmp_path / "bin").mkdir()
     short = "--max_steps=2 --eval_samples=2 --batch_size=2 --eval_batch_size=2"
@@ -134,7 +134,7 @@ def test_flags_in_the_text_exist():
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if "for seed in" in page])
 def test_a_sweep_trains_every_seed_of_both_arms_once(name, tmp_path):
-    """The loop as it is, with a `python` that records its arguments."""
+    """The unchanged loop, with a `python` that records its arguments."""
     (block,) = [block for block in blocks(PAGES[name]) if "for seed in" in block]
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/recorded\n')
     (tmp_path / "python").chmod(0o755)
@@ -180,7 +180,7 @@ def repository_map() -> dict[str, list[Path]]:
 
 
 def imports_of(file: Path) -> set[str]:
-    """Top-level names that a file imports, at its top or in a function; those for type checkers do not count."""
+    """Top-level names that a file imports, at module level or in a function, except those for type checkers."""
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""make_report.py: one page from run folders alone, what it says of arms over seeds, and what it must not open."""
+"""make_report.py: one page made only from run folders, what it says about arms over seeds, what it must not open."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def folder(trained, tmp_path, monkeypatch) -> Path:
 
 
 def add_seed(run: str, seed: int, right: float = 0.5) -> Path:
-    """A copy of a run as if of another seed, in whose evaluation this share of the positives is right."""
+    """A copy of a run with another seed, in whose evaluation this share of the positives is right."""
     copy = Path(run.replace("seed0", f"seed{seed}"))
     if not copy.exists():
         shutil.copytree(run, copy)
@@ -76,7 +76,7 @@ def add_seed(run: str, seed: int, right: float = 0.5) -> Path:
 
 
 def edit_answers(run: Path, right: float):
-    """Answer the first part of the positives of every setting right, the others wrong."""
+    """Make the first part of the positives of every setting right, and the others wrong."""
     file = run / "eval" / EVALUATION / "answers.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for setting in {row["setting"] for row in rows}:
@@ -167,7 +167,7 @@ def test_the_answer_is_the_paired_t_test_over_seeds(folder):
 
 
 def test_more_questions_do_not_narrow_the_interval_over_seeds():
-    """Only the seeds' means count: whatever the intervals over questions are, the pooled one is the same."""
+    """Only the means of the seeds count: the pooled interval does not depend on the intervals over questions."""
     means = [1.0, 4.0, 2.0]
     wide, narrow = (
         Contrast("a", "b", [0, 1, 2], {"": [Difference("", m, m - width, m + width) for m in means]})
@@ -178,7 +178,7 @@ def test_more_questions_do_not_narrow_the_interval_over_seeds():
 
 
 def test_equal_differences_leave_no_interval(folder):
-    """Few questions often give every seed the same difference; a t test would call it certain."""
+    """With few questions every seed often has the same difference; a t test would treat it as certain."""
     equal = Contrast("a", "b", [0, 1, 2], {"": [Difference("", 2.5, 0.0, 5.0)] * 3})
     assert equal.test("") is None and equal.pooled("") == ("all seeds", 2.5, None, None)
     runs = [add_seed(f"runs/{arm}_seed0", seed, right) for arm, right in RIGHT.items() for seed in range(3)]
@@ -248,7 +248,7 @@ def test_runs_that_were_not_evaluated_are_compared_by_their_last_evaluation(fold
 
 
 def test_the_answer_is_about_final_weights_and_the_protocol_of_training(folder):
-    """Whatever the names of other evaluations are: best/ was chosen on rows of the test sets."""
+    """For any names of other evaluations, since best/ was chosen on rows of the test sets."""
     runs = [Path("runs/original_seed0"), Path("runs/diff_seed0")]
     for run in runs:
         copies = {f"best-{EVALUATION}": "finetuned", "a-quadrant": "quadrant", "best-a": "finetuned"}
@@ -267,7 +267,7 @@ def test_a_run_that_subtracts_no_map_or_saved_no_attention_has_no_figure_of_it(f
     (run / "signed_maps.safetensors").unlink()
     arms = read_arms([run])
     assert make_report.section_maps(arms, notes) == [] and "stores no second map" in notes[0]
-    assert len(make_report.section_share(arms, [], arm_styles(arms), notes)) == 1  # the map that acts is there
+    assert len(make_report.section_share(arms, [], arm_styles(arms), notes)) == 1  # the applied map is there
     (run / "attention.safetensors").unlink()
     assert make_report.section_maps(arms, notes) == make_report.section_share(arms, [], arm_styles(arms), notes) == []
 
@@ -346,7 +346,7 @@ def test_several_arms_are_adjusted_by_holm():
 
 
 def test_runs_that_were_asked_other_questions_are_named(folder):
-    """In the notes of the page, which is made of the rest."""
+    """They are named in the notes of the page, which shows the rest."""
     file = Path("runs/diff_seed0/eval") / EVALUATION / "eval.json"
     record = read_json(file)
     record["config"]["seed"] = 9

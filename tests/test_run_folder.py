@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, with what a run may continue, and what damage does to it."""
+"""The run folder: what it holds, which flags may change on resume, and how damage is handled."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def folder_of(config: Config) -> Path:
 
 
 def snapshot(folder: Path) -> dict[Path, int]:
-    """When every file under a folder was last written."""
+    """The modification time of every file under a folder."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -88,7 +88,7 @@ def test_a_run_killed_before_its_figures_draws_them_when_it_is_started_again(con
 
 
 def test_final_without_an_adapter_is_not_finished(config):
-    """As generate.py sees it: it asks for the run to be continued."""
+    """generate.py treats it as unfinished and asks to continue the run."""
     finetune(config, "original")
     expected = saved_lora(config)
     shutil.rmtree(folder_of(config) / "final" / "adapter")
@@ -155,7 +155,7 @@ def test_data_that_changed_within_a_run_is_refused(config, tmp_path):
     assert logged(config)[: len(before)] == before and len(logged(config)) == 6
 
 
-# ---- folders that are no run
+# ---- folders that are not runs
 def test_the_output_folder_may_be_a_link_but_not_a_file(config, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
@@ -183,7 +183,7 @@ def test_an_error_before_training_leaves_nothing(config):
 # ---- leftovers of a killed process
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_own_temporary_files_do_not_block_a_start(config, overwrite):
-    """A kill between writing and renaming the first run.json leaves its temporary file alone."""
+    """A kill between writing and renaming the first run.json leaves only its temporary file."""
     folder_of(config).mkdir()
     (folder_of(config) / ".run.json.tmp").write_text('{"arm": ')
     finetune(replace(config, max_steps=2, overwrite=overwrite), "original")
@@ -191,7 +191,7 @@ def test_own_temporary_files_do_not_block_a_start(config, overwrite):
 
 
 def test_run_json_is_deleted_last(config, monkeypatch):
-    """So that a folder whose deletion was interrupted is still known to be a run."""
+    """So that a folder whose deletion was interrupted is still recognised as a run."""
     finetune(replace(config, max_steps=2), "original")
     deleted = []
     unlink, rmtree = Path.unlink, shutil.rmtree
@@ -226,7 +226,7 @@ def test_a_second_process_is_refused_while_the_first_trains(config):
 
 @pytest.mark.parametrize("state", ["nothing", "a checkpoint"])
 def test_a_run_that_finished_meanwhile_is_not_deleted(config, monkeypatch, state):
-    """B reads the state of the folder, A trains into it to the end, B goes on: it must read the state again."""
+    """B reads the state of the folder, A finishes training into it, B goes on: it must read the state again."""
     if state == "a checkpoint":
         interrupt(config, 4)
     real = run_folder.start_folder
@@ -322,7 +322,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_damage(config, capsys, file):
 
 
 def test_a_checkpoint_after_a_damaged_one_is_kept(config):
-    """The damaged one has the higher number and must not push the good ones out."""
+    """The damaged one has the higher number and must not cause good ones to be deleted."""
     finetune(replace(config, keep_checkpoints=1, save_every=6), "original")
     checkpoints = unfinish(config) / "checkpoints"
     shutil.copytree(checkpoints / "step-000006", checkpoints / "step-000009")
@@ -343,7 +343,7 @@ def test_a_run_of_which_no_checkpoint_can_be_read_is_not_deleted(config):
 
 
 def change_state(checkpoint: Path, **changes):
-    """Other entries in trainer.pt, with a manifest that knows them; None deletes one."""
+    """Change entries of trainer.pt and update the manifest; None deletes an entry."""
     state = torch.load(checkpoint / "trainer.pt", weights_only=True) | changes
     torch.save({key: value for key, value in state.items() if value is not None}, checkpoint / "trainer.pt")
     write_manifest(checkpoint)
@@ -365,7 +365,7 @@ def test_a_trainer_state_with_other_contents_is_refused_in_one_line(config, chan
 
 @pytest.mark.parametrize("kind", ["shape", "dtype", "missing moment", "another name", "infinity"])
 def test_an_optimizer_state_that_does_not_fit_is_refused(config, kind):
-    """A fused update with moments of another shape writes beyond their memory."""
+    """A fused update with moments of the wrong shape writes out of bounds."""
     finetune(config, "original")
     checkpoint = unfinish(config) / "checkpoints" / "step-000006"
     optimizer = torch.load(checkpoint / "trainer.pt", weights_only=True)["optimizer"]
@@ -387,7 +387,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(config, kind):
 
 
 def test_damaged_lines_of_a_log_are_dropped_on_resume(config):
-    """Only complete lines count; a line of another form is none of ours."""
+    """Only complete lines count; lines of another form are dropped."""
     finetune(config, "original")
     expected = [without_speed(folder_of(config) / name) for name in ("metrics.jsonl", "samples.jsonl")]
     folder = unfinish(config)
@@ -477,7 +477,7 @@ def read_header(file: Path) -> dict[str, str]:
 
 
 def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_refused(config, tmp_path, capsys):
-    """For loading, for training on, and for continuing; a run of before the weights were recorded loads."""
+    """For loading, further training and resuming; a run from before the weights were recorded loads."""
     shutil.copytree(config.model, tmp_path / "base")
     config = replace(config, model=str(tmp_path / "base"))
     interrupt(config, 5)

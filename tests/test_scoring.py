@@ -1,4 +1,4 @@
-"""MMNeedle's official rule by its golden cases, and what is ours beside it."""
+"""MMNeedle's official rule by golden cases, and our additional scores."""
 
 import random
 
@@ -73,9 +73,9 @@ def test_two_needles(truth, response, index, exact, first, each_index, each_exac
 
 
 def official_verdict(response: str, truth: str, needles: int) -> dict:
-    """The released scorer's rule for one row, transcribed apart from the product's code.
+    """The released scorer's rule for one row, transcribed independently of the code under test.
 
-    Both strings lose newlines, outer blanks and full stops. For several needles both are split at "; ", the parts
+    Both strings lose newlines, outer whitespace and full stops. For several needles both are split at "; ", the parts
     stripped, and the answer joined again before it is compared with the ways to say that there is no needle.
     """
     answer = response.replace("\n", "").strip().strip(".").strip()
@@ -217,7 +217,7 @@ def test_positives_and_negatives_never_share_a_number():
 
 
 def test_depths_are_counted_each_for_itself():
-    """The released scorer aliases one list, and so gives every depth the same accuracy."""
+    """The released scorer aliases one list, which gives every depth the same accuracy."""
     rows = [row(f"{m}, 1, 1", f"{m}, 1, 1", name=f"a{m}", shape=(3, 2, 1)) for m in (1, 2, 3)]
     rows += [row("1, 1, 1", f"{m}, 1, 1", name=f"b{m}", shape=(3, 2, 1)) for m in (1, 2, 3)]
     result = score(rows)["1x2x2"]["positive"]

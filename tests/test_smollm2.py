@@ -1,4 +1,4 @@
-"""benchmarks/smollm2.py: a GGUF file becomes a Phi-3 folder with the function of transformers' Llama."""
+"""benchmarks/smollm2.py: a GGUF file becomes a Phi-3 folder that computes the same function as transformers' Llama."""
 
 import os
 import struct
@@ -25,7 +25,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def pack(value) -> bytes:
-    """A metadata value with its kind."""
+    """A metadata value with its type."""
     if isinstance(value, str):
         return struct.pack("<IQ", 8, len(value.encode())) + value.encode()
     if isinstance(value, list):
@@ -35,7 +35,7 @@ def pack(value) -> bytes:
 
 
 def write_gguf(file: Path, metadata: dict, tensors: dict[str, tuple[int, tuple[int, ...], bytes]]):
-    """A GGUF file of (kind, shape with rows first, bytes)."""
+    """Write a GGUF file from (type, shape with rows first, bytes) of each tensor."""
     out = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
         out += pack(key)[4:] + pack(value)

@@ -1,4 +1,4 @@
-"""The arithmetic that is not the obvious one: LoRA for several layers at once, the tiled head, last rows only."""
+"""Optimised arithmetic: LoRA for several layers at once, the tiled head, last rows only."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---- LoRA
 def adapted(dtype=torch.float64, **changes):
-    """Three linear layers of one input under peft, every factor random."""
+    """Three linear layers with the same input under peft, with random factors."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backwar
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_are_called_on_every_fast_path(hook, monkeypatch):
-    """LoRA in one piece, one bfloat16 row, and the tiled head loss."""
+    """Fused LoRA, one bfloat16 row, and the tiled head loss."""
     calls = []
     _, modules = adapted()
     for module in modules:

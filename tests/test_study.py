@@ -36,7 +36,7 @@ LOOK_ALIKES = {c: [other for other in POOL.captions if other != c] for c in POOL
 
 
 def section(model: Path, **changes) -> dict:
-    """A plan of study A in seconds."""
+    """A plan of study A that runs in seconds."""
     train = dict(max_steps=3, batch_size=4, shapes=[[1, 2], [4, 2]], group_by_length=True, average_last=0.5)
     train |= dict(eval_samples=2, eval_every=3, save_every=3, keep_checkpoints=1, tracker="none", warmup_steps=1)
     kinds = {"look-alike": dict(distractors="look-alike"), "noise": dict(noise=0.2)}
@@ -83,7 +83,7 @@ def test_look_alikes_are_the_nearest_captions():
 
 
 def test_noise_is_as_strong_whatever_the_number_of_cells():
-    """It is added to images of the model's size: scaling a larger stitched image down would average it away."""
+    """It is added at the model's image size: scaling down a larger stitched image would average it out."""
     for grid in (2, 4):
         noisy, plain = (
             study_conversion.make_questions({"x": Condition(1, grid, 1, noise=noise)}, LOOK_ALIKES, 128, 0)[0]
@@ -317,7 +317,7 @@ def test_the_committed_plans_name_real_arms_and_conditions(tmp_path):
 
 
 def test_the_committed_report_and_figure_are_what_the_records_give(tmp_path, monkeypatch, capsys):
-    """Byte for byte; the figure where matplotlib and freetype are those it was drawn with."""
+    """Byte for byte; the figure only with the versions of matplotlib and freetype that drew it."""
     report, figure = study.REPORT.read_bytes(), study.FIGURE.read_bytes()
     monkeypatch.setattr(study, "REPORT", tmp_path / "report.md")
     monkeypatch.setattr(study, "FIGURE", tmp_path / "figure.png")
@@ -329,7 +329,7 @@ def test_the_committed_report_and_figure_are_what_the_records_give(tmp_path, mon
 
 @pytest.mark.slow
 def test_a_study_that_is_stopped_loses_only_the_runs_in_flight(tiny_model, tmp_path):
-    """`python study.py` in a repository of its own, stopped twice, then finished: the records of an undisturbed one."""
+    """`python study.py` in its own repository, stopped twice, then finished: the records of an undisturbed study."""
     for name in ("a", "b"):
         shutil.copytree(ROOT, tmp_path / name, ignore=shutil.ignore_patterns(".git", "runs", "tests", "docs"))
         shutil.rmtree(tmp_path / name / "results" / "study" / "A", ignore_errors=True)

@@ -19,7 +19,7 @@ from study_records import Answers, ConversionRecord, hash_plan
 
 @pytest.fixture(scope="module")
 def section(tmp_path_factory) -> dict:
-    """A plan of study C in seconds."""
+    """A plan of study C that runs in seconds."""
     model = tiny_phi.folder(tmp_path_factory.mktemp("phi") / "decoder", vision=False, max_position_embeddings=4096)
     train = dict(max_steps=2, batch_size=2, lr=1e-2, warmup_steps=1, eval_samples=1, eval_every=2, save_every=2)
     arms = {

@@ -1,4 +1,4 @@
-"""The study's report: verdicts by the plan's rule, power on simulated records, and nothing shown before its time."""
+"""The study's report: verdicts by the plan's rule, power on simulated records, no early results."""
 
 import random
 import re
@@ -172,7 +172,7 @@ def test_concepts_are_part_of_the_bootstrap():
 
 # ---- before all core runs are in
 def inverted(records, arm):
-    """The same records with every answer of an arm turned round: other means, equal standard deviations."""
+    """The same records with all answers of an arm inverted: different means, equal standard deviations."""
     return [
         msgspec.structs.replace(r, answers={name: pack(1 - a.bits()) for name, a in r.answers.items()})
         if r.arm == arm and r.study == "A"

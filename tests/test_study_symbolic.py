@@ -1,4 +1,4 @@
-"""Study B1: the recall task, the arms of equal parameters, runs that repeat bit for bit, and the pilot's choices."""
+"""Study B1: the recall task, arms with equal parameters, bit-identical repeated runs, and the pilot's choices."""
 
 import math
 from types import SimpleNamespace
@@ -139,7 +139,7 @@ def test_a_run_ends_when_it_retrieves():
 
 
 def test_accuracy_counts_only_when_it_is_smoothed(monkeypatch):
-    """A threshold that every batch reaches is reached when the window is full, not by the first batch."""
+    """A threshold that every batch reaches counts as reached when the window is full, not at the first batch."""
     monkeypatch.setattr(study_symbolic, "THRESHOLD", 0.0)
     found = study_symbolic.train("standard", 0, 4, 1e-3, 100)
     assert found["steps"] == study_symbolic.SMOOTHING_STEPS - 1 and not found["censored"]

@@ -1,4 +1,4 @@
-"""A run that is interrupted, anywhere and in any way, continues and ends bit-equal to one that never was."""
+"""A run that is interrupted, anywhere and in any way, resumes and ends bit-equal to an uninterrupted run."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def start(folder: Path, model: Path, starts: list[dict], **change) -> list[tuple
 
 
 def check_equal(found: Path, expected: Path):
-    """Every logged number, every answer, and the weights of final/ and best/ are bit-equal; the files are the same."""
+    """All logged numbers, answers, and weights of final/ and best/ are bit-equal; the files are the same."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert without_speed(found / name) == without_speed(expected / name), name
     files, expected_files = (
@@ -89,7 +89,7 @@ def test_a_kill_ends_the_process(interrupted, name):
 
 
 def test_every_start_continues_from_a_checkpoint(interrupted):
-    """The first one starts, the second continues from the first checkpoint, and none falls back."""
+    """The first start begins the run, the second resumes from the first checkpoint, and none goes back."""
     outputs = [output for _, output, _ in interrupted[1].values()]
     found = [output.partition("continues from ")[2].partition("\n")[0][-6:] for output in outputs]
     assert found[:3] == ["", "000003", "000003"]
@@ -182,7 +182,7 @@ def states(tiny_model, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
 
 
 def check_kills(folder: Path, model: Path, kills: list[tuple[str, int]], again: bool = False):
-    """Kill a start from a state before its n-th call, with `again` the next start too; then it runs to its end."""
+    """Kill a start from a state before its n-th call, with `again` the next start too; then let the run finish."""
     starts = []
     for state, count in kills:
         copy, change = STATES[state]
@@ -196,7 +196,7 @@ def check_kills(folder: Path, model: Path, kills: list[tuple[str, int]], again: 
 
 
 def test_calls_are_counted(states):
-    """All that a run does to the file system is seen, in the order in which it happens."""
+    """All changes that a run makes to the file system are seen, in order."""
     _, calls = states
     fresh = calls["no folder"]
     assert len(fresh) > 100 and fresh[0] == "os.mkdir ." and fresh[-1] == "os.rename plots/.loss.png.tmp"

@@ -1,4 +1,4 @@
-"""Tower and projector that train beside the language model, DoRA and rsLoRA: what changes, what is saved and loaded."""
+"""Training the tower and projector with the language model, DoRA, rsLoRA: what changes, what is saved and loaded."""
 
 import json
 from dataclasses import replace
@@ -164,7 +164,7 @@ def test_parts_that_cannot_train_are_refused(config, tmp_path):
 
 
 def test_the_parts_of_phi_train_and_load(config, tmp_path):
-    """With the names that they have on the hub, in the file of the adapter."""
+    """They are stored in the adapter file under their names on the hub."""
     from models import classes_of
 
     config = replace(config, model=str(tiny_phi.folder(tmp_path / "phi")), max_steps=1, lr=1e-2)

@@ -38,7 +38,7 @@ def config(tiny_model, tmp_path):
 
 
 def load_parts(config: Config):
-    """What a step needs, without a run of it: run, model, peft's wrapper, processor."""
+    """What a training step needs: run, model, peft's wrapper, processor."""
     run = run_folder.open_run(config, "original")
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model)
     adapted = training.add_lora(run, config, model)
@@ -55,7 +55,7 @@ def first_batch(config: Config, rows: int, with_suffix: bool = True):
 
 # ---- arithmetic
 def test_loss_is_the_mean_over_the_label_tokens_of_all_micro_batches(config, tmp_path):
-    """Rows have 2 or 6 label tokens: a mean of the means of micro-batches would weight them wrongly."""
+    """Rows have 2 or 6 label tokens: averaging the means of micro-batches would weight them wrongly."""
     whole = replace(config, negatives=0.5, batch_size=8, max_steps=3, lr=0.05, clip=1e9)
     split = replace(whole, batch_size=2, accumulation=4, output_dir=str(tmp_path / "split"))
     run, model, _, processor = load_parts(split)
@@ -73,7 +73,7 @@ def test_loss_is_the_mean_over_the_label_tokens_of_all_micro_batches(config, tmp
 
 
 def test_final_weights_are_the_mean_of_the_last_updates(config, tmp_path):
-    """Each of the last three of six updates counts once; a run that is interrupted among them has the same mean."""
+    """Each of the last three of six updates counts once; a run interrupted among them has the same mean."""
     average = replace(config, average_last=0.5, save_every=1, keep_checkpoints=6)
     finetune(average, "original")
     folder = Path(average.output_dir)
@@ -101,7 +101,7 @@ def test_first_loss_is_that_of_the_model_on_the_first_batch(config):
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"batch_size": 2, "accumulation": 2}])
 def test_recomputing_and_accumulating_save_memory_and_change_no_result(config, tmp_path, change):
-    """Losses, adapters and answers are those of the plain run; the backward pass keeps fewer bytes."""
+    """Losses, adapters and answers equal those of the plain run; fewer bytes are saved for the backward pass."""
 
     def bytes_for_backward(config: Config) -> int:
         run, model, adapted, processor = load_parts(config)
@@ -166,7 +166,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_step_and_rows(confi
 
 @pytest.mark.parametrize("flag", [{"lr": 10.0, "weight_decay": 10.0}, {"lr": 10.0}])
 def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch, flag):
-    """The last update has no loss after it that would show them."""
+    """No loss after the last update would show them."""
     monkeypatch.setattr(training, "learning_rate_at", lambda *_: math.inf)
     with pytest.raises(TrainingFailed, match="not finite after step 1: lower --lr"):
         finetune(replace(config, max_steps=1, save_every=1, **flag), "original")
@@ -176,7 +176,7 @@ def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch, fla
 
 # ---- 4-bit bases
 def stand_in_linear(calls: list):
-    """A stand-in for the layer of bitsandbytes, which notes how it was made."""
+    """A stand-in for the layer of bitsandbytes that records its arguments."""
 
     class Linear4bit(torch.nn.Linear):
         def __init__(self, *shape, **kwargs):
@@ -187,7 +187,7 @@ def stand_in_linear(calls: list):
 
 
 def test_a_4_bit_base_computes_in_bfloat16(config, monkeypatch):
-    """A misspelt name of the compute type would be accepted, and everything computed in float32."""
+    """A misspelt compute dtype would be accepted, and everything would be computed in float32."""
     with pytest.raises(UserError, match="--dtype=nf4: 4-bit weights need a CUDA GPU"):
         finetune(replace(config, dtype="nf4"), "original")
     assert machine.choose_dtype("nf4", torch.device("cuda"))[0] == torch.bfloat16
@@ -206,7 +206,7 @@ def test_a_4_bit_base_computes_in_bfloat16(config, monkeypatch):
 
 
 def test_a_4_bit_base_trains(config, monkeypatch):
-    """With bitsandbytes itself, which has kernels for the CPU too."""
+    """With the real bitsandbytes, which also has CPU kernels."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     run = run_folder.open_run(config, "original")
     model = PaliGemmaForConditionalGeneration.from_pretrained(config.model, torch.bfloat16)
@@ -301,7 +301,7 @@ def test_evaluations_answer_all_rows_before_and_after_and_two_batches_between(co
 
 
 def test_the_evaluation_loss_is_the_mean_over_the_label_tokens_of_the_first_rows(config):
-    """Of the rows that every evaluation answers, here 4 of 9, in batches of uneven numbers of label tokens."""
+    """Over the rows that every evaluation answers, here 4 of 9, in batches with different numbers of label tokens."""
     config = replace(config, eval_samples=9, eval_batch_size=2, negatives=0.5)
     finetune(config, "original")
     logged_losses = dict(logged(config, "eval_loss"))
@@ -380,7 +380,7 @@ def test_training_stops_when_the_score_has_not_risen_for_the_given_evaluations(c
 
 # ---- data
 def test_vqav2_from_its_official_files(config, tmp_path):
-    """The path of the documented GPU command, on a data set of the same columns."""
+    """The code path of the documented GPU command, on a data set with the same columns."""
     vqav2(tmp_path / "vqa", "train", images=6)
     vqav2(tmp_path / "vqa", "val", images=2)
     spec = f"vqav2:{tmp_path / 'vqa'}"
@@ -408,7 +408,7 @@ def test_jsonl_rows_are_learned(config):
 
 
 def test_bad_rows_are_counted_and_named_or_refused(config, tmp_path, capsys):
-    """One row is bad when the file is read, one when its image is opened: the run continues without them."""
+    """One row fails when the file is read, one when its image is opened: the run continues without them."""
     shutil.copytree(SAMPLE_ROWS.parent, tmp_path / "rows")
     good = json.loads(SAMPLE_ROWS.read_text().splitlines()[0])
     rows = [good, good | {"suffix": ""}, good | {"image": "broken.png"}, good]
@@ -482,7 +482,7 @@ def test_bfloat16_trains(config):
     assert all(t.dtype == torch.float32 for t in saved_lora(config).values())
 
 
-# ---- code and revisions of others
+# ---- remote code and revisions
 def test_a_model_that_brings_code_is_refused(config, tmp_path):
     shutil.copytree(config.model, tmp_path / "model")
     fields = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -499,7 +499,7 @@ def test_nothing_here_runs_code_from_a_disk():
 
 
 def test_the_revision_of_a_hub_model_is_recorded_and_used(config, tmp_path, monkeypatch):
-    """From a cache with two revisions: the run continues with, and its folder loads, the one it began with."""
+    """From a cache with two revisions: resuming the run and loading its folder use the revision it began with."""
     import huggingface_hub
 
     revisions = {"main": "a" * 40, "later": "b" * 40}
@@ -563,7 +563,7 @@ def test_tensorboard_has_the_hyperparameters_of_a_differential_run_and_names_lay
 
 
 def test_wandb_by_name_if_it_is_installed(config, monkeypatch):
-    """With a stand-in for the package, which gets what the run folder has."""
+    """With a stand-in for the package, which gets the same numbers as the run folder."""
     with pytest.raises(UserError, match="pip install wandb"):
         finetune(replace(config, tracker="wandb"), "original")
     assert not Path(config.output_dir).exists()

@@ -1,4 +1,4 @@
-"""Kept vision features are those that would be computed, whatever changes."""
+"""Cached vision features always equal those that would be computed."""
 
 import pytest
 import torch

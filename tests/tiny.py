@@ -82,7 +82,7 @@ def batch(prefixes=(5, 2), suffixes=(3, 4), images: int = 1, side: str = "right"
 
 
 def quick(config_class, model, folder, **changes):
-    """A fine-tune of seconds: a Config of either script, its run in `folder`/run, logged at every step."""
+    """A fine-tuning run of seconds: a Config of either script, its run in `folder`/run, logged at every step."""
     made = dict(batch_size=4, eval_samples=4, eval_batch_size=4, max_new_tokens=3, log_every=1, save_every=2)
     return config_class(model=str(model), output_dir=str(folder / "run"), **made | changes)
 

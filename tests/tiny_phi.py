@@ -12,9 +12,9 @@ from modeling_clip import ClipVisionConfig
 from modeling_phi3 import Phi3Config, Phi3ForCausalLM, Phi3TextConfig, Phi3VForCausalLM
 
 HEADS, HEAD_DIM = 4, 16
-ORIGINAL = 24  # positions of the short factors
+ORIGINAL = 24  # positions up to which the short factors apply
 SPECIAL = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|image|>")
-RSTRIP = ("</s>", "<|assistant|>", "<|image|>")  # they swallow blanks and newlines to their right
+RSTRIP = ("</s>", "<|assistant|>", "<|image|>")  # they strip whitespace to their right
 
 
 def longrope(dims: int = HEAD_DIM, kind: str = "longrope") -> dict:
@@ -60,7 +60,7 @@ def hf_decoder(variant: str = "longrope", seed: int = 0, amplify: float = 3.0, *
 
 
 def ours_like(hf) -> Phi3ForCausalLM:
-    """Our decoder with the weights of transformers', through the key maps."""
+    """Our decoder with the weights of transformers', loaded with the key maps."""
     from checkpoint import rename_key
 
     model = Phi3ForCausalLM(Phi3Config.from_dict(hf.config.to_dict()))
@@ -98,7 +98,7 @@ def tokenizer() -> Tokenizer:
 
 
 def folder(path: Path, num_crops: int = 4, vision: bool = True, **text) -> Path:
-    """A model folder of Phi-3-vision: random weights, crops of 16 px with 4 image tokens, steps of milliseconds."""
+    """A model folder of Phi-3-vision: random weights, crops of 16 px with 4 image tokens; steps take milliseconds."""
     words = tokenizer()
     text_config = Phi3TextConfig(
         **dict(
