@@ -441,8 +441,8 @@ def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) ->
             lines += [f"## {title}" if number == 0 else f"## {title}, replication on {where.device}", ""]
             lines.append(
                 f"Plan `{hash_plan(plan[study])[:12]}`; {len(group.records)} runs on {where.device}, {where.dtype}, "
-                f"threads a run {where.threads}, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours of wall time "
-                "together."
+                f"threads a run {where.threads}, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours of wall "
+                "time together."
             )
             lines += ["", *write(group), ""]
     return lines

@@ -123,9 +123,9 @@ PHI = """\
 A Phi-3-vision of {parameters} parameters in the hub's format (bf16): CLIP and Phi-3 with {layers} layers of width
 {width} ({heads} query heads and as many key heads; CLIP's last layer is stored but never run), crops of {image} px in
 patches of {patch}, at most {crops} crops and a global view ({tokens} image tokens for a square image), {vocabulary}
-embedding rows, longrope beyond {original} positions (never trained). A box is plain numbers behind a name: left,
+embedding rows, longrope beyond {original} positions (never trained). A box is four plain numbers after a name: left,
 top, right and bottom edge in percent of the image."""
-PHI_END = "transformers has\nno class for the whole, but for its tower and its decoder."
+PHI_END = "transformers has\nclasses for the tower and the decoder, but none for the whole model."
 
 
 @dataclass
