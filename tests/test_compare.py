@@ -96,7 +96,7 @@ def test_the_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
             assert rows[f"step, 224 px, {kind}: {name}"]["ms"] > 0
         assert rows[f"step, 224 px, {kind}: split / ours"]["ratio"] > 0
     assert rows["step, PaliGemma 2, 448 px, ragged: split / ours"]["ratio"] > 0
-    assert sum(name.startswith("decode, batch 8") for name in rows) == 6 + 3
+    assert sum(name.startswith("decode, batch 8") for name in rows) == 7 + 4
     assert all("flash" in op for op in rows["SDPA backend: Gemma, no mask"]["ops"])
     assert rows["attention, 24 keys, soft-cap: maps"]["taken"]
 

@@ -386,6 +386,7 @@ def test_a_static_cache_takes_keys_of_another_dtype():
     model = tiny.ours_like(tiny.hf_model("gemma"))
     caches = [modeling_vlm.KVCache(model.model.language_model, 2, 4, torch.float32, "cpu") for _ in range(2)]
     k, v = (torch.randn(2, 1, 1, 16).bfloat16() for _ in range(2))
+    caches[0].zero_unwritten()
     caches[0].make_static(torch.zeros(1, dtype=torch.long))
     for found, expected in zip(*(cache.update(1, k, v) for cache in caches), strict=True):
         assert torch.equal(found[:, :, :1], expected) and not found[:, :, 1:].any()
