@@ -272,26 +272,6 @@ def backends(config: Config) -> Rows:
         yield f"SDPA backend: {name}", {"ops": [op for op in ran if op != "scaled_dot_product_attention"]}
 
 
-COMPILED_TESTS = "flex or compiled"  # these tests compile, which takes minutes
-
-
-def gpu_tests(config: Config) -> Rows:
-    yield "tests", run_tests(f"not ({COMPILED_TESTS})")
-
-
-def compiled_tests(config: Config) -> Rows:
-    yield "tests that compile", run_tests(COMPILED_TESTS)
-
-
-def run_tests(names: str) -> dict:
-    """Run the tests with marker `gpu` whose names match `names`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", names, "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"summary": lines[-1] if lines else done.stderr[-500:], "failed": failed}
-
-
 def steps_224(config: Config) -> Rows:
     names = ("HF-default", "HF-default, autocast", "HF-tuned", "ours", "ours, vision", "split")
     yield from step_rows(config, "224 px", paligemma_3b(config), names)
@@ -600,18 +580,16 @@ def write_random_model(config: Config, folder: Path):
 SECTIONS: dict[str, tuple[Callable[[Config], Rows], int]] = {  # section -> (function, time limit in seconds)
     "ceilings": (ceilings, 30),
     "backends": (backends, 30),
-    "tests": (gpu_tests, 120),
     "steps_224": (steps_224, 120),
-    "steps_448": (steps_448, 120),
-    "decode": (decode, 90),
+    "decode": (decode, 120),
     "profiles": (profiles, 40),
-    "compiled": (compiled, 180),
+    "compiled": (compiled, 240),
+    "kernels": (kernels, 90),
+    "steps_448": (steps_448, 120),
     "steps_gemma2": (steps_gemma2, 120),
     "steps_flex": (steps_flex, 120),
-    "kernels": (kernels, 60),
     "resume": (resume, 90),
     "answers": (answer_rows, 60),
-    "compiled_tests": (compiled_tests, 300),
     "train_3b": (train_3b, 400),
 }
 

@@ -87,7 +87,7 @@ def run_gpu(gpu, monkeypatch, folder: Path, *flags: str) -> dict:
 
 
 def test_the_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path):
-    sections = ["ceilings", "backends", "steps_224", "decode", "profiles", "steps_gemma2", "kernels"]
+    sections = ["ceilings", "backends", "steps_224", "decode", "profiles", "kernels", "steps_gemma2"]
     result = run_gpu(gpu, monkeypatch, tmp_path, "--sections", *sections)
     assert not result["faults"] and list(result["seconds"]) == sections
     rows = result["rows"]
