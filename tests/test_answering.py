@@ -95,6 +95,17 @@ def test_the_vision_tower_sees_every_image_once(answerer, questions, monkeypatch
     assert sum(seen) == len({path for q in questions for path in q.images})
 
 
+def test_a_kept_graph_serves_the_batches_of_one_call_only(answerer, questions, monkeypatch):
+    """Between two calls the model may change in ways that a recorded graph does not follow, as with `knock_out`."""
+    seen, real = [], answerer.model.generate
+    monkeypatch.setattr(answerer.model, "generate", lambda *a, **k: seen.append(k["graphs"]) or real(*a, **k))
+    answer_questions(answerer, questions)
+    batches = len(seen)
+    answer_questions(answerer, questions)
+    first, second = set(map(id, seen[:batches])), set(map(id, seen[batches:]))
+    assert batches > 1 and len(first) == len(second) == 1 and first != second
+
+
 def test_a_broken_image_costs_its_own_questions_alone(answerer, questions, tmp_path):
     whole = answer_questions(answerer, questions, tmp_path / "whole.jsonl", is_correct)
     bad = tmp_path / "bad.png"

@@ -210,6 +210,14 @@ def test_the_head_loss_of_a_large_vocabulary_takes_few_launches():
     assert launches <= 200 and syncs == 0
 
 
+@pytest.mark.parametrize("rows", [1, 8, 430, 512, 5000, 40_000])
+def test_tiles_of_the_loss_keep_rows_of_logits_aligned_and_small(rows):
+    """On a GPU: to whole tiles of a CPU, and to the memory limit unless one such tile is larger."""
+    size = fused_ops.tile_size(rows, "cuda")
+    assert size % fused_ops.TILE == 0
+    assert size == fused_ops.TILE or rows * size <= fused_ops.GPU_TILE_LOGITS < rows * (size + fused_ops.TILE)
+
+
 # ---- decoding on tensors of fixed shape and address
 @pytest.mark.parametrize("preset", [None, "split", "difflora", "v1_width"])
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
