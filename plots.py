@@ -34,12 +34,12 @@ from needle_eval.plots import (
     COLOURS,
     COLUMNS,
     MARKERS,
-    PERCENT,
     STYLE,
     Curve,
     draw_seeds,
     finish,
     make_panels,
+    percent_formatter,
     wrap_title,
 )
 from needle_eval.questions import normalise
@@ -170,7 +170,7 @@ def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Fi
         if level:
             panel.axhline(level, color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="uniform guess")
         panel.set(xlabel="update", ylim=(-0.02, 1.02))
-        panel.yaxis.set_major_formatter(PERCENT)
+        panel.yaxis.set_major_formatter(percent_formatter())
         panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     panels[0].set_ylabel("exact answers")
     figure.suptitle(wrap_title(title, 40 * min(3, len(levels)) + 20), fontsize=10)
@@ -431,7 +431,7 @@ def draw_sets(
             panel.set_yscale("log")
         else:
             panel.set_ylim(-0.02, 1.02)
-            panel.yaxis.set_major_formatter(PERCENT)
+            panel.yaxis.set_major_formatter(percent_formatter())
     for panel in panels[::COLUMNS]:
         panel.set_ylabel(label)
     fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[1]))

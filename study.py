@@ -4,7 +4,7 @@
     python study.py --study=B1           # from scratch, on symbols: which arm forms the retrieval circuit first?
     python study.py --study=C            # the conversion of a pretrained language model, exploratory
     python study.py --quick=True         # 2 arms, 2 seeds, fewer steps and questions: ten minutes, not the study
-    python study.py --report=True        # the tables, the verdicts and the figure, from the records
+    python study.py --report=True        # the tables, the verdicts and the figures, from the records
 
 `study.json` is the plan, with one section per study, committed before its first run. Every run trains and is evaluated
 in its own process and an ordinary run folder, and writes one record under results/study/. A run that has a record is
@@ -38,7 +38,6 @@ ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "study.json"
 RECORDS = ROOT / "results" / "study"
 Name = Literal["A", "A-pilot", "B1", "C-pilot", "C"]
-REPORT, FIGURE = RECORDS / "report.md", RECORDS / "figure.png"
 RUNNERS = {
     "A": "study_conversion",
     "A-pilot": "study_conversion",
@@ -61,7 +60,7 @@ class Config:
     records: str = "results/study"  # folder of the records; for a replication: results/study-NAME
     status: bool = False  # print which runs are finished and missing, and stop
     quick: bool = False  # run a small version for a first look, in runs/study/quick; it is not part of the study
-    report: bool = False  # print tables and verdicts and draw the figure, from the records
+    report: bool = False  # print tables and verdicts and draw the figures, from the records
     calibrate: str = ""  # print the accuracy of this run folder by cells, distractors and noise (studies A and A-pilot)
     run: str = ""  # internal: the job that this process runs, as ARM/JOB, or "fingerprint"
     fingerprint: str = ""  # internal: fingerprint of this machine, for the record of the job
@@ -261,8 +260,8 @@ def print_grid(study: str, section: dict, folder: Path):
     print(*study_conversion.format_pilot(section, read_records(folder, study, section)), sep="\n")
 
 
-def write_report():
-    """Print tables and verdicts of all studies, and write results/study/report.md and figure.png.
+def write_report(output: Path = RECORDS):
+    """Print tables and verdicts of all studies, and write report.md, figure.png and summary.png into a folder.
 
     They depend only on the plan and the records. Records in results/study-* are replications.
     """
@@ -273,9 +272,10 @@ def write_report():
     records = [r for study in plan for folder in folders for r in study_records.read_records(folder / study, study)]
     lines = study_report.format_report(plan, records)
     print(*lines, sep="\n")
-    with writing(REPORT):
-        REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    study_figure.draw_figure(plan, records, FIGURE)
+    report = output / "report.md"
+    with writing(report):
+        report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    study_figure.draw_figures(plan, records, output)
 
 
 @one_line_errors

@@ -1,7 +1,6 @@
-"""The figure of the study, drawn from the plan and the committed records: one PNG of up to four panels."""
+"""The figures of the study, drawn from the plan and the committed records."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from files import writing
-from needle_eval.plots import PERCENT, STYLE
+from needle_eval.plots import CHANCE, STYLE, make_panels, percent_formatter
 from needle_eval.statistics import mean_over_seeds
 from study_report import (
     MARGIN,
     SYMBOLIC_THRESHOLD,
     Group,
     Record,
-    accuracy_by_cells,
+    condition_order,
     contrast,
     core_arms,
     core_contrasts,
@@ -54,46 +53,11 @@ LABELS = {
     "v2": "V2",
 }
 SURVIVAL_ARMS = ("standard", "v1", "double_width_norm")
-SINGLE_PANEL = (6.4, 4.2)  # inches
+PANEL_SIZE = (4.5, 3.8)  # inches
+ROW_HEIGHT = 0.7  # of a condition, where rows are 1 apart
 NOTE = dict(ha="center", va="center", color="0.5", fontsize=9, wrap=True)
-FIGURE_STYLE = STYLE | {"figure.figsize": (9, 7.6), "figure.dpi": 200, "axes.titlesize": 10, "axes.titleweight": "bold",
+FIGURE_STYLE = STYLE | {"figure.dpi": 200, "axes.titlesize": 10, "axes.titleweight": "bold",
                         "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
-
-
-def draw_figure(plan: dict[str, dict[str, Any]], records: Sequence[Record], path: Path) -> None:
-    """Draw studies A and B1 in up to four panels, as a PNG with the same bytes for the same records and versions.
-
-    A study with unfinished runs has no panel, and replications are not drawn.
-    """
-    conversion, symbolic = (first_group(plan, study, records) for study in ("A", "B1"))
-    if conversion and conversion.missing(core_arms(conversion.section)):
-        conversion = None
-    if symbolic and len(symbolic.records) < planned_symbolic(symbolic.section):
-        symbolic = None
-    panels = [
-        ("Needles found: difference from standard", draw_forest, conversion),
-        ("Accuracy against the number of cells", draw_cells, conversion),
-        ("From scratch: runs that do not yet retrieve", draw_survival, symbolic),
-        ("Attention on the needle and accuracy", draw_share, conversion),
-    ]
-    panels = [(title, draw, group) for title, draw, group in panels if group is not None]
-    with plt.rc_context(FIGURE_STYLE):
-        if len(panels) > 1:
-            figure, axes = plt.subplots(2, 2, layout="constrained", squeeze=False)
-        else:
-            figure, axes = plt.subplots(figsize=SINGLE_PANEL, layout="constrained", squeeze=False)
-        for panel in axes.flat[len(panels) :]:
-            panel.axis("off")
-        for letter, panel, (title, draw, group) in zip("abcd", axes.flat, panels, strict=False):
-            panel.set_title(f"{letter}  {title}" if len(panels) > 1 else title)
-            draw(panel, group)
-        if not panels:
-            axes[0, 0].text(0.5, 0.5, "no study is finished", transform=axes[0, 0].transAxes, **NOTE)
-        with writing(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            # by default matplotlib writes its version into the file
-            figure.savefig(path, format="png", metadata={"Software": None})
-        plt.close(figure)
 
 
 def look(arm: str) -> dict[str, str]:
@@ -133,49 +97,48 @@ def draw_forest(panel: Axes, group: Group) -> None:
     panel.set_yticks(range(len(arms)), arms)
     panel.set(ylim=(len(arms) - 0.4, -0.6))
     panel.set_xlabel(
-        f"points of endpoint N, 95 % intervals; dots: seeds\nopen diamonds: against additive; band: ±{MARGIN:g}"
+        f"difference in points, 95 % intervals; dots: seeds\nopen diamonds: against additive; band: ±{MARGIN:g}"
     )
     panel.grid(axis="y", visible=False)
 
 
-def draw_cells(panel: Axes, group: Group) -> None:
-    """Mean accuracy of the core arms with the 95 % interval over seeds, against the number of cells (log2 axis)."""
-    cells = []
-    for arm in core_arms(group.section):
-        curves = [accuracy_by_cells(record) for record in group.of_arm(arm).values()]
-        cells = sorted(set.intersection(*map(set, curves)))
-        over = [mean_over_seeds([curve[count] for curve in curves]) for count in cells]
-        panel.fill_between(cells, [o["low"] for o in over], [o["high"] for o in over], color=look(arm)["color"],
-                           alpha=0.15, linewidth=0)  # fmt: skip
-        panel.plot(cells, [o["mean"] for o in over], **look(arm), markersize=4.5, linewidth=1.6, label=arm)
-    panel.plot(cells, [1 / count for count in cells], color="0.6", linewidth=1, linestyle="dotted")
-    panel.text(cells[0], 1 / cells[0], " chance", fontsize=8, color="0.4", va="bottom", ha="left")
-    shapes = group.section.get("train", {}).get("shapes", [])
-    if shapes:
-        trained = max(images * side**2 for images, side in shapes)
-        panel.axvline(trained, color="0.6", linewidth=1, linestyle="dashed")
-        panel.text(trained, 1.0, " trained up to here", fontsize=8, color="0.4", va="top", ha="left")
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(cells, map(str, cells))
-    panel.set(xlabel="cells among which the needle is", ylabel="exact answers", ylim=(0, 1.02))
-    panel.yaxis.set_major_formatter(PERCENT)
-    panel.legend(loc="lower left", bbox_to_anchor=(0, 0.3))
+def draw_conditions(panel: Axes, group: Group) -> None:
+    """A row for each condition with the needle: mean accuracy of the core arms, with the 95 % interval over seeds."""
+    records = [record for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
+    asked = set.intersection(*(set(record.answers) for record in records))
+    conditions = sorted((c for c in asked if not c.endswith(" absent")), key=condition_order)
+    arms = core_arms(group.section)
+    for number, arm in enumerate(arms):
+        rows = np.arange(len(conditions)) + ROW_HEIGHT * ((number + 0.5) / len(arms) - 0.5)
+        over = [
+            mean_over_seeds([record.answers[c].rate() for record in group.of_arm(arm).values()]) for c in conditions
+        ]
+        panel.hlines(rows, [o["low"] for o in over], [o["high"] for o in over], color=look(arm)["color"], linewidth=1.6)
+        panel.plot([o["mean"] for o in over], rows, **look(arm), markersize=4.5, linestyle="none", label=arm)
+    chance = [1 / condition_order(condition)[0] for condition in conditions]
+    panel.vlines(chance, *(np.arange(len(conditions)) + side * ROW_HEIGHT / 2 for side in (-1, 1)), **CHANCE)
+    panel.set_yticks(range(len(conditions)), conditions)
+    for label, condition in zip(panel.get_yticklabels(), conditions, strict=True):
+        label.set_fontweight("bold" if condition in endpoint_conditions(group.section) else "normal")
+    panel.set(ylim=(len(conditions) - 0.4, -0.6), xlim=(-0.02, 1.02))
+    panel.set_xlabel("exact answers, 95 % intervals over seeds\nbold: endpoint N; dashed: chance")
+    panel.xaxis.set_major_formatter(percent_formatter())
+    panel.grid(axis="y", visible=False)
+    panel.legend(loc="best")
 
 
 def draw_survival(panel: Axes, group: Group) -> None:
     """Share of the runs still below 75 % accuracy, by steps; a line style for each number of pairs."""
     numbers = sorted({record.pairs for record in group.records})
     for pairs, style in zip(numbers, ("solid", "dashed", "dotted"), strict=False):
-        first = math.inf
         for arm in SURVIVAL_ARMS:
             records = list(group.with_pairs(pairs).of_arm(arm).values())
             steps = stats.CensoredData.right_censored([r.steps for r in records], [r.censored for r in records])
             curve = stats.ecdf(steps).sf
-            first = min(first, *curve.quantiles)
             label = LABELS.get(arm, arm) if pairs == numbers[0] else None
             panel.step([1, *curve.quantiles], [1, *curve.probabilities], where="post", color=look(arm)["color"],
                        linestyle=style, linewidth=1.6, label=label)  # fmt: skip
-        panel.text(first, 0.97, f"{pairs} pairs ", fontsize=8, color="0.4", va="top", ha="right")
+        panel.plot([], [], color="0.4", linestyle=style, linewidth=1.6, label=f"{pairs} pairs")
     steps = [record.steps for record in group.records if record.arm in SURVIVAL_ARMS]
     panel.set_xscale("log")
     panel.set(xlabel="steps", xlim=(min(steps) / 3, max(steps) * 1.1))
@@ -183,13 +146,13 @@ def draw_survival(panel: Axes, group: Group) -> None:
     panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
     panel.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
     panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    panel.yaxis.set_major_formatter(PERCENT)
+    panel.yaxis.set_major_formatter(percent_formatter())
     panel.legend(loc="lower left")
 
 
 def draw_share(panel: Axes, group: Group) -> None:
-    """Accuracy against attention on the needle, a point for each seed of the core arms; an arrow points to the accuracy
-    without the second map."""
+    """Accuracy against attention on the needle, a point for each seed of the core arms; an open marker below it shows
+    the accuracy without the second map."""
     conditions, layer = endpoint_conditions(group.section), group.section.get("attention_layer")
     runs = [(arm, record) for arm in core_arms(group.section) for record in group.of_arm(arm).values()]
     runs = [(arm, record) for arm, record in runs if needle_share(record, layer) is not None]
@@ -200,13 +163,53 @@ def draw_share(panel: Axes, group: Group) -> None:
         panel.plot(shares, rates, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)
         for x, y, record in zip(shares, rates, found, strict=True):
             if (without := knocked_out(record, conditions)) is not None:
-                arrow = dict(arrowstyle="->", color=look(arm)["color"], alpha=0.4, linewidth=0.8, shrinkA=3, shrinkB=0)
-                panel.annotate("", (x, without / 100), (x, y), arrowprops=arrow)
+                panel.plot([x, x], [y, without / 100], color=look(arm)["color"], alpha=0.25, linewidth=0.8)
+                panel.plot(x, without / 100, **look(arm), markersize=4, alpha=0.8, markerfacecolor="white")
     panel.set_xlabel(
-        "share of the attention on the needle; a point for each seed\narrows: the same run, second map switched off"
+        "share of the attention on the needle; a point for each seed\nopen: the same run, second map switched off"
     )
     panel.set_ylabel("endpoint N")
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(PERCENT)
+        axis.set_major_formatter(percent_formatter())
     panel.legend()
+
+
+PANELS = (  # study, title, function that draws it
+    ("A", "Pretrained: needles found, against standard", draw_forest),
+    ("A", "Accuracy by cells and difficulty", draw_conditions),
+    ("B1", "From scratch: runs that do not yet retrieve", draw_survival),
+    ("A", "Attention on the needle and accuracy", draw_share),
+)
+SUMMARY_PANELS = (PANELS[0], PANELS[2])
+
+
+def draw_figures(plan: dict[str, dict[str, Any]], records: Sequence[Record], folder: Path) -> None:
+    """Draw studies A and B1: figure.png with every panel and summary.png with the main result of each.
+
+    A study with unfinished runs has no panel, and replications are not drawn. The same records and versions give the
+    same bytes.
+    """
+    groups = {study: first_group(plan, study, records) for study in ("A", "B1")}
+    if groups["A"] and groups["A"].missing(core_arms(groups["A"].section)):
+        groups["A"] = None
+    if groups["B1"] and len(groups["B1"].records) < planned_symbolic(groups["B1"].section):
+        groups["B1"] = None
+    for name, panels in (("figure.png", PANELS), ("summary.png", SUMMARY_PANELS)):
+        draw_panels([(title, draw, groups[study]) for study, title, draw in panels if groups[study]], folder / name)
+
+
+def draw_panels(panels: Sequence[tuple[str, Callable[[Axes, Group], None], Group]], path: Path) -> None:
+    """Draw (title, function, runs) for each panel, two in a row, as a PNG."""
+    with plt.rc_context(FIGURE_STYLE):
+        figure, axes = make_panels(max(1, len(panels)), *PANEL_SIZE, columns=2)
+        for letter, panel, (title, draw, group) in zip("abcd", axes, panels, strict=False):
+            panel.set_title(f"{letter}  {title}" if len(panels) > 1 else title)
+            draw(panel, group)
+        if not panels:
+            axes[0].text(0.5, 0.5, "no study is finished", transform=axes[0].transAxes, **NOTE)
+        with writing(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # by default matplotlib writes its version into the file
+            figure.savefig(path, format="png", metadata={"Software": None})
+        plt.close(figure)

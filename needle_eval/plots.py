@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ STYLE = {
 # the colour-blind safe palette of Okabe and Ito, each colour with its own marker
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = ["s", "^", "D", "v", "P", "X", "o"]
-PERCENT = matplotlib.ticker.PercentFormatter(1.0)
+# a new formatter for each axis, since it sets its decimals from its axis
+percent_formatter = partial(matplotlib.ticker.PercentFormatter, 1.0)
 RATE_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
 DARK = 0.45  # cells with rates below it are dark, so their text is white
 CHANCE = dict(colors="0.4", linestyles="dashed", linewidth=1)  # style of lines at the rate of a uniform guess
@@ -78,7 +80,7 @@ def draw_cells(positives: dict[str, dict], path: Path, title: str):
         image = draw_heat_map(panel, rates)
         panel.set(xlabel="column", ylabel="row")
         panel.set_title(cells_title(name, found), fontsize=9)
-    bar = figure.colorbar(image, ax=panels, label=needles_label(positives), format=PERCENT)
+    bar = figure.colorbar(image, ax=panels, label=needles_label(positives), format=percent_formatter())
     bar.outline.set_visible(False)
     figure.suptitle(wrap_title(title, 38 * min(COLUMNS, len(positives))), fontsize=9)
     figure.savefig(path)
@@ -115,7 +117,8 @@ def draw_depths(positives: dict[str, dict], path: Path, title: str):
     image = draw_heat_map(panel, rates)
     panel.set(xlabel="images x cells", ylabel="needle in image")
     panel.set_xticks(range(len(positives)), list(positives))
-    figure.colorbar(image, ax=panel, label=needles_label(positives), format=PERCENT).outline.set_visible(False)
+    bar = figure.colorbar(image, ax=panel, label=needles_label(positives), format=percent_formatter())
+    bar.outline.set_visible(False)
     figure.suptitle(wrap_title(title, round(12 * size[0])), fontsize=9)
     figure.savefig(path)
     plt.close(figure)
@@ -166,7 +169,7 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
             panel.set_title(f"{panel_title}\nn = {', '.join(f'{n:,}' for n in counts)}", fontsize=9)
             panel.set(xlabel="images x cells", xlim=(-0.5, len(settings) - 0.5), ylim=(-0.02, 1.02))
             panel.set_xticks(range(len(settings)), settings)
-            panel.yaxis.set_major_formatter(PERCENT)
+            panel.yaxis.set_major_formatter(percent_formatter())
         finish(figure, axes[0, 0], title, round(13 * width))
         figure.savefig(path)
         plt.close(figure)
@@ -251,7 +254,7 @@ def draw_confusion(shares: dict[str, np.ndarray], grid: int, title: str) -> Figu
             panel.axvline(place - 0.5, color="white", linewidth=0.8)
         panel.set(xlabel="answered cell (row,column)", ylabel="needle's cell")
         panel.set_title(arm, fontsize=9)
-    bar = figure.colorbar(image, ax=panels, label="share of the answers", format=PERCENT, shrink=0.8)
+    bar = figure.colorbar(image, ax=panels, label="share of the answers", format=percent_formatter(), shrink=0.8)
     bar.outline.set_visible(False)
     figure.suptitle(wrap_title(title, 40 * min(3, len(shares))), fontsize=10)
     return figure
@@ -279,8 +282,8 @@ def draw_calibration(bins: dict[str, list[list[dict]]], style: dict[str, dict[st
         counts.bar(edges[:-1] + edges[1] * 0.1 + width * (number + 0.5), mean, width, color=look["color"])
     panel.set(ylabel="right answers", ylim=(-0.02, 1.02), xlim=(0, 1))
     counts.set(xlabel="confidence", ylabel="answers a seed")
-    panel.yaxis.set_major_formatter(PERCENT)
-    counts.xaxis.set_major_formatter(PERCENT)
+    panel.yaxis.set_major_formatter(percent_formatter())
+    counts.xaxis.set_major_formatter(percent_formatter())
     panel.legend(frameon=False, fontsize=8, loc="upper left")
     figure.suptitle(wrap_title(title, 70), fontsize=10)
     return figure
@@ -302,7 +305,7 @@ def draw_needle_share(
         panel.set_title(wrap_title(setting, 30), fontsize=9)
         panel.set(xlabel="decoder layer")
         panel.set_ylim(bottom=0)
-        panel.yaxis.set_major_formatter(PERCENT)
+        panel.yaxis.set_major_formatter(percent_formatter())
         panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     panels[0].set_ylabel("on the needle")
     finish(figure, panels[0], title, 38 * min(COLUMNS, len(shares)))

@@ -316,15 +316,12 @@ def test_the_committed_plans_name_real_arms_and_conditions(tmp_path):
             assert (seed in (100, 101)) == name.endswith("-pilot")  # pilot seeds are never used again
 
 
-def test_the_committed_report_and_figure_are_what_the_records_give(tmp_path, monkeypatch, capsys):
-    """Byte for byte; the figure only with the versions of matplotlib and freetype that drew it."""
-    report, figure = study.REPORT.read_bytes(), study.FIGURE.read_bytes()
-    monkeypatch.setattr(study, "REPORT", tmp_path / "report.md")
-    monkeypatch.setattr(study, "FIGURE", tmp_path / "figure.png")
-    study.write_report()
-    assert (tmp_path / "report.md").read_bytes() == report
-    assert capsys.readouterr().out.encode() == report
-    assert (tmp_path / "figure.png").read_bytes() == figure
+def test_the_committed_report_and_figures_are_what_the_records_give(tmp_path, capsys):
+    """Byte for byte; the figures only with the versions of matplotlib and freetype that drew them."""
+    study.write_report(tmp_path)
+    for name in ("report.md", "figure.png", "summary.png"):
+        assert (tmp_path / name).read_bytes() == (study.RECORDS / name).read_bytes(), name
+    assert capsys.readouterr().out.encode() == (study.RECORDS / "report.md").read_bytes()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import study_report
 from errors import UserError
 from files import write_json
 from needle_eval.statistics import format_interval, format_p
-from study_figure import draw_figure
+from study_figure import draw_figures
 from study_records import Answers, ConversionRecord, endpoint_conditions, hash_plan, points, read_records, record_path
 from study_report import (
     Contrast,
@@ -28,6 +28,7 @@ from study_report import (
 )
 
 PLAN = make_plan({"gate": "rival"})
+FIGURES = ("figure.png", "summary.png")
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,10 @@ def inverted(records, arm):
     ]
 
 
+def equal_figures(a, b):
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FIGURES)
+
+
 def test_nothing_but_spread_is_shown_before_all_core_runs_are_in(records, tmp_path):
     partial = [r for r in records if (r.study, r.arm, r.seed) != ("A", "flipped", 11)]
     partial = [r for r in partial if (r.study, r.seed) != ("B1", 15)]
@@ -190,15 +195,16 @@ def test_nothing_but_spread_is_shown_before_all_core_runs_are_in(records, tmp_pa
     assert lines == format_report(PLAN, inverted(partial, "split"))  # so no mean and no difference is in them
     assert "[" not in "".join(lines)
     for number, shown in enumerate((partial, inverted(partial, "split"))):
-        draw_figure(PLAN, shown, tmp_path / f"{number}.png")
-    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+        draw_figures(PLAN, shown, tmp_path / f"{number}")
+    assert equal_figures(tmp_path / "0", tmp_path / "1")
     assert format_report(PLAN, records) != format_report(PLAN, inverted(records, "split"))
 
 
 def test_the_plan_alone_gives_a_report_and_a_figure(tmp_path):
     assert format_report(PLAN, []).count("No run is finished.") == 2
-    draw_figure(PLAN, [], tmp_path / "study.png")
-    assert Image.open(tmp_path / "study.png").size == (1280, 840)
+    draw_figures(PLAN, [], tmp_path)
+    for name in FIGURES:
+        assert Image.open(tmp_path / name).size == (900, 760)
 
 
 # ---- the report
@@ -207,11 +213,13 @@ def test_the_report_and_the_figure_are_the_same_for_records_in_any_order(records
     lines = format_report(PLAN, records)
     assert lines == format_report(PLAN, shuffled)
     for number, given in enumerate((records, shuffled)):
-        draw_figure(PLAN, given, tmp_path / f"{number}.png")
-    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
-    image = Image.open(tmp_path / "0.png")
-    image.load()
-    assert image.text == {} and "dpi" in image.info  # no version, no time
+        draw_figures(PLAN, given, tmp_path / f"{number}")
+    assert equal_figures(tmp_path / "0", tmp_path / "1")
+    for name, size in zip(FIGURES, ((1800, 1520), (1800, 760)), strict=True):  # four panels and two
+        image = Image.open(tmp_path / "0" / name)
+        image.load()
+        assert image.size == size
+        assert image.text == {} and "dpi" in image.info  # no version, no time
 
 
 def test_the_report_has_an_answer_and_a_verdict_for_every_arm(records):
