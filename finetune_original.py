@@ -24,6 +24,7 @@ from checkpoint import resolve_run
 from data import make_data
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
+from evaluation import evaluate, make_evaluation, print_scores
 from metrics import Metric, check_installed
 from models import classes_of
 from run_folder import check_config, open_run
@@ -137,8 +138,7 @@ def finetune(config: Config, arm: str, differential: DifferentialConfig | None =
 
     # --- train, or only evaluate
     if config.eval_only:
-        evaluation = training.make_evaluation(run, config, model, processor, eval_sets)
-        training.print_scores(run, config, training.evaluate(evaluation))
+        print_scores(run, config, evaluate(make_evaluation(run, config, model, processor, eval_sets)))
     else:
         training.train(run, config, model, adapted, processor, source, eval_sets)
         if run.is_main:

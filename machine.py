@@ -1,18 +1,24 @@
-"""What a process computes on: processes, precision, memory, and what run.json and eval.json record about it."""
+"""What a process computes on: processes, precision, memory, compiled layers, and what run.json and eval.json record
+about it."""
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import accelerate
 import torch
+from torch import nn
 
 from errors import UserError
 from files import MESSAGE_LENGTH, one_line
+
+if TYPE_CHECKING:
+    from finetune_original import Config
 
 ROOT = Path(__file__).resolve().parent
 GPU_WORKERS = 4  # data loading processes per training process on a GPU
@@ -57,7 +63,7 @@ def choose_workers(workers: int, device: torch.device) -> int:
     return workers if workers >= 0 else GPU_WORKERS * (device.type == "cuda")
 
 
-@contextmanager
+@contextlib.contextmanager
 def out_of_memory_as(advice: str) -> Iterator[None]:
     """Inside the block, running out of GPU memory raises a UserError with this advice."""
     try:
@@ -112,3 +118,16 @@ def git_commit() -> str | None:
     except OSError:  # git is not installed
         return None
     return git.stdout.strip() or None
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor"):
+    """Compile each decoder and vision layer separately, in place. The layers of a tower share their graphs, which
+    accept any sequence length."""
+    tower = model.model.vision_tower
+    for layer in (*model.model.language_model.layers, *(() if tower is None else tower.encoder.layers)):
+        layer.compile(dynamic=True, backend=backend)
+
+
+def without_compiling(config: "Config") -> contextlib.AbstractContextManager:
+    """Inside the block, compiled layers run eagerly: an evaluation would trigger recompilation for its KV cache."""
+    return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()

@@ -64,9 +64,8 @@ from compare import (  # noqa: E402
 )
 
 import attention  # noqa: E402
-import training  # noqa: E402
 from fused_ops import cast_lora  # noqa: E402
-from machine import git_commit  # noqa: E402
+from machine import compile_layers, git_commit  # noqa: E402
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
 from modeling_siglip import SiglipVisionConfig  # noqa: E402
 from modeling_vlm import GraphCache  # noqa: E402
@@ -197,7 +196,7 @@ def make_variants(hf, batch: dict[str, Tensor], names: tuple[str, ...], device: 
             preset = name.partition(",")[0]
             adapted = with_lora(our_model(hf, weights, None if preset == "ours" else preset).to(device))
         if "compiled" in name:
-            training.compile_layers(adapted.get_base_model())
+            compile_layers(adapted.get_base_model())
         if tuned:
             loss = make_tuned_loss(adapted, batch, features)
         elif is_hf:

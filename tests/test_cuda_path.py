@@ -16,6 +16,7 @@ from runs import logged
 import attention
 import finetune_original
 import fused_ops
+import machine
 import modeling_vlm
 import training
 from attention import PrefixMask, attention_reference, blended_reference, choose_path, kernels_of
@@ -358,7 +359,7 @@ def test_compiled_layers_are_the_model_in_float64(preset, backend, monkeypatch):
     expected = losses_and_gradients(model, batches)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    training.compile_layers(model, backend)
+    machine.compile_layers(model, backend)
     found = losses_and_gradients(model, batches[:1])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     found += losses_and_gradients(model, batches[1:])
@@ -375,7 +376,7 @@ def test_the_flag_compile_changes_no_result(tiny_model, tmp_path, monkeypatch):
     """A run in bfloat16 on the paths of a GPU: the same losses and answers, one graph for batches of all lengths; the
     evaluations compile nothing."""
     pretend_cuda.force(monkeypatch)
-    compile_layers, compiled = training.compile_layers, []
+    compile_layers, compiled = machine.compile_layers, []
     monkeypatch.setattr(training, "compile_layers", lambda model: compiled.append(compile_layers(model, "eager")))
     lines = []
     for name, value in (("plain", False), ("compiled", True)):

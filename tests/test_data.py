@@ -12,23 +12,12 @@ import torch
 from PIL import Image
 from refusals import refused
 
-from data import (
-    Haystacks,
-    Row,
-    Subset,
-    batch_order,
-    hold_out,
-    loader,
-    make_data,
-    read_hub,
-    read_jsonl,
-    read_vqav2,
-    text_lengths,
-)
+from data import Haystacks, Subset, batch_order, hold_out, loader, make_data, text_lengths
 from errors import UserError
 from finetune_original import Config
 from haystack import ImagePool, add_noise, needle_prompt, read_captioned_images, read_pool, recolour_image
 from processing_paligemma import PaliGemmaProcessor
+from rows import Row, read_hub, read_jsonl, read_vqav2
 
 POOL = ImagePool(read_pool(splits=("train",)))
 

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from test_data import parquet, vqav2
 
-from data import Rows, loader, read_hub, read_jsonl, read_vqav2
+from data import loader
 from errors import UserError
 from processing_paligemma import PaliGemmaProcessor
+from rows import Rows, read_hub, read_jsonl, read_vqav2
 
 VALUES = [
     None,

@@ -101,7 +101,7 @@ def test_a_run_is_scored_logged_and_ranked_by_the_metric(tiny_model, tmp_path, m
             for q in questions
         ]
 
-    monkeypatch.setattr("training.answer_questions", answer)
+    monkeypatch.setattr("evaluation.answer_questions", answer)
     finetune(replace(config, metric="vqa"), "original")
     assert logged(config, "metric") == [(step, {"answers.jsonl": value}) for step, value in ((0, 0), (2, 1), (4, 0))]
     assert [scores["answers.jsonl"] for _, scores in logged(config, "eval")] == [[0, 1]] * 3

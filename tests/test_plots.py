@@ -177,7 +177,7 @@ def test_answers_to_other_data_are_drawn_with_their_images(config, tmp_path):
 
 
 def plots_side(width: int, height: int) -> int:
-    from training import SAMPLE_SIDE
+    from evaluation import SAMPLE_SIDE
 
     return round(width * min(1, SAMPLE_SIDE / max(width, height)))
 

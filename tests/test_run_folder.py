@@ -129,7 +129,7 @@ def test_a_run_that_saved_no_weights_starts_again_with_other_flags(config, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch, refused("out of memory", "lower --eval_batch_size"):
-        patch.setattr(training, "answer_questions", fail)
+        patch.setattr("evaluation.answer_questions", fail)
         finetune(config, "original")
     assert (folder_of(config) / "run.json").exists()
     changed = replace(config, eval_batch_size=2, batch_size=2, accumulation=2)

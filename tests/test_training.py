@@ -25,6 +25,7 @@ from checkpoint import resolve_run
 from data import loader, make_data
 from differential_attention import DifferentialConfig
 from errors import TrainingFailed, UserError
+from evaluation import Evaluation, Score, headline_rate
 from finetune_original import Config, finetune
 from modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from processing_paligemma import PaliGemmaProcessor
@@ -345,11 +346,11 @@ def test_attention_that_does_not_fit_the_memory_of_the_gpu_does_not_cost_the_run
 
 def test_best_is_chosen_by_the_sets_that_count_for_it():
     rows = {right: [{"id": "0", "response": "1", "ground_truth": "1" if right else "2"}] for right in (True, False)}
-    scores = {name: training.Score(0, 1, rows[name == "a"]) for name in "abc"}
+    scores = {name: Score(0, 1, rows[name == "a"]) for name in "abc"}
     sets = {name: types.SimpleNamespace(counts_for_best=name != "c") for name in scores}
     questions = {name: [types.SimpleNamespace(id="0")] for name in scores}
-    evaluation = training.Evaluation(None, Config(), None, None, sets, questions)
-    assert training.headline_rate(evaluation, scores) == 0.5
+    evaluation = Evaluation(None, Config(), None, None, sets, questions)
+    assert headline_rate(evaluation, scores) == 0.5
 
 
 def test_training_stops_when_the_score_has_not_risen_for_the_given_evaluations(config, tmp_path, monkeypatch):
