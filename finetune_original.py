@@ -57,9 +57,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
     shard: bool = False  # FSDP2: shard the frozen layers over the processes of torchrun
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
-    compile: bool = (
-        False  # torch.compile the layers in training: slow start, fewer kernels; not timed on a GPU
-    )
+    compile: bool = False  # torch.compile the layers in training: slow start, fewer kernels; not timed on a GPU
     # --- data
     data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
     eval_data: str = ""  # .jsonl, vqav2:FOLDER or hub:NAME; empty: haystack's own test sets, or held-out rows of data
