@@ -29,7 +29,8 @@ LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 NORM_EPS = 1e-5  # of the head norm (arXiv 2410.05258)
 
 
-Rotate = Callable[[Tensor], Tensor]  # the rotary embedding of [B, heads, L, D]
+# the rotary embedding of [B, heads, L, D]; a host that normalises its queries first also has `rotate.query(projected)`
+Rotate = Callable[[Tensor], Tensor]
 
 
 class AttentionShape(NamedTuple):
@@ -233,7 +234,8 @@ class ProjectedQuery(DifferentialAttention):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         bias = getattr(self, "second_bias", None)
         weights = (t if t is None else t.to(x.dtype) for t in (self.second_query, bias))
-        return q, rotate(self.to_heads(F.linear(x, *weights))), k, v
+        rotate_query = getattr(rotate, "query", rotate)  # of a host that normalises its queries
+        return q, rotate_query(self.to_heads(F.linear(x, *weights))), k, v
 
 
 class SharedNoiseQuery(ProjectedQuery):
@@ -554,6 +556,13 @@ class DifferentialConfig:
                 f"differential: second={self.second} with combine={self.combine} does not use lambda, which would "
                 "never learn: set lambda_kind=fixed"
             )
+        if has_no_lambda and (self.anneal or self.flip_sign or self.lambda_warmup):
+            raise UserError(
+                f"differential: second={self.second} with combine={self.combine} does not use lambda: leave out "
+                "anneal, flip_sign and lambda_warmup"
+            )
+        if not math.isfinite(self.lambda_start):
+            raise UserError(f"differential.lambda_start {self.lambda_start}: must be a number")
         if self.combine == "replace" and self.second not in ("delta", "query", "sharpened", "gate"):
             raise UserError(
                 f"differential.combine replace needs second=delta, query, sharpened or gate, not {self.second}"
@@ -784,6 +793,14 @@ def add_to_layers(
             shape = shape_of(layer.self_attn)
             query = query_projection(layer.self_attn, shape)
             made.append((layer, make_differential(config, shape, tower, index, query)))
+    replaced = {id(layer) for layer, _ in made}
+    for layer in (layer for layers in towers.values() for layer in layers if id(layer) not in replaced):
+        other = getattr(layer.self_attn, "differential", None)
+        if other is not None and other.config != config:  # a saved folder holds one configuration
+            raise UserError(
+                f"differential preset {config.preset}: other layers already have {other.config.preset} with other "
+                "choices: give one configuration for all layers and towers"
+            )
     for layer, module in made:
         layer.self_attn.differential = module
         if config.fresh_layer_norms and module.tower == "vision":

@@ -57,8 +57,9 @@ from fused_ops import blend
 
 BASES = ("eager", "sdpa")  # attention implementations that compute the maps
 VISION_ATTENTION = ("SiglipAttention", "CLIPAttention", "Idefics3VisionAttention", "SmolVLMVisionAttention")
-# the supported rotation of a decoder layer: unconditional, by its Python module's function, other arguments at defaults
-ROTATION = re.compile(r"\n {8}\w+, \w+ = apply_rotary_pos_emb\(\w+, \w+, cos, sin\)\n")
+# the supported rotation of a decoder layer: unconditional, of whole queries (not of a part, `query_rot`), by its Python
+# module's function, other arguments at defaults
+ROTATION = re.compile(r"\n {8}(?!\w+_rot\b)\w+, \w+ = apply_rotary_pos_emb\(\w+, \w+, cos, sin\)\n")
 
 
 # ---- attention
@@ -114,6 +115,26 @@ def is_frozen(differential: DifferentialAttention) -> bool:
     return bool(trainable_names(differential.config)) and not any(p.requires_grad for p in differential.parameters())
 
 
+@dataclass(frozen=True)
+class HostRotate:
+    """The rotary embedding of one layer of a host model, as a differential module expects it; vision towers have
+    none."""
+
+    module: nn.Module  # the layer's attention
+    tables: tuple[Tensor, Tensor] | None
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Rotate t [B, heads, L, D]."""
+        if type(self.module).__name__ in VISION_ATTENTION:
+            return t
+        return sys.modules[type(self.module).__module__].apply_rotary_pos_emb(t, t[:, :0], *self.tables)[0]
+
+    def query(self, projected: Tensor) -> Tensor:
+        """Rotate a projected query [B, heads, L, D], after the layer's norm of queries, if any (Qwen3, Gemma 3)."""
+        norm = getattr(self.module, "q_norm", None)
+        return self(projected if norm is None else norm(projected))
+
+
 for _base in BASES:
     AttentionInterface.register(DIFFERENTIAL_PREFIX + _base, partial(attend_differentially, _base))
     AttentionMaskInterface.register(DIFFERENTIAL_PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])
@@ -132,21 +153,20 @@ class ExtendedCache:
 def keep_layer_input(names: list[str], module: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
     """Forward pre-hook: keep the input [B, L, C] and the rotation of a layer until its attention function runs.
     `names`: those of the layer's arguments."""
+    implementation = module.config._attn_implementation
+    if not implementation.startswith(DIFFERENTIAL_PREFIX):  # somebody changed it: the module would not be used
+        raise UserError(
+            f"{type(module).__name__}: attention implementation {implementation} ignores differential attention: "
+            f"set {DIFFERENTIAL_PREFIX}eager or {DIFFERENTIAL_PREFIX}sdpa"
+        )
     given = dict(zip(names, args, strict=False)) | options
     x, differential = given["hidden_states"], module.differential
-    rotate = partial(rotate_by, type(module), given.get("position_embeddings"))
+    rotate = HostRotate(module, given.get("position_embeddings"))
     module.layer_input = x, rotate
     if given.get("past_key_values") is not None and differential.num_cached_key_heads > differential.shape.num_kv_heads:
         extend = partial(differential.extend_keys, x, rotate=rotate)
         given["past_key_values"] = ExtendedCache(given["past_key_values"], extend)
     return (), given
-
-
-def rotate_by(attention_class: type, tables: tuple[Tensor, Tensor] | None, t: Tensor) -> Tensor:
-    """The layer's own rotary embedding of t [B, heads, L, D]; vision towers have none."""
-    if attention_class.__name__ in VISION_ATTENTION:
-        return t
-    return sys.modules[attention_class.__module__].apply_rotary_pos_emb(t, t[:, :0], *tables)[0]
 
 
 # ---- supported layers
@@ -166,7 +186,7 @@ def find_towers(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
             kinds = {tower_of(layer.self_attn) for layer in stack}
             tower = kinds.pop() if len(kinds) == 1 else None
             if tower in towers:
-                raise UserError(f"{type(model).__name__} has two {tower} towers: give one of its parts")
+                raise UserError(f"{type(model).__name__} has two {tower} towers: give one of its parts, and save that")
             if tower is not None:
                 towers[tower] = stack
     return towers
@@ -197,6 +217,13 @@ def check_host(config: DifferentialConfig, attention: nn.Module) -> None:
         raise UserError(f"{name}: sdpa has no soft-cap: load the model with attn_implementation='eager'")
     if tower_of(attention) == "vision":
         return
+    if hasattr(attention, "sinks"):
+        raise UserError(f"{name}: attention sinks are not supported: give a model without them")
+    norm = getattr(attention, "q_norm", None)
+    is_per_head = norm is not None and norm.weight.shape == (attention.head_dim,)  # HostRotate.query applies it
+    is_normalised = any(hasattr(attention, norm) for norm in ("q_norm", "q_layernorm", "query_layernorm"))
+    if config.second in ("query", "noise") and is_normalised and not is_per_head:
+        raise UserError(f"differential preset {config.preset} would skip the norm of queries of {name}: use split")
     if config.rotate_halves:
         raise UserError(
             f"differential preset {config.preset} rotates half heads, and transformers whole ones: use v1_width"
@@ -219,8 +246,9 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def add_differential(model: nn.Module, differential: DifferentialConfig | str = "split") -> None:
     """Add `self_attn.differential` to the attention layers of a transformers model, in place.
 
-    `differential`: a DifferentialConfig or a preset's name; `model` has its weights and may be peft's wrapper. Raises
-    UserError if configuration and model do not fit, and then changes nothing.
+    `differential`: a DifferentialConfig or a preset's name; `model` has its weights and may be peft's wrapper. Give the
+    model whose `save_pretrained` you call: that of a model around it does not save what is added here. Raises UserError
+    if configuration and model do not fit, and then changes nothing.
     """
     base, config = unwrap(model), as_config(differential).resolve()
     towers = find_towers(base)
@@ -334,10 +362,13 @@ def save_adapter(model: nn.Module, folder: PathLike, *args: Any, is_main_process
 
 
 def load_adapter(model: nn.Module, folder: PathLike, *args: Any, **options: Any) -> Any:
-    """`load_adapter` of peft's wrapper, which also loads the differential attention beside the adapter."""
+    """`load_adapter` of peft's wrapper, which also loads the differential attention in the adapter's folder (a local
+    one or a hub id) or, in a run of this repository, in its parent. Raises UserError if it is missing."""
+    adapter = locate(folder) / (options.get("subfolder") or "")
+    found = adapters.find_differential(adapter, adapter)
     result = type(model).load_adapter(model, folder, *args, **options)
-    if Path(folder, DIFFERENTIAL).is_file():
-        load_differential(model, folder)
+    if found is not None:
+        load_differential(model, found)
     return result
 
 

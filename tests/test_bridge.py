@@ -274,6 +274,28 @@ def test_the_rest_of_a_model_keeps_its_attention():
     logits_of(model, batch)
 
 
+def test_a_change_of_the_attention_implementation_is_refused():
+    model, batch = llama(), words()
+    add_differential(model, "v1")
+    model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="LlamaAttention: attention implementation eager ignores"):
+        logits_of(model, batch)
+    model.set_attn_implementation("differential_eager")
+    logits_of(model, batch)
+
+
+@pytest.mark.parametrize("host", ["Qwen3", "Gemma 3, text", "Llama"])
+def test_the_second_query_of_v2_starts_as_the_first(host):
+    """With the host's norm and rotation: both maps are equal, and normalised their blend is the standard output."""
+    model, batch = bridge.make_model(HOSTS[host]), bridge.make_batch(HOSTS[host])
+    for name, parameter in model.named_parameters():
+        if "q_norm" in name:
+            torch.nn.init.normal_(parameter)
+    standard = logits_of(model, batch)
+    add_differential(model, DifferentialConfig("v2", combine="normalised"))
+    torch.testing.assert_close(logits_of(model, batch), standard, atol=1e-5, rtol=0)
+
+
 def test_a_copy_is_a_model_of_its_own(tmp_path):
     model, batch = llama(), words()
     add_differential(model)
@@ -339,6 +361,12 @@ def test_what_does_not_fit_is_refused_by_name():
     capped.config.text_config._attn_implementation_internal = "sdpa"
     assert "attn_implementation='eager'" in refusal(capped)
     assert "src_gemma_split" in refusal(llama(), "src_gemma_split")
+    for config in (hf.PhiConfig, hf.StableLmConfig, hf.PersimmonConfig):  # these rotate a part of each query
+        assert "has no text layers that fit" in refusal(hf.AutoModelForCausalLM.from_config(config(**bridge.TEXT)))
+    sinks = hf.GptOssForCausalLM(hf.GptOssConfig(**bridge.TEXT, num_local_experts=2, num_experts_per_tok=1))
+    assert "attention sinks" in refusal(sinks)
+    over_heads = hf.Olmo2ForCausalLM(hf.Olmo2Config(**bridge.TEXT))  # its norm is one over all heads
+    assert "would skip the norm of queries of Olmo2Attention" in refusal(over_heads, "v2")
     apart = llama()
     for layer in apart.model.layers:  # a configuration that no part of the model owns: nothing could be registered
         layer.self_attn.config = copy.deepcopy(apart.config)
@@ -354,6 +382,30 @@ def test_what_does_not_fit_is_refused_by_name():
 
 # ---- peft and Trainer
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"])
+
+
+def llama_with_lora():
+    model = llama()
+    add_differential(model, "v1")
+    wrapper = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+    unfreeze_differential(wrapper)
+    return wrapper.eval()
+
+
+@pytest.mark.parametrize("layout", ["one folder", "a run of this repository"])
+def test_load_adapter_finds_the_differential_attention(layout, tmp_path):
+    adapter, trained, batch = tmp_path / "final" / "adapter", llama_with_lora(), words()
+    bridge.stir(trained)
+    trained.save_pretrained(adapter)
+    file = adapter / "differential.safetensors"
+    if layout == "a run of this repository":
+        file = file.rename(adapter.parent / file.name)
+    again = llama_with_lora()
+    again.load_adapter(adapter, "default")
+    assert torch.equal(logits_of(again, batch), logits_of(trained, batch))
+    file.unlink()
+    with pytest.raises(UserError, match="differential.safetensors: missing"):
+        again.load_adapter(adapter, "default")
 
 
 class DifferentialTrainer(DifferentialTrainerMixin, hf.Trainer):

@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_differential import build, family_of, layer, logits, stir
@@ -67,6 +68,9 @@ REFUSED = {
     "replace needs": dict(preset="additive", second="pairs"),
     "would undo it": dict(preset="dex", combine="normalised", lambda_start=0.5),
     "rotate_halves needs": dict(rotate_halves=True),
+    "leave out anneal, flip_sign": dict(preset="additive", flip_sign=True),
+    "and lambda_warmup": dict(preset="norm_only", lambda_warmup=0.5),
+    "must be a number": dict(preset="dex", lambda_start=float("nan")),
     "at 0 nothing": dict(lambda_start=0.0),
     "at most at 0.9": dict(lambda_start=0.95),
     "must be 0 to 2147483647": dict(seed=1 << 31),
@@ -135,6 +139,17 @@ def test_towers_and_layers_are_chosen():
     assert not torch.equal(down[0], next(iter(da.differential_parameters(build("split", seed=1)).values())))
     for name, parameter in da.differential_parameters(build("split", layers=(2,))).items():
         assert torch.equal(parameter, start[name])  # a layer's start does not depend on the other layers
+
+
+def test_all_layers_and_towers_have_one_configuration():
+    """A folder stores one. Replacing it everywhere is allowed."""
+    model = build("split")
+    with refused("differential preset split", "other layers already have split with other choices"):
+        da.add_differential(model, DifferentialConfig("split", towers=("vision",), rank=4))
+    with refused("differential preset v2", "other layers already have split"):
+        da.add_differential(model, DifferentialConfig("v2", layers=(1,)))
+    da.add_differential(model, DifferentialConfig("v2", towers=("text", "vision")))
+    assert {module.config.preset for module in da.differential_modules(model).values()} == {"v2"}
 
 
 # ---- masks
