@@ -4,7 +4,8 @@ An example is a pure function of (seed, epoch, index): workers have no state, an
 Sources: haystacks made of captioned images, jsonl rows of {image, prefix, suffix} or of {messages, images}, VQAv2 from
 its official json files and a COCO folder, and a parquet copy of it on the hub. Every source has `name`, `skipped` (why
 rows were left out), `counts_for_best` (whether `best/` may be chosen by it), `chance` (exact accuracy of a guess, or
-None), `fingerprint()`, `get(epoch, index)`, and `id(index)` and `text(index)` of epoch 0, which open no image.
+None), `fingerprint()`, `get(epoch, index)`, and of epoch 0 `image(index, place)`, which opens one image, and
+`id(index)` and `text(index)`, which open none.
 """
 
 import random
@@ -15,6 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -83,10 +85,15 @@ class Haystacks:
     def get(self, epoch: int, index: int) -> Example:
         key = self.id(index, epoch)
         haystack = self.make_haystack(epoch, index)
-        images = [
-            self.pool.stitch(f"{key}/{m}", cells, self.cell, self.recolour) for m, cells in enumerate(haystack.cells)
-        ]
+        images = [self.draw(key, haystack, place) for place in range(len(haystack.cells))]
         return Example(key, images, needle_prompt(*haystack.captions), haystack.answer)
+
+    def image(self, index: int, place: int) -> Image.Image:
+        """One image of a question, in epoch 0."""
+        return self.draw(self.id(index), self.make_haystack(0, index), place)
+
+    def draw(self, key: str, haystack: Haystack, place: int) -> Image.Image:
+        return self.pool.stitch(f"{key}/{place}", haystack.cells[place], self.cell, self.recolour)
 
     def text(self, index: int) -> tuple[str, str, int]:
         """Prompt, answer and number of images, in epoch 0."""
@@ -130,6 +137,10 @@ class Subset:
     def get(self, epoch: int, index: int) -> Example:
         return self.source.get(epoch, self.indices[index])
 
+    def image(self, index: int, place: int) -> Image.Image:
+        """One image of a row."""
+        return self.source.image(self.indices[index], place)
+
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
         return self.source.text(self.indices[index])
@@ -146,7 +157,7 @@ def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
     """The training source of `config.data`, and the evaluation sources by name, the headline one first.
 
     "haystack": the embedded pool; "haystack:IMAGES": your own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME":
-    evaluated on `config.eval_data`, one of the same three forms, or if that is empty, on a seeded tenth held out.
+    evaluated on `config.eval_data`, one of the same three forms, or if that is empty, on a tenth held out.
     """
     kind, _, images = config.data.partition(":")
     if kind == "haystack":
@@ -231,13 +242,15 @@ def check_captions(own: str, train: list[PoolImage], test: list[PoolImage], grid
 
 
 def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[int], str]:
-    """Indices to train on, indices to evaluate on (a seeded tenth), and a name for the latter.
+    """Indices to train on, indices to evaluate on, and a name for the latter.
 
-    Rows that share an image stay together, unless too many rows are connected; the name then says so.
+    A tenth of the rows is held out, and the first `config.eval_samples` of them are evaluated. Which ones depends only
+    on the rows, so no other run, whatever its seed, has trained on them. Rows that share an image stay together, unless
+    too many rows are connected; the name then says so.
     """
     order = list(range(len(source)))
-    random.Random(f"held out/{config.seed}").shuffle(order)
-    count = min(config.eval_samples, max(1, int(len(source) * HELD_OUT_SHARE)))
+    random.Random("held out").shuffle(order)
+    count = max(1, int(len(source) * HELD_OUT_SHARE))
     if len(source) < 2:
         raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
     groups: dict[int, list[int]] = {}
@@ -253,7 +266,7 @@ def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[
         held = set(smallest)
     name = "held out" if held else "held out, images shared with training"
     held = held or set(order[:count])
-    return [i for i in order if i not in held], [i for i in order if i in held], name
+    return [i for i in order if i not in held], [i for i in order if i in held][: config.eval_samples], name
 
 
 def group_by_image(keys: list[list[str]]) -> list[int]:

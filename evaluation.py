@@ -50,7 +50,7 @@ class SourceImage:
     place: int  # index among the images of the row
 
     def open(self) -> Image.Image:
-        return self.source.get(0, self.row).images[self.place]
+        return self.source.image(self.row, self.place)
 
     def __str__(self) -> str:
         return f"{self.source.id(self.row)}/{self.place}"

@@ -80,9 +80,10 @@ def read_captioned_images(source: str | Path) -> list[PoolImage]:
     """Captioned images of a folder, or of a jsonl file of {image, caption} with paths relative to it, sorted by path.
 
     A folder holds captions.json, {file name: caption}, or a text file with the caption beside every image, cat.txt for
-    cat.jpg. Two images with the same caption are two drawings of one thing. Raises UserError for the first image or
-    caption that is missing. A caption's split, "train" or, for a fifth of them, "test", depends only on its text:
-    training and evaluation never share a caption, and adding images does not move any.
+    cat.jpg. Captions are cleaned by `clean_caption`; two images with the same caption are two drawings of one thing. A
+    caption's split, "train" or, for a fifth of them, "test", depends only on its text: training and evaluation never
+    share a caption, and adding images does not move any. Raises UserError for the first image or caption that is
+    missing.
     """
     source = Path(source)
     folder = source if source.is_dir() else source.parent
@@ -97,10 +98,11 @@ def read_captioned_images(source: str | Path) -> list[PoolImage]:
             raise UserError(f"{source}: image {error}") from error
         if not os.path.isfile(folder / name):  # False also for a name that no file can have
             raise UserError(f"{source}: image {folder / name} does not exist: correct the entry of its caption")
-        if not caption.strip():
+        caption = clean_caption(caption)  # what the prompt asks for: captions that differ only in blanks are one
+        if not caption:
             raise UserError(f"{source}: image {name} has no caption: write one or remove the image")
-        is_test = hashlib.sha256(caption.strip().encode()).digest()[0] < TEST_BYTES
-        images.append(PoolImage(folder / name, caption.strip(), name, source.stem, "test" if is_test else "train"))
+        is_test = hashlib.sha256(caption.encode()).digest()[0] < TEST_BYTES
+        images.append(PoolImage(folder / name, caption, name, source.stem, "test" if is_test else "train"))
     return images
 
 

@@ -113,8 +113,13 @@ class Rows:
 
     def get(self, epoch: int, index: int) -> Example:
         row = self.rows[index]
-        images = [open_image(self.folder / name, name=f"{row.id}: {name}") for name in row.images]
+        images = [self.image(index, place) for place in range(len(row.images))]
         return Example(row.id, images, row.prefix, row.suffix)
+
+    def image(self, index: int, place: int) -> Image.Image:
+        """One image of a row."""
+        row = self.rows[index]
+        return open_image(self.folder / row.images[place], name=f"{row.id}: {row.images[place]}")
 
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
@@ -366,6 +371,10 @@ class HubRows:
         if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
             raise UserError(f"{name}: question and multiple_choice_answer must be strings, the answer not empty")
         return Example(name, [stored_image(row["image"], name)], f"answer en {question}", answer)
+
+    def image(self, index: int, place: int) -> Image.Image:
+        """The image of a row; `place` is 0."""
+        return self.get(0, index).images[place]
 
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""

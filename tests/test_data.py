@@ -5,6 +5,8 @@ import random
 import struct
 import time
 import zlib
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,7 +166,10 @@ def test_haystacks_of_one_s_own_images(tmp_path):
         assert example.images[0].getpixel((256 * column + 128, 256 * row + 128)) == (number, 0, 255 - number)
         assert sets["2x2 absent"].get(0, i).suffix == "-1"
     (tmp_path / "0.txt").write_text(" A dog\nruns. ")
-    assert needle_prompt(read_captioned_images(tmp_path)[0].caption) == "answer en where is A dog runs?"
+    (tmp_path / "1.txt").write_text("A dog runs")
+    images = {Path(image.concept).stem: image for image in read_captioned_images(tmp_path)}
+    assert needle_prompt(images["0"].caption) == "answer en where is A dog runs?"
+    assert (images["0"].caption, images["0"].split) == (images["1"].caption, images["1"].split)
     with pytest.raises(UserError, match="0.txt:1: not valid JSON"):
         make_data(Config(data=f"haystack:{tmp_path / '0.txt'}"))
 
@@ -340,8 +345,10 @@ def test_vqav2_holds_out_images_and_no_questions_of_the_others(tmp_path):
     assert list(sets) == ["held out"] and (len(train), len(held)) == (108, 12)
     shown = [{source.get(0, i).images[0].tobytes() for i in range(len(source))} for source in (train, held)]
     assert shown[0].isdisjoint(shown[1]) and len(shown[1]) == 4
-    again = make_data(Config(data=f"vqav2:{tmp_path}"))[0]
-    assert again.indices == train.indices != make_data(Config(data=f"vqav2:{tmp_path}", seed=1))[0].indices
+    for other in (Config(seed=1), Config(eval_samples=5)):  # what one run holds out, no other run trains on
+        again, sets = make_data(replace(other, data=f"vqav2:{tmp_path}"))
+        assert again.indices == train.indices
+        assert sets["held out"].indices == held.indices[: other.eval_samples]
 
 
 def test_rows_that_share_images_through_others_stay_together(tmp_path):
@@ -349,19 +356,22 @@ def test_rows_that_share_images_through_others_stay_together(tmp_path):
     names = [["a"], ["a", "b"], ["b"], ["c"], ["d"], ["c"], ["e"], ["f"], ["g"], ["h"]]
     source.rows = [Row(str(i), tuple(images), "", "") for i, images in enumerate(names)]
     for seed in range(10):
-        train, held, name = hold_out(source, Config(seed=seed))
+        random.Random(seed).shuffle(names)
+        source.rows = [Row(str(i), tuple(images), "", "") for i, images in enumerate(names)]
+        train, held, name = hold_out(source, Config())
         assert sorted(train + held) == list(range(10)) and name == "held out"
         assert {n for i in train for n in names[i]}.isdisjoint(n for i in held for n in names[i])
-    source.rows = source.rows[:3]
+    source.rows = [row for row in source.rows if {"a", "b"} & set(row.images)]
     assert hold_out(source, Config())[2] == "held out, images shared with training"
 
 
-def test_rows_without_shared_images_are_held_out_by_a_seeded_tenth(tmp_path):
+def test_a_tenth_of_rows_without_shared_images_is_held_out(tmp_path):
     source = read_jsonl(write_rows(tmp_path, [{"image": "a.png", "prefix": "a", "suffix": "b"}]))
     source.rows = [Row(str(i), (f"{i}.png",), "", "") for i in range(40)]
     order = list(range(40))
-    random.Random("held out/3").shuffle(order)
+    random.Random("held out").shuffle(order)
     assert hold_out(source, Config(seed=3))[:2] == (order[4:], order[:4])
+    assert hold_out(source, Config(eval_samples=2))[:2] == (order[4:], order[:2])
 
 
 def test_a_broken_image_is_named(tmp_path):
@@ -436,7 +446,7 @@ def test_a_parquet_copy_holds_out_images_too(tmp_path, monkeypatch):
     train, sets = make_data(Config(data=f"hub:{parquet(tmp_path / 'set')}"))
     shown = [{s.get(0, i).images[0].tobytes() for i in range(len(s))} for s in (train, *sets.values())]
     assert [len(s) for s in (train, *sets.values())] == [18, 2] and shown[0].isdisjoint(shown[1])
-    assert train.fingerprint() != make_data(Config(data=f"hub:{tmp_path / 'set'}", seed=1))[0].fingerprint()
+    assert train.fingerprint() == make_data(Config(data=f"hub:{tmp_path / 'set'}", seed=1))[0].fingerprint()
 
 
 def test_a_dataset_that_brings_code_is_refused_and_not_run(tmp_path):

@@ -229,16 +229,24 @@ def test_the_vision_cache_changes_no_loss(model):
     assert len(cache.entries) == 4  # another grid of the same crops is another image
 
 
+def test_a_batch_of_text_alone_passes_the_vision_cache(model, tmp_path):
+    rows = [{"image": None, "prefix": f"where is {n}?", "suffix": "yes"} for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finetune(
+        quick(Config, model, tmp_path, data=str(tmp_path / "rows.jsonl"), max_steps=1, vision_cache_gb=0.01), "original"
+    )
+
+
 def test_text_alone_trains(decoder, tiny_model, tmp_path, capsys):
     """Rows whose image is null, with the script: the loss of a decoder falls; PaliGemma skips such rows."""
     assert classes_of(decoder)[1] is Phi3Processor
     rows = [{"image": None, "prefix": f"where is {n}?", "suffix": "yes" if n % 2 else "No"} for n in range(10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fields = dict(data=str(tmp_path / "rows.jsonl"), max_steps=20, lr=4e-2, warmup_steps=1, tracker="none")
+    fields = dict(data=str(tmp_path / "rows.jsonl"), max_steps=20, lr=1e-2, warmup_steps=1, tracker="none")
     config = quick(Config, decoder, tmp_path, **fields)
     finetune(config, "original")
     losses = [loss for _, loss in logged(config)]
-    assert losses[-1] < losses[0] - 0.1  # the head is frozen and small
+    assert losses[-1] < losses[0] - 0.15  # the head is frozen and small
     with refused("none of its", "rows can be used"):
         finetune(replace(config, model=str(tiny_model), output_dir=str(tmp_path / "paligemma")), "original")
     assert "has no image" in capsys.readouterr().out
