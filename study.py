@@ -263,14 +263,18 @@ def print_grid(study: str, section: dict, folder: Path):
 def write_report(output: Path = RECORDS):
     """Print tables and verdicts of all studies, and write report.md, figure.png and summary.png into a folder.
 
-    They depend only on the plan and the records. Records in results/study-* are replications.
+    They depend only on the plan and the records. Records in results/study-* are replications, which the figures leave
+    out.
     """
     import study_figure
 
     plan = {study: read_section(study) for study in ("A", "B1", "C") if study in read_json(PLAN)}
-    folders = sorted(RECORDS.parent.glob(f"{RECORDS.name}*"))
-    records = [r for study in plan for folder in folders for r in study_records.read_records(folder / study, study)]
-    lines = study_report.format_report(plan, records)
+
+    def read(folder: Path) -> list[study_records.Record]:
+        return [record for study in plan for record in study_records.read_records(folder / study, study)]
+
+    records, others = read(RECORDS), sorted(RECORDS.parent.glob(f"{RECORDS.name}-*"))
+    lines = study_report.format_report(plan, records, [record for folder in others for record in read(folder)])
     print(*lines, sep="\n")
     report = output / "report.md"
     with writing(report):

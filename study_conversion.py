@@ -1,9 +1,9 @@
 """Study A: one run of an arm on the embedded model, and the questions of endpoint N. Started by study.py.
 
 Endpoint N asks in which cell a drawing is, in the drawing styles that the model was trained on. The difficulty comes
-from the number of cells (16 in one image, 64 in four images), and from either distractors that look like the needle or
-pixel noise. Every seed has its own questions, the same in all arms; the needle of question i of every condition is
-concept i modulo the number of concepts.
+from the number of cells (16 in one image, 32 in two; 64 in four are asked too but do not count), and from either
+distractors that look like the needle or pixel noise. Every seed has its own questions, the same in all arms; the needle
+of question i of every condition is concept i modulo the number of concepts.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import finetune_diff
 import finetune_original
 from checkpoint import weights_fingerprint
 from diagnostics import lambda_values
-from differential_attention import DifferentialConfig, differential_config, knock_out
+from differential_attention import DifferentialConfig, differential_modules, knock_out
 from errors import TrainingFailed, UserError
 from files import read_bytes, read_json, read_typed
 from haystack import ImagePool, add_noise, needle_prompt, read_pool
@@ -283,8 +283,8 @@ def check_weights(section: dict):
 
 def has_lambda(model: VisionLanguageModel) -> bool:
     """Whether a model has differential attention with a lambda that can be set to 0."""
-    config = differential_config(model)
-    return config is not None and config.combine != "replace" and config.second != "none"
+    modules = differential_modules(model).values()
+    return bool(modules) and all(module.has_lambda for module in modules)
 
 
 # ---- the pilot

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
 
-from files import writing
-from needle_eval.plots import CHANCE, STYLE, make_panels, percent_formatter
+from needle_eval.plots import CHANCE, STYLE, make_panels, percent_formatter, save
 from needle_eval.statistics import mean_over_seeds
 from study_report import (
     MARGIN,
@@ -208,8 +207,4 @@ def draw_panels(panels: Sequence[tuple[str, Callable[[Axes, Group], None], Group
             draw(panel, group)
         if not panels:
             axes[0].text(0.5, 0.5, "no study is finished", transform=axes[0].transAxes, **NOTE)
-        with writing(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            # by default matplotlib writes its version into the file
-            figure.savefig(path, format="png", metadata={"Software": None})
-        plt.close(figure)
+        save(figure, path)

@@ -88,11 +88,20 @@ class Group:
         return sum(len(set(self.section["arms"][arm]["seeds"]) - set(self.of_arm(arm))) for arm in arms)
 
 
+def check_rule(section: dict[str, Any]) -> None:
+    """Raise UserError if the rule of decision here is not the one that was planned, and so is in the plan's hash."""
+    rule = {"margin": MARGIN, "hypotheses": list(map(list, HYPOTHESES)), "primary": list(CONTRASTS[0])}
+    for name, value in rule.items():
+        if section.get(name, value) != value:
+            raise UserError(f"study.json: plans {name} {section[name]}, study_report.py has {value}: restore it")
+
+
 def group_records(section: dict[str, Any], study: str, records: Sequence[Record]) -> list[Group]:
     """The records of a study, grouped by environment: first those that ran as planned, then replications.
 
     Raises UserError for a record of another plan, for a run that is not planned, and for duplicate runs.
     """
+    check_rule(section)
     digest, found = hash_plan(section), {}
     for record in records:
         if record.study != study:
@@ -419,8 +428,10 @@ def planned_symbolic(section: dict[str, Any]) -> int:
     return sum(len(arm["seeds"]) for arm in section["arms"].values()) * len(section["pairs"])
 
 
-def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) -> list[str]:
-    """The report as lines of markdown: all studies, with replications under their own headings.
+def format_report(
+    plan: dict[str, dict[str, Any]], records: Sequence[Record], replications: Sequence[Record] = ()
+) -> list[str]:
+    """The report as lines of markdown: all studies, with replications and other environments under their own headings.
 
     `plan` holds sections of study.json: {"A": section, "B1": section, "C": section}. Raises UserError for records of
     another plan.
@@ -436,9 +447,10 @@ def format_report(plan: dict[str, dict[str, Any]], records: Sequence[Record]) ->
         groups = group_records(plan[study], study, records)
         if not groups:
             lines += [f"## {title}", "", "No run is finished.", ""]
-        for number, group in enumerate(groups):
+        for number, group in enumerate(groups + group_records(plan[study], study, replications)):
             where, hours = group.environment, sum(r.seconds for r in group.records) / 3600
-            lines += [f"## {title}" if number == 0 else f"## {title}, replication on {where.device}", ""]
+            is_main = number == 0 and bool(groups)
+            lines += [f"## {title}" if is_main else f"## {title}, replication on {where.device}", ""]
             lines.append(
                 f"Plan `{hash_plan(plan[study])[:12]}`; {len(group.records)} runs on {where.device}, {where.dtype}, "
                 f"threads a run {where.threads}, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours of wall "

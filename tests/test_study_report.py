@@ -263,6 +263,26 @@ def test_other_environments_are_reported_apart(records):
         assert lines[:start] + lines[end:] == main
 
 
+def test_a_replication_never_takes_the_place_of_the_study(records):
+    """Not even with more records, and not before the study has any."""
+    ours = [r for r in records if r.study == "A" and r.arm != "gate"]
+    others = [msgspec.structs.replace(r, fingerprint="0000") for r in records if r.study == "A"]
+    lines = format_report(PLAN, ours, inverted(others, "split"))
+    start = lines.index("## Study A: fitted into a pretrained model, replication on cpu")
+    assert lines[:start] == format_report(PLAN, ours)[:start]
+    alone = format_report(PLAN, [], others)
+    assert alone[:3] == ["## Study A: fitted into a pretrained model", "", "No run is finished."]
+    assert "## Study A: fitted into a pretrained model, replication on cpu" in alone
+
+
+def test_the_rule_of_decision_is_the_planned_one(monkeypatch):
+    plan = {"A": PLAN["A"] | {"margin": 3.0, "hypotheses": [["split", b] for b in ("standard", "additive", "flipped")]}}
+    group_records(plan["A"], "A", [])
+    monkeypatch.setattr(study_report, "MARGIN", 2.0)
+    with pytest.raises(UserError, match="study.json: plans margin 3.0, study_report.py has 2.0"):
+        group_records(plan["A"], "A", [])
+
+
 def test_the_planned_device_comes_first_however_few_its_records(records):
     plan = {"A": PLAN["A"] | {"device": "cpu"}}
     ours = [msgspec.structs.replace(r, plan=hash_plan(plan["A"])) for r in records if r.study == "A"]
