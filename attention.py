@@ -60,13 +60,14 @@ class PrefixMask:
     causally to everything before it; nothing attends to a pad. With one pad, three prefix and two suffix tokens:
 
                keys  .  p  p  p  s  s
-        queries  .   .  .  .  .  .  .
+        queries  .   .  1  1  1  .  .
                  p   .  1  1  1  .  .
                  p   .  1  1  1  .  .
                  p   .  1  1  1  .  .
                  s   .  1  1  1  1  .
                  s   .  1  1  1  1  1
 
+    What a pad sees follows from the same rule and does not matter: its output is never used.
     Source: PaliGemma, arXiv 2407.07726, section 3.2.3; `make_attn_mask` of big_vision.
     """
 
@@ -169,10 +170,8 @@ class PrefixMask:
 
             positions = torch.arange(keys - count, keys, device=device)
             segments = Segments(
-                prefix_cu_seqlens_q=offsets(queries, (ends - first).clamp(min=0)) if has_prefix else None,
-                prefix_cu_seqlens_k=offsets(keys, ends),
-                suffix_cu_seqlens_q=offsets(count, count * torch.arange(2, device=device)),
-                suffix_cu_seqlens_k=offsets(keys, ends[:, ::2]),
+                prefix=(offsets(queries, (ends - first).clamp(min=0)), offsets(keys, ends)) if has_prefix else None,
+                suffix=(offsets(count, count * torch.arange(2, device=device)), offsets(keys, ends[:, ::2])),
                 in_suffix=(positions >= self.prefix_end[:, None])[:, :, None, None],
             )
             self._dense[key] = queries, segments
@@ -202,8 +201,14 @@ class StepMask:
             self._dense[keys, window] = seen[:, None, None]
         return self._dense[keys, window]
 
+    def common_prefix_end(self, keys: int) -> None:
+        """None: a single query needs no split into prefix and suffix."""
 
-def dense_mask(mask: PrefixMask | StepMask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
+
+Mask = PrefixMask | StepMask
+
+
+def dense_mask(mask: Mask | None, queries: int, keys: int, window: int | None) -> Tensor | None:
     """`mask.dense(...)`, or None where every query sees every key."""
     if mask is None or (mask.sees_all and window is None):
         return None
@@ -271,7 +276,7 @@ def blended_reference(
 
 # ---- the paths
 Kernels = Literal["cpu", "cuda", "sdpa"]
-Path = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
+AttentionPath = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
 
 
 def kernels_of(device: torch.device) -> Kernels:
@@ -291,13 +296,13 @@ def choose_path(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: PrefixMask | None,
+    mask: Mask | None,
     softcap: float | None,
     window: int | None,
     kernels: Kernels,
-) -> Path:
+) -> AttentionPath:
     """The path for attention of q [B, H, L, D] to k [B, K, S, D] and v [B, K, S, Dv] on a device with these `kernels`,
-    the same in both arms.
+    the same as in standard attention unless a preset changes the widths of keys or values.
 
     "maps": explicit maps, kept for the backward pass: few keys on a CPU or without an SDPA kernel, one query on a GPU.
     "chunks": explicit maps of a few queries at a time, recomputed in the backward pass.
@@ -320,11 +325,11 @@ def choose_path(
 
 
 def fused_attention(
-    path: Path,
+    path: AttentionPath,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: PrefixMask | None,
+    mask: Mask | None,
     scale: float,
     softcap: float | None,
     window: int | None,
@@ -346,7 +351,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: PrefixMask | None,
+    mask: Mask | None,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
@@ -366,7 +371,7 @@ def blended_attention(
     q2: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: PrefixMask | None,
+    mask: Mask | None,
     scale: float,
     weight: Tensor,
     normalised: bool,
@@ -403,7 +408,7 @@ def blended_attention(
 class Attend:
     """The attention of one layer with mask, scale, soft-cap and window bound, as a differential module expects it."""
 
-    mask: PrefixMask | None
+    mask: Mask | None
     scale: float
     softcap: float | None = None
     window: int | None = None
@@ -427,7 +432,7 @@ class Attend:
 
 
 # ---- torch's kernels
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float, window: int | None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, window: int | None) -> Tensor:
     """torch's scaled_dot_product_attention under a prefix-LM mask -> [B, H, L, D]; arguments as in `attention`.
 
     If the prefix ends at the same position in every row and no row is padded, this makes two calls: prefix queries on
@@ -476,7 +481,7 @@ def flex(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: PrefixMask | None,
+    mask: Mask | None,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,

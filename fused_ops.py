@@ -262,10 +262,12 @@ class Segments(NamedTuple):
     """How two calls of variable-length attention cover a batch, see `attention.PrefixMask.segments`. The offsets are
     int32: sequence i of a call is cu_seqlens[i] .. cu_seqlens[i + 1] - 1 of the packed tokens."""
 
-    prefix_cu_seqlens_q: Tensor | None  # [3 B + 1] the pads, the prefix and the suffix of every row; None: no prefix
-    prefix_cu_seqlens_k: Tensor  # [3 B + 1] the same for the keys
-    suffix_cu_seqlens_q: Tensor  # [2 B + 1] for every row: no query for the pads, then its last M queries
-    suffix_cu_seqlens_k: Tensor  # [2 B + 1] the pads and the rest of every row
+    # call 1, all queries as prefix: (queries, keys) [3 B + 1], the pads, the prefix and the suffix of every row; None
+    # without a prefix
+    prefix: tuple[Tensor, Tensor] | None
+    # call 2, the last M queries as suffix: (queries, keys) [2 B + 1], for every row no query and all pads as keys, then
+    # its last M queries and the rest of its keys
+    suffix: tuple[Tensor, Tensor]
     in_suffix: Tensor  # [B, M, 1, 1] which of the last M queries are in the suffix
 
 
@@ -282,12 +284,11 @@ class PrefixFlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, segments: Segments, scale: float) -> Tensor:
         """`segments`: those of the mask for this number of queries and keys."""
         prefix_out, suffix_out, saved, count = None, None, [q, k, v], segments.in_suffix.shape[1]
-        prefix, suffix = prefix_offsets(segments), suffix_offsets(segments)
-        if prefix[0] is not None:
-            prefix_out, *more = flash(q, k, v, *prefix, scale, causal=False)
+        if segments.prefix is not None:
+            prefix_out, *more = flash(q, k, v, *segments.prefix, scale, causal=False)
             saved += [prefix_out, *more]
         if count:
-            suffix_out, *more = flash(q[:, -count:], k, v, *suffix, scale, causal=True)
+            suffix_out, *more = flash(q[:, -count:], k, v, *segments.suffix, scale, causal=True)
             saved += [suffix_out, *more]
         ctx.save_for_backward(*saved)
         ctx.segments, ctx.scale = segments, scale
@@ -301,32 +302,21 @@ class PrefixFlashAttention(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         q, k, v, *saved = ctx.saved_tensors
         segments, count = ctx.segments, ctx.segments.in_suffix.shape[1]
-        prefix, suffix = prefix_offsets(segments), suffix_offsets(segments)
-        found, has_both = [], prefix[0] is not None and count > 0
-        if prefix[0] is not None:
+        found, has_both = [], segments.prefix is not None and count > 0
+        if segments.prefix is not None:
             g = gradient
             if has_both:  # no gradient flows into a discarded result
                 g = gradient.clone(memory_format=torch.contiguous_format)
                 g[:, -count:].masked_fill_(segments.in_suffix, 0)
-            found.append(flash_backward(g, q, k, v, *saved[:3], *prefix, ctx.scale, causal=False))
+            found.append(flash_backward(g, q, k, v, *saved[:3], *segments.prefix, ctx.scale, causal=False))
         if count:
             g = gradient[:, -count:].masked_fill(~segments.in_suffix, 0) if has_both else gradient
-            found.append(flash_backward(g, q[:, -count:], k, v, *saved[-3:], *suffix, ctx.scale, causal=True))
+            found.append(flash_backward(g, q[:, -count:], k, v, *saved[-3:], *segments.suffix, ctx.scale, causal=True))
         d_q, d_k, d_v = found[0]
         if has_both:
             d_q[:, -count:] += found[1][0]
             d_k, d_v = d_k.add_(found[1][1]), d_v.add_(found[1][2])
         return d_q, d_k, d_v, None, None
-
-
-def prefix_offsets(segments: Segments) -> tuple[Tensor | None, Tensor]:
-    """(cu_seqlens_q, cu_seqlens_k) of the call that treats all queries as prefix."""
-    return segments.prefix_cu_seqlens_q, segments.prefix_cu_seqlens_k
-
-
-def suffix_offsets(segments: Segments) -> tuple[Tensor, Tensor]:
-    """(cu_seqlens_q, cu_seqlens_k) of the call that treats the last queries as suffix."""
-    return segments.suffix_cu_seqlens_q, segments.suffix_cu_seqlens_k
 
 
 def flash(
@@ -441,8 +431,6 @@ def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     files stay peft's. In all other cases (dropout, a bias, a merged or disabled adapter, a hook, another kind of layer,
     autocast to another dtype) the modules themselves are called.
     """
-    if x.numel() == x.shape[-1] and all(is_single_bf16_row(module, x) for module in modules):
-        return tuple((module.weight @ x.view(-1)).view(*x.shape[:-1], -1) for module in modules)
     if not all(is_plain_lora(module, x) for module in modules):
         return tuple(module(x) for module in modules)
     names = [module.active_adapters[0] for module in modules]
@@ -455,12 +443,6 @@ def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
         *(module.lora_A[name].weight for module, name in pairs),
         *(module.lora_B[name].weight for module, name in pairs),
     )
-
-
-def is_single_bf16_row(module: nn.Module, x: Tensor) -> bool:
-    """Whether x is one bfloat16 row on a CPU (a decoding step), for which a matrix-vector product is faster."""
-    is_plain = type(module) is nn.Linear and module.bias is None and not (has_hooks(module) or x.requires_grad)
-    return is_plain and x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.bfloat16
 
 
 def is_plain_lora(module: nn.Module, x: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import PrefixMask
+from attention import Mask, PrefixMask
 from config_fields import PALIGEMMA_IMAGE_TOKEN_ID, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
@@ -286,7 +286,7 @@ class GemmaDecoderLayer(nn.Module):
             self.add_module(name, GemmaRMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None = None
+        self, x: Tensor, rotary: Rotary, mask: Mask, cache: KVCache | None, keep_last: int | None = None
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C], or the last `keep_last` positions [B, keep_last, C]."""
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, keep_last)
@@ -319,7 +319,7 @@ class GemmaModel(nn.Module):
         return x * rounded(math.sqrt(self.config.hidden_size), x.dtype)
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, keep_last: int | None = None
+        self, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None = None, keep_last: int | None = None
     ) -> Tensor:
         """Embeddings x [B, L, C] at positions [B, L] -> hidden states, see `run_layers`."""
         return run_layers(self, x, rotary_tables(self.config, positions, x.dtype), mask, cache, keep_last)

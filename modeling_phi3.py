@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import PrefixMask, apply_rotary
+from attention import Mask, PrefixMask, apply_rotary
 from checkpoint import DIFFERENTIAL_PREFIX
 from config_fields import DECODER_ALONE, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
@@ -333,7 +333,7 @@ class Phi3DecoderLayer(nn.Module):
         self.post_attention_layernorm = Phi3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None = None
+        self, x: Tensor, rotary: Rotary, mask: Mask, cache: KVCache | None, keep_last: int | None = None
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C], or the last `keep_last` positions [B, keep_last, C]."""
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, keep_last)
@@ -355,7 +355,7 @@ class Phi3Decoder(nn.Module):
         return self.embed_tokens(input_ids)
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: PrefixMask, cache: KVCache | None = None, keep_last: int | None = None
+        self, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None = None, keep_last: int | None = None
     ) -> Tensor:
         """Embeddings x [B, L, C] at positions [B, L] -> hidden states, see `run_layers`.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
-from attention import Attend, PrefixMask, StepMask, apply_rotary, apply_rotary_to_halves
+from attention import Attend, Mask, PrefixMask, StepMask, apply_rotary, apply_rotary_to_halves
 from checkpoint import load_weights, locate, resolve_run, save_model_folder
 from config_fields import DECODER_ALONE, IGNORED_LABEL
 from differential_attention import AttentionShape, DifferentialConfig, add_differential, as_config
@@ -248,7 +248,7 @@ class DecoderAttention(nn.Module):
         raise NotImplementedError
 
     def attention_inputs(
-        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None
+        self, x: Tensor, rotary: Rotary, mask: Mask, cache: KVCache | None, keep_last: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor], Attend]:
         """(q, k, v, rotate, attend) of x [B, L, C]: q [B, H, L or keep_last, D] and k [B, K, S, D], both rotated, and v
         [B, K, S, D]; keys and values include those in the cache."""
@@ -265,7 +265,7 @@ class DecoderAttention(nn.Module):
         return q, k, v, rotate, Attend(mask, self.scale, self.softcap, self.window)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None = None
+        self, x: Tensor, rotary: Rotary, mask: Mask, cache: KVCache | None, keep_last: int | None = None
     ) -> Tensor:
         """x [B, L, C] -> [B, L, C], or the last `keep_last` positions [B, keep_last, C]."""
         q, k, v, rotate, attend = self.attention_inputs(x, rotary, mask, cache, keep_last)
@@ -277,7 +277,7 @@ class DecoderAttention(nn.Module):
 
 
 def run_layers(
-    decoder: nn.Module, x: Tensor, rotary: Rotary, mask: PrefixMask, cache: KVCache | None, keep_last: int | None
+    decoder: nn.Module, x: Tensor, rotary: Rotary, mask: Mask, cache: KVCache | None, keep_last: int | None
 ) -> Tensor:
     """Embeddings x [B, L, C] -> hidden states after the last norm [B, L, C], or the last `keep_last` of them (None:
     all). The last layer needs keys and values of every position, but queries and MLP only for those it returns."""
@@ -487,7 +487,7 @@ class VisionLanguageModel(nn.Module):
         Raises UserError, one line with file and key, for anything that does not fit, and for float16.
         """
         if dtype == torch.float16:
-            raise UserError("dtype float16: Gemma overflows in it: use bfloat16 or float32")
+            raise UserError("dtype float16: activations overflow in it: use bfloat16 or float32")
         base, adapter = resolve_run(path_or_hub_id)
         folder = locate(base)
         stored = find_differential(folder, adapter)
@@ -606,8 +606,14 @@ class VisionLanguageModel(nn.Module):
         Greedy at temperature 0, otherwise sampled from the smallest set of tokens whose probability reaches `top_p`.
         Stops when every row has its eos. `token_type_ids` is accepted so that `model.generate(**batch)` works, but
         must not mark a suffix. `plan` as in `forward`; calls on a GPU with the same `graphs` share its CUDA graph.
-        Raises UserError for prompts that `check_prompts` refuses, a negative temperature, and NaN logits.
+        Raises UserError for empty prompts, those that `check_prompts` refuses, a negative temperature, and NaN logits.
         """
+        if max_new_tokens < 0:
+            raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 0")
+        if not input_ids.numel():
+            raise UserError(
+                f"input_ids of shape {tuple(input_ids.shape)} is empty: give a prompt of at least one token"
+            )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         length = input_ids.shape[1] + max_new_tokens
         check_prompts(attention_mask, token_type_ids, length, self.config.text_config.max_position_embeddings)
@@ -675,7 +681,10 @@ def check_prompts(attention_mask: Tensor, token_type_ids: Tensor | None, length:
     if token_type_ids is not None and bool(token_type_ids.any()):
         raise UserError("generate takes prompts only, but token_type_ids mark a suffix: leave it out of the batch")
     if length > limit:
-        raise UserError(f"the sequence needs {length} positions but the model has {limit}: use fewer or smaller images")
+        raise UserError(
+            f"the sequence needs {length} positions but the model has {limit}: shorten the prompt, lower "
+            "max_new_tokens, or use fewer or smaller images"
+        )
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -212,7 +212,7 @@ def test_generate_refuses_weights_that_give_nan():
 
 
 def test_float16_is_refused(tmp_path):
-    with pytest.raises(UserError, match="float16.*overflows"):
+    with pytest.raises(UserError, match="float16.*overflow"):
         PaliGemmaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
 
 
@@ -225,6 +225,10 @@ def test_arguments_out_of_range_are_refused():
     empty = {name: tensor[:0] for name, tensor in prompts.items()}
     with pytest.raises(UserError, match="empty"):
         model(**empty)
+    with pytest.raises(UserError, match="max_new_tokens -1"):
+        model.generate(**prompts, max_new_tokens=-1)
+    with pytest.raises(UserError, match="empty"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long))
 
 
 def test_generate_refuses_what_it_would_get_wrong():

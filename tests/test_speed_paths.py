@@ -193,7 +193,7 @@ HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backwar
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_are_called_on_every_fast_path(hook, monkeypatch):
-    """Fused LoRA, one bfloat16 row, and the tiled head loss."""
+    """Fused LoRA and the tiled head loss."""
     calls = []
     _, modules = adapted()
     for module in modules:
@@ -207,25 +207,6 @@ def test_hooks_are_called_on_every_fast_path(hook, monkeypatch):
     getattr(head, f"register_{hook}")(lambda *args: calls.append("head"))
     head_loss(torch.randn(3, 6, requires_grad=True), head, torch.tensor([1, 2, 3]), None).backward()
     assert calls[3:] == ["head"]
-    if hook.startswith("forward"):
-        row = nn.Linear(6, 9, bias=False).bfloat16()
-        getattr(row, f"register_{hook}")(lambda *args: calls.append("row"))
-        with torch.no_grad():
-            apply_linears(torch.randn(1, 1, 6).bfloat16(), row)
-        assert calls[4:] == ["row"]
-
-
-def test_one_bfloat16_row_uses_a_matrix_vector_product():
-    torch.manual_seed(0)
-    modules = [nn.Linear(48, width, bias=False).bfloat16() for width in (5, 7)]
-    x = torch.randn(1, 1, 48).bfloat16()
-    with torch.no_grad():
-        assert all(fused_ops.is_single_bf16_row(module, x) for module in modules)
-        found, expected = apply_linears(x, *modules), [module.double()(x.double()) for module in modules]
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape and a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.double(), b, atol=5e-3, rtol=5e-3)
-    assert not any(fused_ops.is_single_bf16_row(module, x) for module in modules)  # float64 by now
 
 
 def test_loading_imports_neither_transformers_nor_the_compiler(tiny_model):
