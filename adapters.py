@@ -6,7 +6,6 @@ The functions take models and paths, not run configurations.
 
 import contextlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -39,12 +38,12 @@ from errors import UserError
 from files import (
     MANIFEST,
     PathLike,
+    atomic_file,
     decode_typed,
     one_line,
     read_json,
     read_typed,
     reading,
-    sync,
     verify_manifest,
     write_json,
     writing,
@@ -341,16 +340,11 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
     progress = next(iter(differential_modules(model).values())).progress.item()
     metadata = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in differential_state(model).items()}
-    file, temporary = Path(folder, DIFFERENTIAL), Path(folder, f".{DIFFERENTIAL}.tmp")
+    file = Path(folder, DIFFERENTIAL)
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            sync(temporary)
-            os.replace(temporary, file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with atomic_file(file) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def find_differential(base: Path, adapter: Path | None) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import plots
 from errors import UserError
-from needle_eval.folder import read_rows
+from needle_eval.folder import read_answer_rows
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import Difference
 from needle_eval.questions import normalise
@@ -214,7 +214,7 @@ def measure_evaluation(name: str, folders: dict[str, dict[int, Path]]) -> Measur
 def read_answers(folder: Path) -> tuple[list[dict], Any]:
     """The answer rows of an evaluation, in the form used for scoring, and its benchmark."""
     _, benchmark = open_record(folder)
-    return prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark), benchmark
+    return prepare_rows(read_answer_rows(folder, benchmark.ANSWER_ROW), benchmark), benchmark
 
 
 def rank_of_evaluation(measured: Measured) -> tuple[bool, bool, bool, str]:

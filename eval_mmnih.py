@@ -8,8 +8,9 @@
     python eval_mmnih.py --compare "runs/original_seed*" "runs/diff_seed*"                      # over seeds
     torchrun --nproc-per-node=4 eval_mmnih.py --model=...
 
-Every output file names its benchmark: `mmneedle` is arXiv 2406.11230 (also with other images in its schema), `mm-niah`
-is arXiv 2406.07230, a different benchmark, and `pope` is arXiv 2305.10355. An interrupted evaluation is resumed.
+eval.json and scores.json of a folder name the benchmark: `mmneedle` is arXiv 2406.11230 (also with other images in its
+schema), `mm-niah` is arXiv 2406.07230, a different benchmark, and `pope` is arXiv 2305.10355. An interrupted evaluation
+is resumed.
 """
 
 from dataclasses import dataclass, fields
@@ -17,13 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from accelerate import Accelerator
 from msgspec import Meta
 
 from differential_attention import knock_out
 from errors import UserError, one_line_errors
-from files import check_ranges, write_json
+from files import MESSAGE_LENGTH, check_ranges, one_line, write_json
 from machine import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 from models import classes_of
 from needle_eval.folder import fill_defaults, make_record, open_folder, output_folder
@@ -123,7 +125,11 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     with out_of_memory_as("lower --batch_size"):
         answer_questions(answerer, marked, folder / "answers.jsonl", benchmark.is_correct, progress=folder.name)
     if accelerator.is_main_process and config.attention:
-        write_json(folder / "attention.json", measure_needle_attention(answerer, marked, config.attention))
+        try:
+            write_json(folder / "attention.json", measure_needle_attention(answerer, marked, config.attention))
+        except torch.OutOfMemoryError as error:  # explicit maps need more memory than answers
+            reason = one_line(error)[:MESSAGE_LENGTH]
+            print(f"attention is not measured: the GPU is out of memory ({reason})", flush=True)
     accelerator.wait_for_everyone()
     if lock is not None:
         lock.release()

@@ -157,7 +157,9 @@ def main() -> None:
 
     # --- write the folder
     record = read_json(adapter.parent / "run.json")
-    evals = read_evals(adapter.parent, record.get("step"))
+    # a checkpoint holds the weights of its step; with --average_last their mean was evaluated
+    is_evaluated = adapter.parents[1].name != "checkpoints" or not record["config"].get("average_last")
+    evals = read_evals(adapter.parent, record.get("step")) if is_evaluated else {}
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         for file in (locate(base) / file for file in PROCESSOR_FILES):

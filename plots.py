@@ -27,7 +27,7 @@ from PIL import Image
 
 from diagnostics import SAVED_QUESTIONS, needle_share
 from errors import UserError, one_line_errors
-from files import atomic_file, check_ranges, open_image, reading, resolve_inside, writing
+from files import check_ranges, open_image, reading, resolve_inside
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import (
     CHANCE,
@@ -40,6 +40,7 @@ from needle_eval.plots import (
     finish,
     make_panels,
     percent_formatter,
+    save,
     wrap_title,
 )
 from needle_eval.questions import normalise
@@ -93,17 +94,6 @@ def run_title(folder: Path, record: dict) -> str:
 def is_drawn(folder: Path) -> bool:
     """Whether `draw_run` has drawn all figures of a run folder."""
     return (folder / "plots" / LAST_FIGURE).is_file()
-
-
-def save(figure: Figure, path: Path):
-    """Write a figure completely or not at all, and close it."""
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format="png")
-    finally:
-        plt.close(figure)
 
 
 # ---- curves of one run

@@ -77,7 +77,7 @@ RESUMABLE_FIELDS = {
 DATA_ORDER = {"seed", "data", "eval_data", "grids", "shapes", "recolour", "negatives", "batch_size", "accumulation"}
 DATA_ORDER |= {"group_by_length"}
 HAYSTACK_FIELDS = ("grids", "shapes", "recolour", "negatives")  # apply to generated data only
-EVALUATION = {"eval_samples", "eval_batch_size", "max_new_tokens", "metric", "patience"}
+EVALUATION = {"eval_every", "eval_samples", "eval_batch_size", "max_new_tokens", "metric", "patience"}
 LENGTH = {"max_steps", "epochs"}  # a finished run may continue with a larger value
 RECORDED = ("arm", "base_model", "base_revision", "base_weights", "processes", "dtype")  # besides the configuration
 NOT_COMPARED = {"arm", "differential", "processes", *RESUMABLE_FIELDS}  # where a run and its baseline may differ
@@ -530,6 +530,7 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
     grown = {k for k in LENGTH & set(changed) if type(old.get(k)) in (int, float) and new[k] > old[k]}
     is_longer = run.found.finished and bool(grown)
     allowed = {"processes", *RESUMABLE_FIELDS, *(grown if is_longer else ())}
+    allowed -= {"eval_every"} if new.get("patience") else set()  # --patience counts evaluations
     refused = {k: change for k, change in changed.items() if k not in allowed}
     if refused:
         reasons = {"order of the data": DATA_ORDER, "shapes of what is saved": SAVED_SHAPES}

@@ -103,10 +103,10 @@ def add_lora(run: Run, config: "Config", model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
     trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
     prepare_parts(config, model, trained)
-    _, learned = resolve_run(config.model)
-    folder = run.resume / "adapter" if run.resume else learned
+    _, adapter = resolve_run(config.model)
+    folder = run.resume / "adapter" if run.resume else adapter
     adapted = new_lora(config, model) if folder is None else attach_adapter(model, folder, trainable=True)
-    if learned and (stored := stored_differential_folder(config)):  # from_pretrained loads those of a model folder
+    if adapter and (stored := stored_differential_folder(config)):  # from_pretrained loads those of a model folder
         load_differential(model, stored)
     run.initial_differential = {name: p.detach().clone() for name, p in differential_parameters(model).items()}
     if run.resume and run.initial_differential:
@@ -136,8 +136,8 @@ def prepare_parts(config: "Config", model: nn.Module, trained: dict[str, str]):
 
 def stored_differential_folder(config: "Config") -> Path | None:
     """The folder with the differential parameters of `config.model`; None for a standard model or run."""
-    base, learned = resolve_run(config.model)
-    return find_differential(locate(base), learned)
+    base, adapter = resolve_run(config.model)
+    return find_differential(locate(base), adapter)
 
 
 def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
@@ -150,9 +150,9 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
             is_differential = ".differential." in name
             is_lambda = is_differential and "lambda" in name.rpartition(".")[2]
             scale = differential.lambda_lr if is_lambda else 1.0  # factor of the learning rate
-            for part, rate in (("vision_tower", config.vision_lr), ("multi_modal_projector", config.projector_lr)):
-                if part in name and rate and not is_differential:
-                    scale = rate / config.lr
+            for part, part_lr in (("vision_tower", config.vision_lr), ("multi_modal_projector", config.projector_lr)):
+                if part in name and part_lr and not is_differential:
+                    scale = part_lr / config.lr
             decay = 0.0 if is_differential else config.weight_decay
             group = groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})
             group["params"].append(parameter)
@@ -367,7 +367,7 @@ def training_batches(
     workers = choose_workers(config.workers, run.device)
     for examples, batch in loader(source, processor, shares, True, workers, run.skip, max_length(model)):
         more = {"plan": model.model.plan(**batch).to(run.device)}  # made before the tensors leave the CPU
-        if cache is not None:
+        if cache is not None and "pixel_values" in batch:  # a batch of text alone has no images
             images = {name: batch.pop(name) for name in ("pixel_values", "image_sizes") if name in batch}
             with run.autocast():  # as the forward pass would compute them
                 more |= {"pixel_values": None, "image_features": cache.features(**images)}
@@ -548,15 +548,15 @@ def evaluate_and_log(evaluation: Evaluation, adapted: nn.Module, state: dict, la
         keep_best(evaluation, adapted, state, headline_rate(evaluation, scores), last_step)
 
 
-def keep_best(evaluation: Evaluation, adapted: nn.Module, state: dict, rate: float, last_step: bool):
+def keep_best(evaluation: Evaluation, adapted: nn.Module, state: dict, score: float, last_step: bool):
     """Count the evaluations since the best one in `state`, and save best/ if this one is better.
 
     On equal scores the earlier one is kept, except at the last step: best/ equals final/ unless an earlier evaluation
     was better.
     """
-    state["stale"] = 0 if rate > state["best"] else state["stale"] + 1
-    if rate > state["best"] or (last_step and rate == state["best"]):
-        state["best"] = rate
+    state["stale"] = 0 if score > state["best"] else state["stale"] + 1
+    if score > state["best"] or (last_step and score == state["best"]):
+        state["best"] = score
         raise_if_not_finite(evaluation.run, adapted, state["step"])
         save_snapshot(evaluation.run, adapted, evaluation.run.folder / "best", {"step": state["step"]})
 

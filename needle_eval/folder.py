@@ -121,7 +121,8 @@ def hash_weights(model: str) -> str:
     base, adapter = resolve_run(model)
     digest = hashlib.sha256()
     if adapter is not None:
-        for file in (adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS, adapter.parent / DIFFERENTIAL):
+        differential = [folder / DIFFERENTIAL for folder in (adapter, adapter.parent)]  # the first: of the bridge
+        for file in (adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS, *differential):
             digest.update(file.read_bytes() if file.is_file() else b"")
     digest.update(weights_fingerprint(locate(base)).encode())
     return digest.hexdigest()[:16]
@@ -192,7 +193,7 @@ def open_folder(folder: Path, record: dict, overwrite: bool) -> BaseFileLock:
     return lock
 
 
-def read_rows(folder: Path, row_type: type) -> list[dict[str, Any]]:
+def read_answer_rows(folder: Path, row_type: type) -> list[dict[str, Any]]:
     """All answer rows of a folder, checked against the benchmark's `AnswerRow`.
 
     Raises UserError if answers are missing or duplicated, and, with the line number, for a row of the wrong type.

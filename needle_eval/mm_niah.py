@@ -25,7 +25,7 @@ from needle_eval.questions import (
     check_inside,
     check_some_image_exists,
     check_unique_ids,
-    read_rows,
+    read_question_rows,
 )
 from needle_eval.statistics import format_percent, format_rate, mean_rate
 
@@ -101,7 +101,7 @@ def read_task(file: Path, task: str, images: Path, prefix: str = "", limit: int 
 
     Raises UserError with the file and line of a bad row; an image outside `images` makes a row bad.
     """
-    rows = read_rows(file, NiahRow, limit, f"{SOURCE}; or leave {task} out")
+    rows = read_question_rows(file, NiahRow, limit, f"{SOURCE}; or leave {task} out")
     questions = [make_question(name, task, row, images, prefix) for name, row in rows]
     check_unique_ids(questions, file)
     return questions

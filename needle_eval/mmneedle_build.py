@@ -8,7 +8,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from errors import UserError
-from files import atomic_folder, verify_manifest, write_json, write_manifest
+from files import atomic_folder, verify_manifest, write_json, write_manifest, writing
 from haystack import OWN_CELL, POOL_CELL, TEST_SHARE, Haystack, ImagePool, PoolImage, read_split
 from needle_eval.mmneedle_prompts import Setting
 
@@ -40,7 +40,8 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
     shape = f"{setting.images}x{setting.grid}x{setting.grid}" + (f"_{setting.needles}" if setting.needles > 1 else "")
     name = f"{Path(source).resolve().stem if source else 'embedded'}-{split}-{shape}-{digest.hexdigest()[:12]}"
     folder = CACHE / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / f".{name}.lock", fallback_to_soft=False):
         if not is_complete(folder):
             with atomic_folder(folder) as new:

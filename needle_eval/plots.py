@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from files import atomic_file, writing
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
@@ -58,12 +60,23 @@ def make_panels(
     return figure, list(axes.flat[:count])
 
 
+def save(figure: Figure, path: Path):
+    """Write a figure as PNG, completely or not at all, and close it."""
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            # by default matplotlib writes its version into the file
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    finally:
+        plt.close(figure)
+
+
 def draw_haystacks(scores: dict[str, dict], folder: Path, title: str):
     """Draw cells.png, the share of needles found by cell, and with several images depths.png, by image."""
     positives = {name: found["positive"] for name, found in scores.items() if "positive" in found}
     if not positives:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         draw_cells(positives, folder / "cells.png", title)
         deep = {name: found for name, found in positives.items() if len(found["depths"]) > 1}
@@ -83,8 +96,7 @@ def draw_cells(positives: dict[str, dict], path: Path, title: str):
     bar = figure.colorbar(image, ax=panels, label=needles_label(positives), format=percent_formatter())
     bar.outline.set_visible(False)
     figure.suptitle(wrap_title(title, 38 * min(COLUMNS, len(positives))), fontsize=9)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def wrap_title(text: str, width: int = TITLE_WIDTH) -> str:
@@ -120,8 +132,7 @@ def draw_depths(positives: dict[str, dict], path: Path, title: str):
     bar = figure.colorbar(image, ax=panel, label=needles_label(positives), format=percent_formatter())
     bar.outline.set_visible(False)
     figure.suptitle(wrap_title(title, round(12 * size[0])), fontsize=9)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_heat_map(panel: Axes, rates: np.ndarray) -> AxesImage:
@@ -149,7 +160,6 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
     first = next(iter(scores_by_model.values()))
     settings = [name for name, found in first.items() if "baselines" in found]
     shown = [kind for kind in kinds if any(kind in first[setting] for setting in settings)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         width = (1.4 + 1.1 * len(settings)) * len(shown) + 1.5
         figure, axes = plt.subplots(
@@ -159,10 +169,13 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
             metric, panel_title = kinds[kind]
             draw_rates(
                 panel,
-                {n: [scores[s].get(kind, {}).get(metric) for s in settings] for n, scores in scores_by_model.items()},
+                {
+                    name: [scores.get(s, {}).get(kind, {}).get(metric) for s in settings]
+                    for name, scores in scores_by_model.items()
+                },
             )
             if kind == "positive":
-                chance = [first[setting]["baselines"]["uniform"]["exact"] for setting in settings]
+                chance = [first[s]["baselines"].get("uniform", {}).get("exact", math.nan) for s in settings]
                 span = [s - 0.38 for s in range(len(settings))], [s + 0.38 for s in range(len(settings))]
                 panel.hlines(chance, *span, **CHANCE, label="uniform guess")
             counts = sorted({first[s][kind]["n"] for s in settings if kind in first[s]})
@@ -171,8 +184,7 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
             panel.set_xticks(range(len(settings)), settings)
             panel.yaxis.set_major_formatter(percent_formatter())
         finish(figure, axes[0, 0], title, round(13 * width))
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
 
 
 def draw_rates(panel: Axes, rates_by_model: dict[str, list[dict | None]]):

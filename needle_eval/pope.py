@@ -18,7 +18,7 @@ from needle_eval.questions import (
     check_inside,
     check_some_image_exists,
     check_unique_ids,
-    read_rows,
+    read_question_rows,
 )
 from needle_eval.statistics import format_percent, format_rate, rate
 
@@ -67,7 +67,7 @@ def read_split(folder: Path, images: Path, split: str, prefix: str = "", limit: 
     if packed.is_file() and not path.is_file():
         path = packed
     questions = []
-    for name, row in read_rows(path, PopeRow, limit, SOURCE):
+    for name, row in read_question_rows(path, PopeRow, limit, SOURCE):
         check_inside(images, [row.image], name)
         questions.append(
             Question(

@@ -76,7 +76,7 @@ def check_inside(folder: Path, names: list[str], source: str):
 
 
 # ---- question files
-def read_rows(path: Path, type_: type[T], limit: int, fix: str) -> list[tuple[str, T]]:
+def read_question_rows(path: Path, type_: type[T], limit: int, fix: str) -> list[tuple[str, T]]:
     """The first `limit` rows (0: all) of a JSON lines file, plain or .gz, as ("path:number", row of `type_`).
 
     Blank lines are skipped. Raises UserError, ending in `fix`, when the file cannot be read or holds no row, and with

@@ -10,9 +10,9 @@ from typing import Annotated
 import msgspec
 
 from errors import UserError
-from files import read_typed, write_json
+from files import read_typed, write_json, writing
 from needle_eval import mm_niah, mmneedle, plots, pope
-from needle_eval.folder import changed_fields, read_record, read_rows, slug
+from needle_eval.folder import changed_fields, read_answer_rows, read_record, slug
 from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, paired_difference, paired_over_seeds, rate
 
 # A benchmark is a module with load_questions(config), is_correct(row), score(rows), format_table(scores_by_model) and
@@ -45,10 +45,11 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     The returned scores have two more keys for the table: "decoding", and "attention" if it was measured.
     """
     record, benchmark = open_record(folder)
-    raw = read_rows(folder, benchmark.ANSWER_ROW)
+    raw = read_answer_rows(folder, benchmark.ANSWER_ROW)
     rows = prepare_rows(raw, benchmark)
     scores = benchmark.score([row for row in rows if not (skip_none and row["response"] is None)])
-    benchmark.write_official(rows, folder / "response", slug(record["model"]))
+    with writing(folder / "response"):
+        benchmark.write_official(rows, folder / "response", slug(record["model"]))
     if hasattr(benchmark, "HAS_CELLS"):
         plots.draw_haystacks(scores, folder / "plots", figure_title(folder, record))
     attention = read_attention(folder / "attention.json")
@@ -144,7 +145,7 @@ def compare_folders(first: Path, second: Path) -> dict[str, dict]:
     changed = changed_fields(record, other, ("benchmark", "config", "decoding"))
     if changed:
         raise UserError(f"{first} and {second}: differ in {', '.join(changed)} and cannot be compared")
-    rows = [prepare_rows(read_rows(folder, benchmark.ANSWER_ROW), benchmark) for folder in (first, second)]
+    rows = [prepare_rows(read_answer_rows(folder, benchmark.ANSWER_ROW), benchmark) for folder in (first, second)]
     return compare_answers(*rows, benchmark)
 
 

@@ -1,5 +1,6 @@
 """eval_mmnih.py end to end: three benchmarks, several models and processes, interruption and resuming, comparison."""
 
+import errno
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from needle_eval import mm_niah, mmneedle, pope
 from needle_eval.folder import evaluation_name, fill_defaults, hash_weights, output_folder, slug
 from needle_eval.mmneedle_build import build_haystacks
 from needle_eval.mmneedle_prompts import Setting
-from needle_eval.plots import cells_title, needles_label
+from needle_eval.plots import cells_title, draw_side_by_side, needles_label
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -78,6 +79,10 @@ def test_mmneedle_on_the_embedded_images(tiny_model, folder, capsys):
     assert len(shares["share"]) == 2 and shares["even"] == 0.25 and all(0 < s < 1 for s in shares["share"])
     for name in ("cells.png", "accuracy.png"):
         assert Image.open(folder / "out" / "plots" / name).size[0] > 300
+    lost = [row for row in rows if (row["setting"], row["kind"]) != ("1x4x4", "positive")]  # of one model and setting
+    scores = {"some": mmneedle.score(lost), "all": mmneedle.score(rows), "half": mmneedle.score(rows[:12])}
+    draw_side_by_side(scores, folder / "lost.png", "")
+    assert Image.open(folder / "lost.png").size[0] > 300
     assert sorted(f.parent.name for f in (folder / "out" / "response").rglob("*_1_4_4.json")) == [
         "COCO_val2014_0_5", "COCO_val2014_5000_5005",
     ]  # fmt: skip
@@ -443,6 +448,10 @@ def test_trained_again_is_another_model(tiny_model, folder):
     assert before == hash_weights(str(run))
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"two")
     assert hash_weights(str(run)) != before
+    for place in (run, run / "adapter"):  # of this repository, and of the bridge
+        before = hash_weights(str(run))
+        (place / "differential.safetensors").write_bytes(b"one")
+        assert hash_weights(str(run)) != before
     shutil.copytree(tiny_model, folder / "base")
     file = next((folder / "base").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -519,6 +528,26 @@ def test_a_broken_image_stops_neither_answers_nor_attention(tiny_model, folder, 
     image.write_bytes(whole)
     evaluate(*flags)
     assert timeless(rows_of(folder / "out")) == timeless(rows), "mended, it is asked again"
+
+
+def test_what_fails_after_the_answers_costs_neither_them_nor_the_table(tiny_model, folder, capsys, monkeypatch):
+    """Attention without enough memory, and official files on a full disk."""
+
+    def raise_error(error):
+        def fail(*_):
+            raise error
+
+        return fail
+
+    flags = (f"--model={tiny_model}", "--samples=2", "--grids=2", "--attention=1", "--output_dir=out")
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_mmnih, "measure_needle_attention", raise_error(torch.OutOfMemoryError("of 2 GB")))
+        out = evaluate(*flags, capsys=capsys)
+    assert "attention is not measured: the GPU is out of memory (of 2 GB)" in out and "1x2x2" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(mmneedle, "write_official", raise_error(OSError(errno.ENOSPC, "full")))
+        assert f"{Path('out/response')}: cannot be written" in refused(capsys, "--score=out")
+    evaluate("--score=out")
 
 
 def test_the_needle_s_share_of_a_made_map():

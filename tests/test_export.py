@@ -89,6 +89,15 @@ def test_the_differential_arm_stands_alone(runs, batch, tiny_model, tmp_path, mo
     assert {"config.json", "differential_model.safetensors", "README.md"} < {file.name for file in folder.iterdir()}
 
 
+def test_the_card_of_a_checkpoint_claims_no_score_of_averaged_weights(tiny_model, tmp_path, monkeypatch):
+    run_folder = tmp_path / "run"
+    finetune(Config(model=str(tiny_model), output_dir=str(run_folder), average_last=0.5, **SHORT), "original")
+    for part, has_scores in (("final", True), ("checkpoints/step-000003", False)):
+        folder = tmp_path / part.replace("/", "-")
+        assert run(monkeypatch, f"--model={run_folder / part}", f"--output={folder}") == 0
+        assert ("unseen style" in (folder / "README.md").read_text(encoding="utf-8")) == has_scores
+
+
 def test_a_standard_adapter_loads_with_peft(runs, batch, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapted = peft.AutoPeftModel.from_pretrained(runs / "original/final/adapter").eval()

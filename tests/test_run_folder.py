@@ -276,6 +276,13 @@ def test_an_evaluation_at_the_checkpoint_is_repeated_with_another_eval_every_too
     assert [step for step, _ in logged(config, "eval")] == [0, 2, 4, 6]
 
 
+def test_patience_counts_evaluations_so_their_interval_may_not_change(config):
+    config = replace(config, patience=2)
+    interrupt(config, 4)
+    with refused("which answers choose best/: eval_every 4 -> 2"):
+        finetune(replace(config, eval_every=2), "original")
+
+
 def test_a_killed_process_continues_from_its_last_complete_checkpoint(config, tmp_path):
     config = replace(config, max_steps=40)
     finetune(config, "original")
