@@ -166,7 +166,8 @@ def format_status(section: dict, records: dict[Job, Record], jobs: int) -> list[
 
 # ---- running
 def run_jobs(study: str, section: dict, folder: Path, jobs: list[Job], found: dict[Job, Record], config: Config):
-    """Run these jobs, `config.jobs` at a time. If interrupted, stop their processes; a later start continues them.
+    """Run these jobs, `config.jobs` at a time. Ctrl-C and SIGTERM stop their processes too; a later start continues
+    them.
 
     `found` holds the records that are already in `folder`. A job that fails is reported, and the others still run.
     Raises UserError at the end if a job has failed, and before any run if this machine gives other numbers than those
@@ -193,6 +194,7 @@ def run_jobs(study: str, section: dict, folder: Path, jobs: list[Job], found: di
             f"{fingerprint}, and such runs are never pooled: continue where those ran, or replicate the study with "
             "--records=results/study-NAME"
         )
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         while waiting or running:
             while waiting and len(running) < config.jobs:

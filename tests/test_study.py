@@ -1,6 +1,7 @@
 """The study: its plan, its questions, its runs and records."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from runs import wait_for
 from simulated_study import ENVIRONMENT
 
 import finetune_diff
@@ -317,11 +319,65 @@ def test_the_committed_plans_name_real_arms_and_conditions(tmp_path):
 
 
 def test_the_committed_report_and_figures_are_what_the_records_give(tmp_path, capsys):
-    """Byte for byte; the figures only with the versions of matplotlib and freetype that drew them."""
+    """Byte for byte, with the pinned versions of matplotlib and pillow."""
     study.write_report(tmp_path)
     for name in ("report.md", "figure.png", "summary.png"):
         assert (tmp_path / name).read_bytes() == (study.RECORDS / name).read_bytes(), name
     assert capsys.readouterr().out.encode() == (study.RECORDS / "report.md").read_bytes()
+
+
+STUB = """
+import signal, sys, time
+from pathlib import Path
+
+run = next(a for a in sys.argv if a.startswith("--run=")).removeprefix("--run=")
+if run == "fingerprint":
+    print("ab12")
+elif run.startswith("flipped"):
+    sys.exit("no memory")
+elif run.startswith("standard"):
+    Path("records/standard").mkdir(parents=True, exist_ok=True)
+    Path(f"records/{run}.json").touch()
+else:
+    signal.signal(signal.SIGTERM, lambda *_: (Path("stopped").touch(), sys.exit()))
+    Path("started").touch()
+    time.sleep(600)
+"""
+RUN_STUB = """
+import sys
+from pathlib import Path
+
+import study
+
+study.ROOT, study.POLL_SECONDS = Path.cwd(), 0.05
+jobs = [study.Job(arm, 0) for arm in sys.argv[1:]]
+study.run_jobs("A", {"threads": 1}, Path("records"), jobs, {}, study.Config(jobs=1))
+"""
+
+
+def start_jobs(folder: Path, *arms: str) -> subprocess.Popen:
+    """`run_jobs` with these arms, in a process of its own; the runs are those of STUB."""
+    (folder / "study.py").write_text(STUB)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-c", RUN_STUB, *arms]  # -P: its study.py is not that of the folder
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_study_stops_its_runs(tmp_path, number):
+    process = start_jobs(tmp_path, "split")
+    wait_for(tmp_path / "started", process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and (tmp_path / "stopped").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_still_run(tmp_path):
+    process = start_jobs(tmp_path, "flipped", "standard")
+    _, error = process.communicate(timeout=60)
+    assert "UserError: 1 runs failed; the last lines of" in error and "flipped/seed00.log say why" in error
+    assert (tmp_path / "records" / "standard" / "seed00.json").exists()
+    assert "no memory" in next(tmp_path.rglob("flipped/seed00.log")).read_text()
 
 
 @pytest.mark.slow
