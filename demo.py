@@ -28,7 +28,7 @@ from boxes import locs_to_boxes
 from diagnostics import acting_map, answer_attention, first_map, subtracted_map
 from differential_attention import differential_modules
 from errors import UserError, one_line_errors
-from files import check_ranges
+from files import check_ranges, one_line
 from haystack import ImagePool, needle_prompt, read_pool
 from models import classes_of
 from needle_eval.plots import STYLE
@@ -246,7 +246,10 @@ def main() -> None:
         raise UserError("gradio is not installed: pip install gradio") from error
     app = build_app(gradio, load(config))
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    app.launch(server_name="127.0.0.1", server_port=config.port, theme=theme, footer_links=[])
+    try:
+        app.launch(server_name="127.0.0.1", server_port=config.port, theme=theme, footer_links=[])
+    except OSError as error:
+        raise UserError(f"--port={config.port}: {one_line(error)}: give another port") from error
 
 
 if __name__ == "__main__":

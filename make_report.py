@@ -115,16 +115,18 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
             text += ", 95 % interval of the paired t test" if len(found.seeds) >= MIN_SEEDS else ""
         lines.append(show(figure, f"{title}, in points. {text}."))
         tests = {group: test for group in groups if (test := found.test(group))}
-        tested = [group for group in tests if group]
-        adjusted = dict(zip(tested, holm([tests[group]["p"] for group in tested]), strict=True)) | {"": found.holm_p}
+        headline = "" if "" in groups else measured.headline[0]
+        others = [group for group in tests if group != headline]
+        adjusted = dict(zip(others, holm([tests[group]["p"] for group in others]), strict=True))
+        adjusted[headline] = found.holm_p
         if tests:
             rows = [
                 [titles[group], format_interval(test), format_p(test["p"]), format_p(adjusted[group])]
                 for group, test in tests.items()
             ]
             lines += table(["questions", f"{title}, points [95 %]", "p", "Holm p"], rows, "numbers")
-            text = "p: paired t test over seeds. Holm p: of the mean adjusted for the number of arms"
-            lines.append(paragraph(f"{text}, of the other rows for their number."))
+            text = f'p: paired t test over seeds. Holm p: of "{titles[headline]}" adjusted for the number of arms'
+            lines.append(paragraph(f"{text}, of the other rows for their number." if others else f"{text}."))
     return lines
 
 
@@ -176,10 +178,11 @@ def section_curves(arms: Arms, style: dict) -> list[str]:
         "eval_loss": ("Loss of the evaluation sets during training", "loss per label token", None),
         "metric": (f"{metric} during training", metric, {}),
     }
-    text = f"{band}Between the first and the last evaluation only the first questions of each set are asked."
+    short = "Between the first and the last evaluation only the first questions of each set are asked."
     for quantity, curves in by_set.items():
         title, label, guess = titles[quantity]
-        lines.append(show(plots.draw_sets(curves, style, title, label, guess), text))
+        asked = "Always on the first rows of each set." if quantity == "eval_loss" else short
+        lines.append(show(plots.draw_sets(curves, style, title, label, guess), band + asked))
     return lines
 
 
@@ -217,7 +220,7 @@ def section_maps(arms: Arms, notes: list[str]) -> list[str]:
             if not run.is_differential or not (run.folder / "attention.safetensors").exists():
                 continue
             if not (run.folder / "signed_maps.safetensors").exists():
-                notes.append(f"{run.folder}: stores no second map: its preset subtracts none")
+                notes.append(f"{run.folder}: stores no second map: its preset subtracts none, or memory ran out")
                 continue
             same = [other.folder for other in standard if other.seed == run.seed]
             title = f"Attention of the answer on the image: {arm}, seed {run.seed}"
@@ -290,7 +293,10 @@ def section_confusion(measured: Sequence[Measured]) -> list[str]:
             means = {arm: nan_mean(seeds) for arm, seeds in of_arms.items()}
             grid = math.isqrt(len(next(iter(means.values()))) - 1)
             figure = draw_confusion(means, grid, f"{setting}: answered against true cells")
-            text = f"Evaluation {found.name}; every row sums to 100 %, mean over the seeds. On the diagonal: right."
+            text = (
+                f"Evaluation {found.name}; every row sums to 100 %, mean over the seeds. On the diagonal: right, also "
+                "in a form that does not count as exact."
+            )
             lines.append(show(figure, text))
     return lines
 
@@ -402,7 +408,7 @@ def failures_of_samples(arms: Arms, style: dict) -> list[str]:
             if sample["step"] == last and normalise(sample["response"]) != normalise(sample["answer"])
         ]
         for sample in wrong[:SHOWN_FAILURES]:
-            image = plots.read_sample_image(run.folder, sample) if sample.get("image") else None
+            image = read_image(str(run.folder / sample["image"]), [run.folder]) if sample.get("image") else None
             answers = {run.arm: (sample["response"], False)}
             cards.append(card(image, sample["prompt"], sample["answer"], answers, sample.get("grid"), style))
     if not cards:
@@ -440,7 +446,9 @@ def card(
         wrong = {arm: response for arm, (response, is_right) in answers.items() if not is_right}
         boxes = [cell_box(truth, grid, "needle", "")]
         for arm, response in wrong.items():
-            boxes.append(cell_box(parse_lenient(response) or "", grid, "missed", style[arm]["color"]))
+            named = parse_lenient(response) or ""
+            if named != truth:  # the right cell in a form that does not count has its outline already
+                boxes.append(cell_box(named, grid, "missed", style[arm]["color"]))
         lines += [*filter(None, boxes), "</div>"]
     lines += [f"<figcaption>{escape(clip(prompt.removeprefix('answer en ')))}<br>expected: {escape(truth)}"]
     for arm, (response, is_right) in answers.items():

@@ -62,6 +62,7 @@ SMOOTHING = 0.5  # weight of the past in a smoothed loss
 SHOWN_SETS = 4  # evaluation sets in answers.png
 PANEL, LINE = 2.2, 0.14  # inches: the side of an image, the height of a line of its title
 TITLE_WIDTH = 30  # characters
+MAX_NAMED_LAYERS = 12  # layers with a name each in a figure of lambda
 LAST_FIGURE = "loss.png"  # drawn last: if it exists, all of them do
 
 
@@ -185,17 +186,27 @@ def lambda_curves(lines: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_lambda(curves: dict[str, list[tuple[int, float]]], title: str) -> Figure:
-    """lambda of every layer over training, early layers dark, late layers light."""
+    """lambda of every layer over training, early layers dark, late layers light; a colour bar replaces the names of
+    more than MAX_NAMED_LAYERS."""
     figure, axes = plt.subplots(layout="constrained")
+    scale = plt.Normalize(0, max(1, len(curves) - 1) / 0.9)  # the lightest colours are hard to see
+    is_named = len(curves) <= MAX_NAMED_LAYERS
     for i, (name, points) in enumerate(curves.items()):
-        colour = plt.cm.cividis(0.9 * i / max(1, len(curves) - 1))
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=short_layer_name(name))
+        label = short_layer_name(name) if is_named else None
+        axes.plot(*zip(*points, strict=True), color=plt.cm.cividis(scale(i)), linewidth=1.6, label=label)
+    if not is_named:
+        kinds = dict.fromkeys(short_layer_name(name).rpartition(" ")[0] for name in curves)
+        bar = figure.colorbar(plt.cm.ScalarMappable(scale, "cividis"), ax=axes, label=f"{', then '.join(kinds)}")
+        bar.ax.set_ylim(0, len(curves) - 1)
+        bar.outline.set_visible(False)
     starts = {points[0][1] for points in curves.values() if points[0][0] == 0}
     if len(starts) == 1:
         axes.axhline(*starts, color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="start")
     axes.set(title=wrap_title(title, 80), xlabel="update", ylabel="lambda")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if axes.get_legend_handles_labels()[1]:
+        place = dict(loc="center left", bbox_to_anchor=(1.0, 0.5)) if is_named else dict(loc="best")
+        axes.legend(frameon=False, fontsize=8, **place)
     return figure
 
 
@@ -446,7 +457,8 @@ def draw_lambda_by_depth(curves: dict[str, list[dict[str, list[tuple[int, float]
             panel.plot(means[step], color=plt.cm.cividis(scale(step)), linewidth=1.2, marker="o", markersize=size)
         panel.plot(means[steps[0]], color="black", linestyle="dashed", linewidth=1.4, zorder=5, label="start")
         names = [short_layer_name(name) for name in seeds[0]]
-        panel.set_xticks(range(len(names)), [name.rpartition(" ")[2] for name in names], fontsize=8)
+        shown = range(0, len(names), math.ceil(len(names) / MAX_NAMED_LAYERS))
+        panel.set_xticks(shown, [names[i].rpartition(" ")[2] for i in shown], fontsize=8)
         kinds = dict.fromkeys(name.rpartition(" ")[0] for name in names)
         panel.set(xlabel=", then ".join(kinds), ylabel="lambda")
         panel.set_title(wrap_title(f"{arm}, mean of {len(seeds)} seeds" if len(seeds) > 1 else arm, 40), fontsize=9)
@@ -460,7 +472,8 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     """A row for each stored haystack: the image, the map of the standard run, and A1, lambda A2 and their difference of
     the differential run. All maps share one colour scale, white at 0. Each run shows the layer that attends most to the
     needle, at the first token of the answer, averaged over heads. Raises UserError as `draw_attention` does."""
-    attention, parts = read_attention_of_one_image(run), read_signed_maps(run)
+    parts = read_signed_maps(run)
+    attention = {name: maps for name, maps in read_attention_of_one_image(run).items() if name in parts}
     samples = attention_questions(run, list(attention))
     columns = {
         "A1": lambda m: m[0],

@@ -26,6 +26,7 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "font.size": 9,
+    "text.parse_math": False,  # titles hold prompts, in which $ is a dollar
 }
 # the colour-blind safe palette of Okabe and Ito, each colour with its own marker
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -41,10 +42,14 @@ COLUMNS = 4  # panels per row
 
 
 def arm_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of every arm: black circles for the first one, the baseline."""
-    styles = list(zip(COLOURS[-1:] + COLOURS[:-1], MARKERS[-1:] + MARKERS[:-1], strict=True))
-    chosen = {name: styles[number % len(styles)] for number, name in enumerate(names)}
-    return {name: dict(color=colour, marker=marker) for name, (colour, marker) in chosen.items()}
+    """Colour and marker of every arm: black circles for the first one, the baseline. Where the colours of the others
+    repeat, their markers differ."""
+    styles = {}
+    for number, name in enumerate(names):
+        again, place = divmod(number - 1, len(COLOURS) - 1) if number else (0, -1)
+        marker = MARKERS[(place + again) % (len(MARKERS) - 1)] if number else MARKERS[-1]
+        styles[name] = dict(color=COLOURS[place], marker=marker)
+    return styles
 
 
 def make_panels(

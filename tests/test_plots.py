@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,28 @@ def edit_samples(run: Path, edit):
     """Change every line of samples.jsonl."""
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     (run / "samples.jsonl").write_text("".join(json.dumps(edit(line)) + "\n" for line in lines))
+
+
+def test_a_dollar_in_a_prompt_is_a_dollar(run, figures):
+    """Not the start of a formula, which may be broken."""
+    edit_samples(run, lambda line: line | {"prompt": "growth from $5 (10%) to $6?"})
+    plots.draw_run(run)
+    assert any("$5 (10%) to $6?" in " ".join(title.split()) for title in figures["answers.png"][1])
+
+
+def test_lambda_of_many_layers_fits_into_its_figures(tmp_path):
+    """Of 32 decoder layers and 27 of a tower: a colour bar instead of their names."""
+    names = [f"model.language_model.layers.{i}.self_attn.differential" for i in range(32)]
+    names += [f"model.vision_tower.encoder.layers.{i}.self_attn.differential" for i in range(27)]
+    curves = {name: [(0, 0.5), (10, 0.5 + i / 200)] for i, name in enumerate(names)}
+    with plt.rc_context(plots.STYLE), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.draw_lambda(curves, "many")
+        assert len(figure.axes) == 2 and figure.axes[1].get_ylim() == (0, 58)
+        plots.save(figure, tmp_path / "lambda.png")
+        figure = plots.draw_lambda_by_depth({"diff": [curves]}, "many")
+        assert len(figure.axes[0].get_xticks()) <= 12
+        plots.save(figure, tmp_path / "depth.png")
 
 
 def test_all_figures_come_from_the_run_folder_alone(run, figures):

@@ -465,6 +465,11 @@ def test_boxes_are_y_x_y_x_in_1024_steps():
     assert locs_to_boxes(text, width=200, height=80) == [(cat, "cat"), (dog, "red dog")]
 
 
+def test_corners_may_come_in_either_order():
+    box = (100 / 1024 * 200, 100 / 1024 * 80, 800 / 1024 * 200, 800 / 1024 * 80)
+    assert locs_to_boxes("<loc0800><loc0800><loc0100><loc0100> cat", width=200, height=80) == [(box, "cat")]
+
+
 def test_malformed_parts_are_skipped():
     cat = "<loc0000><loc0256><loc0512><loc1023>"
     text = f"{cat} cat; <loc0001><loc0002> half ;nothing; {cat}<loc0001> five ; {cat[:-9]}<loc1024> off ;;{cat}"

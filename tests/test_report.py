@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from differential_attention import DifferentialConfig
 from files import read_json, write_json
 from finetune_original import finetune
 from needle_eval.plots import STYLE, Difference, arm_styles
+from needle_eval.statistics import format_p
 
 EVALUATION = "mmneedle-finetuned-haystack-samples_8"
 RIGHT = {"original": 0.25, "diff": 0.5}
@@ -328,9 +330,9 @@ def test_answered_against_true_cells():
 
 
 def test_every_arm_has_a_look_of_its_own():
-    found = arm_styles("abcdefg")
-    assert len({(look["color"], look["marker"]) for look in found.values()}) == 7
-    assert found["a"]["color"] == "#000000" and arms_.TRAINING
+    found = arm_styles("abcdefghijklmnopqrst")
+    assert len({(look["color"], look["marker"]) for look in found.values()}) == 20
+    assert [name for name, look in found.items() if look["color"] == "#000000"] == ["a"] and arms_.TRAINING
 
 
 def test_several_arms_are_adjusted_by_holm():
@@ -343,6 +345,22 @@ def test_several_arms_are_adjusted_by_holm():
     raw = [contrast.test("")["p"] for contrast in found]
     assert [contrast.holm_p for contrast in found] == [pytest.approx(2 * min(raw)), pytest.approx(max(raw))]
     assert [contrast.b for contrast in found] == ["b", "c"] and {contrast.a for contrast in found} == {"a"}
+
+
+def test_the_table_of_one_headline_group_shows_the_p_value_of_the_answer():
+    def rates(values: list[float]) -> dict:
+        return {seed: {"a": {"rate": r, "n": 100, "low": r, "high": r}} for seed, r in enumerate(values)}
+
+    def differences(values: list[float]) -> dict:
+        return {seed: {"a": {"mean": d, "low": None, "high": None}} for seed, d in enumerate(values)}
+
+    arms = {"standard": rates([0.5] * 3), "b": rates([0.51, 0.52, 0.515]), "c": rates([0.51, 0.48, 0.51])}
+    of_arms = {"b": differences([0.01, 0.02, 0.015]), "c": differences([0.01, -0.02, 0.01])}
+    measured = Measured("training", arms, {}, ["a"], of_arms)
+    first = contrasts(measured)[0]
+    lines = "".join(make_report.section_difference(measured, arm_styles(arms)))
+    assert format_p(first.holm_p) != format_p(first.test("")["p"])
+    assert format_p(first.holm_p) in lines and 'Holm p: of "a" adjusted for the number of arms.' in unescape(lines)
 
 
 def test_runs_that_were_asked_other_questions_are_named(folder):
