@@ -24,7 +24,7 @@ from checkpoint import ROOT, is_hub_id, locate, resolve_run
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
 from files import MESSAGE_LENGTH, atomic_folder, check_ranges, one_line, read_json, read_json_lines
-from model_card import SCORES_HEAD, TASK, datasets_of, eval_results, hide_folders, score_rows, tags_of
+from model_card import datasets_of, eval_results, hide_folders, score_table, tags_of, task_of
 from models import classes_of
 from run_folder import comparable
 
@@ -76,11 +76,11 @@ def write_card(
         base_model=base if is_hub_id(base) else None,
         license=config.license or known_license(base),
         datasets=datasets_of(data),
-        library_name=None if differential else "transformers",
-        pipeline_tag=TASK,
+        library_name="transformers" if is_in_transformers and not differential else None,
+        pipeline_tag=task_of(model_type),
         tags=tags_of(model_type, differential),
         model_name=name,
-        eval_results=eval_results(data, evals),
+        eval_results=eval_results(task_of(model_type), data, evals),
     )
     commit = f"@{record['base_revision']}" if record.get("base_revision") else ""
     versions = ", ".join(f"{package} {version}" for package, version in record.get("versions", {}).items())
@@ -95,10 +95,7 @@ def write_card(
 `{hide_folders(base)}{commit}` with LoRA, fine-tuned on `{data}` and merged;
 arm `{record["arm"]}`, step {record.get("step")}. {load}
 
-{SCORES_HEAD}
-{score_rows(evals)}
-
-| hyperparameter | value |
+{score_table(evals)}| hyperparameter | value |
 |---|---|
 {hyperparameters}
 

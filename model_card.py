@@ -13,7 +13,7 @@ from checkpoint import is_hub_id
 from differential_attention import DifferentialConfig
 from needle_eval.statistics import wilson
 
-TASK = "image-text-to-text"
+TEXT_ONLY = "phi3"  # the model_type of a decoder alone
 SCORES_HEAD = "| held-out rows | exact answers, % | 95 % Wilson interval | n |\n|---|---|---|---|"
 PROJECT = "Multimodal Differential Transformer"
 
@@ -52,17 +52,17 @@ def adapter_card(
     base, config = record["base_model"], record["config"]
     data = hide_folders(str(config["data"]))
     metadata = ModelCardData(
-        base_model=base.partition("@")[0] if is_hub_id(base) else None,
+        base_model=base if is_hub_id(base) else None,
         library_name="peft",
-        pipeline_tag=TASK,
+        pipeline_tag=task_of(model_type),
         datasets=datasets_of(data),
         tags=tags_of(model_type, differential),
         model_name=ADAPTER,
-        eval_results=eval_results(data, evals),
+        eval_results=eval_results(task_of(model_type), data, evals),
     )
     lora = record.get("lora", {})
     facts = {
-        "task": f"{TASK}: {describe_data(data)}",
+        "task": f"{task_of(model_type)}: {describe_data(data, model_type)}",
         "base model": hide_folders(base),
         "attention": f"differential, preset {differential.preset}" if differential else "standard",
         "LoRA": ", ".join(f"{key} {value}" for key, value in lora.items()),
@@ -74,8 +74,7 @@ def adapter_card(
     else:
         load = (LOAD_DIFFERENTIAL_ADAPTER if differential else LOAD_ADAPTER).format(name=ADAPTER)
     rows = "\n".join(f"| {name} | `{value}` |" for name, value in facts.items())
-    scores = f"{SCORES_HEAD}\n{score_rows(evals)}\n\n" if evals else ""
-    text = f"# LoRA adapter\n\n| | |\n|---|---|\n{rows}\n\n{scores}{load}"
+    text = f"# LoRA adapter\n\n| | |\n|---|---|\n{rows}\n\n{score_table(evals)}{load}"
     return f"---\n{metadata.to_yaml()}\n---\n\n{text}\nMade by the {PROJECT}, commit {record.get('commit')}.\n"
 
 
@@ -90,25 +89,33 @@ def datasets_of(data: str) -> list[str] | None:
     return [data.removeprefix("hub:")] if data.startswith("hub:") else None
 
 
-def describe_data(data: str) -> str:
+def task_of(model_type: str) -> str:
+    """The hub's name of the task."""
+    return "text-generation" if model_type == TEXT_ONLY else "image-text-to-text"
+
+
+def describe_data(data: str, model_type: str) -> str:
     """The task that --data trains, in words."""
+    if model_type == TEXT_ONLY:
+        return f"answer prompts ({data})"
     if data == "haystack" or data.startswith("haystack:"):
         return f"find a captioned image in a grid ({data})"
     return f"answer questions about images ({data})"
 
 
-def eval_results(data: str, evals: dict[str, list[int]]) -> list[EvalResult] | None:
+def eval_results(task: str, data: str, evals: dict[str, list[int]]) -> list[EvalResult] | None:
     """Exact answers in percent, in the hub's format."""
     results = [
-        EvalResult(TASK, data, data, "exact_match", 100 * right / n, dataset_config=rows)
+        EvalResult(task, data, data, "exact_match", 100 * right / n, dataset_config=rows)
         for rows, (right, n) in evals.items()
     ]
     return results or None
 
 
-def score_rows(evals: dict[str, list[int]]) -> str:
-    """The lines of the table under SCORES_HEAD."""
-    return "\n".join(score_row(rows, right, n) for rows, (right, n) in evals.items())
+def score_table(evals: dict[str, list[int]]) -> str:
+    """The table of the scores with an empty line below; empty if there are none."""
+    rows = "\n".join(score_row(rows, right, n) for rows, (right, n) in evals.items())
+    return f"{SCORES_HEAD}\n{rows}\n\n" if rows else ""
 
 
 def score_row(rows: str, right: int, n: int) -> str:

@@ -43,6 +43,7 @@ PALIGEMMA_TASK = "answer en "  # task prefix of the questions in this repository
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FEATURES_PER_TOKEN = 2  # per side: 2 x 2 CLIP features make one image token
 PHI_STOP_IDS = (32007, 32000)  # <|end|> and <|endoftext|>
+PHI_CONFIG_EOS = (2, 32000)  # single ids of end of text in released configs of Phi-3, which are wrong or incomplete
 IMAGE_TOKEN_ID = 32044  # <|image|>
 PAD_TOKEN_ID = 32000  # <|endoftext|>
 
@@ -69,12 +70,12 @@ class ModelFields:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: `eos_token_id` itself if it is a list. A single id is Phi's wrong 2 or incomplete
-        32000, so Phi's own stop tokens replace it if the vocabulary has them."""
+        """Tokens that end an answer: `eos_token_id`, one or a list. Phi-3's own stop tokens replace its configs' wrong
+        2 and incomplete 32000 if the vocabulary has them."""
         if isinstance(self.eos_token_id, list):
             return tuple(self.eos_token_id)
-        is_phi = self.eos_token_id is None or self.vocab_size > max(PHI_STOP_IDS)
-        return PHI_STOP_IDS if is_phi else (self.eos_token_id,)
+        is_phi3 = self.eos_token_id in PHI_CONFIG_EOS and self.vocab_size > max(PHI_STOP_IDS)
+        return PHI_STOP_IDS if self.eos_token_id is None or is_phi3 else (self.eos_token_id,)
 
     @property
     def padding(self) -> int:

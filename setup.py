@@ -14,14 +14,7 @@ from setuptools.command.build_py import build_py
 
 PACKAGE = "multimodal_diff"
 ROOT = Path(__file__).resolve().parent
-CHECKOUT_ONLY = (  # the study reads its plan from git
-    "setup.py",
-    "study.py",
-    "study_conversion.py",
-    "study_decoder.py",
-    "study_figure.py",
-    "study_symbolic.py",
-)
+CHECKOUT_ONLY = ("setup.py", "study*.py")  # the study reads its plan from git
 SOURCES = [file for file in sorted(ROOT.glob("*.py")) if not any(map(file.match, CHECKOUT_ONLY))]
 SOURCES += sorted(ROOT.glob("needle_eval/*.py"))
 ASSETS = [file for file in sorted(ROOT.glob("assets/*/**/*")) if file.is_file() and file.suffix not in (".py", ".pyc")]

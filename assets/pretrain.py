@@ -52,7 +52,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import one_line_errors  # noqa: E402
+from errors import UserError, one_line_errors  # noqa: E402
 from files import write_json  # noqa: E402
 from haystack import PoolImage, read_pool  # noqa: E402
 from modeling_clip import ClipVisionConfig  # noqa: E402
@@ -79,6 +79,7 @@ INSTRUCTIONS = [
     "yes no answer question describe ocr",
 ]
 WORDS = sorted({w for text in INSTRUCTIONS for w in re.findall(r"[A-Za-z]+", text)} | {"Yes", "No"})
+MAY_CHANGE = ("work_dir", "output_dir", "save_every", "eval_every", "eval_samples")  # when a run continues
 SEED_STRIDE = 1_000_003  # neighbouring seeds draw different batches
 LATTICE = 16  # steps per image side: drawings are placed on this lattice, so that a box has few distinct coordinates
 NUM_CROPS = 4  # of phi-nano
@@ -778,6 +779,19 @@ def readme(config: Config, model, processor: PaliGemmaProcessor | Phi3VProcessor
     )
 
 
+def as_json(config: Config) -> dict:
+    """The configuration as it is read back from a file."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def check_same_config(stored: dict | None, asked: dict, file: Path) -> None:
+    """Raise UserError if a checkpoint was made with other settings. Older checkpoints have none stored."""
+    changed = [name for name in asked if stored and stored.get(name) != asked[name] and name not in MAY_CHANGE]
+    if changed:
+        name = changed[0]
+        raise UserError(f"{file}: was made with {name} {stored.get(name)}, not {asked[name]}: give another --work_dir")
+
+
 @one_line_errors
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,))
@@ -806,6 +820,7 @@ def main():
     state_file = work / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
+        check_same_config(state.get("config"), as_json(config), state_file)
         everything.load_state_dict(state["model"])
         for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
@@ -840,6 +855,7 @@ def main():
         if done % config.save_every == 0 or done == config.steps:
             state = {"model": everything.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             state |= {"concepts": concepts, "smoothed": smoothed, "step": done}
+            state["config"] = as_json(config)
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
         if done % config.eval_every == 0 and done > config.tower_steps:

@@ -420,7 +420,7 @@ def load_rows(config: Config):
         measured = {n: [json.loads(fresh_process(["-c", LOAD, m, folder])) for _ in range(4)] for n, m in sides.items()}
     for i, name in enumerate(("load 1.3 GB, warm", "import + load")):
         seconds = [round(min(spent[i] for spent in measured[side][1:]), 3) for side in ("ours", "HF")]
-        yield f"{name}: ours / HF", {"ratio": round(seconds[0] / seconds[1], 3), "seconds": seconds}
+        yield f"{name}, bfloat16: ours / HF", {"ratio": round(seconds[0] / seconds[1], 3), "seconds": seconds}
 
 
 LOAD = """

@@ -57,7 +57,7 @@ def write_checkpoint(folder: str) -> None:
 def peak_gb() -> float:
     """Peak resident memory of this process in GB. getrusage would return that of the parent process if larger."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1e6
+    return int(line.split()[1]) * 1024 / 1e9  # the kernel counts in KiB
 
 
 def measure(config: Config) -> dict:

@@ -318,7 +318,17 @@ def test_the_card_says_what_it_is(runs, tmp_path, monkeypatch, arm):
 def test_the_base_model_s_name_and_licence_are_metadata():
     config = export.Config(model="", output="out")
     record = {"arm": "original", "base_model": "google/paligemma-3b-pt-224", "base_revision": "a" * 40}
-    text = export.write_card(config, record | {"config": {"data": "hub:org/set"}, "step": 1}, {}, None)
+    record |= {"config": {"data": "hub:org/set"}, "step": 1}
+    for family, library, task in (
+        ("paligemma", "transformers", "image-text-to-text"),
+        ("phi3_v", None, "image-text-to-text"),  # transformers has no class for it
+        ("phi3", "transformers", "text-generation"),
+    ):
+        card = export.write_card(config, record, {}, None, model_type=family)
+        data = huggingface_hub.ModelCard(card).data
+        assert (data.library_name, data.pipeline_tag) == (library, task)
+        assert "95 % Wilson interval" not in card  # no scores, no table
+    text = export.write_card(config, record, {}, None)
     data = huggingface_hub.ModelCard(text).data
     assert (data.base_model, data.license, data.datasets) == ("google/paligemma-3b-pt-224", "gemma", ["org/set"])
     assert "google/paligemma-3b-pt-224@" + "a" * 40 in text

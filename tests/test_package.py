@@ -95,6 +95,17 @@ def test_the_pins_are_inside_the_ranges_of_the_package():
     }
 
 
+def test_the_study_stays_in_the_checkout():
+    code = """
+import sys
+sys.argv[1:] = ["-q", "--version"]
+import setup
+print(*(file.name for file in setup.SOURCES))
+"""
+    names = child(code).stdout.split()
+    assert "training.py" in names and not [name for name in names if name.startswith("study") or name == "setup.py"]
+
+
 def test_all_modules_import_without_the_modules_that_windows_lacks():
     names = sorted(file.stem for file in ROOT.glob("*.py") if file.stem != "setup")
     names += [f"needle_eval.{file.stem}" for file in ROOT.glob("needle_eval/*.py")]

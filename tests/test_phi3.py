@@ -308,6 +308,9 @@ def test_configs_that_cannot_be_right_are_refused(field, tmp_path):
 
 def test_stop_ids_of_released_configs():
     """Released configs give 2, which the model never generates."""
-    assert Phi3Config.from_dict({"model_type": "phi3", "eos_token_id": 2}).stop_ids == (32007, 32000)
+    for single in (None, 2, 32000):
+        assert Phi3Config.from_dict({"model_type": "phi3", "eos_token_id": single}).stop_ids == (32007, 32000)
+    other = {"model_type": "phi3", "eos_token_id": 199999, "vocab_size": 200064}  # a larger vocabulary than Phi-3's
+    assert Phi3Config.from_dict(other).stop_ids == (199999,)
     assert Phi3Config.from_dict({"model_type": "phi3", "eos_token_id": [7, 8]}).stop_ids == (7, 8)
     assert Phi3Config.from_dict({"model_type": "phi3", "eos_token_id": 5, "vocab_size": 9}).stop_ids == (5,)

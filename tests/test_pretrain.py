@@ -7,10 +7,12 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pretrain
 import pytest
 import torch
 import torch.nn.functional as F
 from pretrain import LATTICE, Config, make_model, make_optimizers, model_step, page, save_asset, tower_step
+from refusals import refused
 from runs import ROOT
 
 from haystack import read_pool
@@ -236,3 +238,10 @@ def test_a_saved_model_is_read_back(made, family, tmp_path):
         assert torch.equal(p.bfloat16().float(), q), name
     readme = (folder / "README.md").read_text()
     assert "| ocr | 25.0 [" in readme and f"# {family}-nano" in readme and "{" not in readme.replace("{caption}", "")
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path):
+    file, stored = tmp_path / "state.pt", pretrain.as_json(Config(grid_weights=(0.5, 0.5)))
+    pretrain.check_same_config(stored, pretrain.as_json(Config(grid_weights=(0.5, 0.5), save_every=1)), file)
+    with refused(file, "was made with seed 0, not 1", "--work_dir"):
+        pretrain.check_same_config(stored, stored | {"seed": 1}, file)
