@@ -6,6 +6,7 @@ layers.
 import contextlib
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pretend_cuda
 import pytest
@@ -440,3 +441,27 @@ def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(tiny_model, tmp_pa
     with pytest.raises(UserError, match=flags) as caught:
         finetune_original.finetune(tiny.quick(finetune_original.Config, tiny_model, tmp_path, max_steps=1), "original")
     assert "\n" not in str(caught.value)
+
+
+# ---- decisions by device
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_is_bfloat16_only_where_the_gpu_computes_in_it(supported, monkeypatch):
+    """An older GPU would emulate it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    expected = torch.bfloat16 if supported else torch.float32
+    assert machine.choose_dtype("auto", torch.device("cuda"))[0] == expected
+    assert machine.choose_dtype("auto", torch.device("cpu"))[0] == torch.float32
+
+
+def test_workers_load_data_beside_a_gpu_only():
+    assert machine.choose_workers(-1, torch.device("cpu")) == 0 < machine.choose_workers(-1, torch.device("cuda"))
+    assert machine.choose_workers(3, torch.device("cpu")) == machine.choose_workers(3, torch.device("cuda")) == 3
+
+
+@pytest.mark.parametrize(("memory", "is_small"), [(99 * 1024, True), (227 * 1024, False)])  # of a 4090 and an H100
+def test_flex_attention_gets_small_tiles_where_shared_memory_is_small(memory, is_small, monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for dim in (128, 256):
+        q = SimpleNamespace(device=torch.device("cuda"), shape=(1, 8, 100, dim))
+        assert (attention.flex_tiles(q) is not None) == (is_small and dim == 256)

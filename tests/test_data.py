@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from refusals import refused
 
+import rows
 from data import Haystacks, Subset, batch_order, hold_out, loader, make_data, text_lengths
 from errors import UserError
 from finetune_original import Config
@@ -514,6 +515,18 @@ def test_one_image_under_several_names_or_copied_is_never_both_trained_on_and_he
         (held,) = sets.values()
         shown = [{s.get(0, i).images[0].getpixel((0, 0)) for i in range(len(s))} for s in (train, held)]
         assert shown[0].isdisjoint(shown[1]) and shown[1]
+
+
+def test_above_the_limit_images_are_compared_by_path_alone(tmp_path, monkeypatch):
+    names = {"a.png", "./a.png", "copy.png", "link.png"}
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "copy.png").write_bytes(b"one")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    keys = rows.same_images(names, tmp_path)
+    assert len(set(keys.values())) == 1
+    monkeypatch.setattr(rows, "HASHED_IMAGES", 1)
+    keys = rows.same_images(names, tmp_path)
+    assert keys["a.png"] == keys["./a.png"] == keys["link.png"] != keys["copy.png"]
 
 
 def test_ten_thousand_images_are_compared_within_seconds(tmp_path):

@@ -65,6 +65,29 @@ def test_diagnostics():
     assert row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
 
 
+@pytest.mark.parametrize("preset", ["split", "v1"])
+def test_measured_values_are_their_formulas(preset):
+    """Means over heads and valid tokens, in float64, of the maps and outputs of each layer."""
+    model, batch = stir(build(preset)), tiny.batch()
+    found = measure_maps(model, batch)
+
+    def see(name, module, seen, valid):
+        map1, map2, out1, out2 = (t.double() for t in seen[:4])
+        rows = valid[:, None].expand(out1.shape[:3])
+        entropy1, entropy2 = (-(m * m.clamp(min=1e-300).log()).sum(-1) for m in (map1, map2))
+        dot, norms = (out1 * out2).sum(-1), (out1.norm(dim=-1), out2.norm(dim=-1))
+        expected = {
+            "entropy1": entropy1[rows].mean(),
+            "entropy2": entropy2[rows].mean(),
+            "cosine": (dot / (norms[0] * norms[1]))[rows].mean(),
+            "distance": ((out1 - out2).norm(dim=-1) / norms[0])[rows].mean(),
+            "lambda": module.current_lambda(None).mean(),
+        }
+        assert found[name] == pytest.approx({key: value.item() for key, value in expected.items()}, rel=1e-4)
+
+    visit_differential_layers(model, batch, see)
+
+
 PAIR = {"entropy1", "entropy2", "cosine", "distance"}
 MEASURED = {
     "norm_only": {"entropy1"},
@@ -127,6 +150,23 @@ def test_maps_of_the_two_branches_are_attention_maps():
     )
     torch.testing.assert_close(seen.map1, attention_maps(q, k, causal(), 8**-0.5).flatten(1, 2))
     assert (seen.map1 - seen.map2).abs().max() > 0.01
+
+
+def test_attention_of_an_answer_is_that_of_the_tokens_that_predict_it():
+    model, batch, maps = stir(build("split")), tiny.batch(), []
+
+    def keep_map(attend, args, _):
+        maps.append(acting_map(attend, *args[:3]))
+
+    for decoder_layer in model.model.language_model.layers:
+        decoder_layer.self_attn.register_forward_hook(keep_map)
+    found = answer_attention(model, batch)
+    for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        patches = (ids == model.config.image_token_id).nonzero()[:, 0]
+        answered = (labels >= 0).nonzero()[:, 0][: found.shape[2]]
+        for layer_maps, paid in zip(maps, found[:, row], strict=True):
+            expected = layer_maps[row].mean(0)[answered - 1][:, patches]
+            torch.testing.assert_close(paid, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("map_of", [acting_map, first_map, subtracted_map])

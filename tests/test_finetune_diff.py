@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 from runs import crash, logged, saved_differential, saved_lora
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import run_folder
 import training
@@ -15,6 +17,7 @@ from data import loader, make_data
 from diagnostics import acting_map, first_map, subtracted_map
 from differential_attention import PRESETS, DifferentialConfig, differential_parameters, trainable_names
 from errors import UserError
+from files import write_manifest
 from finetune_diff import Config
 from finetune_original import finetune
 from fused_ops import apply_maps
@@ -70,6 +73,31 @@ def test_lambda_warms_up_over_its_share_of_training(config):
     assert [next(iter(layers.values())) for _, layers in logged(config, "lambda")] == pytest.approx(
         [0.2, 0.4, 0.4, 0.4]
     )
+
+
+def test_dex_selects_half_of_the_heads_and_a_run_that_goes_on_keeps_them(config, tmp_path):
+    config = replace(config, differential=DifferentialConfig("dex"), max_steps=1)
+    train(config)
+    selected = {name: t for name, t in saved_differential(config).items() if name.endswith("selected")}
+    assert selected and all(t.sum() == len(t) // 2 for t in selected.values())
+    other = {name: 1 - t for name, t in selected.items()}  # as if other rows had chosen
+    file = Path(config.output_dir) / "final" / "differential.safetensors"
+    with safe_open(file, "pt") as stored:
+        save_file(saved_differential(config) | other, file, metadata=stored.metadata())
+    write_manifest(file.parent)
+    more = replace(config, model=config.output_dir, output_dir=str(tmp_path / "more"))
+    train(more)
+    kept = saved_differential(more)
+    assert all(torch.equal(kept[name], t) for name, t in other.items())
+
+
+def test_gradient_norms_are_logged_before_clipping(config, tmp_path):
+    norms = []
+    for clip in (1e9, 1e-3):
+        clipped = replace(config, clip=clip, output_dir=str(tmp_path / str(clip)), max_steps=1)
+        train(clipped)
+        norms.append(logged(clipped, "differential_grad_norm")[0][1])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 def test_the_saved_run_computes_what_was_trained(config, monkeypatch):

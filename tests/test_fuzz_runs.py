@@ -17,7 +17,7 @@ from files import write_manifest
 from finetune_original import Config, finetune
 
 COUNT = 40
-LIMIT = 20  # seconds of one attempt
+LIMIT = 60  # seconds of one attempt
 CHECKPOINT = "checkpoints/step-000004"
 FILES = ["run.json", "metrics.jsonl", "samples.jsonl", "skipped.log", "samples/0-0.png"]
 FILES += [f"{CHECKPOINT}/{name}" for name in ("files.json", "trainer.pt", "adapter/adapter_config.json", "run.json")]

@@ -66,6 +66,20 @@ def test_flags_out_of_range_are_one_line(monkeypatch, capsys, flag):
     assert end.value.code == 2 and error.startswith("error: " + flag.partition("=")[0]) and error.count("\n") == 1
 
 
+def test_sampling_depends_on_its_flags(tiny_model, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    given = ["generate.py", f"--model={tiny_model}", f"--image={tmp_path / 'a.png'}", "--prompt=caption en"]
+
+    def answer(*flags):
+        monkeypatch.setattr(sys, "argv", [*given, "--max_new_tokens=8", *flags])
+        generate.main()
+        return capsys.readouterr().out
+
+    hot = answer("--temperature=5", "--seed=1")
+    assert hot == answer("--temperature=5", "--seed=1") != answer("--temperature=5", "--seed=2")
+    assert answer() == answer("--temperature=5", "--seed=1", "--top_p=0.000001") != hot  # only the likeliest token
+
+
 def test_boxes_on_several_images_are_refused(tiny_model, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     images = [str(tmp_path / "a.png")] * 2

@@ -190,6 +190,10 @@ def test_sampling_follows_its_generator_and_top_p():
     assert torch.equal(*draws)
     shares = torch.bincount(draws[0], minlength=4) / 4000
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
+    for temperature in (0.5, 2.0):
+        drawn = sample(logits, temperature, 1.0, torch.Generator().manual_seed(1))
+        shares = torch.bincount(drawn, minlength=4) / 4000
+        torch.testing.assert_close(shares, (logits[0] / temperature).softmax(-1), atol=0.03, rtol=0)
     assert sample(logits, 1.0, 0.7, torch.Generator().manual_seed(1)).unique().tolist() == [0, 1]  # 0.66 < 0.7
     assert sample(logits, 1.0, 0.1, torch.Generator().manual_seed(1)).unique().tolist() == [0]
     assert sample(logits, 0.0, 1.0, None).unique().tolist() == [0]

@@ -19,6 +19,7 @@ from tiny import quick
 
 import eval_mmnih
 import export
+import fused_ops
 import generate
 import plots
 import training
@@ -284,12 +285,17 @@ def test_lora_on_fused_projections_is_computed_in_one_piece(decoder, monkeypatch
     assert len(calls) == 2 * 4  # the four projections of two layers
 
 
-def test_the_tiled_loss_is_used_for_an_untied_head():
+def test_the_tiled_loss_is_used_for_an_untied_head(monkeypatch):
     head = torch.nn.Linear(8, 5000, bias=False).requires_grad_(False)
     rows = PLAIN_LOSS_MAX_LOGITS // 5000 + 1
-    hidden, labels = torch.randn(rows, 8), torch.randint(5000, (rows,))
+    hidden, labels = torch.randn(rows, 8, requires_grad=True), torch.randint(5000, (rows,))
+    calls, real = [], fused_ops.TiledHeadLoss.apply
+    monkeypatch.setattr(fused_ops.TiledHeadLoss, "apply", lambda *args: calls.append(args) or real(*args))
+    found = head_loss(hidden, head, labels, None)
     expected = torch.nn.functional.cross_entropy(head(hidden), labels)
-    torch.testing.assert_close(head_loss(hidden, head, labels, None), expected)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (found, expected)))
 
 
 def test_quantize_and_checkpointing_find_the_layers(decoder):

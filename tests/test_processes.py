@@ -11,7 +11,7 @@ import pytest
 import tiny_phi
 import torch
 from PIL import Image
-from runs import flags_of, logged, saved_lora, start, wait_for
+from runs import ROOT, flags_of, logged, saved_lora, start, wait_for
 from safetensors.torch import load_file
 
 from data import batch_order
@@ -96,7 +96,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(config, tmp_path):
     broken = max(second - set(range(8)))  # the first eight are read by all processes
     (tmp_path / f"more-{COLOURS[broken]}.png").write_bytes(b"no image")
     process = launch(config, "--standalone", "--nproc-per-node=2")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     (line,) = [line for line in err.splitlines() if "error: " in line]  # next to the other process's progress bar
     assert f"more.jsonl:{broken + 1}" in line
@@ -116,6 +116,36 @@ def test_sharded_frozen_layers_train_like_whole_ones(config, tmp_path):
         torch.testing.assert_close(added[name], tensor, atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match="--shard=True.*torchrun"):
         finetune(replace(config, output_dir=str(tmp_path / "one"), shard=True), "original")
+
+
+SHARDED = """
+import tiny
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from adapters import gathered, new_lora, shard_frozen_layers
+from finetune_original import Config
+from machine import make_accelerator
+
+model = tiny.ours_like(tiny.hf_model("gemma"))
+adapted, accelerator = new_lora(Config(), model), make_accelerator()
+shard_frozen_layers(model, adapted, accelerator)
+layers = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
+frozen = [p for layer in layers for p in layer.parameters() if not p.requires_grad]
+assert all(isinstance(layer, FSDPModule) for layer in layers) and all(isinstance(p, DTensor) for p in frozen)
+assert sum(p.to_local().numel() for p in frozen) < 0.6 * sum(p.numel() for p in frozen)
+with gathered(model):
+    assert not any(isinstance(p, DTensor) for layer in layers for p in layer.parameters())
+assert all(isinstance(p, DTensor) for layer in layers for p in layer.parameters() if not p.requires_grad)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_each_process_stores_half_of_the_frozen_layers(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(f"import sys\n\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n{SHARDED}")
+    check_finished(start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)))
 
 
 @pytest.mark.slow

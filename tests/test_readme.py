@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -17,7 +18,11 @@ from types import ModuleType
 import pytest
 import tyro
 
+import study
+import study_conversion
 from differential_attention import PRESETS
+from study_records import read_records
+from study_report import group_records, symbolic_contrasts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -231,6 +236,67 @@ def test_the_speed_table_is_what_was_measured():
 def test_the_tables_of_the_gpu_are_what_was_measured():
     rows = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
     assert "\n".join(load("benchmarks/gpu.py").summary(rows)) in PAGES["docs/speed.md"]
+
+
+def test_the_speeds_in_the_readme_are_what_was_measured():
+    text = " ".join(README.split())
+    cpu = json.loads((RESULTS / "compare_cpu.json").read_text())["rows"]
+    step = "step, vocabulary 257,216, float32: ours / HF-"
+    tuned, untuned = (cpu[step + kind]["ratio"] for kind in ("tuned", "default"))
+    assert f"{tuned:.2f} x the time of a tuned transformers + peft" in text
+    assert f"{untuned:.2f} x that of an untuned one" in text
+    gpu = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
+    step = "step, 224 px, ragged: "
+    with_vision, cached = (gpu[step + side]["ms"] for side in ("ours, vision", "ours"))
+    ratio = gpu[step + "ours, vision / HF-default, autocast"]["ratio"]
+    assert f"takes {with_vision:.0f} ms, {ratio:.2f} x the time of transformers + peft under autocast" in text
+    more = 100 * (gpu[step + "split / ours"]["ratio"] - 1)
+    assert f"it takes {cached:.0f} ms, and `split` {more:.0f} % longer" in text
+
+
+def test_the_differences_of_study_b1_are_those_of_its_records():
+    section = json.loads((ROOT / "study.json").read_text())["B1"]
+    (group,) = group_records(section, "B1", read_records(ROOT / "results" / "study" / "B1", "B1"))
+    found = {(c.a, c.b, pairs): c.t for pairs, of_pairs in symbolic_contrasts(group).items() for c in of_pairs}
+
+    def cell(a: str, b: str, pairs: int) -> str:
+        mean, low, high = (round(100 * math.expm1(found[a, b, pairs][key])) for key in ("mean", "low", "high"))
+        return f"{f'{mean:+d}' if mean else 0} % [{low}, {high}]"
+
+    rows = {
+        "V1 against standard": ("v1", "standard"),
+        "the control against standard": ("double_width_norm", "standard"),
+        "V1 against the control: the subtraction alone": ("v1", "double_width_norm"),
+    }
+    for name, (a, b) in rows.items():
+        assert f"| {name} | {cell(a, b, 8)} | {cell(a, b, 16)} |" in README
+    text = " ".join(PAGES["docs/study.md"].split())
+    for a, b in (("v1", "standard"), ("v1", "double_width_norm"), ("double_width", "v1")):
+        assert all(cell(a, b, pairs).removeprefix("-") in text for pairs in (8, 16)), (a, b)
+
+
+def test_the_grid_of_the_pilot_is_that_of_its_records():
+    section = study.read_section("A-pilot")
+    records = study.read_records(ROOT / "results" / "study" / "A-pilot", "A-pilot", section)
+    lines = study_conversion.format_pilot(section, records)
+    assert "\n".join(lines[2:]) in PAGES["docs/study.md"]
+
+
+def test_the_tables_of_smollm2_are_what_was_measured():
+    measured, page = json.loads((RESULTS / "smollm2.json").read_text()), PAGES["docs/smollm2.md"]
+    for name, found in measured["presets"].items():
+        if "perplexity" in found and name != "standard":
+            assert f"| `{name}` | {found['perplexity']:,.1f} |" in page
+    assert f"| standard attention | {measured['presets']['standard']['perplexity']:.1f} |" in page
+    for pairs, found in measured["needle"].items():
+        cells = (found["tokens"], found["right"], found["listed"], found["questions"])
+        assert f"| {pairs} | {' | '.join(f'{n:,}' for n in cells)} |" in page
+
+
+def test_the_files_that_tests_ask_for_are_documented():
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    names = set(re.findall(r"environ(?:\.get\(|\[)\"([A-Z0-9]+_(?:DATA|TOKENIZER|GGUF))\"", code))
+    assert len(names) == 5 and all(f"`{name}`" in PAGES["docs/tests.md"] for name in names)
 
 
 @pytest.mark.parametrize(("name", "page"), [("launches", "docs/speed.md"), ("memory", "docs/memory.md")])
