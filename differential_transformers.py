@@ -56,6 +56,7 @@ from files import PathLike, atomic_folder, read_json
 from fused_ops import blend
 
 BASES = ("eager", "sdpa")  # attention implementations that compute the maps
+QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "qk_norm")  # names of norms in attention layers
 VISION_ATTENTION = ("SiglipAttention", "CLIPAttention", "Idefics3VisionAttention", "SmolVLMVisionAttention")
 # the supported rotation of a decoder layer: unconditional, of whole queries (not of a part, `query_rot`), by its Python
 # module's function, other arguments at defaults
@@ -219,9 +220,9 @@ def check_host(config: DifferentialConfig, attention: nn.Module) -> None:
         return
     if hasattr(attention, "sinks"):
         raise UserError(f"{name}: attention sinks are not supported: give a model without them")
-    norm = getattr(attention, "q_norm", None)
-    is_per_head = norm is not None and norm.weight.shape == (attention.head_dim,)  # HostRotate.query applies it
-    is_normalised = any(hasattr(attention, norm) for norm in ("q_norm", "q_layernorm", "query_layernorm"))
+    weight = getattr(getattr(attention, "q_norm", None), "weight", None)
+    is_per_head = weight is not None and weight.shape == (attention.head_dim,)  # HostRotate.query applies it
+    is_normalised = any(hasattr(attention, norm) for norm in QUERY_NORMS) or getattr(attention.config, "clip_qkv", None)
     if config.second in ("query", "noise") and is_normalised and not is_per_head:
         raise UserError(f"differential preset {config.preset} would skip the norm of queries of {name}: use split")
     if config.rotate_halves:
@@ -364,7 +365,8 @@ def save_adapter(model: nn.Module, folder: PathLike, *args: Any, is_main_process
 def load_adapter(model: nn.Module, folder: PathLike, *args: Any, **options: Any) -> Any:
     """`load_adapter` of peft's wrapper, which also loads the differential attention in the adapter's folder (a local
     one or a hub id) or, in a run of this repository, in its parent. Raises UserError if it is missing."""
-    adapter = locate(folder) / (options.get("subfolder") or "")
+    revision = options.get("revision")
+    adapter = locate(f"{folder}@{revision}" if revision else folder) / (options.get("subfolder") or "")
     found = adapters.find_differential(adapter, adapter)
     result = type(model).load_adapter(model, folder, *args, **options)
     if found is not None:

@@ -25,7 +25,7 @@ from msgspec import Meta
 
 from differential_attention import knock_out
 from errors import UserError, one_line_errors
-from files import MESSAGE_LENGTH, check_ranges, one_line, write_json
+from files import MESSAGE_LENGTH, check_ranges, one_line, remove, write_json
 from machine import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 from models import classes_of
 from needle_eval.folder import fill_defaults, make_record, open_folder, output_folder
@@ -125,11 +125,12 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     with out_of_memory_as("lower --batch_size"):
         answer_questions(answerer, marked, folder / "answers.jsonl", benchmark.is_correct, progress=folder.name)
     if accelerator.is_main_process and config.attention:
+        remove(folder / "attention.json")
         try:
             write_json(folder / "attention.json", measure_needle_attention(answerer, marked, config.attention))
         except torch.OutOfMemoryError as error:  # explicit maps need more memory than answers
             reason = one_line(error)[:MESSAGE_LENGTH]
-            print(f"attention is not measured: the GPU is out of memory ({reason})", flush=True)
+            print(f"attention is not measured: the GPU is out of memory: lower --images ({reason})", flush=True)
     accelerator.wait_for_everyone()
     if lock is not None:
         lock.release()

@@ -154,7 +154,7 @@ def main() -> None:
 
     # --- write the folder
     record = read_json(adapter.parent / "run.json")
-    # a checkpoint holds the weights of its step; with --average_last their mean was evaluated
+    # a checkpoint of --average_last holds the weights of its step, but at the last step their mean was evaluated
     is_evaluated = adapter.parents[1].name != "checkpoints" or not record["config"].get("average_last")
     evals = read_evals(adapter.parent, record.get("step")) if is_evaluated else {}
     with atomic_folder(output) as folder:

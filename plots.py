@@ -6,7 +6,6 @@ python plots.py runs/original_seed0 runs/diff_seed0  # also the attention of bot
 
 import math
 import re
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -257,10 +256,10 @@ def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
 
 def answer_title(sample: dict) -> str:
     """Prompt and response, wrapped, and whether the response is right."""
-    prompt = textwrap.fill(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH)
+    prompt = wrap_title(sample["prompt"].removeprefix("answer en "))
     verdict = "right" if normalise(sample["response"]) == normalise(sample["answer"]) else "wrong"
     response = f"{sample['response'].strip() or '(empty)'} ({verdict})"
-    return f"{prompt}\n{textwrap.fill(response, TITLE_WIDTH)}"
+    return f"{prompt}\n{wrap_title(response)}"
 
 
 def read_sample_image(folder: Path, sample: dict) -> Image.Image:
@@ -299,7 +298,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
     figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.4 * shape[0]), layout="constrained", squeeze=False)
     for panels, sample in zip(axes.T, questions[0], strict=True):
         image = read_sample_image(runs[0], sample)
-        panels[0].set_title(textwrap.fill(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH), fontsize=9)
+        panels[0].set_title(wrap_title(sample["prompt"].removeprefix("answer en ")), fontsize=9)
         for panel in panels:
             panel.imshow(image)
             panel.axis("off")
@@ -500,7 +499,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     for panels, sample, row in zip(axes, samples, maps, strict=True):
         image = read_sample_image(run, sample)
         panels[0].imshow(image)
-        panels[0].set_title(textwrap.fill(sample["prompt"].removeprefix("answer en "), 26), fontsize=8)
+        panels[0].set_title(wrap_title(sample["prompt"].removeprefix("answer en "), 26), fontsize=8)
         outline_cell(panels[0], sample["answer"], sample["grid"], FOUND)
         for panel, m in zip(panels[1:], row, strict=True):
             shown = draw_signed(panel, m, limit)

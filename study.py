@@ -194,7 +194,8 @@ def run_jobs(study: str, section: dict, folder: Path, jobs: list[Job], found: di
             f"{fingerprint}, and such runs are never pooled: continue where those ran, or replicate the study with "
             "--records=results/study-NAME"
         )
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    stops = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in stops]
     try:
         while waiting or running:
             while waiting and len(running) < config.jobs:
@@ -219,6 +220,8 @@ def run_jobs(study: str, section: dict, folder: Path, jobs: list[Job], found: di
             process.send_signal(signal.SIGTERM)
         for process in running.values():
             process.wait()
+        for number, handler in zip(stops, previous, strict=True):
+            signal.signal(number, handler)
     if failed:
         first = failed[0]
         raise UserError(f"{len(failed)} runs failed; the last lines of {logs / first.arm / first.name}.log say why")

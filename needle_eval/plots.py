@@ -26,7 +26,6 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "font.size": 9,
-    "text.parse_math": False,  # titles hold prompts, in which $ is a dollar
 }
 # the colour-blind safe palette of Okabe and Ito, each colour with its own marker
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -105,8 +104,9 @@ def draw_cells(positives: dict[str, dict], path: Path, title: str):
 
 
 def wrap_title(text: str, width: int = TITLE_WIDTH) -> str:
-    """A title, wrapped to lines of at most `width` characters; long names are split."""
-    return textwrap.fill(text, width)
+    """A title, wrapped to lines of at most `width` characters; long names are split. A $ is a dollar, not the start of
+    a formula."""
+    return textwrap.fill(text, width).replace("$", r"\$")
 
 
 def cells_title(name: str, found: dict) -> str:

@@ -366,7 +366,12 @@ def test_what_does_not_fit_is_refused_by_name():
     sinks = hf.GptOssForCausalLM(hf.GptOssConfig(**bridge.TEXT, num_local_experts=2, num_experts_per_tok=1))
     assert "attention sinks" in refusal(sinks)
     over_heads = hf.Olmo2ForCausalLM(hf.Olmo2Config(**bridge.TEXT))  # its norm is one over all heads
-    assert "would skip the norm of queries of Olmo2Attention" in refusal(over_heads, "v2")
+    clipped = hf.OlmoForCausalLM(hf.OlmoConfig(**bridge.TEXT, clip_qkv=0.05))
+    after_rotation = hf.NanoChatForCausalLM(hf.NanoChatConfig(**bridge.TEXT))
+    for model in (over_heads, clipped, after_rotation):
+        name = type(model.model.layers[0].self_attn).__name__
+        assert f"would skip the norm of queries of {name}" in refusal(model, "v2")
+        add_differential(model, "split")
     apart = llama()
     for layer in apart.model.layers:  # a configuration that no part of the model owns: nothing could be registered
         layer.self_attn.config = copy.deepcopy(apart.config)

@@ -543,7 +543,7 @@ def test_what_fails_after_the_answers_costs_neither_them_nor_the_table(tiny_mode
     with monkeypatch.context() as patch:
         patch.setattr(eval_mmnih, "measure_needle_attention", raise_error(torch.OutOfMemoryError("of 2 GB")))
         out = evaluate(*flags, capsys=capsys)
-    assert "attention is not measured: the GPU is out of memory (of 2 GB)" in out and "1x2x2" in out
+    assert "attention is not measured: the GPU is out of memory: lower --images (of 2 GB)" in out and "1x2x2" in out
     with monkeypatch.context() as patch:
         patch.setattr(mmneedle, "write_official", raise_error(OSError(errno.ENOSPC, "full")))
         assert f"{Path('out/response')}: cannot be written" in refused(capsys, "--score=out")

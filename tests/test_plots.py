@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 import safetensors.torch
 import tiny
+from matplotlib import cbook
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from refusals import refused
@@ -67,10 +68,16 @@ def edit_samples(run: Path, edit):
 
 
 def test_a_dollar_in_a_prompt_is_a_dollar(run, figures):
-    """Not the start of a formula, which may be broken."""
-    edit_samples(run, lambda line: line | {"prompt": "growth from $5 (10%) to $6?"})
+    """Not the start of a formula, which may be broken; log axes keep their formulas."""
+    edit_samples(run, lambda line: line | {"prompt": "growth from $5 (10%) to $6?", "response": "$1"})
     plots.draw_run(run)
-    assert any("$5 (10%) to $6?" in " ".join(title.split()) for title in figures["answers.png"][1])
+    titles = [" ".join(title.split()) for title in figures["answers.png"][1]]
+    assert any(r"\$5 (10%) to \$6? answer: \$1" in title for title in titles), titles
+    assert not [title for title in titles if cbook.is_math_text(title)]
+    figure = figures["loss.png"][0]
+    figure.canvas.draw()
+    ticks = [text.get_text() for text in figure.axes[0].get_yticklabels(which="both")]
+    assert all(cbook.is_math_text(text) for text in ticks if "$" in text)
 
 
 def test_lambda_of_many_layers_fits_into_its_figures(tmp_path):

@@ -366,10 +366,13 @@ def start_jobs(folder: Path, *arms: str) -> subprocess.Popen:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_study_stops_its_runs(tmp_path, number):
     process = start_jobs(tmp_path, "split")
-    wait_for(tmp_path / "started", process)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode != 0 and (tmp_path / "stopped").exists()
+    try:
+        wait_for(tmp_path / "started", process)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number and (tmp_path / "stopped").exists()
 
 
 def test_a_run_that_fails_is_named_and_the_others_still_run(tmp_path):
