@@ -72,7 +72,7 @@ def test_a_dollar_in_a_prompt_is_a_dollar(run, figures):
     edit_samples(run, lambda line: line | {"prompt": "growth from $5 (10%) to $6?", "response": "$1"})
     plots.draw_run(run)
     titles = [" ".join(title.split()) for title in figures["answers.png"][1]]
-    assert any(r"\$5 (10%) to \$6? answer: \$1" in title for title in titles), titles
+    assert any(r"\$5 (10%) to \$6? \$1 (wrong)" in title for title in titles), titles
     assert not [title for title in titles if cbook.is_math_text(title)]
     figure = figures["loss.png"][0]
     figure.canvas.draw()
