@@ -155,7 +155,7 @@ def keep_layer_input(names: list[str], module: nn.Module, args: tuple, options: 
     """Forward pre-hook: keep the input [B, L, C] and the rotation of a layer until its attention function runs.
     `names`: those of the layer's arguments."""
     implementation = module.config._attn_implementation
-    if not implementation.startswith(DIFFERENTIAL_PREFIX):  # somebody changed it: the module would not be used
+    if not implementation.startswith(DIFFERENTIAL_PREFIX):  # set_attn_implementation: the module would not run
         raise UserError(
             f"{type(module).__name__}: attention implementation {implementation} ignores differential attention: "
             f"set {DIFFERENTIAL_PREFIX}eager or {DIFFERENTIAL_PREFIX}sdpa"
