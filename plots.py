@@ -256,10 +256,10 @@ def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
 
 def answer_title(sample: dict) -> str:
     """Prompt and response, wrapped, and whether the response is right."""
-    prompt = wrap_title(sample["prompt"].removeprefix("answer en "))
+    prompt = wrap_title(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH)
     verdict = "right" if normalise(sample["response"]) == normalise(sample["answer"]) else "wrong"
     response = f"{sample['response'].strip() or '(empty)'} ({verdict})"
-    return f"{prompt}\n{wrap_title(response)}"
+    return f"{prompt}\n{wrap_title(response, TITLE_WIDTH)}"
 
 
 def read_sample_image(folder: Path, sample: dict) -> Image.Image:
@@ -298,7 +298,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
     figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.4 * shape[0]), layout="constrained", squeeze=False)
     for panels, sample in zip(axes.T, questions[0], strict=True):
         image = read_sample_image(runs[0], sample)
-        panels[0].set_title(wrap_title(sample["prompt"].removeprefix("answer en ")), fontsize=9)
+        panels[0].set_title(wrap_title(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH), fontsize=9)
         for panel in panels:
             panel.imshow(image)
             panel.axis("off")
