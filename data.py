@@ -156,7 +156,7 @@ Source = Haystacks | Rows | HubRows | Subset
 def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
     """The training source of `config.data`, and the evaluation sources by name, the headline one first.
 
-    "haystack": the embedded pool; "haystack:IMAGES": your own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME":
+    "haystack": the included pool; "haystack:IMAGES": your own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME":
     evaluated on `config.eval_data`, one of the same three forms, or if that is empty, on a tenth held out.
     """
     kind, _, images = config.data.partition(":")
@@ -194,7 +194,7 @@ def read_source(spec: str, split: str, strict: bool) -> Rows | HubRows:
 def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Haystacks]]:
     """Haystacks for training, and evaluation sets with present and with absent needles for each grid size.
 
-    The embedded pool is evaluated on the drawing styles of training, on a style that is never trained on, and on
+    The included pool is evaluated on the drawing styles of training, on a style that is never trained on, and on
     concepts that are never trained on; images of `own`, a folder or a jsonl file, on the fifth of their captions that
     is never trained on.
     """

@@ -50,7 +50,7 @@ IMAGE_HEIGHT = 360  # height of the image on the page, in pixels
 
 @dataclass
 class Config:
-    # run folders, model folders or hub ids; empty: original_seed0 and diff_seed0 of runs/, else the embedded model
+    # run folders, model folders or hub ids; empty: original_seed0 and diff_seed0 of runs/, else the included model
     models: tuple[str, ...] = ()
     max_new_tokens: Annotated[int, Meta(ge=1, le=1000)] = 32  # longest answer, in tokens
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")  # cuda, mps or cpu

@@ -1,9 +1,9 @@
 """Evaluate any model of this repository on MMNeedle, MM-NIAH (needle in a haystack) or POPE.
 
-    python eval_mmnih.py --model=runs/original_seed0                      # haystacks of the embedded images
+    python eval_mmnih.py --model=runs/original_seed0                      # haystacks of the included images
     python eval_mmnih.py --model assets/paligemma-nano runs/original_seed0 runs/diff_seed0      # side by side
     python eval_mmnih.py --model=google/paligemma-3b-pt-224 --data=MMNEEDLE --protocol=official # the released benchmark
-    python eval_mmnih.py --benchmark=pope --data=POPE --image_folder=COCO/val2014
+    python eval_mmnih.py --benchmark=pope --data=POPE/output/coco --image_folder=COCO/val2014
     python eval_mmnih.py --compare runs/original_seed0 runs/diff_seed0    # paired tests on the same questions
     python eval_mmnih.py --compare "runs/original_seed*" "runs/diff_seed*"                      # over seeds
     torchrun --nproc-per-node=4 eval_mmnih.py --model=...
@@ -49,7 +49,7 @@ class Config:
     # --- questions
     benchmark: Literal["mmneedle", "pope", "mm-niah"] = "mmneedle"  # MMNeedle 2406.11230, POPE, MM-NIAH 2406.07230
     data: str = "haystack"  # haystack, haystack:IMAGES (a folder or jsonl with captions), or the benchmark's folder
-    split: str = ""  # split of haystack images; empty: test_style for the embedded pool, test for other images
+    split: str = ""  # split of haystack images; empty: test_style for the included pool, test for other images
     # POPE, MM-NIAH: folder of the images that the questions refer to
     image_folder: str = ""
     protocol: Literal["finetuned", "official", "rank", "quadrant", "detect"] = "finetuned"  # MMNeedle's question
@@ -59,7 +59,7 @@ class Config:
     needles: tuple[Side, ...] = (1,)  # captions per question
     samples: Whole = 0  # number of positives, and of negatives, per setting; 0: the benchmark's own number
     per_cell: Whole = 0  # take this many positives of every cell instead of the first ones in the file
-    # side of a cell of generated haystacks in pixels; 0: 64 for the embedded pool, 256 for other images
+    # side of a cell of generated haystacks in pixels; 0: 64 for the included pool, 256 for other images
     cell: Annotated[int, Meta(ge=0, le=4096)] = 0
     seed: int = 0  # seed of the generated haystacks
     # --- output

@@ -1,6 +1,6 @@
 """LoRA fine-tuning with differential attention; hyperparameters, data, order and budget are those of the baseline.
 
-    python finetune_diff.py                                                # split, in the decoder of the embedded model
+    python finetune_diff.py                                                # split, in the decoder of the included model
     python finetune_diff.py --differential.preset=v2
     python finetune_diff.py --differential.towers text vision              # in SigLIP too
     python finetune_diff.py --model=google/paligemma-3b-pt-224 --lr=1e-4   # on a GPU

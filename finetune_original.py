@@ -1,6 +1,6 @@
 """LoRA fine-tuning of PaliGemma or Phi-3-vision with standard attention: the baseline arm.
 
-    python finetune_original.py                                     # the embedded model on needle questions
+    python finetune_original.py                                     # the included model on needle questions
     python finetune_original.py --model=google/paligemma-3b-pt-224  # on a GPU
     python finetune_original.py --model=microsoft/Phi-3.5-vision-instruct
     python finetune_original.py --data=my.jsonl --max_steps=100     # rows of {image, prefix, suffix}

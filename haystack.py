@@ -20,7 +20,7 @@ from PIL import Image
 from errors import UserError
 from files import decode_typed, open_image, read_bytes, read_typed, resolve_inside
 
-POOL_CELL, OWN_CELL = 64, 256  # side of a cell in pixels, for the embedded images and for your own
+POOL_CELL, OWN_CELL = 64, 256  # side of a cell in pixels, for the included images and for your own
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
 TEST_SHARE = 5  # one in five captions of your own images is for testing
 TEST_BYTES = 256 // TEST_SHARE  # captions whose hash starts with a byte below this are for testing
@@ -66,9 +66,9 @@ def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) ->
 
 
 def read_split(source: str, split: str) -> list[PoolImage]:
-    """The images of one split of `source`, a folder or a jsonl file, or of the embedded pool if it is empty.
+    """The images of one split of `source`, a folder or a jsonl file, or of the included pool if it is empty.
 
-    The embedded concepts that are never trained on come in style `noto` only, like the split test_style.
+    The included concepts that are never trained on come in style `noto` only, like the split test_style.
     """
     images = [image for image in (read_captioned_images(source) if source else read_pool()) if image.split == split]
     if not source and split == "test_concept":
@@ -279,7 +279,7 @@ class ImagePool:
 def recolour_image(image: Image.Image, rng: random.Random) -> Image.Image:
     """An RGB or RGBA image with random saturation (0.5 to 1.5), channel gains and brightness; transparency stays.
 
-    The augmentation that the embedded model was pretrained with.
+    The augmentation that the included model was pretrained with.
     """
     pixels = np.asarray(image, np.float32) / 255
     colour = pixels[..., :3]

@@ -2,7 +2,7 @@
 
     python study.py                      # run the missing runs of the conversion study (A) and print its status
     python study.py --study=B1           # from scratch, on symbols: which arm forms the retrieval circuit first?
-    python study.py --study=C            # the conversion of a pretrained language model, exploratory
+    python study.py --study=C-pilot      # pilot of the study on a pretrained language model, exploratory
     python study.py --quick=True         # 2 arms, 2 seeds, fewer steps and questions: ten minutes, not the study
     python study.py --report=True        # the tables, the verdicts and the figures, from the records
 

@@ -1,4 +1,4 @@
-"""Study A: one run of an arm on the embedded model, and the questions of endpoint N. Started by study.py.
+"""Study A: one run of an arm on the included model, and the questions of endpoint N. Started by study.py.
 
 Endpoint N asks in which cell a drawing is, in the drawing styles that the model was trained on. The difficulty comes
 from the number of cells (16 in one image, 32 in two; 64 in four are asked too but do not count), and from either

@@ -54,7 +54,7 @@ class Config:
     rounds: int = 9  # timed rounds, after one that is not counted
     samples: int = 64  # images; each is asked for an object that it shows and for one that it does not
     batch_size: int = 32  # questions answered at once
-    protocol: str = "detect"  # a task that the embedded model can do without fine-tuning
+    protocol: str = "detect"  # a task that the included model can do without fine-tuning
     device: Literal["cpu", "cuda"] = "cpu"
     output: str = str(ROOT / "benchmarks" / "results" / "answers.json")
 

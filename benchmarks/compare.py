@@ -312,8 +312,8 @@ def layer_variants(config: Config, dtype, length: int) -> dict[str, Callable]:
     return made
 
 
-def embedded_rows(config: Config):
-    """Answers of the embedded model to eight needle questions; the whole call of generate is timed."""
+def included_rows(config: Config):
+    """Answers of the included model to eight needle questions; the whole call of generate is timed."""
     import transformers
 
     folder = ROOT / "assets" / "paligemma-nano"
@@ -333,7 +333,7 @@ def embedded_rows(config: Config):
     answers = {name: call().tolist() for name, call in calls.items()}
     assert answers["HF"] == answers["ours"], f"greedy tokens differ: {answers}"
     times = interleaved(calls, config.rounds)
-    yield "generate, embedded model, batch 8: HF / ours", ratio(times["HF"], times["ours"])
+    yield "generate, included model, batch 8: HF / ours", ratio(times["HF"], times["ours"])
 
 
 def decode_rows(config: Config, dtype: str):
@@ -444,7 +444,7 @@ def cpu_rows(config: Config):
     for length in (304, 1100):
         for dtype in DTYPES:
             yield from layer_rows(config, dtype, length)
-    yield from embedded_rows(config)
+    yield from included_rows(config)
     for dtype in DTYPES:
         yield from decode_rows(config, dtype)
     yield from load_rows(config)

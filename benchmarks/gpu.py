@@ -497,7 +497,7 @@ def card_ms(work: Callable[[], object], times: int = 5) -> float:
 
 
 def resume(config: Config) -> Rows:
-    """finetune_diff.py on the embedded model: a run that is killed and resumed against an uninterrupted one."""
+    """finetune_diff.py on the included model: a run that is killed and resumed against an uninterrupted one."""
     with tempfile.TemporaryDirectory() as folder:
         steps, samples, save_every = (60, 64, 20) if config.size == "full" else (4, 2, 2)
         flags = [f"--max_steps={steps}", f"--save_every={save_every}", "--log_every=1", f"--eval_samples={samples}"]
@@ -507,9 +507,9 @@ def resume(config: Config) -> Rows:
             seconds = run_script("finetune_diff.py", flags, run, killed_at)
             lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
             losses[name] = [line["loss"] for line in lines if "loss" in line]
-            yield f"embedded model, {name}", {"seconds": round(seconds, 1), "last_loss": losses[name][-1]}
+            yield f"included model, {name}", {"seconds": round(seconds, 1), "last_loss": losses[name][-1]}
         pairs = zip(losses["whole"], losses["killed"], strict=True)
-        yield "embedded model, killed / whole", {"largest_loss_difference": max(abs(a - b) for a, b in pairs)}
+        yield "included model, killed / whole", {"largest_loss_difference": max(abs(a - b) for a, b in pairs)}
 
 
 def run_script(script: str, flags: list[str], folder: Path, killed_at: int | None) -> float:
@@ -564,7 +564,7 @@ def train_3b(config: Config) -> Rows:
 
 
 def write_random_model(config: Config, folder: Path):
-    """PaliGemma 3b with random weights in bfloat16, with the tokenizer of the embedded model."""
+    """PaliGemma 3b with random weights in bfloat16, with the tokenizer of the included model."""
     small = PaliGemmaConfig.from_pretrained(NANO)
     text, vision = GemmaConfig(), SiglipVisionConfig()
     if config.size == "tiny":

@@ -2,7 +2,7 @@
 
     python benchmarks/presets.py
 
-Time is process time of forward + backward of the embedded model with LoRA on a batch of needle questions, with all
+Time is process time of forward + backward of the included model with LoRA on a batch of needle questions, with all
 presets interleaved in one process with one thread: the median over rounds of the ratio to standard attention in the
 same round.
 """

@@ -29,7 +29,7 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
     split = config.split or ("test" if source else "test_style")
     images = read_split(source, split)
     if not images:
-        raise UserError(f"--split={split}: {source or 'the embedded pool'} has no such images")
+        raise UserError(f"--split={split}: {source or 'the included pool'} has no such images")
     cell, samples = config.cell or (OWN_CELL if source else POOL_CELL), config.samples or setting.default_samples
     if samples > NEGATIVES_FROM:
         raise UserError(f"--samples={samples}: at most {NEGATIVES_FROM}, where the ids of negatives begin")
@@ -38,7 +38,7 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
     for image in images:
         digest.update(image.fingerprint())
     shape = f"{setting.images}x{setting.grid}x{setting.grid}" + (f"_{setting.needles}" if setting.needles > 1 else "")
-    name = f"{Path(source).resolve().stem if source else 'embedded'}-{split}-{shape}-{digest.hexdigest()[:12]}"
+    name = f"{Path(source).resolve().stem if source else 'included'}-{split}-{shape}-{digest.hexdigest()[:12]}"
     folder = CACHE / name
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import numpy as np
 from study_records import Answers, ConversionRecord, Record, SymbolicRecord, hash_plan
 
 CONCEPTS = 20
-PAIRED_SD = 3.06  # points: SD of the difference of two arms in endpoint N, measured in a pilot
+PAIRED_SD = 3.06  # points: SD of the difference of two arms that the plan assumes
 BASE = {4: 0.93, 16: 0.66, 32: 0.60, 64: 0.54}  # number of cells -> accuracy of standard
 ENDPOINT = {"cells": [16, 64], "kinds": ["look-alike", "noise"]}
 CORE = ("standard", "split", "additive", "flipped")

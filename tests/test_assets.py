@@ -1,4 +1,4 @@
-"""The embedded models agree with transformers, and do what their READMEs say."""
+"""The included models agree with transformers, and do what their READMEs say."""
 
 import json
 from pathlib import Path
@@ -33,12 +33,12 @@ def processor(folder):
     return classes_of(folder)[1].from_pretrained(folder)
 
 
-def test_the_embedded_model_is_small(folder, model):
+def test_the_included_model_is_small(folder, model):
     assert 5e6 <= sum(p.numel() for p in model.parameters()) <= 7e6
     assert sum(f.stat().st_size for f in folder.iterdir()) <= {NANO: 16e6, PHI_NANO: 12e6}[folder]
 
 
-def test_the_embedded_model_is_found_from_any_directory(folder, tmp_path, monkeypatch):
+def test_the_included_model_is_found_from_any_directory(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(resolve_run(f"assets/{folder.name}")[0]) == folder.resolve()
 
@@ -109,7 +109,7 @@ def test_it_captions_and_finds_trained_drawings_in_new_arrangements(folder, mode
     assert scores["caption_1x1"] >= 0.9 and scores["detect_2x2"] >= 0.9
 
 
-def test_the_readme_of_the_embedded_model_shows_its_metrics(folder):
+def test_the_readme_of_the_included_model_shows_its_metrics(folder):
     metrics = json.loads((folder / "pretraining.json").read_text())["metrics"]
     readme = (folder / "README.md").read_text()
     for scores in metrics["scores"].values():

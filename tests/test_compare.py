@@ -108,7 +108,7 @@ def test_the_other_sections_of_the_gpu_benchmark_run(gpu, monkeypatch, tmp_path)
     monkeypatch.setattr(gpu, "SECTIONS", patient)
     result = run_gpu(gpu, monkeypatch, tmp_path, "--seconds=1500")
     assert not result["faults"]
-    assert result["rows"]["embedded model, killed / whole"]["largest_loss_difference"] == 0
+    assert result["rows"]["included model, killed / whole"]["largest_loss_difference"] == 0
     assert "random 3b: export.py" in result["rows"]
 
 

@@ -63,7 +63,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
-def test_mmneedle_on_the_embedded_images(tiny_model, folder, capsys):
+def test_mmneedle_on_the_included_images(tiny_model, folder, capsys):
     out = evaluate(f"--model={tiny_model}", "--samples=6", "--output_dir=out", "--attention=2", capsys=capsys)
     assert "benchmark mmneedle, data haystack" in out and "protocol finetuned" in out and "caption absent, n = 6" in out
     assert "first prompt: 'answer en where is " in out and "2x2: 16 px, 2 patches" in out
@@ -179,7 +179,7 @@ def test_models_side_by_side_and_compared(tiny_model, folder, capsys):
     written = places[1] / f"comparison-{slug(str(places[0]))}.json"
     assert f"written: {written}" in result
     found = read_json(written)["by pair"][0]["1x2x2 positive"]
-    assert found["second"]["right"] >= 8 > found["first"]["right"], "the embedded model finds, a random one does not"
+    assert found["second"]["right"] >= 8 > found["first"]["right"], "the included model finds, a random one does not"
     assert found["only second"] - found["only first"] == found["second"]["right"] - found["first"]["right"]
     assert found["p"] < 0.05 and found["difference"]["low"] > 0 and "McNemar p = " in result
 
@@ -308,10 +308,10 @@ def test_mm_niah(tiny_model, folder, capsys):
 
 
 def test_a_folder_of_the_release_is_read_in_place(tiny_model, folder, capsys):
-    """A folder built from the embedded images has the release's files: given as --data it is the same benchmark."""
+    """A folder built from the included images has the release's files: given as --data it is the same benchmark."""
     flags = (f"--model={tiny_model}", "--samples=5", "--grids=2", "--protocol=official")
     evaluate(*flags, "--output_dir=built")
-    release = next((folder / "runs" / "haystacks").glob("embedded-*"))
+    release = next((folder / "runs" / "haystacks").glob("included-*"))
     shutil.move(release, folder / "release")
     out = evaluate(*flags, "--data=release", "--output_dir=read", capsys=capsys)
     built, read = (
@@ -514,7 +514,7 @@ def test_faults_are_one_line(tiny_model, folder, capsys):
 def test_a_broken_image_stops_neither_answers_nor_attention(tiny_model, folder, capsys):
     flags = (f"--model={tiny_model}", "--samples=4", "--grids=2", "--attention=4")
     evaluate(*flags, "--output_dir=built")
-    shutil.move(next((folder / "runs" / "haystacks").glob("embedded-*")), folder / "release")
+    shutil.move(next((folder / "runs" / "haystacks").glob("included-*")), folder / "release")
     flags += ("--data=release", "--output_dir=out")  # a built folder would be built again
     evaluate(*flags)
     rows = rows_of(folder / "out")

@@ -348,7 +348,7 @@ def test_images_of_a_folder_and_of_a_jsonl(tmp_path):
         read_captioned_images(tmp_path)
 
 
-def test_the_embedded_pool_is_drawn_on_colours():
+def test_the_included_pool_is_drawn_on_colours():
     pool = ImagePool(read_pool(splits=("test_style",)))
     assert pool.resized(0, 64).mode == "RGBA" and pool.resized(0, 64).size == (56, 56)
 

@@ -1,4 +1,4 @@
-"""The embedded image pool: the claims of its README, checked against the file."""
+"""The included image pool: the claims of its README, checked against the file."""
 
 import hashlib
 import importlib.util

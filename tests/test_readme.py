@@ -21,6 +21,7 @@ import tyro
 import study
 import study_conversion
 from differential_attention import PRESETS
+from needle_eval.statistics import format_rate, rate
 from study_records import read_records
 from study_report import group_records, symbolic_contrasts
 
@@ -266,7 +267,7 @@ def test_the_differences_of_study_b1_are_those_of_its_records():
     rows = {
         "V1 against standard": ("v1", "standard"),
         "the control against standard": ("double_width_norm", "standard"),
-        "V1 against the control: the subtraction alone": ("v1", "double_width_norm"),
+        "V1 against the control": ("v1", "double_width_norm"),
     }
     for name, (a, b) in rows.items():
         assert f"| {name} | {cell(a, b, 8)} | {cell(a, b, 16)} |" in README
@@ -321,3 +322,16 @@ def test_the_table_of_tests_names_every_test_file():
 def test_ci_runs_the_command_of_the_readme():
     command = "pip install -r requirements-dev.txt && pytest"
     assert command in README and command in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(("model", "page"), [("paligemma-nano", "docs/evaluation.md"), ("phi-nano", "docs/phi3.md")])
+def test_the_accuracies_of_the_included_models_are_those_of_their_runs(model, page):
+    measured = json.loads((RESULTS / "quick_start.json").read_text())[model]["runs"]
+    rows = re.findall(r"^\| (\d) x \d, ([\w ,]+) \| [\d.]+ \| (.*) \|$", PAGES[page], re.M)
+    assert len(rows) == 8
+    for side, images, cells in rows:
+        name = f"{side}x{side} {images}"
+        expected = [format_rate(rate(*run["after"][name])) for run in measured.values()]
+        if model == "paligemma-nano":
+            expected.insert(0, format_rate(rate(*measured["original_seed0"]["before"][name])))
+        assert cells.split(" | ") == expected

@@ -104,7 +104,7 @@ def test_other_look_alikes_than_the_plan_s_are_refused():
         study_conversion.read_look_alikes(PILOT | {"look_alikes_sha256": "00"})
 
 
-def test_look_alikes_of_the_embedded_model_look_alike():
+def test_look_alikes_of_the_included_model_look_alike():
     model = PaliGemmaForConditionalGeneration.from_pretrained(ROOT / "assets" / "paligemma-nano")
     processor = study_conversion.PaliGemmaProcessor.from_pretrained(ROOT / "assets" / "paligemma-nano")
     found = study_conversion.rank_look_alikes(model, processor)
