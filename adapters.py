@@ -33,6 +33,7 @@ from checkpoint import (
     open_safetensors,
     rename_key,
 )
+from config_fields import PHI_TYPES
 from differential_attention import DifferentialConfig, differential_config, differential_modules, set_progress
 from errors import UserError
 from files import (
@@ -262,17 +263,15 @@ def differential_card(name: str) -> str:
 def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
     """Write the class of the base `model` and further `fields` into the adapter_config.json of `folder`. AutoPeftModel
     loads standard models and refuses those with differential attention, which it would leave out."""
-    file, library = (
-        Path(folder, ADAPTER_CONFIG),
-        DIFFERENTIAL_MARK if differential_config(model) else STANDARD_LIBRARY,
-    )
+    file = Path(folder, ADAPTER_CONFIG)
+    library = DIFFERENTIAL_MARK if differential_config(model) else STANDARD_LIBRARY
     mapping = {"base_model_class": type(model).__name__, "parent_library": library}
     write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | fields)
 
 
 def is_phi(model: nn.Module) -> bool:
     """Whether the model is of the Phi family, whose layers have other names on the hub than here."""
-    return model.config.model_type in ("phi3", "phi3_v")
+    return model.config.model_type in PHI_TYPES
 
 
 def rename_adapter(file: Path, model_type: str) -> None:

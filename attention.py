@@ -1,4 +1,4 @@
-"""Attention: the prefix-LM mask, the reference formulas, torch's kernels, and the choice between them.
+"""Attention: the prefix-LM mask, torch's kernels, and the choice between them and the formula.
 
 B batch, L queries, S keys, H query heads, K key/value heads, D head dim, Dv value head dim, R second queries (H, or
 fewer, each shared by H / R heads).
@@ -14,17 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_formula import attention_maps, attention_reference, blend
 from errors import UserError
-from fused_ops import (
-    BlendedAttention,
-    ChunkedAttention,
-    PrefixFlashAttention,
-    Segments,
-    apply_maps,
-    attention_scores,
-    blend,
-    softmax_maps,
-)
+from fused_ops import BlendedAttention, ChunkedAttention, PrefixFlashAttention, Segments
 
 if TYPE_CHECKING:  # takes a second
     from torch.nn.attention.flex_attention import BlockMask
@@ -76,7 +68,7 @@ class PrefixMask:
     end: Tensor  # [B]
     sees_all: bool  # no pads and no suffix: no mask is needed
     spans: tuple[tuple[int, int], ...]  # (min, max) over the batch of start, prefix_end and end, as Python ints
-    _dense: dict = field(default_factory=dict, repr=False, compare=False)
+    _derived: dict = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_tensors(cls, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> "PrefixMask":
@@ -112,9 +104,9 @@ class PrefixMask:
         With a `window`, a suffix query sees the last `window` keys only.
         """
         key = queries == keys, window  # no lengths in the key: torch.compile would specialise on them and recompile
-        if key not in self._dense or self._dense[key].shape[-2:] != (queries, keys):
-            self._dense[key] = self.block((keys - queries, keys), (0, keys), window)
-        return self._dense[key]
+        if key not in self._derived or self._derived[key].shape[-2:] != (queries, keys):
+            self._derived[key] = self.block((keys - queries, keys), (0, keys), window)
+        return self._derived[key]
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int], window: int | None = None) -> Tensor:
         """Bool mask [B, 1, queries, keys] of the queries and keys at these (first, one past the last) positions."""
@@ -122,6 +114,19 @@ class PrefixMask:
         k = torch.arange(*keys, device=self.start.device)[None, None, :]
         start, prefix_end, end = (x[:, None, None] for x in (self.start, self.prefix_end, self.end))
         return is_visible(q, k, start, prefix_end, end, window)[:, None]
+
+    def flex_blocks(self, queries: int, keys: int, window: int | None) -> "BlockMask":
+        """The mask as FlexAttention takes it, for the last `queries` of `keys` positions."""
+        key = "blocks", queries == keys, window  # as in `dense`
+        if key not in self._derived or self._derived[key].shape[-2:] != (queries, keys):
+            first = keys - queries
+
+            def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return is_visible(i + first, j, self.start[b], self.prefix_end[b], self.end[b], window)
+
+            batch, device = len(self.start), self.start.device
+            self._derived[key] = flex_module().create_block_mask(sees, batch, None, queries, keys, device=device)
+        return self._derived[key]
 
     def visible_keys(self, first: int, last: int, keys: int) -> tuple[int, int, bool]:
         """For the queries at positions first .. last - 1: the first key that any of them sees, one past the last such
@@ -157,7 +162,7 @@ class PrefixMask:
         suffix queries. Each query keeps its correct result and discards the other, so no tokens are moved.
         """
         key = "segments", queries == keys  # as in `dense`
-        if key not in self._dense or self._dense[key][0] != queries:
+        if key not in self._derived or self._derived[key][0] != queries:
             first, (shortest, longest) = keys - queries, self.spans[1]
             has_prefix = longest > max(first, self.spans[0][0])
             count = min(queries, keys - shortest) if has_prefix else queries  # without call 1, call 2 takes every query
@@ -174,8 +179,8 @@ class PrefixMask:
                 suffix=(offsets(count, count * torch.arange(2, device=device)), offsets(keys, ends[:, ::2])),
                 in_suffix=(positions >= self.prefix_end[:, None])[:, :, None, None],
             )
-            self._dense[key] = queries, segments
-        return self._dense[key][1]
+            self._derived[key] = queries, segments
+        return self._derived[key][1]
 
     def common_prefix_end(self, keys: int) -> int | None:
         """Where the prefix ends, if at the same position in every row and no row has pads; otherwise None."""
@@ -191,18 +196,15 @@ class StepMask:
 
     def __init__(self, start: Tensor, position: Tensor):
         self.start, self.position = start, position  # [B], the first token of each row; [1], where the new token is
-        self._dense: dict = {}
+        self._derived: dict = {}
 
     def dense(self, queries: int, keys: int, window: int | None = None) -> Tensor:
         """Bool mask [B, 1, 1, keys]; keys beyond the new token are hidden."""
-        if (keys, window) not in self._dense:
+        if (keys, window) not in self._derived:
             k, start = torch.arange(keys, device=self.start.device), self.start[:, None]
             seen = is_visible(self.position, k, start, start, self.position + 1, window)
-            self._dense[keys, window] = seen[:, None, None]
-        return self._dense[keys, window]
-
-    def common_prefix_end(self, keys: int) -> None:
-        """None: a single query needs no split into prefix and suffix."""
+            self._derived[keys, window] = seen[:, None, None]
+        return self._derived[keys, window]
 
 
 Mask = PrefixMask | StepMask
@@ -231,47 +233,6 @@ def apply_rotary_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each half of x [B, heads, L, D] rotated as a head of width D / 2; the tables are those of width D."""
     # every second frequency of width D is the whole spectrum of width D / 2
     return torch.cat([apply_rotary(half, cos[..., ::2], sin[..., ::2]) for half in x.chunk(2, dim=-1)], dim=-1)
-
-
-# ---- the formulas; every fast path is tested against them in float64
-def attention_maps(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
-    """softmax(softcap(scale q k^T)) under a mask: [B, K, H / K, L, S] of q [B, H, L, D] and k [B, K, S, D].
-
-    `mask`: bool [B, 1, L, S], True = may attend, or None.
-    """
-    return softmax_maps(attention_scores(q, k, scale, softcap), mask)
-
-
-def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
-) -> Tensor:
-    """softmax(scale q k^T) v: standard attention by its formula -> [B, H, L, D]."""
-    return apply_maps(attention_maps(q, k, mask, scale, softcap).to(q.dtype), v)
-
-
-def blended_reference(
-    q1: Tensor,
-    q2: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    lambda_: Tensor | float,
-    normalised: bool,
-    softcap: float | None = None,
-) -> Tensor:
-    """(A1 - lambda A2) v (arXiv 2410.05258, equation 1), divided by (1 - lambda) if `normalised`, so that the rows of
-    the map sum to 1: differential attention by its formula -> [B, H, L, Dv].
-
-    q1 [B, H, L, D], q2 [B, R, L, D], k1 and k2 [B, K, S, D], v [B, K, S, Dv]; lambda_: a number or [B, H, L, 1].
-    """
-    first, second = (attention_maps(q, k, mask, scale, softcap).flatten(1, 2) for q, k in ((q1, k1), (q2, k2)))
-    second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
-    maps = first - lambda_ * second
-    if normalised:
-        maps = maps / (1 - lambda_)
-    return apply_maps(maps.to(q1.dtype).unflatten(1, (v.shape[1], -1)), v)
 
 
 # ---- the paths
@@ -432,7 +393,7 @@ class Attend:
 
 
 # ---- torch's kernels
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, window: int | None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float, window: int | None) -> Tensor:
     """torch's scaled_dot_product_attention under a prefix-LM mask -> [B, H, L, D]; arguments as in `attention`.
 
     If the prefix ends at the same position in every row and no row is padded, this makes two calls: prefix queries on
@@ -481,13 +442,14 @@ def flex(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | None,
+    mask: PrefixMask | None,
     scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
+    softcap: float | None,
+    window: int | None,
 ) -> Tensor:
     """FlexAttention under a prefix-LM mask; arguments as in `attention`, v may be wider than k."""
-    blocks = None if mask is None or (mask.sees_all and window is None) else block_mask(mask, q, k, window)
+    needs_mask = mask is not None and not (mask.sees_all and window is None)
+    blocks = mask.flex_blocks(q.shape[2], k.shape[2], window) if needs_mask else None
     cap = None if softcap is None else softcap_score(torch.full((), softcap, device=q.device))
     run = compiled_flex() if q.device.type != "cpu" else flex_module().flex_attention
     shared = q.shape[1] != k.shape[1]
@@ -499,21 +461,6 @@ def softcap_score(softcap: Tensor) -> Callable[..., Tensor]:
     """The soft-cap as a `score_mod` of FlexAttention. `softcap` is a tensor because torch.compile would turn a float
     into an input of the graph, which the kernel cannot read."""
     return lambda score, *_: softcap * torch.tanh(score / softcap)
-
-
-def block_mask(mask: PrefixMask, q: Tensor, k: Tensor, window: int | None) -> "BlockMask":
-    """The mask as a BlockMask of FlexAttention, made once per batch."""
-    queries, keys = q.shape[2], k.shape[2]
-    key = "blocks", queries == keys, window  # as in `PrefixMask.dense`
-    if key not in mask._dense or mask._dense[key].shape[-2:] != (queries, keys):
-        first = keys - queries
-
-        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return is_visible(i + first, j, mask.start[b], mask.prefix_end[b], mask.end[b], window)
-
-        batch = len(mask.start)
-        mask._dense[key] = flex_module().create_block_mask(sees, batch, None, queries, keys, device=q.device)
-    return mask._dense[key]
 
 
 def flex_module() -> ModuleType:

@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from config_fields import PHI_TYPES
 from errors import UserError
 from files import PathLike, atomic_folder, check_regular, one_line, read_json, read_typed, reading, write_json, writing
 
@@ -95,7 +96,7 @@ def rename_key(key: str) -> str:
 def hub_key(key: str, model_type: str = "paligemma") -> str:
     """A weight's name in any layout -> its name on the hub: in layout L1, which every version of transformers reads, or
     in the layout of Phi-3."""
-    is_phi = model_type.removeprefix(DIFFERENTIAL_PREFIX) in ("phi3", "phi3_v")
+    is_phi = model_type.removeprefix(DIFFERENTIAL_PREFIX) in PHI_TYPES
     return apply_rule(rename_key(key), PHI_KEYS_TO_HUB if is_phi else KEYS_TO_HUB)
 
 

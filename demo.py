@@ -109,7 +109,8 @@ def ask(loaded: Loaded, image: Image.Image, prompt: str) -> Answer:
     text = loaded.processor.decode(ids[0, batch["input_ids"].shape[1] :])
     answered = move(loaded.processor([[image]], [prompt], [text]), loaded.device)
     parts = {ACTING: acting_map, "A1": first_map, "lambda A2": subtracted_map}
-    maps = {name: answer_attention(loaded.model, answered, part)[:, 0].float().cpu() for name, part in parts.items()}
+    found = answer_attention(loaded.model, answered, tuple(parts.values()))[:, :, 0].float().cpu()
+    maps = dict(zip(parts, found, strict=True))
     if maps["lambda A2"].any():
         maps["A1 - lambda A2"] = maps["A1"] - maps["lambda A2"]
     else:  # nothing is subtracted

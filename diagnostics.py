@@ -5,7 +5,7 @@ beside the forward pass, which returns only its output.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import Attend
+from attention_formula import apply_maps, blend
 from config_fields import IGNORED_LABEL
 from differential_attention import DifferentialAttention, SingleMap, differential_modules
-from fused_ops import apply_maps, blend, split_keys
+from fused_ops import split_keys
 
 # a run saves answers, images and attention of this many questions of each evaluation set, for plots.py
 SAVED_QUESTIONS = 2
@@ -133,12 +134,12 @@ def select_heads(model: nn.Module, batch: dict) -> None:
 
 
 # ---- attention on the needle
-def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-    """The map [B, H, L, S] that a decoder layer's attention applies to its values; arguments as in its forward.
+def acting_map(module: DifferentialAttention | None, maps: LayerMaps) -> Tensor:
+    """The map [B, H, L, S] that a layer applies to its values: A in standard attention (`module` is None), A1 + gamma
+    (A1 - A2) or A1 - lambda A2 in differential attention.
 
     For `dex` it is only A1: what W_D subtracts is not a map.
     """
-    module, maps = decoder_maps(layer_attention, x, rotary, mask)
     if maps.map2 is None or module.config.combine == "replace":
         return maps.map1 if maps.map2 is None else maps.map2
     is_normalised = module.config.combine == "normalised"
@@ -146,14 +147,13 @@ def acting_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tens
     return blend(maps.map1, maps.map2, weight, is_normalised)
 
 
-def first_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-    """A1 [B, H, L, S], the only map of standard attention; arguments as in `acting_map`."""
-    return decoder_maps(layer_attention, x, rotary, mask)[1].map1
+def first_map(module: DifferentialAttention | None, maps: LayerMaps) -> Tensor:
+    """A1 [B, H, L, S], the only map of standard attention."""
+    return maps.map1
 
 
-def subtracted_map(layer_attention: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-    """lambda A2 [B, H, L, S]; zeros where nothing is subtracted. Arguments as in `acting_map`."""
-    module, maps = decoder_maps(layer_attention, x, rotary, mask)
+def subtracted_map(module: DifferentialAttention | None, maps: LayerMaps) -> Tensor:
+    """lambda A2 [B, H, L, S]; zeros where nothing is subtracted."""
     if maps.map2 is None or module.config.combine == "replace":
         return torch.zeros_like(maps.map1)
     return maps.map1 - blend(maps.map1, maps.map2, maps.lambda_, False)
@@ -171,13 +171,12 @@ def decoder_maps(
 
 
 @torch.no_grad()
-def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor] = acting_map) -> Tensor:
-    """Attention of the answer tokens to the image patches, heads averaged: [layers, B, T, N of all images].
+def answer_attention(model: nn.Module, batch: dict, parts: Sequence[Callable[..., Tensor]] = (acting_map,)) -> Tensor:
+    """Attention of the answer tokens to the image patches, heads averaged: [parts, layers, B, T, N of all images].
 
-    `map_of`: `acting_map`, the map applied to the values: A in standard attention, A1 + gamma (A1 - A2) or
-    A1 - lambda A2 in differential attention; or one of its parts, `first_map` and `subtracted_map`. T: label tokens of
-    the shortest answer; entry t is the attention that predicts token t. All prompts of `batch` have the same
-    number of image tokens.
+    `parts`: `acting_map`, the map applied to the values, `first_map` or `subtracted_map`. T: label tokens of the
+    shortest answer; entry t is the attention that predicts token t. All prompts of `batch` have the same number of
+    image tokens.
     """
     predicts = batch["labels"][:, 1:] != IGNORED_LABEL
     predicts &= predicts.cumsum(1) <= predicts.sum(1).min()
@@ -186,8 +185,10 @@ def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor
     found = []
 
     def hook(layer_attention, args, _):
-        to_all = map_of(layer_attention, *args[:3]).mean(1)[:, :-1][predicts].unflatten(0, (count, -1))  # [B, T, S]
-        found.append(to_all.transpose(1, 2)[is_patch].unflatten(0, (count, -1)).transpose(1, 2))
+        module, maps = decoder_maps(layer_attention, *args[:3])
+        for part in parts:
+            to_all = part(module, maps).mean(1)[:, :-1][predicts].unflatten(0, (count, -1))  # [B, T, S]
+            found.append(to_all.transpose(1, 2)[is_patch].unflatten(0, (count, -1)).transpose(1, 2))
 
     handles = [layer.self_attn.register_forward_hook(hook) for layer in layers]
     was_training = model.training
@@ -197,7 +198,7 @@ def answer_attention(model: nn.Module, batch: dict, map_of: Callable[..., Tensor
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return torch.stack(found)
+    return torch.stack(found).unflatten(0, (-1, len(parts))).transpose(0, 1)
 
 
 def needle_share(attention: Tensor, needle: tuple[int, int, int], images: int, grid: int) -> Tensor:

@@ -10,15 +10,16 @@ B batch, L queries, S keys, H query heads, K key/value heads, D head dim, C hidd
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
+from attention_formula import blend
 from errors import UserError
-from fused_ops import blend
+from files import check_ranges
 
 LAMBDA_MAX = 0.9  # upper bound of a normalised lambda: gamma is at most 9
 SEED_STRIDE = 1_000_003  # runs with neighbouring seeds share no layer seeds
@@ -31,6 +32,7 @@ NORM_EPS = 1e-5  # of the head norm (arXiv 2410.05258)
 
 # the rotary embedding of [B, heads, L, D]; a host that normalises its queries first also has `rotate.query(projected)`
 Rotate = Callable[[Tensor], Tensor]
+Queries = tuple[Tensor, Tensor | None, Tensor, Tensor]  # q1, q2, k, v as `attend.blend` takes them
 
 
 class AttentionShape(NamedTuple):
@@ -102,9 +104,7 @@ class DifferentialAttention(nn.Module):
             out = attend(q2, k, v)
         return self.head_norm(out)
 
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def two_queries(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate) -> Queries:
         """(q1, q2, k, v) for `attend.blend`; q2 is None (diagnostics.py relies on it) if the method has one map."""
         return q, q + rotate(self.low_rank(x, self.second_down, self.second_up)), k, v
 
@@ -229,9 +229,7 @@ class ProjectedQuery(DifferentialAttention):
         if query.bias is not None:  # SigLIP has a bias, which both queries use
             self.register_buffer("second_bias", query.bias.detach().float().clone())
 
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def two_queries(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate) -> Queries:
         bias = getattr(self, "second_bias", None)
         weights = (t if t is None else t.to(x.dtype) for t in (self.second_query, bias))
         rotate_query = getattr(rotate, "query", rotate)  # of a host that normalises its queries
@@ -272,9 +270,7 @@ class LowRankMap(DifferentialAttention):
         self.key_down = uniform_parameter(generator, self.config.rank, hidden_size)
         self.key_up = uniform_parameter(generator, num_kv_heads * head_dim, self.config.rank)
 
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def two_queries(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate) -> Queries:
         return q, rotate(self.config.adapter_scale * self.low_rank(x, self.second_down, self.second_up)), k, v
 
     def extend_keys(self, x: Tensor, k: Tensor, rotate: Rotate) -> Tensor:
@@ -307,9 +303,7 @@ class PairedHeads(DifferentialAttention):
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         pass
 
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def two_queries(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate) -> Queries:
         k = torch.cat((k[:, 0::2], k[:, 1::2]), dim=1)
         v = torch.cat((v[:, 0::2], v[:, 1::2]), dim=-1)
         if self.config.pairing == "adjacent":
@@ -362,9 +356,7 @@ class HalvedHeads(DifferentialAttention):
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         pass
 
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def two_queries(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate) -> Queries:
         return *self.halve(q), torch.cat(self.halve(k), dim=1), v
 
     def rescale(self, attend: Callable) -> Callable:
@@ -382,17 +374,22 @@ class HalvedHeads(DifferentialAttention):
 
 
 class SingleMap(DifferentialAttention):
-    """Methods with a single map, which transform its output o1."""
+    """Methods with a single map: its output o1, or o1 - lambda o2 with o2 computed from o1."""
 
     trainable = ()
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         pass
 
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def two_queries(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate) -> Queries:
         return q, None, k, v
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
+        out = attend(q, k, v)
+        second = self.second_output(out)
+        if second is not None:
+            out = blend(out, second, self.current_lambda(x[:, -q.shape[2] :]), normalised=False)
+        return self.head_norm(out)
 
     def second_output(self, out: Tensor) -> Tensor | None:
         """o2, computed from o1 [B, H, L, D]; None if nothing is subtracted."""
@@ -405,13 +402,8 @@ class SameMap(SingleMap):
     def second_output(self, out: Tensor) -> Tensor:
         return out
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
-        out = attend(q, k, v)
-        lambda_ = self.current_lambda(x[:, -q.shape[2] :])
-        return self.head_norm(blend(out, self.second_output(out), lambda_, normalised=False))
 
-
-class ValueMap(SameMap):
+class ValueMap(SingleMap):
     """o1 - lambda o1 W_D on selected heads, W_D a D x D matrix (DEX, arXiv 2505.16333)."""
 
     trainable = ("value_map",)
@@ -433,9 +425,7 @@ class SharpenedQuery(DifferentialAttention):
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         self.log_sharpness = nn.Parameter(torch.zeros(self.shape.num_heads))
 
-    def two_queries(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def two_queries(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate) -> Queries:
         return q, q * self.log_sharpness.exp().to(q.dtype)[:, None, None], k, v
 
 
@@ -457,9 +447,6 @@ class NoSecondMap(SingleMap):
     """Standard attention, with the head norm: a control."""
 
     has_lambda = False
-
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotate: Rotate, attend: Callable) -> Tensor:
-        return self.head_norm(attend(q, k, v))
 
 
 SECOND_MAPS = {
@@ -508,7 +495,8 @@ class DifferentialConfig:
     # the paper's constant in the formulas of vectors, anneal and norm=head, not the initial value of a scalar
     # lambda (which is lambda_start); None: 0.8 - 0.6 exp(-0.3 layer)
     lambda_init: float | None = None
-    lambda_warmup: float = 0.0  # share of training over which lambda grows linearly from 0
+    # share of training over which lambda grows linearly from 0
+    lambda_warmup: Annotated[float, Meta(ge=0, le=1)] = 0.0
     # learning rate of lambda, as a multiple of that of the other parameters
     lambda_lr: Annotated[float, Meta(ge=0, le=1_000_000)] = 1.0
     # seed of the initial values, which have their own generator; finetune_diff.py sets it to the run's seed
@@ -534,22 +522,11 @@ class DifferentialConfig:
         return resolved
 
     def _check(self):
-        kinds = dict(second=Second, lambda_kind=Lambda, combine=Combine, norm=Norm, halves_cut=Cut, halves_scale=Scale)
-        kinds |= dict(pairing=Pairing)
-        for key, kind in kinds.items():
-            if getattr(self, key) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise UserError(f"differential.{key} {getattr(self, key)!r} is unknown: choose one of {known}")
-        if not self.towers or not set(self.towers) <= set(get_args(Tower)):
-            raise UserError(f"differential.towers {self.towers!r}: must be text, vision or both")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UserError(f"differential.seed {self.seed}: must be 0 to {MAX_SEED}")
-        if self.rank < 1 or self.noise_ratio < 1:
-            raise UserError(f"differential.rank {self.rank} and noise_ratio {self.noise_ratio} must be at least 1")
+        check_ranges(self, "differential.")
+        if not self.towers:
+            raise UserError("differential.towers: is empty: give text, vision or both")
         if self.lambda_lr == 0 and self.lambda_kind != "fixed":
             raise UserError("differential.lambda_lr 0: lambda would never learn: set lambda_kind=fixed instead")
-        if not 0 <= self.lambda_warmup <= 1:
-            raise UserError(f"differential.lambda_warmup {self.lambda_warmup}: must be a share of training, 0 to 1")
         has_no_lambda = self.combine == "replace" or self.second == "none"
         if has_no_lambda and self.lambda_kind != "fixed":
             raise UserError(
@@ -561,8 +538,6 @@ class DifferentialConfig:
                 f"differential: second={self.second} with combine={self.combine} does not use lambda: leave out "
                 "anneal, flip_sign and lambda_warmup"
             )
-        if not math.isfinite(self.lambda_start):
-            raise UserError(f"differential.lambda_start {self.lambda_start}: must be a number")
         if self.combine == "replace" and self.second not in ("delta", "query", "sharpened", "gate"):
             raise UserError(
                 f"differential.combine replace needs second=delta, query, sharpened or gate, not {self.second}"
@@ -590,8 +565,6 @@ class DifferentialConfig:
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"differential configuration: {min(unknown)!r} is unknown: written by another version?")
-        if data.get("second") == "pairs":  # resolved configurations from before the choice existed
-            data = {"pairing": "adjacent"} | data
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
     def same_method(self, other: "DifferentialConfig") -> bool:

@@ -32,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import adapters
 import differential_attention
 from adapters import save_differential, stored_differential
+from attention_formula import blend
 from checkpoint import (
     DIFFERENTIAL,
     DIFFERENTIAL_CLASS,
@@ -53,7 +54,7 @@ from differential_attention import (
 )
 from errors import UserError
 from files import PathLike, atomic_folder, read_json
-from fused_ops import blend
+from fused_ops import split_keys
 
 BASES = ("eager", "sdpa")  # attention implementations that compute the maps
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "qk_norm")  # names of norms in attention layers
@@ -83,7 +84,7 @@ class HostAttend:
 
     def blend(self, q1: Tensor, q2: Tensor, k: Tensor, v: Tensor, weight: Tensor, normalised: bool) -> Tensor:
         """The blend of attention by two maps, as `attention.blended_attention`."""
-        k1, k2 = (k, k) if k.shape[1] == v.shape[1] else k.chunk(2, dim=1)
+        k1, k2 = split_keys(k, v)
         wide = torch.promote_types(q1.dtype, torch.float32)  # for the difference of two close outputs
         return blend(self(q1, k1, v).to(wide), self(q2, k2, v).to(wide), weight, normalised).to(q1.dtype)
 

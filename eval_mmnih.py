@@ -142,7 +142,7 @@ def describe(config: Config, benchmark: ModuleType, record: dict, questions: lis
     pixels, tokens = record["image_size"], record["image_tokens"]
     lines = [
         f"{record['model']}: benchmark {config.benchmark}, {len(questions):,} questions, {record['decoding']} answers, "
-        f"{pixels} px in {tokens:,} tokens an image, {record['dtype']} on {record['device']}, weights "
+        f"{pixels} px in {tokens:,} tokens per image, {record['dtype']} on {record['device']}, weights "
         f"{record['weights']}",
         f"first prompt: {questions[0].prompt[:300]!r}",
     ]

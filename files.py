@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import filelock
 import msgspec
@@ -189,7 +189,7 @@ def resolve_inside(folder: PathLike, name: PathLike) -> Path:
 
 # ---- ranges of a configuration
 def check_ranges(config: Any, prefix: str = "--") -> None:
-    """Check every number of a dataclass and nested ones against its type, such as `Annotated[int, msgspec.Meta(ge=1)]`.
+    """Check every field of a dataclass and nested ones against its type, such as `Annotated[int, msgspec.Meta(ge=1)]`.
 
     Floats must be finite and ints fit 64 bits. Raises UserError, such as `--max_steps=-1: expected int >= 1`.
     """
@@ -207,8 +207,16 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
         try:
             msgspec.convert(value, types[field.name])
         except msgspec.ValidationError as error:
-            expected = describe(error)
+            choices = literals(types[field.name])
+            expected = f"choose from {', '.join(map(str, choices))}" if choices else describe(error)
             raise UserError(f"{flag}={value}: {expected[:1].lower()}{expected[1:]}") from error
+
+
+def literals(hint: Any) -> list:
+    """The values that the Literals in a type hint allow."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [value for part in get_args(hint) for value in literals(part)]
 
 
 # ---- writing

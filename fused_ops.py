@@ -1,7 +1,7 @@
 """Hand-written autograd functions: blended attention maps, attention in chunks of queries, the tiled head loss, LoRA.
 
 Nothing here is needed to understand the model: every function names the plain formula that it equals and the test that
-proves it. The first section is the formula itself, step by step; the references in `attention.py` are built from it.
+proves it. Formulas of attention are in attention_formula.py.
 
 B batch, L queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, Dv value head dim, R second
 queries (H, or fewer, each shared by H / R heads), n rows, C hidden size, V vocabulary, r rank.
@@ -16,60 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from attention_formula import apply_maps, apply_softcap, attention_scores, blend, softmax_maps
+
 CHUNK = 64  # queries per chunk: their maps stay in a core's cache
 GPU_CHUNK = 512  # the same on a GPU, where every chunk costs launches
 TILE = 4096  # vocabulary tokens per tile: n x TILE logits stay in a core's cache
 GPU_TILE_LOGITS = 1 << 25  # logits per tile on a GPU: few launches, 128 MB in float32
 PLAIN_LOSS_MAX_LOGITS = 1 << 22  # up to this many logits the plain loss is as fast as the tiled one
-
-
-# ---- explicit attention, step by step
-def attention_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """Scores [B, K, G, L, S] of q [B, H, L, D] and k [B, K, S, D]: scaled, then soft-capped, not masked.
-
-    The soft-cap is `c tanh(s / c)` (Gemma 2, arXiv 2408.00118, section 2).
-    """
-    batch, heads, length, head_dim = q.shape
-    kv_heads = k.shape[1]
-    # query heads of a group share their keys: folded into rows, they need one matmul
-    rows = (q * scale).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
-    scores = (rows @ k.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, length, -1)
-    return apply_softcap(scores, softcap)
-
-
-def apply_softcap(x: Tensor, softcap: float | None) -> Tensor:
-    """c tanh(x / c), or x itself where `softcap` is None."""
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
-
-
-def softmax_maps(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over keys of scores [B, K, G, L, S], which may be overwritten, under the bool mask [B, 1, L, S].
-
-    The maps are float32, or float64 for float64 scores. A query without any visible key gets a uniform map, never NaN.
-    """
-    if mask is not None:
-        scores = scores.masked_fill_(~mask[:, :, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-
-
-def apply_maps(maps: Tensor, v: Tensor) -> Tensor:
-    """Weighted sums of the values [B, H, L, Dv] for maps [B, K, G, L, S] and v [B, K, S, Dv]."""
-    batch, kv_heads, groups, length, keys = maps.shape
-    return (maps.reshape(batch, kv_heads, groups * length, keys) @ v).view(batch, kv_heads * groups, length, -1)
-
-
-def blend(first: Tensor, second: Tensor, weight: Tensor, normalised: bool) -> Tensor:
-    """Blend of two maps or two outputs, first [B, H, L, *] and second [B, R, L, *]; weight [1] or [B, H, L, 1].
-
-    `normalised`: first + weight (first - second), bit-equal to `first` where both are equal; otherwise
-    first - weight second. Head h of `first` is paired with head h R / H of `second`.
-    """
-    if second.shape[1] != first.shape[1]:
-        second = second.repeat_interleave(first.shape[1] // second.shape[1], dim=1)
-    weight = weight.to(first.dtype)
-    if normalised:
-        return torch.lerp(first, second, -weight)  # the same sum in one pass
-    return torch.addcmul(first, weight, second, value=-1)
 
 
 # ---- both maps: forward and backward
@@ -86,7 +39,7 @@ class BlendedAttention(torch.autograd.Function):
     """P v for the blend P of two attention maps, which are kept for the backward pass; each pass multiplies by the
     values once.
 
-    Equals `attention.blended_reference`: tests/test_attention.py, test_fast_paths_equal_the_formula. With
+    Equals `attention_formula.blended_reference`: tests/test_attention.py, test_fast_paths_equal_the_formula. With
     P = a P1 + b P2, G the gradient of the output, and `*` elementwise:
 
         dv = P^T G    dP = G v^T    D_i = rowsum(P_i * dP)    dS1 = a P1 * (dP - D1)    dS2 = b P2 * (dP - D2)
@@ -114,7 +67,7 @@ class ChunkedAttention(torch.autograd.Function):
     """Blended attention, or standard attention where q2 is None, CHUNK queries at a time. The backward pass recomputes
     the maps of each chunk, so no [L, S] tensor is kept.
 
-    Equals `attention.blended_reference` and `attention.attention_reference`: tests/test_attention.py,
+    Equals `attention_formula.blended_reference` and `attention_formula.attention_reference`: tests/test_attention.py,
     test_chunks_equal_the_formula_in_float64.
     """
 
@@ -276,7 +229,7 @@ class PrefixFlashAttention(torch.autograd.Function):
     attention: one treats all queries as prefix, the other the last queries as suffix; each query keeps the result
     that applies to it.
 
-    Equals `attention.attention_reference`: tests/test_cuda_path.py,
+    Equals `attention_formula.attention_reference`: tests/test_cuda_path.py,
     test_two_calls_of_flash_attention_are_the_prefix_mask.
     """
 
@@ -447,13 +400,10 @@ def apply_linears(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
 
 def is_plain_lora(module: nn.Module, x: Tensor) -> bool:
     """Whether `LowRankLinears` computes what `module`, a peft LoRA layer, does on x."""
-    base = getattr(module, "base_layer", None)
-    if type(base) is not nn.Linear or not hasattr(module, "lora_A"):
+    if not has_one_adapter(module) or module.disable_adapters or module.merged:
         return False
-    if len(module.active_adapters) != 1 or module.disable_adapters or module.merged:
-        return False
-    name, weight = module.active_adapters[0], base.weight
-    if name not in module.lora_A or name in getattr(module, "lora_variant", ()):  # DoRA and others
+    name, base = module.active_adapters[0], module.base_layer
+    if name in getattr(module, "lora_variant", ()):  # DoRA and others
         return False
     parts = (module.lora_A[name], module.lora_B[name])
     dropout = module.lora_dropout[name]
@@ -461,8 +411,8 @@ def is_plain_lora(module: nn.Module, x: Tensor) -> bool:
         base.bias is None
         and all(type(part) is nn.Linear and part.bias is None for part in parts)
         and not (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training)
-        and not weight.requires_grad
-        and weight.dtype == x.dtype == matmul_dtype(x)
+        and not base.weight.requires_grad
+        and base.weight.dtype == x.dtype == matmul_dtype(x)
         and not any(has_hooks(part) for part in (module, base, *parts))
     )
 
@@ -483,14 +433,14 @@ CAST_FACTORS = "cast_factors"  # attribute of a LoRA layer inside `cast_lora`: (
 
 
 @contextlib.contextmanager
-def cast_lora(model: nn.Module) -> Iterator[None]:
-    """Scale and cast the LoRA factors of every layer of `model` once for the block, in a few launches for all layers.
+def cast_lora(layers: list[nn.Module]) -> Iterator[None]:
+    """Scale and cast the factors of these `lora_layers` once for the block, in a few launches for all of them.
 
     Outside such a block `apply_linears` casts them at every call, to the same values. The masters must not change
     inside the block: use it for the forward and backward passes of one update, or for the tokens of one answer. A
     nested block keeps the factors of the outer one.
     """
-    found = [m for m in model.modules() if has_one_adapter(m) and not hasattr(m, CAST_FACTORS)]
+    found = [layer for layer in layers if not hasattr(layer, CAST_FACTORS)]
     names = [module.active_adapters[0] for module in found]
     pairs = list(zip(found, names, strict=True))
     downs, ups = ([getattr(m, part)[n].weight for m, n in pairs] for part in ("lora_A", "lora_B"))
@@ -510,6 +460,11 @@ def cast_lora(model: nn.Module) -> Iterator[None]:
 def cast_factors(model: nn.Module) -> list[Tensor]:
     """All factors of a `cast_lora` block, in the order of the layers."""
     return [factor for module in model.modules() for factor in getattr(module, CAST_FACTORS, ())]
+
+
+def lora_layers(model: nn.Module) -> list[nn.Module]:
+    """The LoRA layers of `model` whose factors `cast_lora` can cast."""
+    return [module for module in model.modules() if has_one_adapter(module)]
 
 
 def has_one_adapter(module: nn.Module) -> bool:
@@ -536,13 +491,15 @@ class LowRankLinears(torch.autograd.Function):
     def forward(ctx, x: Tensor, scales: list[float], casts: list, *weights: Tensor) -> tuple[Tensor, ...]:
         """`casts`: for every layer (s_i A_i, B_i) in the dtype of x, or None. `weights`: every W_i, then every A_i,
         then every B_i."""
-        bases, downs, ups = split_weights(weights)
+        count = len(weights) // 3
+        bases, downs, ups = weights[:count], weights[count : 2 * count], weights[2 * count :]
         ctx.scales, ctx.shape, ctx.dtypes = scales, x.shape, (downs[0].dtype, ups[0].dtype)
         if all(cast is not None for cast in casts):
             parts, ups = zip(*casts, strict=True)
             stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
-            stacked, ups = stack_scaled(downs, scales, x.dtype), [up.to(x.dtype) for up in ups]
+            stacked = torch.cat([scale * a for scale, a in zip(scales, downs, strict=True)]).to(x.dtype)
+            ups = [up.to(x.dtype) for up in ups]
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ stacked.T
         ctx.save_for_backward(rows, low, stacked, *bases, *ups)
@@ -573,14 +530,3 @@ class LowRankLinears(torch.autograd.Function):
                 d_x.addmm_(g, base)
             d_x = d_x.view(ctx.shape)
         return d_x, None, None, *[None for _ in bases], *d_downs, *d_ups
-
-
-def split_weights(weights: tuple[Tensor, ...]) -> tuple[tuple, tuple, tuple]:
-    """(every W_i, every A_i, every B_i) of the weights of `LowRankLinears.forward`."""
-    count = len(weights) // 3
-    return weights[:count], weights[count : 2 * count], weights[2 * count :]
-
-
-def stack_scaled(downs: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype) -> Tensor:
-    """s_i A_i stacked along their rows [sum of r, C]."""
-    return torch.cat([scale * a for scale, a in zip(scales, downs, strict=True)]).to(dtype)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet
 from PIL import Image
 
+from config_fields import QUESTION_TASK
 from errors import UserError
 from files import decode_typed, open_image, read_bytes, read_typed, resolve_inside
 
@@ -55,12 +56,12 @@ class PoolImage:
         return hashlib.sha256(data).digest() + self.caption.encode()
 
 
-def read_pool(path: str | Path = POOL, splits: tuple[str, ...] | None = None) -> list[PoolImage]:
-    """Images of a pool's parquet file, in file order, of the given splits or of all."""
+def read_pool(splits: tuple[str, ...] | None = None) -> list[PoolImage]:
+    """The included images, in file order, of the given splits or of all."""
     try:
-        table = pyarrow.parquet.read_table(path, columns=["image", "caption", "concept", "style", "split"])
+        table = pyarrow.parquet.read_table(POOL, columns=["image", "caption", "concept", "style", "split"])
     except (OSError, KeyError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{path}: not a readable image pool ({error}); see assets/haystack-pool/README.md") from error
+        raise UserError(f"{POOL}: not a readable image pool ({error}); see assets/haystack-pool/README.md") from error
     images = [PoolImage(*row.values()) for row in table.to_pylist()]
     return [image for image in images if splits is None or image.split in splits]
 
@@ -124,7 +125,7 @@ def read_caption_texts(source: Path) -> dict[str, str]:
     captions = {}
     for number, line in enumerate(read_bytes(source).splitlines(), 1):
         if line.strip():
-            row = decode_typed(line, CaptionRow, f"{source}:{number}", "give a JSON object of image and caption a line")
+            row = decode_typed(line, CaptionRow, f"{source}:{number}", "give {image, caption} on every line")
             if row.image in captions:
                 raise UserError(f"{source}:{number}: {row.image} has a caption already: delete one of the lines")
             captions[row.image] = row.caption
@@ -167,7 +168,7 @@ def arrange(indices: list[int], images: int, grid: int) -> tuple[tuple[tuple[int
 
 def needle_prompt(*captions: str) -> str:
     """The short question of the `finetuned` protocol, in the form of PaliGemma's question answering."""
-    return f"answer en where is {'; '.join(map(clean_caption, captions))}?"
+    return f"{QUESTION_TASK}where is {'; '.join(map(clean_caption, captions))}?"
 
 
 def clean_caption(caption: str) -> str:

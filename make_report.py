@@ -39,6 +39,7 @@ from arms import (
     read_answers,
     read_arms,
 )
+from config_fields import QUESTION_TASK
 from diagnostics import SAVED_QUESTIONS
 from errors import UserError, one_line_errors
 from files import open_image, resolve_inside, write_text, writing
@@ -255,7 +256,7 @@ def section_share(arms: Arms, measured: Sequence[Measured], style: dict, notes: 
                 shares.setdefault(setting, {}).setdefault(arm, []).append(values["share"])
                 even[setting] = values["even"]
         n = ", ".join(sorted({str(v["n"]) for _, attention in stored for v in attention.values()}, key=int))
-        source = f"evaluation {found.name}, n = {n} questions a seed and setting"
+        source = f"evaluation {found.name}, n = {n} questions per seed and setting"
         break
     else:
         for run in all_runs(finished(arms)):
@@ -450,7 +451,7 @@ def card(
             if named != truth:  # the right cell in a form that does not count has its outline already
                 boxes.append(cell_box(named, grid, "missed", style[arm]["color"]))
         lines += [*filter(None, boxes), "</div>"]
-    lines += [f"<figcaption>{escape(clip(prompt.removeprefix('answer en ')))}<br>expected: {escape(truth)}"]
+    lines += [f"<figcaption>{escape(clip(prompt.removeprefix(QUESTION_TASK)))}<br>expected: {escape(truth)}"]
     for arm, (response, is_right) in answers.items():
         mark = "right" if is_right else "wrong"
         shown = "no answer" if response is None else response.strip() or "(empty)"

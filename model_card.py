@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from checkpoint import is_hub_id
+from config_fields import PHI_TYPES
 from differential_attention import DifferentialConfig
 from needle_eval.statistics import wilson
 
@@ -80,7 +81,7 @@ def adapter_card(
 
 def tags_of(model_type: str, differential: DifferentialConfig | None) -> list[str]:
     """Tags of a card."""
-    family = "phi3" if model_type in ("phi3", "phi3_v") else "paligemma"
+    family = "phi3" if model_type in PHI_TYPES else "paligemma"
     return [family, "lora", *(["differential-attention", differential.preset] if differential else [])]
 
 

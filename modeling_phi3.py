@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attention import Mask, PrefixMask, apply_rotary
 from checkpoint import DIFFERENTIAL_PREFIX
-from config_fields import DECODER_ALONE, Depth, Positive, Size, TokenId, read_config
+from config_fields import DECODER_ALONE, PHI_TYPES, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
 from fused_ops import apply_linears
@@ -108,7 +108,7 @@ class Phi3TextConfig:
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
             if factors is not None and len(factors) != self.rotary_dim // 2:
-                raise UserError(f"{name} has {len(factors)} values: must have {self.rotary_dim // 2}, one a frequency")
+                raise UserError(f"{name} has {len(factors)} values: must have {self.rotary_dim // 2}")
 
     @classmethod
     def from_dict(cls, data: dict) -> "Phi3TextConfig":
@@ -184,7 +184,7 @@ class Phi3Config:
     @classmethod
     def from_dict(cls, data: dict) -> "Phi3Config":
         model_type = str(data.get("model_type")).removeprefix(DIFFERENTIAL_PREFIX)
-        if model_type not in ("phi3", "phi3_v"):
+        if model_type not in PHI_TYPES:
             raise UserError(f"model_type {data.get('model_type')!r} is not supported: must be 'phi3' or 'phi3_v'")
         nested = data.get("text_config") or {}
         if not isinstance(nested, dict):

@@ -19,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import Attend, Mask, PrefixMask, StepMask, apply_rotary, apply_rotary_to_halves
+from attention_formula import apply_softcap
 from checkpoint import load_weights, locate, resolve_run, save_model_folder
 from config_fields import DECODER_ALONE, IGNORED_LABEL
 from differential_attention import AttentionShape, DifferentialConfig, add_differential, as_config
 from errors import UserError
 from files import read_json
-from fused_ops import apply_linears, apply_softcap, cast_factors, cast_lora, head_loss
+from fused_ops import apply_linears, cast_factors, cast_lora, head_loss, lora_layers
 
 ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
 Rotary = tuple[Tensor, Tensor]  # tables of cos and sin
@@ -446,7 +447,8 @@ class VisionLanguageOutput:
 class VisionLanguageModel(nn.Module):
     """A backbone with its language-model head. `differential`: a DifferentialConfig, a preset's name, or None."""
 
-    config_class: type  # of the family; has from_pretrained, to_dict and learning_rate
+    # of the family; has from_pretrained, to_dict, text_config, stop_ids, pad_token_id and learning_rate
+    config_class: type
     backbone_class: type[VisionLanguageBackbone]
     lora_targets: tuple[str, ...]  # linear layers of the decoder that get LoRA by default
 
@@ -632,7 +634,7 @@ class VisionLanguageModel(nn.Module):
         def choose(logits: Tensor) -> Tensor:
             return sample(logits, temperature, top_p, generator)
 
-        with cast_lora(self):
+        with cast_lora(lora_layers(self)):
             new_ids = self.continue_prompts(x, positions, plan.mask, cache, max_new_tokens, choose, graphs)
         return torch.cat([input_ids, *(token[:, None] for token in new_ids)], dim=1)
 

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from checkpoint import DIFFERENTIAL_PREFIX, locate, resolve_run
+from config_fields import PHI_TYPES
 from errors import UserError
 from files import read_json
 from modeling_vlm import VisionLanguageModel
 from processing_paligemma import PaliGemmaProcessor, Processor
 from processing_phi3v import Phi3Processor, Phi3VProcessor
 
-SUPPORTED = ("paligemma", "phi3", "phi3_v")
+SUPPORTED = ("paligemma", *PHI_TYPES)
 
 
 def classes_of(path_or_hub_id: str | Path) -> tuple[type[VisionLanguageModel], type[Processor]]:
@@ -24,7 +25,7 @@ def classes_of(path_or_hub_id: str | Path) -> tuple[type[VisionLanguageModel], t
         from modeling_gemma import PaliGemmaForConditionalGeneration
 
         return PaliGemmaForConditionalGeneration, PaliGemmaProcessor
-    if model_type in ("phi3", "phi3_v"):
+    if model_type in PHI_TYPES:
         from modeling_phi3 import Phi3ForCausalLM, Phi3VForCausalLM
 
         is_decoder = model_type == "phi3"

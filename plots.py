@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Annotated
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -24,6 +25,7 @@ from matplotlib.patches import Rectangle
 from msgspec import Meta
 from PIL import Image
 
+from config_fields import QUESTION_TASK
 from diagnostics import SAVED_QUESTIONS, needle_share
 from errors import UserError, one_line_errors
 from files import check_ranges, open_image, reading, resolve_inside
@@ -45,9 +47,6 @@ from needle_eval.plots import (
 from needle_eval.questions import normalise
 from needle_eval.statistics import wilson
 from run_folder import read_metrics, read_run_record, read_samples
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]  # colours of answers
 # outlines of the needle's cell, and of a wrong cell that was answered
@@ -158,7 +157,7 @@ def draw_accuracy(lines: list[dict], chance: dict[str, float], title: str) -> Fi
             steps = [step for step, *_ in curves[name]]
             panel.errorbar(steps, rates, yerr=[below, above], label=name, capsize=2, linewidth=1.4, **style)
         if level:
-            panel.axhline(level, color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="uniform guess")
+            panel.axhline(level, **CHANCE, label="uniform guess")
         panel.set(xlabel="update", ylim=(-0.02, 1.02))
         panel.yaxis.set_major_formatter(percent_formatter())
         panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
@@ -200,7 +199,7 @@ def draw_lambda(curves: dict[str, list[tuple[int, float]]], title: str) -> Figur
         bar.outline.set_visible(False)
     starts = {points[0][1] for points in curves.values() if points[0][0] == 0}
     if len(starts) == 1:
-        axes.axhline(*starts, color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="start")
+        axes.axhline(*starts, **CHANCE, label="start")
     axes.set(title=wrap_title(title, 80), xlabel="update", ylabel="lambda")
     axes.set_xlim(left=0)
     if axes.get_legend_handles_labels()[1]:
@@ -256,7 +255,7 @@ def draw_answers(folder: Path, samples: list[dict], title: str) -> Figure:
 
 def answer_title(sample: dict) -> str:
     """Prompt and response, wrapped, and whether the response is right."""
-    prompt = wrap_title(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH)
+    prompt = wrap_title(sample["prompt"].removeprefix(QUESTION_TASK), TITLE_WIDTH)
     verdict = "right" if normalise(sample["response"]) == normalise(sample["answer"]) else "wrong"
     response = f"{sample['response'].strip() or '(empty)'} ({verdict})"
     return f"{prompt}\n{wrap_title(response, TITLE_WIDTH)}"
@@ -298,7 +297,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
     figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.4 * shape[0]), layout="constrained", squeeze=False)
     for panels, sample in zip(axes.T, questions[0], strict=True):
         image = read_sample_image(runs[0], sample)
-        panels[0].set_title(wrap_title(sample["prompt"].removeprefix("answer en "), TITLE_WIDTH), fontsize=9)
+        panels[0].set_title(wrap_title(sample["prompt"].removeprefix(QUESTION_TASK), TITLE_WIDTH), fontsize=9)
         for panel in panels:
             panel.imshow(image)
             panel.axis("off")
@@ -424,7 +423,7 @@ def draw_sets(
         for arm, of_seeds in of_set.items():
             draw_seeds(panel, of_seeds, style[arm], arm)
         if chance and name in chance:
-            panel.axhline(chance[name], color=CHANCE["colors"], linestyle="dashed", linewidth=1, label="uniform guess")
+            panel.axhline(chance[name], **CHANCE, label="uniform guess")
         panel.set_title(wrap_title(name, 32), fontsize=9)
         panel.set(xlabel="update")
         if chance is None:
@@ -499,7 +498,7 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
     for panels, sample, row in zip(axes, samples, maps, strict=True):
         image = read_sample_image(run, sample)
         panels[0].imshow(image)
-        panels[0].set_title(wrap_title(sample["prompt"].removeprefix("answer en "), 26), fontsize=8)
+        panels[0].set_title(wrap_title(sample["prompt"].removeprefix(QUESTION_TASK), 26), fontsize=8)
         outline_cell(panels[0], sample["answer"], sample["grid"], FOUND)
         for panel, m in zip(panels[1:], row, strict=True):
             shown = draw_signed(panel, m, limit)

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import locate, resolve_run
-from config_fields import DECODER_ALONE, IGNORED_LABEL, Positive, TokenId
+from config_fields import DECODER_ALONE, IGNORED_LABEL, QUESTION_TASK, Positive, TokenId
 from errors import UserError
 from files import PathLike, read_typed
 from processing_paligemma import (
@@ -39,7 +39,6 @@ from processing_paligemma import (
 )
 
 TAG = re.compile(r"<\|image_(\d+)\|>")
-PALIGEMMA_TASK = "answer en "  # task prefix of the questions in this repository; left out for a chat model
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FEATURES_PER_TOKEN = 2  # per side: 2 x 2 CLIP features make one image token
 PHI_STOP_IDS = (32007, 32000)  # <|end|> and <|endoftext|>
@@ -155,7 +154,7 @@ class Phi3Processor(Processor):
         ... in order, and for images if the model has no tower.
         """
         counts = [self.num_image_tokens] * images if isinstance(images, int) else list(images)
-        prompt = self.add_tags(prefix.removeprefix(PALIGEMMA_TASK), len(counts))
+        prompt = self.add_tags(prefix.removeprefix(QUESTION_TASK), len(counts))
         for part in self.split(prompt):
             self.check("prompt", part)
         ids = []

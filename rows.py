@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import msgspec
 from PIL import Image
 
+from config_fields import QUESTION_TASK
 from errors import UserError
 from files import decode_typed, one_line, open_image, read_bytes, read_typed
 
@@ -324,7 +325,7 @@ def read_vqav2(folder: str | Path, split: str, strict: bool = True) -> Rows:
         image = f"{split}2014/COCO_{split}2014_{question.image_id:012d}.jpg"
         files.check(image, name)
         answers = tuple(answer.answer for answer in annotation.answers)
-        prefix, suffix = f"answer en {question.question}", annotation.multiple_choice_answer
+        prefix, suffix = QUESTION_TASK + question.question, annotation.multiple_choice_answer
         return Row(name, (image,), prefix, suffix, answers)
 
     rows, skipped = filter_rows(check, enumerate(questions, 1), strict)
@@ -370,7 +371,7 @@ class HubRows:
         question, answer = row["question"], row["multiple_choice_answer"]
         if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
             raise UserError(f"{name}: question and multiple_choice_answer must be strings, the answer not empty")
-        return Example(name, [stored_image(row["image"], name)], f"answer en {question}", answer)
+        return Example(name, [stored_image(row["image"], name)], QUESTION_TASK + question, answer)
 
     def image(self, index: int, place: int) -> Image.Image:
         """The image of a row; `place` is 0."""
@@ -379,7 +380,7 @@ class HubRows:
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
         row = self.rows.select_columns(["question", "multiple_choice_answer"])[index]
-        return f"answer en {row['question']}", row["multiple_choice_answer"] or "", 1
+        return f"{QUESTION_TASK}{row['question']}", row["multiple_choice_answer"] or "", 1
 
     def answers(self, index: int) -> tuple[str, ...]:
         """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}, or if it is missing or

@@ -1,7 +1,8 @@
 """The folder of a run: its state, whether it can continue, and its logs.
 
 run.json (hyperparameters, base model, versions, commit, device), metrics.jsonl, samples.jsonl, samples/ (images of the
-samples), tensorboard/, checkpoints/step-*/, best/, final/, plots/.
+samples), skipped.log (rows that were left out), tensorboard/, checkpoints/step-*/, best/, final/, attention.safetensors
+and signed_maps.safetensors (see training.py), plots/, eval/ (evaluations by eval_mmnih.py).
 """
 
 import importlib.util

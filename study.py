@@ -23,7 +23,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import tyro
 from msgspec import Meta
@@ -32,7 +32,7 @@ import study_records
 import study_report
 from errors import UserError, one_line_errors
 from files import check_ranges, read_json, write_json, writing
-from study_records import Record
+from study_records import Job, Record, job_of
 
 ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "study.json"
@@ -64,21 +64,6 @@ class Config:
     calibrate: str = ""  # print the accuracy of this run folder by cells, distractors and noise (studies A and A-pilot)
     run: str = ""  # internal: the job that this process runs, as ARM/JOB, or "fingerprint"
     fingerprint: str = ""  # internal: fingerprint of this machine, for the record of the job
-
-
-class Job(NamedTuple):
-    """One run of a study. `pairs` is the size of B1's task, None in other studies."""
-
-    arm: str
-    seed: int
-    pairs: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{f'{self.pairs}pairs-' if self.pairs else ''}seed{self.seed:02d}"
-
-    def record(self, records: Path) -> Path:
-        return records / self.arm / f"{self.name}.json"
 
 
 # ---- the plan
@@ -142,7 +127,7 @@ def read_records(folder: Path, study: str, section: dict) -> dict[Job, Record]:
         if record.plan != study_records.hash_plan(section):
             path = folder / study_records.record_path(record)
             raise UserError(f"{path}: of another plan: restore study.json or remove the record")
-        job = Job(record.arm, record.seed, getattr(record, "pairs", None))
+        job = job_of(record)
         if job in planned:
             found[job] = record
     return found
@@ -158,9 +143,8 @@ def format_status(section: dict, records: dict[Job, Record], jobs: int) -> list[
     missing = len(list_jobs(section)) - len(records)
     if records and missing:
         seconds = statistics.median(record.seconds for record in records.values())
-        lines.append(
-            f"{missing} runs of about {seconds / 60:.1f} min: {missing * seconds / jobs / 3600:.1f} h on {jobs}"
-        )
+        hours = missing * seconds / jobs / 3600
+        lines.append(f"{missing} runs of about {seconds / 60:.1f} min: {hours:.1f} h with {jobs} at a time")
     return lines
 
 
@@ -231,7 +215,7 @@ def run_job(study: str, section: dict, records: Path, config: Config):
     """Run one job in this process and write its record, or print the fingerprint of this machine."""
     import torch
 
-    from run_folder import git_commit, versions
+    from machine import git_commit, versions
 
     torch.set_num_threads(section["threads"])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

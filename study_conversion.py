@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,23 +23,22 @@ from torch.utils.flop_counter import FlopCounterMode
 import finetune_diff
 import finetune_original
 from checkpoint import weights_fingerprint
+from config_fields import IGNORED_LABEL
 from diagnostics import lambda_values
 from differential_attention import DifferentialConfig, differential_modules, knock_out
 from errors import TrainingFailed, UserError
 from files import read_bytes, read_json, read_typed
 from haystack import ImagePool, add_noise, needle_prompt, read_pool
+from machine import make_accelerator
 from modeling_gemma import PaliGemmaForConditionalGeneration
-from modeling_vlm import IGNORED_LABEL, VisionLanguageModel
+from modeling_vlm import VisionLanguageModel
 from models import classes_of
 from needle_eval.needle_attention import measure_needle_attention
 from needle_eval.questions import Question, is_exact, open_reference
 from needle_eval.runner import Answerer, answer_questions
 from processing_paligemma import PaliGemmaProcessor
-from run_folder import find_checkpoints, make_accelerator, read_metrics
-from study_records import ConversionRecord, endpoint_conditions, fingerprint_of, points
-
-if TYPE_CHECKING:
-    from study import Job
+from run_folder import find_checkpoints, read_metrics
+from study_records import ConversionRecord, Job, endpoint_conditions, fingerprint_of, points
 
 CELL = 64  # side in pixels of a drawing's cell, before the image is scaled to the model's size
 MAX_NEW_TOKENS = 12
@@ -188,7 +187,7 @@ def train(config: finetune_original.Config, arm: str) -> tuple[str, str]:
         return str(checkpoints[-1]) if checkpoints else config.model, str(error)
 
 
-def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
+def run(section: dict, job: Job, folder: Path) -> dict[str, Any]:
     """Train an arm at one seed and ask it the seed's questions. Returns the fields of its record that result."""
     arm, seed = job.arm, job.seed
     conditions = {name: msgspec.convert(c, Condition) for name, c in section["conditions"].items()}
@@ -242,7 +241,7 @@ def describe_training(model: VisionLanguageModel, folder: Path, status: str) -> 
         "status": status,
         "trained_parameters": sum(count for count, _ in trained.values()),
         "final_loss": losses[-1] if losses and status == "finished" else None,
-        "lambdas": list(lambda_values(model).values()) if has_lambda(model) else [],
+        "lambdas": list(lambda_values(model).values()),
     }
 
 
@@ -288,7 +287,7 @@ def has_lambda(model: VisionLanguageModel) -> bool:
 
 
 # ---- the pilot
-def format_pilot(section: dict, records: dict["Job", ConversionRecord]) -> list[str]:
+def format_pilot(section: dict, records: dict[Job, ConversionRecord]) -> list[str]:
     """The grid as a markdown table: endpoint N of every seed and its mean, the last loss, and the final lambdas."""
     seeds = sorted({job.seed for job in records})
     lines = ["| arm | " + " | ".join(f"N, seed {seed}" for seed in seeds) + " | mean N | last loss | lambda |"]

@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,15 +20,12 @@ from differential_attention import knock_out
 from errors import UserError
 from files import writing
 from haystack import read_pool
+from machine import make_accelerator
 from modeling_phi3 import Phi3ForCausalLM
 from needle_eval.questions import Question
 from needle_eval.runner import Answerer, answer_questions
 from processing_phi3v import Phi3Processor
-from run_folder import make_accelerator
-from study_records import endpoint_conditions
-
-if TYPE_CHECKING:
-    from study import Job
+from study_records import Job, endpoint_conditions
 
 CODE = re.compile(r"\d{4}")
 BATCH_SIZE = 4  # prompts per batch
@@ -88,7 +85,7 @@ def pack_codes(rows: list[dict], names: list[str]) -> dict[str, dict[str, Any]]:
     return packed
 
 
-def run(section: dict, job: "Job", folder: Path) -> dict[str, Any]:
+def run(section: dict, job: Job, folder: Path) -> dict[str, Any]:
     """Train an arm at one seed and ask it the seed's questions. Returns the fields of its record that result."""
     arm, seed = job.arm, job.seed
     check_model(section)

@@ -6,32 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
 
 from needle_eval.plots import CHANCE, STYLE, make_panels, percent_formatter, save
 from needle_eval.statistics import mean_over_seeds
+from study_records import SYMBOLIC_THRESHOLD, Record, endpoint_conditions, points
 from study_report import (
     MARGIN,
-    SYMBOLIC_THRESHOLD,
     Group,
-    Record,
     condition_order,
     contrast,
     core_arms,
     core_contrasts,
-    endpoint_conditions,
     group_records,
     knocked_out,
     needle_share,
     planned_symbolic,
-    points,
     secondary_contrasts,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
 
 # the colour-blind safe palette of Okabe and Ito, with a marker for each arm
 LOOKS = {

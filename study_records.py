@@ -19,9 +19,28 @@ from msgspec import Meta
 from errors import UserError
 from files import read_typed
 
+SYMBOLIC_THRESHOLD = 0.75  # accuracy that counts as retrieval in B1, and ends a run
+
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Hex = Annotated[str, Meta(pattern="^[0-9a-f]+$")]
+
+
+# ---- runs
+class Job(NamedTuple):
+    """One run of a study. `pairs` is the size of B1's task, None in other studies."""
+
+    arm: str
+    seed: int
+    pairs: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{f'{self.pairs}pairs-' if self.pairs else ''}seed{self.seed:02d}"
+
+    def record(self, records: Path) -> Path:
+        """The path of the run's record in the folder of its study's records."""
+        return records / self.arm / f"{self.name}.json"
 
 
 # ---- records
@@ -126,12 +145,14 @@ def read_records(folder: Path, study: str) -> list[Record]:
     return records
 
 
+def job_of(record: Record) -> Job:
+    """The run that wrote a record."""
+    return Job(record.arm, record.seed, getattr(record, "pairs", None))
+
+
 def record_path(record: Record) -> Path:
     """The path of a record in the folder of its study."""
-    name = f"seed{record.seed:02d}.json"
-    if isinstance(record, SymbolicRecord):
-        name = f"{record.pairs}pairs-{name}"
-    return Path(record.arm, name)
+    return job_of(record).record(Path())
 
 
 def endpoint_conditions(section: dict[str, Any]) -> list[str]:

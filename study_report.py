@@ -57,7 +57,6 @@ CONTRASTS = (
     ("double_width_norm", "standard"),
     ("v2", "standard"),
 )
-SYMBOLIC_THRESHOLD = 0.75  # accuracy at which a run of B1 ends
 NO_VALUE = "-"
 
 
@@ -362,10 +361,10 @@ def format_percent_interval(t: dict) -> str:
     return f"{format_ratio(t['mean'])} [{format_ratio(t['low'])}, {format_ratio(t['high'])}]"
 
 
-def mean_text(values: Iterable[float | None], digits: int = 1) -> str:
+def mean_text(values: Iterable[float | None]) -> str:
     """The mean of those values that are not None, or a dash."""
     known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):.{digits}f}" if known else NO_VALUE
+    return f"{statistics.fmean(known):.1f}" if known else NO_VALUE
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -453,8 +452,8 @@ def format_report(
             lines += [f"## {title}" if is_main else f"## {title}, replication on {where.device}", ""]
             lines.append(
                 f"Plan `{hash_plan(plan[study])[:12]}`; {len(group.records)} runs on {where.device}, {where.dtype}, "
-                f"threads a run {where.threads}, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours of wall "
-                "time together."
+                f"{where.threads} thread(s) per run, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours of wall "
+                "time in total."
             )
             lines += ["", *write(group), ""]
     return lines

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -35,10 +35,7 @@ from differential_attention import DifferentialConfig, make_differential
 from errors import UserError, one_line_errors
 from files import check_ranges, read_typed, write_json
 from modeling_gemma import GemmaConfig, GemmaModel
-from study_records import fingerprint_of
-
-if TYPE_CHECKING:
-    from study import Job
+from study_records import SYMBOLIC_THRESHOLD, Job, fingerprint_of
 
 NUM_KEYS, NUM_VALUES = 64, 64  # tokens 0 .. 63 are keys, 64 .. 127 values
 HIDDEN_SIZE, LAYERS = 64, 2
@@ -47,7 +44,6 @@ BATCH_SIZE = 64
 BETAS = (0.9, 0.98)
 WARMUP_STEPS = 100  # linear warm-up; the learning rate is constant afterwards
 CLIP_NORM = 1.0
-THRESHOLD = 0.75  # accuracy that counts as retrieval
 SMOOTHING_STEPS = 20  # accuracy is the mean over the batches of the last 20 updates
 RECORDED_LOSSES = 10
 SEED_STRIDE = 1_000_003  # keeps runs with neighbouring seeds from sharing generator seeds of their weights
@@ -179,7 +175,7 @@ def train(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
         losses += [loss.item()] if len(losses) < RECORDED_LOSSES else []
         window.append((logits.argmax(-1) == answers).float().mean().item())
         accuracy = sum(window) / len(window)
-        reached = len(window) == SMOOTHING_STEPS and accuracy >= THRESHOLD
+        reached = len(window) == SMOOTHING_STEPS and accuracy >= SYMBOLIC_THRESHOLD
         if reached:
             break
         if not math.isfinite(loss.item()):
@@ -199,7 +195,7 @@ def train(arm: str, seed: int, pairs: int, lr: float, max_steps: int) -> dict:
     }  # fmt: skip
 
 
-def run(section: dict[str, Any], job: "Job", folder: Path) -> dict[str, Any]:
+def run(section: dict[str, Any], job: Job, folder: Path) -> dict[str, Any]:
     """Run one job of study.py. Returns the fields of its record that result; `folder` is not used."""
     rate = section["arms"][job.arm]["learning_rates"][str(job.pairs)]
     found = train(job.arm, job.seed, job.pairs, rate, section["max_steps"][str(job.pairs)])

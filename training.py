@@ -33,6 +33,7 @@ from checkpoint import locate, resolve_run
 from data import Haystacks, Source, batch_order, loader, text_lengths
 from diagnostics import (
     SAVED_QUESTIONS,
+    acting_map,
     answer_attention,
     first_map,
     lambda_values,
@@ -58,7 +59,7 @@ from evaluation import (
     prompt_limit,
 )
 from files import MESSAGE_LENGTH, atomic_folder, one_line, write_json, write_manifest, writing
-from fused_ops import cast_lora
+from fused_ops import cast_lora, lora_layers
 from machine import choose_workers, compile_layers, out_of_memory_as, peak_memory, without_compiling
 from metrics import score_answers
 from model_card import adapter_card
@@ -241,10 +242,12 @@ def train(
     batches = training_batches(run, config, model, processor, source, first_step, lengths, cache)
     if config.compile:
         compile_layers(model)
+    # listed once: walking through all modules takes milliseconds, in which a GPU waits
+    trained, with_lora = [p for p in adapted.parameters() if p.requires_grad], lora_layers(model)
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
-            # so that a broken evaluation fails now, not hours later
-            evaluate(evaluation, evaluation.short)
+            if first_step % config.eval_every:  # else it begins with an evaluation
+                evaluate(evaluation, evaluation.short)  # so that a broken one fails now, not hours later
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
                 is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
@@ -274,7 +277,8 @@ def train(
                 # learning rate, lambda's schedule, micro-batches, dropout
                 # ------------------------------------------------------------------
                 update_started = time.perf_counter()
-                wrapped.train()
+                if not model.training:  # an evaluation has been made
+                    wrapped.train()
                 lr = learning_rate_at(config, step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["scale"]
@@ -292,7 +296,7 @@ def train(
                 total_labels = torch.full((), float(sum(label_counts)), device=run.device)
                 total_labels = accelerator.reduce(total_labels, "sum").clamp(min=1)
                 loss = torch.zeros((), device=run.device)
-                with out_of_memory_as(SMALLER_BATCH), cast_lora(model):
+                with out_of_memory_as(SMALLER_BATCH), cast_lora(with_lora):
                     for i, (_, batch) in enumerate(micro_batches):
                         is_last = i + 1 == config.accumulation  # gradients are averaged over the processes only then
                         with contextlib.nullcontext() if is_last else accelerator.no_sync(wrapped), run.autocast():
@@ -303,7 +307,7 @@ def train(
                 # ------------------------------------------------------------------
                 # clip, check, update
                 # ------------------------------------------------------------------
-                grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+                grad_norm = accelerator.clip_grad_norm_(trained, config.clip)
                 # the only point where an update synchronises with the device
                 loss, grad_norm = torch.stack((accelerator.reduce(loss, "sum"), grad_norm.to(loss))).tolist()
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -408,13 +412,13 @@ def describe_differential(config: "Config", model: nn.Module, grad_norm: float) 
 
 def update_average(adapted: nn.Module, state: dict):
     """Update the running mean of the trained weights: state["average"], over state["averaged"] updates."""
-    average = state.setdefault("average", {})
+    weights = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
+    old = state.get("average") or {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    means = [old[name].to(weight.device) for name, weight in weights.items()]
     state["averaged"] = state.get("averaged", 0) + 1
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            weights = parameter.detach()
-            mean = average.get(name, torch.zeros_like(weights)).to(weights.device)
-            average[name] = mean + (weights - mean) / state["averaged"]
+    changes = torch._foreach_sub(list(weights.values()), means)
+    torch._foreach_div_(changes, state["averaged"])
+    state["average"] = dict(zip(weights, torch._foreach_add(means, changes), strict=True))
 
 
 def load_average(adapted: nn.Module, state: dict):
@@ -427,8 +431,9 @@ def load_average(adapted: nn.Module, state: dict):
 
 def raise_if_not_finite(run: Run, adapted: nn.Module, step: int):
     """Raise TrainingFailed if a trained parameter is not finite, so that it is never saved."""
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+    trained = {name: p.isfinite().all() for name, p in adapted.named_parameters() if p.requires_grad}
+    for name, is_finite in zip(trained, torch.stack(list(trained.values())).tolist(), strict=True):
+        if not is_finite:
             raise TrainingFailed(
                 f"{run.folder}: {name} is not finite after step {step}: lower --lr; earlier checkpoints stay"
             )
@@ -512,12 +517,13 @@ def save_attention(run: Run, model: nn.Module, processor: Processor, eval_sets: 
             for name, source in eval_sets.items():
                 if run.is_main and source.chance and source.counts_for_best:
                     batch = first_rows(run, max_length(model), processor, source, SAVED_QUESTIONS, with_suffix=True)
-                    tensors[name] = answer_attention(model, batch).float().cpu().contiguous()
-                    parts = torch.stack([answer_attention(model, batch, part) for part in (first_map, subtracted_map)])
-                    if bool(parts[1].any()):
-                        signed[name] = parts.float().cpu().contiguous()
+                    maps = answer_attention(model, batch, (acting_map, first_map, subtracted_map)).float().cpu()
+                    tensors[name] = maps[0].contiguous()
+                    if bool(maps[2].any()):
+                        signed[name] = maps[1:].contiguous()
     except torch.OutOfMemoryError as error:  # explicit maps need more memory than training; final/ works without them
-        run.print(f"attention is not saved of all sets: the GPU is out of memory ({one_line(error)[:MESSAGE_LENGTH]})")
+        reason = one_line(error)[:MESSAGE_LENGTH]
+        run.print(f"the attention maps of some sets are not saved: the GPU is out of memory ({reason})")
     for file, found in (("attention.safetensors", tensors), ("signed_maps.safetensors", signed)):
         if found:
             with writing(run.folder / file):

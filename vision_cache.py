@@ -1,9 +1,9 @@
 """Image features, encoded once and reused.
 
 `FeatureStore` keeps features under names that the caller gives: an evaluation knows which images repeat before it opens
-them. `VisionCache` names them by a hash of everything they depend on: the pixels, the weights of tower and projector,
-their configuration, dtype, device and autocast. So an entry cannot be stale, in memory or on disk: any change gives a
-new name.
+them. `VisionCache` names them by a hash of what they depend on: the pixels, the weights of tower and projector, their
+configuration, dtype, type of device and autocast. So an entry cannot be stale, in memory or on disk: any change gives
+a new name. (Rounding may differ between GPUs of different models, which share a name.)
 
 Shapes: n images, N patches (or image tokens, whose number may differ), C hidden size of the decoder.
 """
@@ -49,9 +49,10 @@ class FeatureStore:
         if missing:
             size, encoded = batch_size or len(missing), []
             for start in range(0, len(missing), size):
-                inputs = stack_inputs([pixels[name] for name in missing[start : start + size]])
-                inputs["pixel_values"] = inputs["pixel_values"].to(device, non_blocking=True)  # sizes stay on the CPU
-                encoded += self.model.model.image_features(**inputs)
+                part = [dict(pixels[name]) for name in missing[start : start + size]]
+                for inputs in part:  # before they are stacked in memory that is not pinned; sizes stay on the CPU
+                    inputs["pixel_values"] = inputs["pixel_values"].to(device, non_blocking=True)
+                encoded += self.model.model.image_features(**stack_inputs(part))
             for name, row in zip(missing, encoded, strict=True):
                 rows[name] = row
                 self.store(name, row)

@@ -52,6 +52,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config_fields import IGNORED_LABEL  # noqa: E402
 from errors import UserError, one_line_errors  # noqa: E402
 from files import write_json  # noqa: E402
 from haystack import PoolImage, read_pool  # noqa: E402
@@ -60,7 +61,7 @@ from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditional
 from modeling_phi3 import MERGE, Phi3Config, Phi3TextConfig, Phi3VForCausalLM  # noqa: E402
 from modeling_siglip import SiglipVisionConfig  # noqa: E402
 from needle_eval.statistics import wilson  # noqa: E402
-from processing_paligemma import IGNORED_LABEL, PaliGemmaProcessor  # noqa: E402
+from processing_paligemma import PaliGemmaProcessor  # noqa: E402
 from processing_phi3v import CLIP_MEAN, CLIP_STD, Phi3VProcessor  # noqa: E402
 
 # Needle questions, so that the tokenizer encodes their words in few tokens; the model never sees the questions here.

@@ -64,7 +64,7 @@ from compare import (  # noqa: E402
 )
 
 import attention  # noqa: E402
-from fused_ops import cast_lora  # noqa: E402
+from fused_ops import cast_lora, lora_layers  # noqa: E402
 from machine import compile_layers, git_commit  # noqa: E402
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
 from modeling_siglip import SiglipVisionConfig  # noqa: E402
@@ -167,7 +167,7 @@ class Variant:
 
     def update(self):
         self.optimizer.zero_grad(set_to_none=True)
-        with cast_lora(self.adapted) if self.is_ours else contextlib.nullcontext():
+        with cast_lora(lora_layers(self.adapted)) if self.is_ours else contextlib.nullcontext():
             loss = self.loss()
             loss.backward()
         self.optimizer.step()

@@ -110,7 +110,7 @@ def count_step(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[int, i
     features = torch.zeros(shape, dtype=head.dtype, device=head.device)  # the tower is frozen and keeps nothing
     with (
         mock.patch.object(fused_ops, "matmul_dtype", lambda x: x.dtype),  # autocast does not support the meta device
-        fused_ops.cast_lora(model),
+        fused_ops.cast_lora(fused_ops.lora_layers(model)),
         live,
     ):
         model(**batch, image_features=features, plan=plan).loss.backward()

@@ -1,7 +1,7 @@
 """The folder of an evaluation: its name, its eval.json, and whether an interrupted evaluation can be resumed.
 
-It holds eval.json (the questions and the model), answers.jsonl, and what report.py derives from them: scores.json,
-plots/, and response/ in the format of the benchmark's own scorer.
+It holds eval.json (the questions and the model), answers.jsonl, attention.json (with --attention), and what report.py
+derives from them: scores.json, plots/, comparison-*.json, and response/ in the format of the benchmark's own scorer.
 """
 
 import dataclasses

@@ -133,7 +133,7 @@ def captions_of(row: NeedleRow, captions: dict[str, str], setting: Setting) -> l
 def first_per_cell(rows: list[dict], setting: Setting, count: int) -> list[dict]:
     """The first `count` one-needle positives of every cell, in file order."""
     if setting.needles > 1:
-        raise UserError(f"--per_cell={count}: {setting} has {setting.needles} needles a question: use --needles=1")
+        raise UserError(f"--per_cell={count}: {setting} has {setting.needles} needles per question: use --needles=1")
     taken = dict.fromkeys(setting.cells(), 0)
     chosen = []
     for row in rows:

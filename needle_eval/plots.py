@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,8 +16,7 @@ from matplotlib.image import AxesImage
 
 from files import atomic_file, writing
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
+matplotlib.use("Agg")  # files only, without a display
 
 STYLE = {
     "figure.figsize": (6, 3.6),
@@ -34,7 +34,7 @@ MARKERS = ["s", "^", "D", "v", "P", "X", "o"]
 percent_formatter = partial(matplotlib.ticker.PercentFormatter, 1.0)
 RATE_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="0.85")
 DARK = 0.45  # cells with rates below it are dark, so their text is white
-CHANCE = dict(colors="0.4", linestyles="dashed", linewidth=1)  # style of lines at the rate of a uniform guess
+CHANCE = dict(color="0.4", linestyle="dashed", linewidth=1)  # style of lines at the rate of a uniform guess
 MIN_ANSWERS = 5  # answers needed for a point in a calibration figure
 TITLE_WIDTH = 48  # characters on a line of a panel's title
 COLUMNS = 4  # panels per row
@@ -298,7 +298,7 @@ def draw_calibration(bins: dict[str, list[list[dict]]], style: dict[str, dict[st
         width = (edges[1] - edges[0]) * 0.8 / len(bins)
         counts.bar(edges[:-1] + edges[1] * 0.1 + width * (number + 0.5), mean, width, color=look["color"])
     panel.set(ylabel="right answers", ylim=(-0.02, 1.02), xlim=(0, 1))
-    counts.set(xlabel="confidence", ylabel="answers a seed")
+    counts.set(xlabel="confidence", ylabel="answers per seed")
     panel.yaxis.set_major_formatter(percent_formatter())
     counts.xaxis.set_major_formatter(percent_formatter())
     panel.legend(frameon=False, fontsize=8, loc="upper left")
@@ -316,7 +316,7 @@ def draw_needle_share(
     The dashed line is the share under uniform attention."""
     figure, panels = make_panels(len(shares), 3.0, 2.7, sharey=True)
     for panel, (setting, of_setting) in zip(panels, shares.items(), strict=True):
-        panel.axhline(even[setting], color="0.4", linestyle="dashed", linewidth=1, label="even attention")
+        panel.axhline(even[setting], **CHANCE, label="even attention")
         for arm, of_seeds in of_setting.items():
             draw_seeds(panel, [Curve(range(len(share)), share) for share in of_seeds], style[arm], arm)
         panel.set_title(wrap_title(setting, 30), fontsize=9)

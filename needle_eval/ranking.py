@@ -7,6 +7,7 @@ image, C hidden size.
 import torch
 from torch import Tensor
 
+from fused_ops import cast_lora, lora_layers
 from modeling_vlm import BatchPlan, ImageFeatures, KVCache
 from processing_paligemma import Processor
 
@@ -35,14 +36,15 @@ def rank_candidates(
     mask, positions = plan.mask, model.model.positions(batch["attention_mask"])
     x = model.model.embed(batch["input_ids"], features, plan.image_tokens)
     cache = KVCache(language, count, length, x.dtype, x.device)
-    first = model.head(language(x, positions, mask, cache, keep_last=1)[:, -1]).float().log_softmax(-1)  # [B, V]
     best = []
-    for row in range(count):
-        valid = batch["attention_mask"][row]
-        later = torch.cat([continue_prompt(model, cache, valid, row, part) for part in ids.split(CANDIDATES_AT_ONCE)])
-        total = first[row][ids[:, 0]] + (later * is_token[:, 1:]).sum(1)  # [A]
-        chosen = int((total / is_token.sum(1)).argmax())
-        best.append((candidates[chosen], float(total.softmax(0)[chosen])))
+    with cast_lora(lora_layers(model)):
+        first = model.head(language(x, positions, mask, cache, keep_last=1)[:, -1]).float().log_softmax(-1)  # [B, V]
+        for row in range(count):
+            valid, parts = batch["attention_mask"][row], ids.split(CANDIDATES_AT_ONCE)
+            later = torch.cat([continue_prompt(model, cache, valid, row, part) for part in parts])
+            total = first[row][ids[:, 0]] + (later * is_token[:, 1:]).sum(1)  # [A]
+            chosen = int((total / is_token.sum(1)).argmax())
+            best.append((candidates[chosen], float(total.softmax(0)[chosen])))
     return best
 
 

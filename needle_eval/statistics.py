@@ -17,6 +17,7 @@ from errors import UserError
 
 CONFIDENCE = 0.95
 ALPHA = 0.05  # significance level
+BINS = 10  # of confidence
 MIN_SEEDS = 3  # seeds needed for an interval: with two it covers nearly all possible rates
 ROUNDING = 1e-9  # differences over seeds, in any unit, that differ by no more are treated as equal
 
@@ -255,11 +256,11 @@ def logistic_threshold(levels: Sequence[float], right: Sequence[int], total: Seq
 
 
 # ---- calibration
-def confidence_bins(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[dict]:
-    """{"n", "confidence", "rate"} of the answers in each of `bins` equal bins of [0, 1]; means, None in empty bins."""
-    found = [[] for _ in range(bins)]
+def confidence_bins(confidences: Sequence[float], right: Sequence[bool]) -> list[dict]:
+    """{"n", "confidence", "rate"} of the answers in each of ten equal bins of [0, 1]; means, None in empty bins."""
+    found = [[] for _ in range(BINS)]
     for confidence, is_right in zip(confidences, right, strict=True):
-        found[min(int(confidence * bins), bins - 1)].append((confidence, is_right))
+        found[min(int(confidence * BINS), BINS - 1)].append((confidence, is_right))
     described = []
     for part in found:
         confidence, rate_ = map(statistics.fmean, zip(*part, strict=True)) if part else (None, None)

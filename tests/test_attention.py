@@ -7,13 +7,12 @@ from attention import (
     EXPLICIT_MAX_KEYS,
     PrefixMask,
     attention,
-    attention_reference,
     blended_attention,
-    blended_reference,
     choose_path,
     sdpa,
 )
-from fused_ops import blend, query_chunks
+from attention_formula import attention_reference, blend, blended_reference
+from fused_ops import query_chunks
 
 LONG = EXPLICIT_MAX_KEYS + 8  # above the length where the path changes
 

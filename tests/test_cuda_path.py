@@ -20,7 +20,8 @@ import fused_ops
 import machine
 import modeling_vlm
 import training
-from attention import PrefixMask, attention_reference, blended_reference, choose_path, kernels_of
+from attention import PrefixMask, choose_path, kernels_of
+from attention_formula import attention_reference, blended_reference
 from differential_attention import PRESETS, add_differential, unfreeze_differential
 from errors import UserError
 from modeling_gemma import PaliGemmaForConditionalGeneration
@@ -296,7 +297,7 @@ def test_a_decoder_layer_is_one_graph_for_ragged_batches(preset, monkeypatch):
         for batch in batches:
             plan = model.model.plan(**batch).to("cpu")
             plan.mask.segments(*2 * [batch["input_ids"].shape[1]])
-            with torch.autocast("cpu", torch.bfloat16), fused_ops.cast_lora(model):
+            with torch.autocast("cpu", torch.bfloat16), fused_ops.cast_lora(fused_ops.lora_layers(model)):
                 loss = model(**batch, plan=plan).loss
                 loss.backward()
             losses.append(loss.item())
@@ -322,7 +323,7 @@ def test_a_layer_of_every_preset_is_one_graph(preset, monkeypatch):
     torch._dynamo.utils.counters.clear()
     model.model.language_model.layers[1].compile(backend="eager", fullgraph=True, dynamic=True)
     batch = tiny.batch(side="left")
-    with torch.autocast("cpu", torch.bfloat16), fused_ops.cast_lora(model):
+    with torch.autocast("cpu", torch.bfloat16), fused_ops.cast_lora(fused_ops.lora_layers(model)):
         loss = model(**batch).loss
     assert loss.isfinite() and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
@@ -333,7 +334,7 @@ def losses_and_gradients(model, batches: list[dict]) -> list[list[torch.Tensor]]
     for batch in batches:
         model.zero_grad(set_to_none=True)
         pixels = batch["pixel_values"].double()
-        with fused_ops.cast_lora(model):
+        with fused_ops.cast_lora(fused_ops.lora_layers(model)):
             loss = model(**batch | dict(pixel_values=pixels), plan=model.model.plan(**batch)).loss
             loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -411,11 +412,11 @@ def test_factors_cast_once_give_the_same_bits(tiny_model):
     ids = torch.randint(5, 90, (2, 6))
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.ones_like(ids), labels=ids)
     results = []
-    for context in (contextlib.nullcontext(), fused_ops.cast_lora(model)):
+    for context in (contextlib.nullcontext(), fused_ops.cast_lora(fused_ops.lora_layers(model))):
         adapted.zero_grad()
         with context:
             if results:  # generate inside the block, with a block of its own
-                with fused_ops.cast_lora(model):
+                with fused_ops.cast_lora(fused_ops.lora_layers(model)):
                     pass
                 assert any(hasattr(module, fused_ops.CAST_FACTORS) for module in model.modules())
             loss = model(**batch).loss

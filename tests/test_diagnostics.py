@@ -7,11 +7,13 @@ import tiny
 import torch
 from test_differential import build, causal, layer, projected, stir
 
-from attention import Attend, apply_rotary, attention_maps
+from attention import Attend, apply_rotary
+from attention_formula import attention_maps, blend
 from diagnostics import (
     acting_map,
     answer_attention,
     compute_layer_maps,
+    decoder_maps,
     first_map,
     lambda_values,
     measure_maps,
@@ -21,7 +23,6 @@ from diagnostics import (
     visit_differential_layers,
 )
 from differential_attention import add_differential, differential_modules
-from fused_ops import blend
 
 
 @pytest.mark.parametrize("preset", ["split", "v2", "difflora", "v1", "grouped", "dex"])
@@ -156,11 +157,11 @@ def test_attention_of_an_answer_is_that_of_the_tokens_that_predict_it():
     model, batch, maps = stir(build("split")), tiny.batch(), []
 
     def keep_map(attend, args, _):
-        maps.append(acting_map(attend, *args[:3]))
+        maps.append(acting_map(*decoder_maps(attend, *args[:3])))
 
     for decoder_layer in model.model.language_model.layers:
         decoder_layer.self_attn.register_forward_hook(keep_map)
-    found = answer_attention(model, batch)
+    (found,) = answer_attention(model, batch)
     for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
         patches = (ids == model.config.image_token_id).nonzero()[:, 0]
         answered = (labels >= 0).nonzero()[:, 0][: found.shape[2]]
@@ -169,15 +170,16 @@ def test_attention_of_an_answer_is_that_of_the_tokens_that_predict_it():
             torch.testing.assert_close(paid, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("map_of", [acting_map, first_map, subtracted_map])
-def test_attention_of_answers_of_unequal_length_is_that_of_each_row_alone(map_of):
+def test_attention_of_answers_of_unequal_length_is_that_of_each_row_alone():
     """Cut to the shortest answer: "10, 4, 2" has one token more than "1, 4, 2"."""
     model, lengths = stir(build("split")), (8, 9, 8)
     batch = tiny.batch(prefixes=(5, 2, 4), suffixes=lengths)
-    attention = answer_attention(model, batch, map_of)
-    assert attention.shape[1:3] == (3, 8)
+    parts = acting_map, first_map, subtracted_map
+    attention = answer_attention(model, batch, parts)
+    assert attention.shape[0] == 3 and attention.shape[2:4] == (3, 8)
+    assert not torch.equal(attention[1], attention[2])
     for row, length in enumerate(lengths):
         one = {key: tensor[row : row + 1] for key, tensor in batch.items()}
-        alone = answer_attention(model, one, map_of)
-        assert alone.shape[2] == length
-        torch.testing.assert_close(attention[:, row], alone[:, 0, :8], atol=1e-6, rtol=1e-5)
+        alone = answer_attention(model, one, parts)
+        assert alone.shape[3] == length
+        torch.testing.assert_close(attention[:, :, row], alone[:, :, 0, :8], atol=1e-6, rtol=1e-5)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import differential_attention as da
-from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves, attention, blended_reference
+from attention import Attend, PrefixMask, apply_rotary, apply_rotary_to_halves, attention
+from attention_formula import blended_reference
 from diagnostics import compute_layer_maps, lambda_values
 from differential_attention import PRESETS, DifferentialConfig, add_differential, set_progress
 from errors import UserError
@@ -302,13 +303,6 @@ def test_v1_by_groups_keeps_every_pretrained_map_and_adjacent_pairs_half_of_them
     out = plain.differential(x, q, k, v, turn, host)
     out = out if pairing == "groups" else out.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2)
     assert sum(torch.allclose(out[:, h], own[:, h]) for h in range(8)) == (4 if pairing == "groups" else 2)
-
-
-def test_stored_configurations_of_v1_without_a_pairing_are_adjacent():
-    old = DifferentialConfig("v1").resolve().to_dict()
-    del old["pairing"]
-    assert DifferentialConfig.from_dict(old).pairing == "adjacent"
-    assert DifferentialConfig("v1").resolve().pairing == "groups"
 
 
 def test_v1_by_adjacent_heads_is_its_formula():

@@ -557,7 +557,7 @@ def test_the_share_is_that_of_the_cell_in_the_answer(tiny_model, folder, monkeyp
     truth = next(row["ground_truth"] for row in rows_of(folder / "asked") if row["kind"] == "positive")
     _, row, column = (int(number) - 1 for number in truth.split(", "))
     assert row != column
-    paid = torch.zeros(2, 1, 1, 4, 4)  # layers, batch, tokens; the tiny model has a patch per cell
+    paid = torch.zeros(1, 2, 1, 1, 4, 4)  # parts, layers, batch, tokens; the tiny model has a patch per cell
     paid[..., row, column] = 1
     monkeypatch.setattr("needle_eval.needle_attention.answer_attention", lambda *_: paid.flatten(-2))
     evaluate(*flags, "--output_dir=measured", "--attention=1")

@@ -21,7 +21,8 @@ import attention
 import fused_ops
 import modeling_vlm
 import training
-from attention import PrefixMask, attention_reference, blended_reference
+from attention import PrefixMask
+from attention_formula import apply_softcap, attention_reference, blended_reference
 from differential_attention import PRESETS, DifferentialConfig, add_differential, unfreeze_differential
 from errors import UserError
 from finetune_original import Config, finetune
@@ -185,7 +186,7 @@ def loss_and_gradients(model, batch: dict, device: str) -> tuple[Tensor, dict[st
     plan = model.model.plan(**batch).to(device)
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
-    casts = fused_ops.cast_lora(model) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    casts = fused_ops.cast_lora(fused_ops.lora_layers(model)) if dtype == torch.bfloat16 else contextlib.nullcontext()
     with casts, torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = model(**batch, plan=plan).loss
     loss.backward()
@@ -261,7 +262,7 @@ def test_the_tiled_loss_is_the_formula(dtype, softcap, monkeypatch):
     head.weight = torch.nn.Parameter(weight.to(DEVICE), requires_grad=False)
     exact, leaf = hidden.double().requires_grad_(), hidden.to(DEVICE).requires_grad_()
     found = fused_ops.head_loss(leaf, head, labels.to(DEVICE), softcap)
-    logits = fused_ops.apply_softcap(exact @ weight.double().T, softcap)
+    logits = apply_softcap(exact @ weight.double().T, softcap)
     expected = torch.nn.functional.cross_entropy(logits, labels)
     check_close(found, expected, TOLERANCE[dtype])
     found.backward(), expected.backward()
@@ -281,7 +282,7 @@ def test_a_forward_and_backward_pass_never_wait(preset):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
-            with fused_ops.cast_lora(model), torch.autocast(DEVICE, torch.bfloat16):
+            with fused_ops.cast_lora(fused_ops.lora_layers(model)), torch.autocast(DEVICE, torch.bfloat16):
                 model(**on_gpu, plan=plan).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

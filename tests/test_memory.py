@@ -52,7 +52,7 @@ def saved_bytes(model, batch: dict[str, Tensor]) -> int:
     layer.register_forward_hook(lambda *_: counts.__setitem__(0, False))
     plan = model.model.plan(**batch)
     features = torch.zeros(len(batch["input_ids"]), model.config.vision_config.num_patches, 256, dtype=torch.bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), fused_ops.cast_lora(model):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), fused_ops.cast_lora(fused_ops.lora_layers(model)):
         for module in model.modules():  # cast factors are made once for all layers
             for t in getattr(module, fused_ops.CAST_FACTORS, ()):
                 kept.add(t.untyped_storage().data_ptr())

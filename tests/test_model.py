@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 
-from attention import PrefixMask, attention, attention_reference
+from attention import PrefixMask, attention
+from attention_formula import attention_reference
 from errors import UserError
 from modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig

@@ -9,7 +9,8 @@ from refusals import refused
 from tiny_phi import ORIGINAL, VARIANTS, ids_and_mask, longrope, pair
 
 import modeling_vlm
-from attention import PrefixMask, attention_reference, call_sdpa, sdpa
+from attention import PrefixMask, call_sdpa, sdpa
+from attention_formula import attention_reference
 from checkpoint import hub_key, rename_key
 from differential_attention import PRESETS, DifferentialConfig, add_differential
 from modeling_phi3 import Phi3Config, Phi3TextConfig, rotary_tables

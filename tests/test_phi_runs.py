@@ -159,7 +159,7 @@ def test_attention_is_measured_on_the_patches_of_the_crops(model):
     lines = is_patch[0, first : first + 20].unflatten(0, (4, 5))
     assert lines[:, :4].all() and not lines[:, 4].any() and not is_patch[0, first + 20 :].any()
     one = {key: value[:1] for key, value in batch.items()}
-    maps = answer_attention(built, one)
+    (maps,) = answer_attention(built, one)
     assert maps.shape == (2, 1, 2, 16)
     assert needle_share(torch.ones(16), (0, 1, 0), 1, 2) == 0.25
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fused_ops
-from fused_ops import LowRankLinears, TiledHeadLoss, apply_linears, apply_softcap, head_loss, is_plain_lora
+from attention_formula import apply_softcap
+from fused_ops import LowRankLinears, TiledHeadLoss, apply_linears, head_loss, is_plain_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -279,7 +279,10 @@ def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
     found = study.read_records(tmp_path, "A", plan)
     assert list(found) == [job]
     lines = study.format_status(plan, found, jobs=2)
-    assert lines[2].split() == ["split", "core", "1", "1"] and lines[-1] == "4 runs of about 1.0 min: 0.0 h on 2"
+    assert (
+        lines[2].split() == ["split", "core", "1", "1"]
+        and lines[-1] == "4 runs of about 1.0 min: 0.0 h with 2 at a time"
+    )
     reordered = dict(reversed(plan.items()))
     assert study.read_records(tmp_path, "A", reordered)
     with pytest.raises(UserError, match="seed01.json: of another plan"):

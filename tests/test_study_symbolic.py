@@ -140,7 +140,7 @@ def test_a_run_ends_when_it_retrieves():
 
 def test_accuracy_counts_only_when_it_is_smoothed(monkeypatch):
     """A threshold that every batch reaches counts as reached when the window is full, not at the first batch."""
-    monkeypatch.setattr(study_symbolic, "THRESHOLD", 0.0)
+    monkeypatch.setattr(study_symbolic, "SYMBOLIC_THRESHOLD", 0.0)
     found = study_symbolic.train("standard", 0, 4, 1e-3, 100)
     assert found["steps"] == study_symbolic.SMOOTHING_STEPS - 1 and not found["censored"]
 

@@ -341,7 +341,7 @@ def test_attention_that_does_not_fit_the_memory_of_the_gpu_does_not_cost_the_run
     finetune(replace(config, max_steps=1), "original")
     folder = Path(config.output_dir)
     assert (folder / "final" / "adapter").is_dir() and not (folder / "attention.safetensors").exists()
-    assert "attention is not saved of all sets: the GPU is out of memory" in capsys.readouterr().out
+    assert "the attention maps of some sets are not saved: the GPU is out of memory" in capsys.readouterr().out
 
 
 def test_best_is_chosen_by_the_sets_that_count_for_it():
