@@ -120,7 +120,7 @@ def test_a_differential_run_without_its_parameters_is_refused(runs, tmp_path, mo
             write_json(file, read_json(file) | {"auto_mapping": None})
         elif evidence == "adapter":
             write_json(file, read_json(file) | {"arm": "original"})
-    image = checkpoint.ROOT / "assets/readme.png"
+    image = checkpoint.ROOT / "assets/attention.png"
     arguments = (f"--model={run_folder / part}", f"--output={tmp_path / 'out'}")
     for script, main in (("generate.py", generate.main), ("export.py", export.main)):
         monkeypatch.setattr(
