@@ -165,7 +165,7 @@ def draw_share(panel: Axes, group: Group) -> None:
     panel.set_ylabel("endpoint N")
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(percent_formatter())
+        axis.set_major_formatter(percent_formatter(decimals=0))
     panel.legend()
 
 

@@ -489,20 +489,24 @@ def format_spread(group: Group) -> list[str]:
 
 
 def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]:
-    """A row for each of the hypotheses."""
-    measure = partial(points, conditions=endpoint_conditions(group.section))
+    """A row for each of the hypotheses, with the difference in endpoint N and in its parts by number of cells."""
+    conditions, sizes = endpoint_conditions(group.section), group.section["endpoint"]["cells"]
+    measure = partial(points, conditions=conditions)
+    parts = [partial(points, conditions=[c for c in conditions if condition_order(c)[0] == size]) for size in sizes]
     rows = []
     for found in hypotheses:
         low, high = bootstrap(group, found)
         t, t90 = found.t, found.t90
         values = [[measure(group.of_arm(arm)[seed]) for seed in found.seeds] for arm in (found.a, found.b)]
         rows.append([
-            f"{found.a} - {found.b}", str(t["n"]), format_interval(t), format_bounds(t90["low"], t90["high"]),
-            format_bounds(low, high), f"{t['sd']:.2f}", correlation(*values), format_p(t["p"]),
-            format_p(found.holm_p), format_p(equivalence(found.differences, MARGIN)),
-            format_p(equivalence(found.differences, NARROW_MARGIN)), verdict(found),
+            f"{found.a} - {found.b}", str(t["n"]), format_interval(t),
+            *(format_interval(contrast(group, found.a, found.b, part).t) for part in parts),
+            format_bounds(t90["low"], t90["high"]), format_bounds(low, high), f"{t['sd']:.2f}",
+            correlation(*values), format_p(t["p"]), format_p(found.holm_p),
+            *(format_p(equivalence(found.differences, margin)) for margin in (MARGIN, NARROW_MARGIN)), verdict(found),
         ])  # fmt: skip
-    header = ["hypothesis", "seeds", "difference [95 %]", "90 %", "bootstrap over seeds and concepts", "SD", "r", "p"]
+    header = ["hypothesis", "seeds", "difference [95 %]", *(f"{size} cells" for size in sizes), "90 %"]
+    header += ["bootstrap over seeds and concepts", "SD", "r", "p"]
     header += ["Holm p", f"TOST p, ±{MARGIN:g}", f"TOST p, ±{NARROW_MARGIN:g}", "verdict"]
     return table(header, rows)
 

@@ -21,9 +21,9 @@ import tyro
 import study
 import study_conversion
 from differential_attention import PRESETS
-from needle_eval.statistics import format_rate, rate
+from needle_eval.statistics import format_interval, format_rate, rate
 from study_records import read_records
-from study_report import group_records, symbolic_contrasts
+from study_report import core_contrasts, core_verdict, format_hypotheses, group_records, symbolic_contrasts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -255,6 +255,28 @@ def test_the_speeds_in_the_readme_are_what_was_measured():
     assert f"it takes {cached:.0f} ms, and `split` {more:.0f} % longer" in text
 
 
+def test_the_answer_is_that_of_the_records():
+    section = study.read_section("A")
+    (group,) = group_records(section, "A", read_records(ROOT / "results" / "study" / "A", "A"))
+    hypotheses = core_contrasts(group)
+    assert core_verdict(hypotheses) == "helps (and it is the subtraction)"
+    report = [line.split(" | ") for line in format_hypotheses(group, hypotheses)]
+    assert report[0][2:5] == ["difference [95 %]", "16 cells", "32 cells"]
+    names = "`standard`", "`additive` (no second map)", "`flipped` (second map added)"
+    for name, row in zip(names, report[2:], strict=True):
+        assert f"| {name} | {' | '.join(row[2:5])} |" in README
+    first, *controls = (hypothesis.t for hypothesis in hypotheses)
+    text = " ".join(README.split())
+    assert f"finds {first['mean']:.1f} points more needles than standard attention" in text
+    assert f"(95 % interval {first['low']:.1f} to {first['high']:.1f}, {first['n']} seeds)" in text
+    assert {f"{t['mean']:.1f}" for t in controls} == {"6.7"} and "6.7 more than either control" in text
+    lambdas = [value for record in group.of_arm("split").values() for value in record.lambdas]
+    assert f"ends between {min(lambdas):.2f} and {max(lambdas):.2f}" in text
+    page = " ".join(PAGES["docs/study.md"].split())
+    assert all(f"{format_interval(hypothesis.t)}" in page for hypothesis in hypotheses)
+    assert f"from {min(hypotheses[0].differences):.1f} to {max(hypotheses[0].differences):.1f} points" in page
+
+
 def test_the_differences_of_study_b1_are_those_of_its_records():
     section = json.loads((ROOT / "study.json").read_text())["B1"]
     (group,) = group_records(section, "B1", read_records(ROOT / "results" / "study" / "B1", "B1"))
@@ -270,7 +292,9 @@ def test_the_differences_of_study_b1_are_those_of_its_records():
         "V1 against the control": ("v1", "double_width_norm"),
     }
     for name, (a, b) in rows.items():
-        assert f"| {name} | {cell(a, b, 8)} | {cell(a, b, 16)} |" in README
+        assert f"| {name} | {cell(a, b, 8)} | {cell(a, b, 16)} |" in PAGES["docs/study.md"]
+    for name in ("v1", "double_width_norm"):
+        assert f"{-round(100 * math.expm1(found[name, 'standard', 8]['mean']))} % fewer" in " ".join(README.split())
     text = " ".join(PAGES["docs/study.md"].split())
     for a, b in (("v1", "standard"), ("v1", "double_width_norm"), ("double_width", "v1")):
         assert all(cell(a, b, pairs).removeprefix("-") in text for pairs in (8, 16)), (a, b)
