@@ -104,7 +104,7 @@ def evaluate(config: Config, accelerator: Accelerator, name: str, questions: lis
     limit = model_class.config_class.from_pretrained(name).text_config.max_position_embeddings
     marked = mark_too_long(questions, processor, limit)
     too_long = [new for new, old in zip(marked, questions, strict=True) if new is not old]
-    if too_long and not hasattr(benchmark, "LONG_QUESTIONS_ARE_WRONG"):
+    if too_long and not benchmark.LONG_QUESTIONS_ARE_WRONG:
         first, more = too_long[0], len(too_long) - 1
         raise UserError(f"{first.id} and {more:,} other questions do not fit: {first.error}")
     record = make_record(config, benchmark, marked, name, processor, dtype, accelerator)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TASKS = ("retrieval-text", "counting-text", "reasoning-text", "retrieval-image", "counting-image", "reasoning-image")
 FLAGS = ("image_folder",)
 NAME_FLAGS = ()
-LONG_QUESTIONS_ARE_WRONG = True  # a document that does not fit the model counts as wrong; other benchmarks raise
+HAS_CELLS, LONG_QUESTIONS_ARE_WRONG = False, True
 IMAGE_MARK = "<image>"  # placeholder of an image in the text
 CONTEXT_BINS = (1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 40000, 48000, 64000)  # tokens, lower ends
 DEPTH_BINS = 5

@@ -30,7 +30,7 @@ FLAGS = ("seed", "split", "protocol", "images", "grids", "needles", "per_cell", 
 BUILDING_FLAGS = ("seed", "split", "cell")  # apply to generated haystacks, not to the release
 NAME_FLAGS = ("protocol", "data", "split")  # flags whose values are always part of an evaluation folder's name
 GRIDS, QUADRANT_GRIDS = (2, 4), (2,)  # defaults of --grids
-HAS_CELLS = True  # scores are drawn as maps of cells, and for several models side by side
+HAS_CELLS, LONG_QUESTIONS_ARE_WRONG = True, False
 PLACE_PROTOCOLS = ("finetuned", "official", "rank")  # the answer is a place in text: attention on it can be measured
 
 

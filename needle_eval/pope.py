@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SPLITS = ("random", "popular", "adversarial")
 FLAGS = ("image_folder",)
 NAME_FLAGS = ()
+HAS_CELLS, LONG_QUESTIONS_ARE_WRONG = False, False
 MAX_NEW_TOKENS = 10
 DIGITS = 2  # after the decimal point of percentages, as in the paper
 SOURCE = "use that of AoiDragon/POPE, output/coco"

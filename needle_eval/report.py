@@ -17,8 +17,10 @@ from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, pa
 
 # A benchmark is a module with load_questions(config), is_correct(row), score(rows), format_table(scores_by_model) and
 # write_official(rows, folder, model_name). ANSWER_ROW is the type of its answer rows, FLAGS are the flags that not all
-# benchmarks read, NAME_FLAGS those whose values name its folders. Optional: complete_flags(config), prepare_rows(rows),
-# describe(config, image_size, num_image_tokens), HAS_CELLS, LONG_QUESTIONS_ARE_WRONG.
+# benchmarks read, NAME_FLAGS those whose values name its folders. HAS_CELLS: scores are drawn as maps of cells, and for
+# several models side by side. LONG_QUESTIONS_ARE_WRONG: one that does not fit the model counts as wrong instead of
+# ending the evaluation. Optional: complete_flags(config), prepare_rows(rows), describe(config, image_size,
+# num_image_tokens).
 BENCHMARKS: dict[str, ModuleType] = {"mmneedle": mmneedle, "pope": pope, "mm-niah": mm_niah}
 NAME_LENGTH = 120  # characters of the models' names in a figure's file name
 MACHINE = ("device", "processes")  # fields of eval.json that scores.json leaves out
@@ -50,7 +52,7 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     scores = benchmark.score([row for row in rows if not (skip_none and row["response"] is None)])
     with writing(folder / "response"):
         benchmark.write_official(rows, folder / "response", slug(record["model"]))
-    if hasattr(benchmark, "HAS_CELLS"):
+    if benchmark.HAS_CELLS:
         plots.draw_haystacks(scores, folder / "plots", figure_title(folder, record))
     attention = read_attention(folder / "attention.json")
     broken = [f"{row['id']}: {row['error']}" for row in raw if "error" in row]
@@ -104,7 +106,7 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
     line += f", protocol {config['protocol']}" if "protocol" in config else ""
     line += ", broken questions skipped" if skip_none else ""
     lines = [line, *benchmark.format_table(scores_by_model)]
-    if hasattr(benchmark, "HAS_CELLS"):
+    if benchmark.HAS_CELLS:
         title = f"MMNeedle's questions, protocol {config.get('protocol')}, data {config.get('data', '')}"
         for folder, (name, scores), (other, _) in zip(folders, scores_by_model.items(), scored, strict=True):
             figure = folder / "plots" / "accuracy.png"
