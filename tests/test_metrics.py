@@ -92,7 +92,7 @@ def test_a_run_is_scored_logged_and_ranked_by_the_metric(tiny_model, tmp_path, m
     data = tmp_path / "rows" / "answers.jsonl"
     data.write_text(json.dumps(row | {"answers": ["red apple"] * 6 + [{"answer": "apple"}] * 4}) + "\n")
     config = tiny.quick(Config, tiny_model, tmp_path, max_steps=4, eval_every=2, data=str(data), eval_data=str(data))
-    responses = iter(["pear", "pear", "an apple", "Pear", "pear"])  # the first is of the evaluation before step 0
+    responses = iter(["pear", "an apple", "Pear", "pear"])
 
     def answer(answerer, questions, **_):
         response = next(responses)

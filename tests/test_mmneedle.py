@@ -341,7 +341,7 @@ def test_images_of_a_folder_and_of_a_jsonl(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"image": "05.png", "caption": "five"}\n')
     assert read_captioned_images(tmp_path / "rows.jsonl")[0].open().getpixel((0, 0)) == (5, 5, 5)
     (tmp_path / "rows.jsonl").write_text('{"image": "05.png"}\n')
-    with pytest.raises(UserError, match="rows.jsonl:1: Object missing required field caption: give a JSON object"):
+    with pytest.raises(UserError, match="rows.jsonl:1: Object missing required field caption: give {image, caption}"):
         read_captioned_images(tmp_path / "rows.jsonl")
     (tmp_path / "captions.json").write_text(json.dumps({"lost.png": "gone"}))
     with pytest.raises(UserError, match="lost.png does not exist"):
