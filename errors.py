@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
 
 EXIT_CODE = 2
+BROKEN_PIPE = 141  # exit code of a process that SIGPIPE ends
 
 Params, Result = ParamSpec("Params"), TypeVar("Result")
 
@@ -22,7 +23,8 @@ class TrainingFailed(UserError):
 
 def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
     """Wrap a script's `main`: a `UserError` prints its one line on stderr and exits with code 2, Ctrl-C prints one line
-    and exits with code 130, both without a traceback.
+    and exits with code 130, both without a traceback. A reader of stdout that leaves early, as in `| head`, ends the
+    script without a word and with code 141.
 
     With several processes only the first to fail prints, since the others fail as a consequence.
     """
@@ -39,6 +41,9 @@ def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
             if failed_before() == 0:
                 print("stopped by SIGINT", file=sys.stderr)
             leave(128 + signal.SIGINT)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+            leave(BROKEN_PIPE)
         except Exception:
             if failed_before() == 0:
                 raise

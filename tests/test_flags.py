@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 
 import pytest
 from refusals import refused
@@ -22,6 +25,7 @@ from differential_attention import DifferentialConfig
 from errors import UserError
 from finetune_original import parse_config
 
+ROOT = Path(__file__).parent.parent
 NONSENSE = ["nan", "inf", "-inf", "-1", "0", "-0.5", "1.0", "2", "1e30", str(10**20), "1.5", "", "x", "True", "None"]
 FLAGS = [(finetune_original.Config, field.name) for field in fields(finetune_original.Config)]
 FLAGS += [(finetune_diff.Config, f"differential.{field.name}") for field in fields(DifferentialConfig)]
@@ -148,3 +152,12 @@ def test_the_seed_of_differential_attention_is_that_of_the_run(capsys, monkeypat
     with pytest.raises(SystemExit) as end:
         finetune_diff.main()
     assert end.value.code == 2 and "--differential.seed: is that of --seed" in capsys.readouterr().err
+
+
+def test_a_reader_of_the_output_that_leaves_early_ends_a_script_without_a_traceback(tmp_path):
+    """As in `| head`: the pipe is closed before the script writes more than it holds."""
+    script = "from errors import one_line_errors\none_line_errors(lambda: print('line\\n' * 100_000))()"
+    command = f'{sys.executable} -c "{script}" 2> {tmp_path}/stderr | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (141, "line\n")
+    assert (tmp_path / "stderr").read_text() == ""
