@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import accelerate
 import filelock
 import msgspec
-import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import ADAPTER_CONFIG, hub_revision, resolve_run, weights_fingerprint
@@ -49,6 +47,7 @@ from files import (
     writing,
 )
 from machine import choose_dtype, device_name, git_commit, make_accelerator, portable_path, versions
+from tracking import Tracker
 
 if TYPE_CHECKING:
     from data import Source
@@ -119,7 +118,7 @@ class Run:
     started: bool = False  # the folder belongs to this run, which may write there
     metrics: list[dict] = field(default_factory=list)
     initial_differential: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # values before training
-    tracker: accelerate.tracking.GeneralTracker | None = None  # in addition to metrics.jsonl, on the main process
+    tracker: Tracker | None = None  # in addition to metrics.jsonl, on the main process
     strict: bool = False  # a bad row ends the run
     skipped: set[str] = field(default_factory=set, repr=False)  # why rows were left out
     signal: int = 0  # the signal that asked to stop
@@ -161,20 +160,12 @@ class Run:
     def track(self, step: int, values: dict):
         """Log every number in `values` to TensorBoard or wandb, nested ones under their path."""
         if self.tracker:
-            with writing(self.folder / self.tracker.name):
-                numbers = flatten_numbers(values)
-                self.tracker.log({readable_tag(path): number for path, number in numbers.items()}, step=step)
+            self.tracker.log(step, values)
 
     def track_sample(self, place: int, sample: dict):
-        """Log an answer (a line of samples.jsonl) to TensorBoard, and before training its image, which stays."""
-        if self.tracker and self.tracker.name == "tensorboard":
-            tag, writer = f"samples {sample['set']}/{place}", self.tracker.writer
-            lines = [f"{key}: {sample[key]!r}" for key in ("prompt", "answer", "response")]
-            with writing(self.folder / self.tracker.name):
-                writer.add_text(tag, "  \n".join(lines), sample["step"])
-                if sample["step"] == 0 and sample["image"]:
-                    pixels = np.asarray(Image.open(self.folder / sample["image"]))
-                    writer.add_image(tag, pixels, sample["step"], dataformats="HWC")
+        """Log an answer (a line of samples.jsonl) to TensorBoard."""
+        if self.tracker:
+            self.tracker.log_sample(place, sample)
 
     def skip(self, error: UserError):
         """Report a row that cannot be used, once, on the terminal and in skipped.log; with `strict` raise the error."""
@@ -223,39 +214,6 @@ class Run:
         if self.tracker:
             self.tracker.finish()
         self.accelerator.end_training()
-
-
-def flatten_numbers(values: dict, prefix: str = "") -> dict[str, float]:
-    """{"a": {"b": 1}} -> {"a/b": 1}; values other than numbers are left out."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten_numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float):
-            flat[prefix + key] = value
-    return flat
-
-
-TAGS = {  # first part of a path in `Run.track` -> title of its chart; any other part is an evaluation metric
-    "loss": "train/loss",
-    "lr": "train/learning rate",
-    "grad_norm": "train/gradient norm",
-    "lambda": "lambda",
-    "differential_grad_norm": "differential gradient norm",
-    "eval_loss": "eval loss",
-}
-LAYER = re.compile(r"model\.(language|vision)_[\w.]*?layers\.(\d+)\.self_attn\.differential")
-
-
-def readable_tag(path: str) -> str:
-    """A path of `flatten_numbers` as the title of a chart and, after a slash, of its curve. Layers get a two-digit
-    number, so that they sort by depth."""
-    path = LAYER.sub(lambda match: f"{match[1].replace('language', 'text')} layer {int(match[2]):02d}", path)
-    kind, slash, rest = path.partition("/")
-    if kind == "inside":  # layer / quantity
-        layer, _, quantity = rest.partition("/")
-        return f"maps {quantity}/{layer}"
-    return TAGS.get(kind, f"eval {kind}") + slash + rest
 
 
 # ---- opening a run
@@ -466,29 +424,14 @@ def log_skipped(run: Run, faults: list[str]):
 
 
 def start_tracker(run: Run, config: "Config", eval_sets: Iterable[str]):
-    """Start TensorBoard in the run folder, or wandb: copies of metrics.jsonl, which everything else reads.
+    """Start TensorBoard in the run folder, or wandb, on the main process.
 
     TensorBoard's table of hyperparameters also shows the last scores on `eval_sets`, the names of the sets.
     """
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
-    from torch.utils.tensorboard.summary import hparams
-
-    if not run.is_main or config.tracker == "none":
-        return
-    if config.tracker == "tensorboard":
-        run.tracker = TensorBoardTracker("tensorboard", run.folder, purge_step=step_of(run.resume) + 1)
-    else:
-        name, number = run.folder.resolve().name, run.record["id"]  # a run that continues keeps its id
-        run.tracker = WandBTracker(
-            "diff-transformer", name=name, id=number, resume="allow", config=run.record["config"]
-        )
-    run.tracker.start()
-    if config.tracker == "tensorboard":
-        values = {key: v if isinstance(v, int | float) else str(v) for key, v in comparable(run.record).items()}
-        scores = [readable_tag(f"{kind}/{name}") for name in eval_sets for kind in (config.metric, "eval_loss")]
-        start_summaries = hparams(values, dict.fromkeys(["train/loss", *scores], 0))[:2]  # the third ends a session
-        for summary in start_summaries:
-            run.tracker.writer.file_writer.add_summary(summary)
+    if run.is_main and config.tracker != "none":
+        run.tracker = Tracker(config.tracker, run.folder, step_of(run.resume) + 1, run.record)
+        scores = [f"{kind}/{name}" for name in eval_sets for kind in (config.metric, "eval_loss")]
+        run.tracker.log_hyperparameters(comparable(run.record), scores)
 
 
 # ---- comparing a run with what is asked
