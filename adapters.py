@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -398,6 +399,9 @@ def read_metadata(file: Path) -> tuple[DifferentialConfig, float]:
             raise UserError(f"{file}: its header has no differential configuration ({key!r}): save it again")
     raw = metadata["config"].encode()
     decode_typed(raw, DifferentialConfig, f"{file}, config")
+    missing = {field.name for field in fields(DifferentialConfig)} - set(json.loads(raw))
+    if missing:  # their defaults may have been others when the file was written
+        raise UserError(f"{file}: its configuration has no {min(missing)!r}: load it with the version that wrote it")
     progress = decode_typed(
         metadata["progress"].encode(), Annotated[float, msgspec.Meta(ge=0, le=1)], f"{file}, progress"
     )

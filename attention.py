@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # takes a second
 
 # Up to this many keys, forward + backward of differential attention on a CPU is faster with explicit maps than with
 # SDPA; above it the maps take too much memory. (With shared keys in bfloat16, SDPA is faster even below it.)
-# Standard attention takes the same path although SDPA would be up to a third faster, because the arms must start
+# Standard attention takes the same path although SDPA takes up to a third less time, because the arms must start
 # bit-equal. Measured by benchmarks/attention_paths.py.
 EXPLICIT_MAX_KEYS = 512
 FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: multiples of the step
@@ -205,6 +205,9 @@ class StepMask:
             seen = is_visible(self.position, k, start, start, self.position + 1, window)
             self._derived[keys, window] = seen[:, None, None]
         return self._derived[keys, window]
+
+    def common_prefix_end(self, keys: int) -> None:
+        """None: a single query needs no split into prefix and suffix."""
 
 
 Mask = PrefixMask | StepMask
@@ -393,7 +396,7 @@ class Attend:
 
 
 # ---- torch's kernels
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: PrefixMask | None, scale: float, window: int | None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, window: int | None) -> Tensor:
     """torch's scaled_dot_product_attention under a prefix-LM mask -> [B, H, L, D]; arguments as in `attention`.
 
     If the prefix ends at the same position in every row and no row is padded, this makes two calls: prefix queries on

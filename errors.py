@@ -41,15 +41,24 @@ def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
             if failed_before() == 0:
                 print("stopped by SIGINT", file=sys.stderr)
             leave(128 + signal.SIGINT)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
-            leave(BROKEN_PIPE)
-        except Exception:
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and is_stdout_closed():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+                leave(BROKEN_PIPE)
             if failed_before() == 0:
                 raise
             leave()
 
     return wrapper
+
+
+def is_stdout_closed() -> bool:
+    """Whether the reader of stdout has left. A broken pipe may also be one to another process."""
+    try:
+        print(flush=True)  # flushing alone does not tell: the buffer may be empty
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def failed_before() -> int:

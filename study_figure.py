@@ -160,7 +160,7 @@ def draw_share(panel: Axes, group: Group) -> None:
                 panel.plot([x, x], [y, without / 100], color=look(arm)["color"], alpha=0.25, linewidth=0.8)
                 panel.plot(x, without / 100, **look(arm), markersize=4, alpha=0.8, markerfacecolor="white")
     panel.set_xlabel(
-        "share of the attention on the needle; a point for each seed\nopen: the same run, second map switched off"
+        f"attention on the needle in layer {layer}; points: seeds\nopen: the same run, second map switched off"
     )
     panel.set_ylabel("endpoint N")
     for axis in (panel.xaxis, panel.yaxis):

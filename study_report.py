@@ -58,6 +58,8 @@ CONTRASTS = (
     ("v2", "standard"),
 )
 NO_VALUE = "-"
+ARM_COLUMNS = ["arm", "family", "trained parameters", "MFLOPs", "minutes", "seeds", "N", "- standard [95 %]"]
+ARM_COLUMNS += ["- additive [95 %]", "Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
 
 
 @dataclass
@@ -81,6 +83,11 @@ class Group:
         """The arms with records, in the order of the plan."""
         present = {record.arm for record in self.records}
         return [arm for arm in self.section["arms"] if arm in present]
+
+    def is_complete(self, arm: str) -> bool:
+        """Whether every planned run of an arm is finished. Its accuracy is shown only then: with a look at every new
+        seed, a verdict could be had by stopping at the right time."""
+        return not self.missing([arm])
 
     def missing(self, arms: Iterable[str]) -> int:
         """How many of the planned runs of these arms have no record."""
@@ -263,9 +270,9 @@ def core_contrasts(group: Group) -> list[Contrast]:
 
 
 def secondary_contrasts(group: Group) -> list[Contrast]:
-    """Every other arm against standard: one Holm family."""
+    """Every other arm whose runs are finished against standard: one Holm family."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
-    others = [arm for arm in group.arms() if arm not in ("standard", "split")]
+    others = [arm for arm in group.arms() if arm not in ("standard", "split") and group.is_complete(arm)]
     found = [c for arm in others if (c := contrast(group, arm, "standard", measure))]
     adjust(found)
     return found
@@ -466,7 +473,16 @@ def format_conversion(group: Group) -> list[str]:
         return lines + format_spread(group)
     hypotheses, secondary = core_contrasts(group), secondary_contrasts(group)
     lines += ["Endpoint N, points. Primary hypotheses:", "", *format_hypotheses(group, hypotheses), ""]
-    lines += ["All arms. The verdicts of all but split are secondary, one Holm family against standard:", ""]
+    lines += [
+        "Descriptive, chosen after the result and not corrected: the parts of the endpoint by number of cells:",
+        "",
+    ]
+    lines += [*format_parts(group), ""]
+    lines += [
+        "All arms. The verdicts of all but split are secondary, one Holm family against standard. An arm's accuracy is "
+        "shown when all its seeds are finished:",
+        "",
+    ]
     lines += [*format_arms(group, hypotheses, secondary), ""]
     lines += ["Secondary endpoints, points unless named otherwise; Holm over each column:", ""]
     lines += [*format_secondary(group), ""]
@@ -489,26 +505,32 @@ def format_spread(group: Group) -> list[str]:
 
 
 def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]:
-    """A row for each of the hypotheses, with the difference in endpoint N and in its parts by number of cells."""
-    conditions, sizes = endpoint_conditions(group.section), group.section["endpoint"]["cells"]
-    measure = partial(points, conditions=conditions)
-    parts = [partial(points, conditions=[c for c in conditions if condition_order(c)[0] == size]) for size in sizes]
+    """A row for each of the hypotheses."""
+    measure = partial(points, conditions=endpoint_conditions(group.section))
     rows = []
     for found in hypotheses:
         low, high = bootstrap(group, found)
         t, t90 = found.t, found.t90
         values = [[measure(group.of_arm(arm)[seed]) for seed in found.seeds] for arm in (found.a, found.b)]
         rows.append([
-            f"{found.a} - {found.b}", str(t["n"]), format_interval(t),
-            *(format_interval(contrast(group, found.a, found.b, part).t) for part in parts),
-            format_bounds(t90["low"], t90["high"]), format_bounds(low, high), f"{t['sd']:.2f}",
-            correlation(*values), format_p(t["p"]), format_p(found.holm_p),
+            f"{found.a} - {found.b}", str(t["n"]), format_interval(t), format_bounds(t90["low"], t90["high"]),
+            format_bounds(low, high), f"{t['sd']:.2f}", correlation(*values), format_p(t["p"]), format_p(found.holm_p),
             *(format_p(equivalence(found.differences, margin)) for margin in (MARGIN, NARROW_MARGIN)), verdict(found),
         ])  # fmt: skip
-    header = ["hypothesis", "seeds", "difference [95 %]", *(f"{size} cells" for size in sizes), "90 %"]
-    header += ["bootstrap over seeds and concepts", "SD", "r", "p"]
+    header = ["hypothesis", "seeds", "difference [95 %]", "90 %", "bootstrap over seeds and concepts", "SD", "r", "p"]
     header += ["Holm p", f"TOST p, ±{MARGIN:g}", f"TOST p, ±{NARROW_MARGIN:g}", "verdict"]
     return table(header, rows)
+
+
+def format_parts(group: Group) -> list[str]:
+    """A row for each hypothesis: its difference in the conditions of the endpoint with each number of cells."""
+    conditions, sizes = endpoint_conditions(group.section), group.section["endpoint"]["cells"]
+    parts = [partial(points, conditions=[c for c in conditions if condition_order(c)[0] == size]) for size in sizes]
+    rows = [
+        [f"{a} - {b}", *(format_interval(contrast(group, a, b, part).t) for part in parts)]
+        for a, b in hypotheses_of(group.section)
+    ]
+    return table(["difference [95 %]", *(f"{size} cells" for size in sizes)], rows)
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> str:
@@ -527,10 +549,14 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
     for arm in group.arms():
         records = list(group.of_arm(arm).values())
         planned = group.section["arms"][arm]
-        against = contrast(group, arm, "additive", measure) if arm not in ("standard", "additive") else None
         row = [arm, planned["family"], f"{records[0].trained_parameters:,}"]
         row += [f"{records[0].forward_flops / 1e6:,.0f}", mean_text(r.seconds / 60 for r in records)]
-        row += [f"{len(records)} of {len(planned['seeds'])}", mean_text(measure(r) for r in records)]
+        row += [f"{len(records)} of {len(planned['seeds'])}"]
+        if not group.is_complete(arm):
+            rows.append([*row, *[NO_VALUE] * (len(ARM_COLUMNS) - len(row))])
+            continue
+        row += [mean_text(measure(r) for r in records)]
+        against = contrast(group, arm, "additive", measure) if arm not in ("standard", "additive") else None
         versus = found.get(arm)
         row += [format_interval(versus.t) if versus else NO_VALUE, format_interval(against.t) if against else NO_VALUE]
         tests = [versus.holm_p, equivalence(versus.differences, MARGIN)] if versus else []
@@ -540,9 +566,7 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         if versus:
             shown = core_verdict(hypotheses) if arm == "split" else verdict(versus)
         rows.append([*row, shown])
-    header = ["arm", "family", "trained parameters", "MFLOPs", "minutes", "seeds", "N", "- standard [95 %]"]
-    header += ["- additive [95 %]", "Holm p", f"TOST p, ±{MARGIN:g}", "false alarms", "N, second map off", "verdict"]
-    return table(header, rows)
+    return table(ARM_COLUMNS, rows)
 
 
 def format_secondary(group: Group) -> list[str]:

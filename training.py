@@ -246,8 +246,8 @@ def train(
     trained, with_lora = [p for p in adapted.parameters() if p.requires_grad], lora_layers(model)
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
-            if first_step % config.eval_every:  # else it begins with an evaluation
-                evaluate(evaluation, evaluation.short)  # so that a broken one fails now, not hours later
+            if not (evaluates_at(run, config, first_step) or run.repeats_evaluation):
+                evaluate(evaluation, evaluation.short)  # so that a broken evaluation fails now, not hours later
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
                 is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
@@ -266,7 +266,7 @@ def train(
                     load_average(adapted, state)
                     check_lambda_moved(run, model, step)
                 is_repeated = step == first_step and run.repeats_evaluation
-                if step % config.eval_every == 0 or last_step or step in run.extended_at or is_repeated:
+                if evaluates_at(run, config, step) or last_step or is_repeated:
                     evaluate_and_log(evaluation, adapted, state, last_step)
                 if is_stale and step < total_steps:
                     run.print(f"stopped after step {step}: no better score in {config.patience} evaluations")
@@ -348,6 +348,11 @@ def train(
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
     run.print(f"adapter and metrics: {run.folder}; ask it: python generate.py --model={run.folder} --image=...")
     run.finish()
+
+
+def evaluates_at(run: Run, config: "Config", step: int) -> bool:
+    """Whether the run is evaluated after `step` updates, besides at its end."""
+    return step % config.eval_every == 0 or step in run.extended_at
 
 
 def training_batches(

@@ -49,8 +49,9 @@ def format_rate(found: dict, digits: int = 1) -> str:
 
 
 def format_signed(value: float, digits: int = 1) -> str:
-    """A number with its sign; never -0.0."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}"
+    """A number with its sign, with more digits (up to three) where rounding to 0 would hide it; never -0.0."""
+    shown = next((n for n in range(digits, digits + 4) if round(value, n)), digits)
+    return f"{round(value, shown) + 0.0:+.{shown}f}"
 
 
 def format_interval(t: dict, digits: int = 1) -> str:

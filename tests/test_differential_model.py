@@ -473,6 +473,8 @@ def rewrite(folder, change, metadata=None):
 
 
 NAME = "model.language_model.layers.1.self_attn.differential.lambda_logit"
+STORED = DifferentialConfig("split").resolve().to_dict()
+UNPAIRED = {key: value for key, value in STORED.items() if key != "pairing"}
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,8 @@ NAME = "model.language_model.layers.1.self_attn.differential.lambda_logit"
         ("has shape", lambda t: t.update({NAME: torch.ones(2)}), None),
         ("no differential configuration", lambda t: None, {"format": "pt"}),
         ("config: Expected object", lambda t: None, {"config": "[", "progress": "0"}),
-        ("is unknown", lambda t: None, {"config": json.dumps({"preset": "v9"}), "progress": "0"}),
+        ("its configuration has no 'pairing'", lambda t: None, {"config": json.dumps(UNPAIRED), "progress": "0"}),
+        ("is unknown", lambda t: None, {"config": json.dumps(STORED | {"preset": "v9"}), "progress": "0"}),
     ],
 )
 def test_defect_k_a_file_that_does_not_fit_is_refused_in_one_line(message, change, metadata, tmp_path):

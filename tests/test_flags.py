@@ -161,3 +161,7 @@ def test_a_reader_of_the_output_that_leaves_early_ends_a_script_without_a_traceb
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (141, "line\n")
     assert (tmp_path / "stderr").read_text() == ""
+    script = "import socket\nfrom errors import one_line_errors\n"
+    script += "def main():\n    a, b = socket.socketpair()\n    b.close()\n    a.send(b'x')\none_line_errors(main)()"
+    other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert other.returncode == 1 and "BrokenPipeError" in other.stderr  # not a matter of the output

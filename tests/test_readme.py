@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,10 @@ import tyro
 
 import study
 import study_conversion
-from differential_attention import PRESETS
+from differential_attention import LAMBDA_MAX, PRESETS
 from needle_eval.statistics import format_interval, format_rate, rate
-from study_records import read_records
-from study_report import core_contrasts, core_verdict, format_hypotheses, group_records, symbolic_contrasts
+from study_records import endpoint_conditions, points, read_records
+from study_report import core_contrasts, core_verdict, format_parts, group_records, knocked_out, symbolic_contrasts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -260,21 +261,33 @@ def test_the_answer_is_that_of_the_records():
     (group,) = group_records(section, "A", read_records(ROOT / "results" / "study" / "A", "A"))
     hypotheses = core_contrasts(group)
     assert core_verdict(hypotheses) == "helps (and it is the subtraction)"
-    report = [line.split(" | ") for line in format_hypotheses(group, hypotheses)]
-    assert report[0][2:5] == ["difference [95 %]", "16 cells", "32 cells"]
+    parts = format_parts(group)
+    assert parts[0] == "| difference [95 %] | 16 cells | 32 cells |"
     names = "`standard`", "`additive` (no second map)", "`flipped` (second map added)"
-    for name, row in zip(names, report[2:], strict=True):
-        assert f"| {name} | {' | '.join(row[2:5])} |" in README
+    for name, hypothesis, row in zip(names, hypotheses, parts[2:], strict=True):
+        assert f"| {name} | {format_interval(hypothesis.t)} | {row.split(' | ', 1)[1]}" in README
     first, *controls = (hypothesis.t for hypothesis in hypotheses)
     text = " ".join(README.split())
     assert f"finds {first['mean']:.1f} points more needles than standard attention" in text
     assert f"(95 % interval {first['low']:.1f} to {first['high']:.1f}, {first['n']} seeds)" in text
-    assert {f"{t['mean']:.1f}" for t in controls} == {"6.7"} and "6.7 more than either control" in text
+    assert {f"{t['mean']:.1f}" for t in controls} == {"6.7"} and "6.7 more than either of two controls" in text
     lambdas = [value for record in group.of_arm("split").values() for value in record.lambdas]
     assert f"ends between {min(lambdas):.2f} and {max(lambdas):.2f}" in text
     page = " ".join(PAGES["docs/study.md"].split())
     assert all(f"{format_interval(hypothesis.t)}" in page for hypothesis in hypotheses)
     assert f"from {min(hypotheses[0].differences):.1f} to {max(hypotheses[0].differences):.1f} points" in page
+    flipped = [value for record in group.of_arm("flipped").values() for value in record.lambdas]
+    at_bound = sum(value <= -LAMBDA_MAX + 1e-6 for value in flipped)
+    assert f"at its bound of {LAMBDA_MAX} in {at_bound} of {len(flipped)} cases" in page
+    by_layer = list(zip(*(record.lambdas for record in group.of_arm("split").values()), strict=True))
+    gammas = [statistics.fmean(value / (1 - value) for value in layer) for layer in by_layer]
+    assert f"gamma, {min(gammas):.1f} to {max(gammas):.1f} (means of the layers)" in page
+    first_layer, last_layer = statistics.fmean(by_layer[0]), statistics.fmean(by_layer[-1])
+    assert f"from 0.5 to {first_layer:.2f} in the first layer and {last_layer:.2f} in the last" in page
+    for arm in ("split", "flipped"):
+        records, conditions = group.of_arm(arm).values(), endpoint_conditions(section)
+        with_map, without = (statistics.fmean(f(r, conditions) for r in records) for f in (points, knocked_out))
+        assert f"from {with_map:.1f} to {without:.1f}" in page
 
 
 def test_the_differences_of_study_b1_are_those_of_its_records():

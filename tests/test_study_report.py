@@ -349,3 +349,11 @@ def test_answers_have_as_many_digits_as_bits():
     assert Answers(n=9, right="ff80").rate() == 1.0
     with pytest.raises(ValueError, match="not those of 9 bits"):
         Answers(n=9, right="ff")
+
+
+def test_an_arm_shows_its_accuracy_only_when_all_its_seeds_are_finished(records):
+    """And it is in no Holm family before: the verdicts of the others do not change with each of its runs."""
+    some = [r for r in records if not (r.arm == "gate" and r.seed == 5)]
+    assert [c.a for c in study_report.secondary_contrasts(conversion_group(PLAN, some))] == ["additive", "flipped"]
+    (row,) = [line for line in format_report(PLAN, some) if line.startswith("| gate |")]
+    assert row.endswith("| 5 of 6 |" + " - |" * 8)
