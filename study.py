@@ -264,11 +264,11 @@ def write_report(output: Path = RECORDS):
 
     records, others = read(RECORDS), sorted(RECORDS.parent.glob(f"{RECORDS.name}-*"))
     lines = study_report.format_report(plan, records, [record for folder in others for record in read(folder)])
-    print(*lines, sep="\n")
     report = output / "report.md"
     with writing(report):
         report.write_text("\n".join(lines) + "\n", encoding="utf-8")
     study_figure.draw_figures(plan, records, output)
+    print(*lines, sep="\n")
 
 
 @one_line_errors

@@ -93,7 +93,7 @@ def run(section: dict, job: Job, folder: Path) -> dict[str, Any]:
     config = study_conversion.make_config(section, arm, seed, folder)
     file = folder.parent.parent / "data" / f"seed{seed:02d}.jsonl"
     rows_needed = config.max_steps * config.batch_size
-    write_training_rows(file, section["pairs"], section["needles"], rows_needed, seed)
+    write_training_rows(file, section["train_pairs"], section["needles"], rows_needed, seed)
     name, status = study_conversion.train(replace(config, data=str(file)), arm)
 
     began = time.perf_counter()
@@ -127,6 +127,8 @@ def measure_fingerprint(section: dict, folder: Path) -> str:
     """`study_records.fingerprint_of` the first losses of the first arm at the pilot seed, trained into `folder`."""
     check_model(section)
     file = folder.parent / "data" / "fingerprint.jsonl"
-    write_training_rows(file, section["pairs"], section["needles"], FINGERPRINT_STEPS, section["fingerprint_seed"])
+    write_training_rows(
+        file, section["train_pairs"], section["needles"], FINGERPRINT_STEPS, section["fingerprint_seed"]
+    )
     small = section | {"train": section["train"] | {"batch_size": 1, "data": str(file)}}
     return study_conversion.measure_fingerprint(small, folder, FINGERPRINT_STEPS)

@@ -271,6 +271,18 @@ def test_jobs_are_ordered_so_that_arms_stay_level(tiny_model):
         study.list_jobs(section(tiny_model), seeds=(9,))
 
 
+@pytest.mark.parametrize("name", json.loads(study.PLAN.read_text()))
+def test_every_section_of_the_plan_lists_its_runs_and_their_flags(name, tmp_path):
+    plan = study.read_section(name)
+    jobs = study.list_jobs(plan)
+    seeds = sum(len(arm["seeds"]) for arm in plan["arms"].values())
+    assert len(set(jobs)) == len(jobs) == seeds * (len(plan["pairs"]) if name == "B1" else 1)
+    assert len(study.format_status(plan, {}, jobs=2)) == 1 + len(plan["arms"])
+    if name != "B1":
+        configs = [study_conversion.make_config(plan, job.arm, job.seed, tmp_path) for job in jobs]
+        assert [config.seed for config in configs] == [job.seed for job in jobs]
+
+
 def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
     plan = section(tiny_model)
     job = study.Job("split", 1)
@@ -279,10 +291,8 @@ def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
     found = study.read_records(tmp_path, "A", plan)
     assert list(found) == [job]
     lines = study.format_status(plan, found, jobs=2)
-    assert (
-        lines[2].split() == ["split", "core", "1", "1"]
-        and lines[-1] == "4 runs of about 1.0 min: 0.0 h with 2 at a time"
-    )
+    assert lines[2].split() == ["split", "core", "1", "1"]
+    assert lines[-1] == "4 runs of about 1.0 min: 0.0 h with 2 at a time"
     reordered = dict(reversed(plan.items()))
     assert study.read_records(tmp_path, "A", reordered)
     with pytest.raises(UserError, match="seed01.json: of another plan"):

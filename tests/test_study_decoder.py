@@ -28,7 +28,7 @@ def section(tmp_path_factory) -> dict:
         "additive": dict(family="core", seeds=[0, 1, 2], differential=dict(preset="additive")),
     }
     plan = dict(model=str(model), weights=weights_fingerprint(model), threads=1, dtype="bfloat16", arms=arms)
-    plan |= dict(train=train | {"tracker": "none", "dtype": "bfloat16"}, pairs=3, needles=2, prompts=3)
+    plan |= dict(train=train | {"tracker": "none", "dtype": "bfloat16"}, train_pairs=3, needles=2, prompts=3)
     return plan | dict(endpoint=dict(cells=[3, 5], kinds=["pairs"]), fingerprint_seed=100)
 
 
