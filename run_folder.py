@@ -700,14 +700,20 @@ def was_evaluated(folder: Path, step: int) -> bool:
     """Whether metrics.jsonl has an evaluation at this step; `trim_logs` drops it."""
     file = folder / "metrics.jsonl"
     lines = read_bytes(file).decode("utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
-    return any(is_kept(line, step + 1) and not is_kept(line, step) for line in lines)
+    return any(step_and_kind(line) == (step, "evaluation") for line in lines)
 
 
 def is_kept(line: str, first_step: int) -> bool:
     """Whether a log line is complete and comes before the point where the run continues."""
+    found = step_and_kind(line)
+    return found is not None and (found[0] < first_step or found == (first_step, "update"))
+
+
+def step_and_kind(line: str) -> tuple[int, str] | None:
+    """The step of a log line and what it logs, "update" or "evaluation"; None for an incomplete or damaged line."""
     try:
         entry = json.loads(line)
         step = msgspec.convert(entry, LogLine).step
-    except (ValueError, RecursionError):  # damaged, or the process was killed while it wrote the line
-        return False
-    return line.endswith("\n") and (step < first_step or (step == first_step and "loss" in entry))
+    except (ValueError, RecursionError):  # the process was killed while it wrote the line
+        return None
+    return (step, "update" if "loss" in entry else "evaluation") if line.endswith("\n") else None

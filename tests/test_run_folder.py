@@ -276,6 +276,15 @@ def test_an_evaluation_at_the_checkpoint_is_repeated_with_another_eval_every_too
     assert [step for step, _ in logged(config, "eval")] == [0, 2, 4, 6]
 
 
+def test_an_update_after_the_checkpoint_is_no_evaluation_at_it(tmp_path):
+    """Otherwise a resumed run would log an evaluation that the uninterrupted one does not have."""
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 0.9}\n{"step": 4, "eval": {}}\n')
+    assert [run_folder.was_evaluated(tmp_path, step) for step in (3, 4)] == [False, True]
+    log.write_text('{"step": 3, "loss": 1.0}\n{"step": 3, "eval": {}}')  # killed while it wrote the line
+    assert not run_folder.was_evaluated(tmp_path, 3)
+
+
 def test_patience_counts_evaluations_so_their_interval_may_not_change(config):
     config = replace(config, patience=2)
     interrupt(config, 4)

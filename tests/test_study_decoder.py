@@ -107,5 +107,5 @@ def test_the_report_answers_with_two_hypotheses(section):
             ))  # fmt: skip
     lines = study_report.format_report({"C": section}, records)
     rows = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| split - ")]
-    assert rows == ["split - standard", "split - additive"]
+    assert rows == ["split - standard", "split - additive"] * 2  # the endpoint and its parts
     assert any("3 seeds" in line and "against additive" in line for line in lines)
