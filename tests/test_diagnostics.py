@@ -177,6 +177,8 @@ def test_attention_of_answers_of_unequal_length_is_that_of_each_row_alone():
     parts = acting_map, first_map, subtracted_map
     attention = answer_attention(model, batch, parts)
     assert attention.shape[0] == 3 and attention.shape[2:4] == (3, 8)
+    for part, found in zip(parts, attention, strict=True):  # together as alone
+        torch.testing.assert_close(found, answer_attention(model, batch, (part,))[0], atol=0, rtol=0)
     assert not torch.equal(attention[1], attention[2])
     for row, length in enumerate(lengths):
         one = {key: tensor[row : row + 1] for key, tensor in batch.items()}
