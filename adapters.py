@@ -70,14 +70,15 @@ model = from_pretrained("{name}")  # transformers' class, with differential atte
 STANDARD_LIBRARY, DIFFERENTIAL_MARK = "transformers", "differential_paligemma"
 
 # The parts other than the language model that can be trained, and their linear layers.
+TOWER_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 PARTS = {
-    "vision_tower": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "vision_tower": TOWER_LINEARS,
     "multi_modal_projector": ("linear", "linear_1", "linear_2"),  # PaliGemma's, and Phi's two
 }
 # peft matches module names as regular expressions, which can take forever: only plain names and these patterns pass.
 LORA_PATTERN = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})"  # bare names match the vision tower too
 PART_PATTERNS = {
-    "vision_tower": r".*vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+    "vision_tower": rf".*vision_tower\.encoder\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(TOWER_LINEARS)})",
     "multi_modal_projector": r".*multi_modal_projector\.linear",
 }
 ALLOWED_PATTERN = re.compile(
@@ -108,7 +109,7 @@ class AdapterFields(msgspec.Struct):
     alpha_pattern: dict[PlainName, float] | None = None
     layers_pattern: PlainName | list[PlainName] | None = None
     layers_to_transform: int | list[int] | None = None
-    init_lora_weights: bool | Literal["gaussian", "pissa", "olora", "eva", "loftq", "corda", "orthogonal"] | None = True
+    init_lora_weights: bool | PlainName | None = True
     fan_in_fan_out: bool = False
     use_dora: bool = False
     use_rslora: bool = False
@@ -123,17 +124,17 @@ def read_adapter_config(folder: Path) -> AdapterFields:
     regular expression for module names.
     """
     file = folder / ADAPTER_CONFIG
-    fields = read_typed(file, AdapterFields)
+    config = read_typed(file, AdapterFields)
     unsupported = [name for name in UNSUPPORTED if read_json(file).get(name)]
     if unsupported:
         raise UserError(f"{file}: {unsupported[0]} is not supported: give a LoRA adapter without it")
     for name in ("target_modules", "exclude_modules"):
-        value = getattr(fields, name)
+        value = getattr(config, name)
         if isinstance(value, str) and not (re.fullmatch(r"[\w.-]+", value) or ALLOWED_PATTERN.fullmatch(value)):
             raise UserError(
                 f"{file}: {name} is a regular expression, {value!r:.80}: replace it by the list of the names of modules"
             )
-    return fields
+    return config
 
 
 # ---- LoRA
@@ -153,7 +154,7 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
     unknown = [name for name in targets if name not in names]
     if unknown:
         raise UserError(
-            f"--lora_targets: {unknown[0]!r} is no layer of the language model: give some of {' '.join(names)}"
+            f"--lora_targets: {unknown[0]!r} is not a layer of the language model: choose from {', '.join(names)}"
         )
     trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
     with_lora = [part for part, how in trained.items() if how == "lora"]
@@ -261,13 +262,13 @@ def differential_card(name: str) -> str:
     return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{LOAD_IN_TRANSFORMERS.format(name=name)}"
 
 
-def describe_base(folder: PathLike, model: nn.Module, **fields: Any) -> None:
-    """Write the class of the base `model` and further `fields` into the adapter_config.json of `folder`. AutoPeftModel
+def describe_base(folder: PathLike, model: nn.Module, **changes: Any) -> None:
+    """Write the class of the base `model` and further `changes` into the adapter_config.json of `folder`. AutoPeftModel
     loads standard models and refuses those with differential attention, which it would leave out."""
     file = Path(folder, ADAPTER_CONFIG)
     library = DIFFERENTIAL_MARK if differential_config(model) else STANDARD_LIBRARY
     mapping = {"base_model_class": type(model).__name__, "parent_library": library}
-    write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | fields)
+    write_json(file, read_json(file) | {"auto_mapping": mapping, "task_type": None} | changes)
 
 
 def is_phi(model: nn.Module) -> bool:
@@ -319,18 +320,22 @@ def trainable_counts(model: nn.Module) -> dict[str, list[int]]:
 
 
 # ---- differential attention
-def differential_state(model: nn.Module) -> dict[str, Tensor]:
+def differential_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Name -> parameter or buffer of everything that differential attention added to `model`; for a transformers
-    model, too, the names are those of the models here."""
-    modules = differential_modules(model).items()
-    return {
-        rename_key(f"{name}.{key}"): tensor for name, module in modules for key, tensor in module.state_dict().items()
-    }
+    model, too, the names are those of the models here.
+
+    `state`: a state_dict of `model`, such as one gathered from its shards, to take the tensors from.
+    """
+    if state is None:
+        modules = differential_modules(model).items()
+        state = {f"{name}.{key}": tensor for name, module in modules for key, tensor in module.state_dict().items()}
+    added = {name.removeprefix("base_model.model."): t for name, t in state.items() if ".differential." in name}
+    return {rename_key(name): tensor for name, tensor in added.items()}
 
 
-def save_differential(model: nn.Module, folder: PathLike) -> None:
+def save_differential(model: nn.Module, folder: PathLike, state: dict[str, Tensor] | None = None) -> None:
     """Write what differential attention added to `model` (also inside peft's wrapper), and its configuration, into
-    `folder`/differential.safetensors; nothing for standard attention.
+    `folder`/differential.safetensors; nothing for standard attention. `state`: see `differential_state`.
 
     Raises UserError when the disk is full or a permission is missing.
     """
@@ -339,7 +344,7 @@ def save_differential(model: nn.Module, folder: PathLike) -> None:
         return
     progress = next(iter(differential_modules(model).values())).progress.item()
     metadata = {"config": json.dumps(config.to_dict()), "progress": json.dumps(progress)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in differential_state(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in differential_state(model, state).items()}
     file = Path(folder, DIFFERENTIAL)
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)

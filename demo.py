@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import generate
 from boxes import locs_to_boxes
-from diagnostics import acting_map, answer_attention, first_map, subtracted_map
+from diagnostics import answer_attention, effective_map, first_map, subtracted_map
 from differential_attention import differential_modules
 from errors import UserError, one_line_errors
 from files import check_ranges, one_line
@@ -108,7 +108,7 @@ def ask(loaded: Loaded, image: Image.Image, prompt: str) -> Answer:
     ids = loaded.model.generate(**batch, max_new_tokens=loaded.max_new_tokens)
     text = loaded.processor.decode(ids[0, batch["input_ids"].shape[1] :])
     answered = move(loaded.processor([[image]], [prompt], [text]), loaded.device)
-    parts = {ACTING: acting_map, "A1": first_map, "lambda A2": subtracted_map}
+    parts = {ACTING: effective_map, "A1": first_map, "lambda A2": subtracted_map}
     found = answer_attention(loaded.model, answered, tuple(parts.values()))[:, :, 0].float().cpu()
     maps = dict(zip(parts, found, strict=True))
     if maps["lambda A2"].any():

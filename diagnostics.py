@@ -4,8 +4,10 @@ B batch, L sequence, S keys, H heads, T answer tokens, N image tokens per image.
 beside the forward pass, which returns only its output.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from attention import Attend
 from attention_formula import apply_maps, blend
 from config_fields import IGNORED_LABEL
-from differential_attention import DifferentialAttention, SingleMap, differential_modules
+from differential_attention import DifferentialAttention, SingleMap, differential_config, differential_modules
 from fused_ops import split_keys
 
 # a run saves answers, images and attention of this many questions of each evaluation set, for plots.py
@@ -60,7 +62,22 @@ def lambda_values(model: nn.Module) -> dict[str, float]:
     return dict(zip(values, torch.cat(list(values.values())).tolist(), strict=True)) if values else {}  # one transfer
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def forward_hooks(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Within this block `model` is in eval mode, without gradients, and the modules have these forward hooks; compiled
+    layers, which would skip them, run eagerly."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    was_training = model.training
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+
 def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit) -> None:
     """Run `model` on `batch` and call visit(name, module, layer_maps, valid) for every differential layer; valid [B, L]
     is False on padding."""
@@ -76,25 +93,20 @@ def visit_differential_layers(model: nn.Module, batch: dict, visit: Visit) -> No
 
         return hook
 
-    modules = differential_modules(model).items()
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in modules]
-    was_training = model.training
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled layers would skip the hooks
-            model.eval().model(**{key: value for key, value in batch.items() if key != "labels"})
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    hooks = [(module, hook_of(name)) for name, module in differential_modules(model).items()]
+    with forward_hooks(model, hooks):
+        model.model(**{key: value for key, value in batch.items() if key != "labels"})
 
 
-def measure_maps(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
-    """Layer -> means over the valid tokens of the batch and all heads; {} for standard attention.
+def measure_maps(model: nn.Module, batches: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Layer -> means over the valid tokens of all batches and all heads; {} for standard attention.
 
     `lambda`; `cosine` of the two outputs and `distance` |o1 - o2| / |o1|; `entropy1`, `entropy2`: mean entropy of the
-    rows of the maps in nats. Values that a method does not have are left out.
+    rows of the maps in nats. Values that a method does not have are left out. The maps of a whole batch are in memory:
+    batches of one row need the least.
     """
-    measured: dict[str, dict[str, Tensor]] = {}
+    sums: dict[str, dict[str, Tensor]] = defaultdict(lambda: defaultdict(float))
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
 
     def visit(name: str, module: DifferentialAttention, maps: LayerMaps, valid: Tensor):
         is_valid = valid[:, None].expand(-1, maps.out1.shape[1], -1)  # [B, H, L]
@@ -108,12 +120,16 @@ def measure_maps(model: nn.Module, batch: dict) -> dict[str, dict[str, float]]:
             values["distance"] = ((out1 - out2).norm(dim=-1) / out1.norm(dim=-1).clamp(min=SMALLEST_NORM))[is_valid]
         if maps.map2 is not None:
             values["entropy2"] = row_entropy(maps.map2)[valid[:, None].expand(maps.map2.shape[:3])]
-        measured[name] = {key: value.float().mean() for key, value in values.items()}
+        for key, value in values.items():
+            sums[name][key] += value.float().sum()
+            counts[name][key] += value.numel()
 
-    visit_differential_layers(model, batch, visit)
-    means = [value for line in measured.values() for value in line.values()]
+    if differential_config(model) is not None:
+        for batch in batches:
+            visit_differential_layers(model, batch, visit)
+    means = [total / counts[name][key] for name, line in sums.items() for key, total in line.items()]
     numbers = iter(torch.stack(means).tolist() if means else ())  # one transfer
-    return {name: dict(zip(line, numbers, strict=False)) for name, line in measured.items()}
+    return {name: dict(zip(line, numbers, strict=False)) for name, line in sums.items()}
 
 
 def row_entropy(maps: Tensor) -> Tensor:
@@ -121,20 +137,25 @@ def row_entropy(maps: Tensor) -> Tensor:
     return torch.special.entr(maps).sum(-1)
 
 
-def select_heads(model: nn.Module, batch: dict) -> None:
+def select_heads(model: nn.Module, batches: Sequence[dict]) -> None:
     """DEX: restrict W_D to the half of the heads of each layer, at least one, whose rows have the highest entropy on
-    `batch`."""
+    `batches`. Does nothing for other presets."""
+    config = differential_config(model)
+    if config is None or config.second != "value":
+        return
+    entropies: dict[str, Tensor] = defaultdict(float)
 
     def visit(name: str, module: DifferentialAttention, maps: LayerMaps, valid: Tensor):
-        if module.config.second == "value":
-            entropy = (row_entropy(maps.map1) * valid[:, None]).sum((0, 2))
-            module.selected.zero_()[entropy.topk(max(1, len(entropy) // 2)).indices] = 1
+        entropies[name] += (row_entropy(maps.map1) * valid[:, None]).sum((0, 2))
 
-    visit_differential_layers(model, batch, visit)
+    for batch in batches:
+        visit_differential_layers(model, batch, visit)
+    for name, module in differential_modules(model).items():
+        module.selected.zero_()[entropies[name].topk(max(1, len(entropies[name]) // 2)).indices] = 1
 
 
 # ---- attention on the needle
-def acting_map(module: DifferentialAttention | None, maps: LayerMaps) -> Tensor:
+def effective_map(module: DifferentialAttention | None, maps: LayerMaps) -> Tensor:
     """The map [B, H, L, S] that a layer applies to its values: A in standard attention (`module` is None), A1 + gamma
     (A1 - A2) or A1 - lambda A2 in differential attention.
 
@@ -170,11 +191,12 @@ def decoder_maps(
     return module, compute_layer_maps(module, x, q, k, v, rotate, attend)
 
 
-@torch.no_grad()
-def answer_attention(model: nn.Module, batch: dict, parts: Sequence[Callable[..., Tensor]] = (acting_map,)) -> Tensor:
+def answer_attention(
+    model: nn.Module, batch: dict, parts: Sequence[Callable[..., Tensor]] = (effective_map,)
+) -> Tensor:
     """Attention of the answer tokens to the image patches, heads averaged: [parts, layers, B, T, N of all images].
 
-    `parts`: `acting_map`, the map applied to the values, `first_map` or `subtracted_map`. T: label tokens of the
+    `parts`: `effective_map`, the map applied to the values, `first_map` or `subtracted_map`. T: label tokens of the
     shortest answer; entry t is the attention that predicts token t. All prompts of `batch` have the same number of
     image tokens.
     """
@@ -182,23 +204,17 @@ def answer_attention(model: nn.Module, batch: dict, parts: Sequence[Callable[...
     predicts &= predicts.cumsum(1) <= predicts.sum(1).min()
     is_patch = model.model.patch_tokens(batch["input_ids"], batch.get("image_sizes"))
     count, layers = len(predicts), model.model.language_model.layers
-    found = []
+    attention = []
 
     def hook(layer_attention, args, _):
         module, maps = decoder_maps(layer_attention, *args[:3])
         for part in parts:
             to_all = part(module, maps).mean(1)[:, :-1][predicts].unflatten(0, (count, -1))  # [B, T, S]
-            found.append(to_all.transpose(1, 2)[is_patch].unflatten(0, (count, -1)).transpose(1, 2))
+            attention.append(to_all.transpose(1, 2)[is_patch].unflatten(0, (count, -1)).transpose(1, 2))
 
-    handles = [layer.self_attn.register_forward_hook(hook) for layer in layers]
-    was_training = model.training
-    try:
-        model.eval()(**batch)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return torch.stack(found).unflatten(0, (-1, len(parts))).transpose(0, 1)
+    with forward_hooks(model, [(layer.self_attn, hook) for layer in layers]):
+        model(**batch)
+    return torch.stack(attention).unflatten(0, (-1, len(parts))).transpose(0, 1)
 
 
 def needle_share(attention: Tensor, needle: tuple[int, int, int], images: int, grid: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Differential attention inside a pretrained attention layer: the module, the ways to make its second map, the presets.
 
-Standard attention weighs its values by one softmax map. Differential attention subtracts a second map, weighted by a
+Standard attention weights its values by one softmax map. Differential attention subtracts a second map, weighted by a
 learnable lambda: (A1 - lambda A2) v (Differential Transformer, arXiv 2410.05258). `DifferentialAttention` below is the
 default, `split`, which computes the function of the pretrained layer before the first update.
 
@@ -10,7 +10,7 @@ B batch, L queries, S keys, H query heads, K key/value heads, D head dim, C hidd
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -123,9 +123,8 @@ class DifferentialAttention(nn.Module):
 
     @property
     def has_lambda(self) -> bool:
-        """Whether lambda acts on the output. It does not if the second map replaces the first, in a gate, or without a
-        second map."""
-        return self.config.combine != "replace"
+        """Whether lambda acts on the output."""
+        return self.config.has_lambda
 
     @property
     def num_out_heads(self) -> int:
@@ -183,7 +182,9 @@ class DifferentialAttention(nn.Module):
             first, second = ((q * k).sum(-1, keepdim=True).exp() for q, k in pairs)  # autocast would round a matmul
             value = first - second + self.lambda_init
         elif config.lambda_kind == "token":
-            value = F.linear(x, self.lambda_token.to(x.dtype)).sigmoid().transpose(1, 2)[..., None]
+            logits = F.linear(x, self.lambda_token.to(x.dtype))
+            logits = logits.to(torch.promote_types(x.dtype, torch.float32))  # bf16 has steps of 0.004 below 1
+            value = logits.sigmoid().transpose(1, 2)[..., None]
         elif config.lambda_kind == "fixed":
             value = torch.full_like(self.progress, config.lambda_start)
         else:
@@ -241,11 +242,15 @@ class SharedNoiseQuery(ProjectedQuery):
 
     def check_shape(self):
         group_size = self.shape.num_heads // self.shape.num_kv_heads
-        if group_size == 1 or group_size % min(group_size, self.config.noise_ratio):
+        if group_size == 1:
+            raise UserError(
+                f"differential preset {self.config.preset}: the {self.tower} tower has no grouped queries, whose heads "
+                "could share a noise query: use another preset or tower"
+            )
+        if group_size % min(group_size, self.config.noise_ratio):
             raise UserError(
                 f"differential preset {self.config.preset}: {self.config.noise_ratio} heads share a noise query, but "
-                f"the key/value groups of the {self.tower} tower have {group_size}: set another noise_ratio, or "
-                "towers=text"
+                f"the key/value groups of the {self.tower} tower have {group_size}: set another noise_ratio"
             )
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
@@ -404,13 +409,16 @@ class SameMap(SingleMap):
 
 
 class ValueMap(SingleMap):
-    """o1 - lambda o1 W_D on selected heads, W_D a D x D matrix (DEX, arXiv 2505.16333)."""
+    """o1 - lambda o1 W_D on selected heads, W_D a D x D matrix (DEX, arXiv 2505.16333).
+
+    All heads are selected until `diagnostics.select_heads` chooses, as the training loop does before its first update.
+    """
 
     trainable = ("value_map",)
 
     def add_parameters(self, generator: torch.Generator, query: nn.Linear):
         self.value_map = uniform_parameter(generator, self.shape.head_dim, self.shape.head_dim)
-        self.register_buffer("selected", torch.ones(self.shape.num_heads))  # see diagnostics.select_heads
+        self.register_buffer("selected", torch.ones(self.shape.num_heads))
 
     def second_output(self, out: Tensor) -> Tensor:
         return (out @ self.value_map.T.to(out.dtype)) * self.selected[:, None, None].to(out.dtype)
@@ -445,8 +453,6 @@ class GatedOutput(SingleMap):
 
 class NoSecondMap(SingleMap):
     """Standard attention, with the head norm: a control."""
-
-    has_lambda = False
 
 
 SECOND_MAPS = {
@@ -519,7 +525,37 @@ class DifferentialConfig:
         chosen = DEFAULTS | PRESETS[self.preset].choices
         resolved = replace(self, **{key: value for key, value in chosen.items() if getattr(self, key) is None})
         resolved._check()
-        return resolved
+        for name in resolved._unused_fields():
+            value = getattr(resolved, name)
+            if value != chosen.get(name, getattr(DifferentialConfig, name)):
+                raise UserError(f"differential.{name}={value} has no effect in preset {self.preset}: leave it out")
+        towers = tuple(tower for tower in get_args(Tower) if tower in resolved.towers)
+        layers = None if resolved.layers is None else tuple(sorted(set(resolved.layers)))
+        return replace(resolved, towers=towers, layers=layers)
+
+    @property
+    def has_lambda(self) -> bool:
+        """Whether lambda acts on the output of a resolved configuration. It does not if the second map replaces the
+        first, in a gate, or without a second map."""
+        return self.combine != "replace" and self.second != "none"
+
+    def _unused_fields(self) -> list[str]:
+        """The fields that a resolved configuration does not read."""
+        has_init = self.lambda_kind == "vectors" or self.anneal or self.norm == "head"
+        is_used = dict(
+            rank=self.second in ("delta", "adapter"),
+            adapter_scale=self.second == "adapter",
+            noise_ratio=self.second == "noise",
+            pairing=self.second == "pairs",
+            halves_cut=self.second == "halves",
+            halves_scale=self.second == "halves",
+            lambda_start=self.has_lambda and self.lambda_kind in ("scalar", "fixed"),
+            lambda_lr=self.lambda_kind != "fixed",
+            lambda_init=has_init,
+            depth_offset=has_init and self.lambda_init is None,
+            fresh_layer_norms="vision" in self.towers,
+        )
+        return [name for name, used in is_used.items() if not used]
 
     def _check(self):
         check_ranges(self, "differential.")
@@ -527,13 +563,12 @@ class DifferentialConfig:
             raise UserError("differential.towers: is empty: give text, vision or both")
         if self.lambda_lr == 0 and self.lambda_kind != "fixed":
             raise UserError("differential.lambda_lr 0: lambda would never learn: set lambda_kind=fixed instead")
-        has_no_lambda = self.combine == "replace" or self.second == "none"
-        if has_no_lambda and self.lambda_kind != "fixed":
+        if not self.has_lambda and self.lambda_kind != "fixed":
             raise UserError(
                 f"differential: second={self.second} with combine={self.combine} does not use lambda, which would "
                 "never learn: set lambda_kind=fixed"
             )
-        if has_no_lambda and (self.anneal or self.flip_sign or self.lambda_warmup):
+        if not self.has_lambda and (self.anneal or self.flip_sign or self.lambda_warmup):
             raise UserError(
                 f"differential: second={self.second} with combine={self.combine} does not use lambda: leave out "
                 "anneal, flip_sign and lambda_warmup"
@@ -705,17 +740,20 @@ PRESETS = {
 
 
 # ---- models
-class UngainedRMSNorm(nn.LayerNorm):
+class RMSNormWithoutWeight(nn.LayerNorm):
     """RMSNorm with gain 1 in place of a LayerNorm, whose weight and bias are kept for saving but not used."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, None, self.eps)
 
-    @classmethod
-    def replacing(cls, norm: nn.LayerNorm) -> "UngainedRMSNorm":
-        new = cls(norm.normalized_shape, norm.eps, device="meta")
-        new.weight, new.bias = norm.weight, norm.bias
-        return new
+
+def as_norm(norm: nn.LayerNorm, norm_class: type[nn.LayerNorm]) -> nn.LayerNorm:
+    """A norm of this class with the weight and bias of `norm`; `norm` itself if it is one."""
+    if type(norm) is norm_class:
+        return norm
+    new = norm_class(norm.normalized_shape, norm.eps, device="meta")
+    new.weight, new.bias = norm.weight, norm.bias
+    return new
 
 
 def as_config(differential: DifferentialConfig | str) -> DifferentialConfig:
@@ -756,7 +794,7 @@ def add_to_layers(
     made = []
     for tower in config.towers:
         if tower not in towers:
-            raise UserError("differential.towers vision: the model is a decoder alone: give towers=text")
+            raise UserError("differential.towers vision: this model has no vision tower: use towers=text")
         count = len(towers[tower])
         chosen = range(count) if config.layers is None else sorted(set(config.layers))
         if not chosen or chosen[0] < 0 or chosen[-1] >= count:
@@ -776,9 +814,10 @@ def add_to_layers(
             )
     for layer, module in made:
         layer.self_attn.differential = module
-        if config.fresh_layer_norms and module.tower == "vision":
-            layer.layer_norm1 = UngainedRMSNorm.replacing(layer.layer_norm1)
-            layer.layer_norm2 = UngainedRMSNorm.replacing(layer.layer_norm2)
+        if module.tower == "vision":
+            norm_class = RMSNormWithoutWeight if config.fresh_layer_norms else nn.LayerNorm
+            layer.layer_norm1 = as_norm(layer.layer_norm1, norm_class)
+            layer.layer_norm2 = as_norm(layer.layer_norm2, norm_class)
     return [layer for layer, _ in made]
 
 
@@ -810,6 +849,11 @@ def differential_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in differential_modules(model).items()
         for key, parameter in module.named_parameters()
     }
+
+
+def is_lambda(name: str) -> bool:
+    """Whether a parameter's name is that of a learnable lambda."""
+    return "lambda" in name.rpartition(".")[2]
 
 
 def trainable_names(config: DifferentialConfig) -> frozenset[str]:
@@ -854,7 +898,7 @@ def knock_out(model: nn.Module) -> None:
     for module in modules:
         if not module.has_lambda:
             raise UserError(f"--knockout: preset {module.config.preset} has no lambda that could be set to 0")
-        module.config = replace(module.config, lambda_kind="fixed", lambda_start=0.0, anneal=False)
+        module.config = replace(module.config, lambda_kind="fixed", lambda_start=0.0, lambda_lr=1.0, anneal=False)
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:

@@ -15,7 +15,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ from differential_attention import (
     add_to_layers,
     as_config,
     differential_config,
+    differential_parameters,
+    is_lambda,
     set_progress,
     trainable_names,
 )
@@ -59,9 +61,9 @@ from fused_ops import split_keys
 BASES = ("eager", "sdpa")  # attention implementations that compute the maps
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "qk_norm")  # names of norms in attention layers
 VISION_ATTENTION = ("SiglipAttention", "CLIPAttention", "Idefics3VisionAttention", "SmolVLMVisionAttention")
-# the supported rotation of a decoder layer: unconditional, of whole queries (not of a part, `query_rot`), by its Python
-# module's function, other arguments at defaults
-ROTATION = re.compile(r"\n {8}(?!\w+_rot\b)\w+, \w+ = apply_rotary_pos_emb\(\w+, \w+, cos, sin\)\n")
+# matches a forward that rotates whole queries (not a part, `query_rot`), unconditionally, with its own Python module's
+# `apply_rotary_pos_emb(q, k, cos, sin)`
+ROTATION = re.compile(r"\n {8}(?!\w+_rot\b)(\w+), \w+ = apply_rotary_pos_emb\(\w+, \w+, cos, sin\)\n")
 
 
 # ---- attention
@@ -179,6 +181,13 @@ def tower_of(attention: nn.Module) -> str | None:
     return "text" if ROTATION.search(inspect.getsource(type(attention).forward)) else None
 
 
+def changes_rotated_query(attention: nn.Module) -> bool:
+    """Whether a decoder layer changes its queries after the rotation, as Ministral 3 scales them."""
+    source = inspect.getsource(type(attention).forward)
+    rotation = ROTATION.search(source)
+    return re.search(rf"\n +{rotation[1]} = ", source[rotation.end() - 1 :]) is not None
+
+
 def find_towers(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """The layers of the decoder, "text", and of the vision tower, "vision", if supported. Raises UserError for two
     of a kind."""
@@ -188,7 +197,7 @@ def find_towers(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
             kinds = {tower_of(layer.self_attn) for layer in stack}
             tower = kinds.pop() if len(kinds) == 1 else None
             if tower in towers:
-                raise UserError(f"{type(model).__name__} has two {tower} towers: give one of its parts, and save that")
+                raise UserError(f"{type(model).__name__} has two {tower} towers: use one of its parts, and save that")
             if tower is not None:
                 towers[tower] = stack
     return towers
@@ -202,7 +211,8 @@ def shape_of(attention: nn.Module) -> AttentionShape:
     kv_heads, fused = config.num_key_value_heads, not hasattr(attention, "q_proj")
     projection = attention.qkv_proj if fused else attention.q_proj
     if projection.out_features != head_dim * (heads + 2 * kv_heads * fused):
-        raise UserError(f"{type(attention).__name__}: its projections have more than queries, which is not supported")
+        name = type(attention).__name__
+        raise UserError(f"{name}: q_proj or qkv_proj holds more than queries, keys and values: not supported")
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get(getattr(attention, "layer_type", None)) or rope  # Gemma 3: one per layer type
     rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -220,12 +230,14 @@ def check_host(config: DifferentialConfig, attention: nn.Module) -> None:
     if tower_of(attention) == "vision":
         return
     if hasattr(attention, "sinks"):
-        raise UserError(f"{name}: attention sinks are not supported: give a model without them")
+        raise UserError(f"{name}: attention sinks are not supported: use a model without them")
     weight = getattr(getattr(attention, "q_norm", None), "weight", None)
     is_per_head = weight is not None and weight.shape == (attention.head_dim,)  # HostRotate.query applies it
     is_normalised = any(hasattr(attention, norm) for norm in QUERY_NORMS) or getattr(attention.config, "clip_qkv", None)
     if config.second in ("query", "noise") and is_normalised and not is_per_head:
         raise UserError(f"differential preset {config.preset} would skip the norm of queries of {name}: use split")
+    if config.second in ("query", "noise") and changes_rotated_query(attention):
+        raise UserError(f"differential preset {config.preset} would skip a scale of queries of {name}: use split")
     if config.rotate_halves:
         raise UserError(
             f"differential preset {config.preset} rotates half heads, and transformers whole ones: use v1_width"
@@ -241,7 +253,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside peft's wrapper. Raises UserError for another kind of model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
-        raise UserError(f"{type(model).__name__} is no model of transformers: see differential_attention.py")
+        raise UserError(f"{type(model).__name__} is not a transformers model: see differential_attention.py")
     return base
 
 
@@ -259,14 +271,14 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str = 
             names = sorted({type(m).__name__ for m in base.modules() if type(m).__name__.endswith("Attention")})
             raise UserError(
                 f"differential.towers {tower}: {type(base).__name__} has no {tower} layers that fit "
-                f"({', '.join(names)}): give another tower or model"
+                f"({', '.join(names)}): use another tower or model"
             )
         check_host(config, towers[tower][0].self_attn)
     hosted = [id(towers[tower][0].self_attn.config) for tower in config.towers]
     parts = [part for part in base.modules() if isinstance(part, PreTrainedModel) and id(part.config) in hosted]
     if {id(part.config) for part in parts if part._can_set_attn_implementation()} != set(hosted):
         raise UserError(
-            f"{type(base).__name__} does not let its attention implementation be changed: give another model"
+            f"{type(base).__name__} does not let its attention implementation be changed: use another model"
         )
     for layer in add_to_layers(config, towers, shape_of):
         hooks = layer.self_attn._forward_pre_hooks.values()
@@ -277,11 +289,6 @@ def add_differential(model: nn.Module, differential: DifferentialConfig | str = 
         name = part.config._attn_implementation.removeprefix(DIFFERENTIAL_PREFIX)
         part.set_attn_implementation({"": DIFFERENTIAL_PREFIX + name})  # of this part only
     keep_when_saved(model)
-
-
-def differential_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields (name, parameter) of everything that differential attention added, as `named_parameters` does."""
-    yield from differential_attention.differential_parameters(model).items()
 
 
 def unfreeze_differential(model: nn.Module) -> list[str]:
@@ -326,9 +333,9 @@ def save_model(
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     with atomic_folder(Path(folder, ".saving")) as staged:
-        state = {name: tensor for name, tensor in state.items() if ".differential." not in name}
-        type(model).save_pretrained(model, staged, state_dict=state, **options)
-        save_differential(model, staged)
+        standard = {name: tensor for name, tensor in state.items() if ".differential." not in name}
+        type(model).save_pretrained(model, staged, state_dict=standard, **options)
+        save_differential(model, staged, state_dict)
         mark_differential(staged)
         if not Path(folder, "README.md").exists():  # the user's own model card stays
             card = adapters.differential_card(Path(folder).resolve().name)
@@ -338,17 +345,24 @@ def save_model(
 
 def from_pretrained(folder: PathLike, **options: Any) -> PreTrainedModel:
     """Load a transformers model with differential attention from a folder or hub id; `options` are those of the model
-    class's `from_pretrained`. Raises UserError for another kind of folder."""
-    folder = locate(folder)
+    class's `from_pretrained`. Raises UserError for another kind of folder, and for options that cannot be passed on."""
+    for name in ("subfolder", "token", "cache_dir", "output_loading_info"):
+        if options.get(name):
+            raise UserError(f"from_pretrained: {name} is not supported: download the folder and give its path")
+    revision = options.pop("revision", None)
+    folder = locate(f"{folder}@{revision}" if revision else folder)
     data = read_json(folder / "config.json")
     names = [str(name).removeprefix(DIFFERENTIAL_CLASS) for name in data.get("architectures") or ()]
     model_class = getattr(transformers, names[0], None) if names else None
     is_ours = str(data.get("model_type")).startswith(DIFFERENTIAL_PREFIX)
     if not is_ours or not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise UserError(f"{folder / 'config.json'}: not of a transformers model with differential attention")
+        raise UserError(f"{folder / 'config.json'}: not the config of a transformers model with differential attention")
     data |= {"model_type": data["model_type"].removeprefix(DIFFERENTIAL_PREFIX), "architectures": names}
     config = model_class.config_class.from_dict(data)
-    config.transformers_weights = differential_weights(folder).name
+    weights = differential_weights(folder)
+    if weights is None:
+        raise UserError(f"{folder}: no differential_model.safetensors here: restore it")
+    config.transformers_weights = weights.name
     model = model_class.from_pretrained(folder, config=config, **options)
     del model.config.transformers_weights
     load_differential(model, folder)
@@ -359,8 +373,9 @@ def save_adapter(model: nn.Module, folder: PathLike, *args: Any, is_main_process
     """`save_pretrained` of peft's wrapper: the adapter, which AutoPeftModel refuses, and differential.safetensors."""
     type(model).save_pretrained(model, folder, *args, is_main_process=is_main_process, **options)
     if is_main_process:
-        save_differential(model, folder)
-        adapters.describe_base(folder, model.get_base_model())
+        save_differential(model, folder, options.get("state_dict"))
+        for name in options.get("selected_adapters") or model.peft_config:
+            adapters.describe_base(folder if name == "default" else Path(folder, name), model.get_base_model())
 
 
 def load_adapter(model: nn.Module, folder: PathLike, *args: Any, **options: Any) -> Any:
@@ -391,12 +406,12 @@ class DifferentialTrainerMixin:
         if self.optimizer is not None:
             return super().create_optimizer(*args, **options)
         optimizer = super().create_optimizer(*args, **options)
-        added = {p: name for name, p in differential_parameters(self.model) if p.requires_grad}
+        added = {p: name for name, p in differential_parameters(self.model).items() if p.requires_grad}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in added]
         lambda_lr = self.args.learning_rate * differential_config(self.model).lambda_lr
-        for is_lambda, lr in ((True, lambda_lr), (False, self.args.learning_rate)):
-            params = [p for p, name in added.items() if ("lambda" in name.rpartition(".")[2]) == is_lambda]
+        for of_lambda, lr in ((True, lambda_lr), (False, self.args.learning_rate)):
+            params = [p for p, name in added.items() if is_lambda(name) == of_lambda]
             optimizer.add_param_group({"params": params, "lr": lr, "weight_decay": 0.0})
         return optimizer
 

@@ -74,7 +74,7 @@ class Evaluation:
     processor: Processor
     sets: dict[str, Source]
     questions: dict[str, list[Question]]  # the rows of every set
-    probe: dict[str, Tensor] = field(default_factory=dict)  # prompts on which both maps are measured
+    probe: list[dict[str, Tensor]] = field(default_factory=list)  # prompts on which both maps are measured
 
     @property
     def short(self) -> int:

@@ -1,7 +1,8 @@
 """Builds the package `multimodal_diff` from the flat files, so that no module named `data` or `models` is installed.
 
 The files are copied into one folder, in which `from data import ...` becomes `from multimodal_diff.data import ...`;
-`multimodal_diff.py` becomes its __init__.py. Names, versions and commands are in pyproject.toml.
+`multimodal_diff.py` becomes its __init__.py. Names, versions and commands are in pyproject.toml. An editable install
+(`pip install -e`) is refused: there is no such folder in a checkout.
 """
 
 import ast
@@ -18,7 +19,7 @@ CHECKOUT_ONLY = ("setup.py", "study*.py")  # the study reads its plan from git
 SOURCES = [file for file in sorted(ROOT.glob("*.py")) if not any(map(file.match, CHECKOUT_ONLY))]
 SOURCES += sorted(ROOT.glob("needle_eval/*.py"))
 ASSETS = [file for file in sorted(ROOT.glob("assets/*/**/*")) if file.is_file() and file.suffix not in (".py", ".pyc")]
-LOCAL = sorted({file.relative_to(ROOT).parts[0].removesuffix(".py") for file in SOURCES})
+LOCAL = sorted({file.relative_to(ROOT).parts[0].removesuffix(".py") for file in SOURCES} - {PACKAGE})
 
 
 def rewrite_imports(text: str) -> str:
@@ -33,7 +34,7 @@ def check_imports(text: str, name: str) -> None:
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        if any(module.partition(".")[0] in LOCAL for module in names if module.partition(".")[0] != PACKAGE):
+        if any(module.partition(".")[0] in LOCAL for module in names):
             raise SystemExit(f"{name}, line {node.lineno}: write `import name` or `from name import ...`")
 
 
@@ -45,6 +46,8 @@ class BuildPackage(build_py):
         return Path(self.build_lib, PACKAGE, name)
 
     def run(self) -> None:
+        if self.editable_mode:
+            raise SystemExit("an editable install is not supported: run the scripts in the checkout")
         shutil.rmtree(Path(self.build_lib, PACKAGE), ignore_errors=True)  # files of an earlier build
         for file in (*SOURCES, *ASSETS):
             target = self.target(file)

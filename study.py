@@ -31,7 +31,7 @@ from msgspec import Meta
 import study_records
 import study_report
 from errors import UserError, one_line_errors
-from files import check_ranges, read_json, write_json, writing
+from files import check_ranges, read_json, write_json, write_text
 from study_records import Job, Record, job_of
 
 ROOT = Path(__file__).resolve().parent
@@ -264,9 +264,7 @@ def write_report(output: Path = RECORDS):
 
     records, others = read(RECORDS), sorted(RECORDS.parent.glob(f"{RECORDS.name}-*"))
     lines = study_report.format_report(plan, records, [record for folder in others for record in read(folder)])
-    report = output / "report.md"
-    with writing(report):
-        report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(output / "report.md", "\n".join(lines) + "\n")
     study_figure.draw_figures(plan, records, output)
     print(*lines, sep="\n")
 

@@ -5,6 +5,7 @@ of the nouns. Training uses one number of pairs; the questions have as many or m
 decoder, written by `benchmarks/smollm2.py`; it is not part of this repository.
 """
 
+import functools
 import json
 import random
 import re
@@ -18,7 +19,7 @@ import torch
 import study_conversion
 from differential_attention import knock_out
 from errors import UserError
-from files import writing
+from files import write_text
 from haystack import read_pool
 from machine import make_accelerator
 from modeling_phi3 import Phi3ForCausalLM
@@ -27,17 +28,22 @@ from needle_eval.runner import Answerer, answer_questions
 from processing_phi3v import Phi3Processor
 from study_records import Job, endpoint_conditions
 
-CODE = re.compile(r"\d{4}")
+CODE = re.compile(r"(?<!\d)\d{4}(?!\d)")  # four digits, not a part of a longer number
 BATCH_SIZE = 4  # prompts per batch
 TOKENS_PER_CODE = 6  # four digits, a space, and one spare
 FINGERPRINT_STEPS = 10  # steps of one prompt each
 
 
+@functools.cache
+def pool_nouns() -> list[str]:
+    """The captions of the image pool, sorted."""
+    return sorted({image.caption for image in read_pool()})
+
+
 def key_value_prompt(pairs: int, key: str, needles: int = 1) -> tuple[str, list[str], list[str]]:
     """(prompt, the codes asked for, all codes), random with seed `key`: one line per pair, then the question."""
     rng = random.Random(key)
-    nouns = sorted({image.caption for image in read_pool()})
-    chosen, codes = rng.sample(nouns, pairs), [str(code) for code in rng.sample(range(1000, 10000), pairs)]
+    chosen, codes = rng.sample(pool_nouns(), pairs), [str(code) for code in rng.sample(range(1000, 10000), pairs)]
     lines = [f"The code of the {noun} is {code}." for noun, code in zip(chosen, codes, strict=True)]
     asked = rng.sample(range(pairs), needles)
     if needles == 1:
@@ -56,8 +62,7 @@ def write_training_rows(file: Path, pairs: int, needles: int, count: int, seed: 
         prompt, codes, _ = key_value_prompt(pairs, f"study/train/{seed}/{i}", needles)
         rows.append({"image": None, "prefix": prompt, "suffix": " ".join(codes)})
     file.parent.mkdir(parents=True, exist_ok=True)
-    with writing(file):
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_questions(section: dict, seed: int) -> list[Question]:
@@ -91,7 +96,7 @@ def run(section: dict, job: Job, folder: Path) -> dict[str, Any]:
     check_model(section)
     questions, names = make_questions(section, seed), endpoint_conditions(section)
     config = study_conversion.make_config(section, arm, seed, folder)
-    file = folder.parent.parent / "data" / f"seed{seed:02d}.jsonl"
+    file = folder.with_suffix(".jsonl")
     rows_needed = config.max_steps * config.batch_size
     write_training_rows(file, section["train_pairs"], section["needles"], rows_needed, seed)
     name, status = study_conversion.train(replace(config, data=str(file)), arm)
@@ -126,7 +131,7 @@ def check_model(section: dict):
 def measure_fingerprint(section: dict, folder: Path) -> str:
     """`study_records.fingerprint_of` the first losses of the first arm at the pilot seed, trained into `folder`."""
     check_model(section)
-    file = folder.parent / "data" / "fingerprint.jsonl"
+    file = folder.with_suffix(".jsonl")
     write_training_rows(
         file, section["train_pairs"], section["needles"], FINGERPRINT_STEPS, section["fingerprint_seed"]
     )

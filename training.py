@@ -33,8 +33,8 @@ from checkpoint import locate, resolve_run
 from data import Haystacks, Source, batch_order, loader, text_lengths
 from diagnostics import (
     SAVED_QUESTIONS,
-    acting_map,
     answer_attention,
+    effective_map,
     first_map,
     lambda_values,
     measure_maps,
@@ -44,6 +44,7 @@ from diagnostics import (
 from differential_attention import (
     differential_config,
     differential_parameters,
+    is_lambda,
     set_progress,
     unfreeze_differential,
 )
@@ -149,8 +150,8 @@ def make_optimizer(config: "Config", adapted: nn.Module) -> torch.optim.AdamW:
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             is_differential = ".differential." in name
-            is_lambda = is_differential and "lambda" in name.rpartition(".")[2]
-            scale = differential.lambda_lr if is_lambda else 1.0  # factor of the learning rate
+            # factor of the learning rate
+            scale = differential.lambda_lr if is_differential and is_lambda(name) else 1.0
             for part, part_lr in (("vision_tower", config.vision_lr), ("multi_modal_projector", config.projector_lr)):
                 if part in name and part_lr and not is_differential:
                     scale = part_lr / config.lr
@@ -232,9 +233,9 @@ def train(
     start_tracker(run, config, eval_sets)
     limit = prompt_limit(config, model)
     headline_set = next(iter(eval_sets.values()))
-    evaluation.probe = first_rows(run, limit, processor, headline_set, PROBE_ROWS, with_suffix=False)
+    evaluation.probe = first_rows(run, limit, processor, headline_set, PROBE_ROWS, 1, with_suffix=False)
     if state["step"] == 0 and stored_differential_folder(config) is None:  # stored parameters include the selection
-        select_heads(model, first_rows(run, limit, processor, source, PROBE_ROWS, with_suffix=False))
+        select_heads(model, first_rows(run, limit, processor, source, PROBE_ROWS, 1, with_suffix=False))
 
     first_step = last_saved = state["step"]  # 0, or the step of the checkpoint
     started = time.perf_counter() - state["seconds"]
@@ -341,8 +342,7 @@ def train(
     # ------------------------------------------------------------------
     # final adapter and results
     # ------------------------------------------------------------------
-    with without_compiling(config):
-        save_attention(run, model, processor, eval_sets)
+    save_attention(run, model, processor, eval_sets)
     seconds = time.perf_counter() - started
     save_snapshot(run, adapted, run.folder / "final", {"step": state["step"], "seconds": round(seconds, 1)})
     run.print(*format_results(run, eval_sets), f"time {seconds:.0f} s, peak memory {peak_memory(run.device)}")
@@ -393,12 +393,13 @@ def make_vision_cache(config: "Config", model: nn.Module, source: Source) -> Vis
 
 
 def first_rows(
-    run: Run, limit: int, processor: Processor, source: Source, count: int, with_suffix: bool
-) -> dict[str, Tensor]:
-    """The first `count` rows of a source as a batch on the device; rows of more than `limit` tokens are left out."""
-    rows = [[(0, i) for i in range(min(count, len(source)))]]
-    ((_, batch),) = loader(source, processor, rows, with_suffix, skip=run.skip, max_length=limit)
-    return {key: tensor.to(run.device) for key, tensor in batch.items()}
+    run: Run, limit: int, processor: Processor, source: Source, count: int, batch_size: int, with_suffix: bool
+) -> list[dict[str, Tensor]]:
+    """The first `count` rows of a source as batches on the device; rows of more than `limit` tokens are left out."""
+    rows = [(0, i) for i in range(min(count, len(source)))]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    loaded = loader(source, processor, batches, with_suffix, skip=run.skip, max_length=limit)
+    return [{key: tensor.to(run.device) for key, tensor in batch.items()} for examples, batch in loaded if examples]
 
 
 def describe_differential(config: "Config", model: nn.Module, grad_norm: float) -> dict[str, dict[str, float]]:
@@ -454,7 +455,7 @@ def check_lambda_moved(run: Run, model: nn.Module, total_steps: int):
     if trained:
         run.print(f"differential parameters changed by training: {len(trained) - len(unchanged)} of {len(trained)}")
     run.print(*(f"not changed: {name}" for name in unchanged))
-    lambdas = [name for name in unchanged if "lambda" in name]
+    lambdas = [name for name in unchanged if is_lambda(name)]
     if lambdas and total_steps > 1:  # with equal maps at the start, lambda has no gradient in the first update
         raise TrainingFailed(
             f"{run.folder}: {lambdas[0]} did not learn ({len(lambdas)} of them): "
@@ -521,8 +522,9 @@ def save_attention(run: Run, model: nn.Module, processor: Processor, eval_sets: 
         with gathered(model):
             for name, source in eval_sets.items():
                 if run.is_main and source.chance and source.counts_for_best:
-                    batch = first_rows(run, max_length(model), processor, source, SAVED_QUESTIONS, with_suffix=True)
-                    maps = answer_attention(model, batch, (acting_map, first_map, subtracted_map)).float().cpu()
+                    limit, count = max_length(model), SAVED_QUESTIONS
+                    (batch,) = first_rows(run, limit, processor, source, count, count, with_suffix=True)
+                    maps = answer_attention(model, batch, (effective_map, first_map, subtracted_map)).float().cpu()
                     tensors[name] = maps[0].contiguous()
                     if bool(maps[2].any()):
                         signed[name] = maps[1:].contiguous()
@@ -543,7 +545,7 @@ def evaluate_and_log(evaluation: Evaluation, adapted: nn.Module, state: dict, la
     scores = evaluate(evaluation, None if is_full else evaluation.short)
     with without_compiling(config):
         losses = evaluation_losses(evaluation)
-        maps = measure_maps(evaluation.model, evaluation.probe)
+    maps = measure_maps(evaluation.model, evaluation.probe)
 
     line = {"step": step, "eval": {name: [score.correct, score.n] for name, score in scores.items()}}
     line |= {"eval_loss": losses}

@@ -202,7 +202,7 @@ def stir(model: hf.PreTrainedModel, scale: float = 0.2) -> hf.PreTrainedModel:
     """Move every differential parameter away from its initial value."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for _, parameter in differential_parameters(model):
+        for parameter in differential_parameters(model).values():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
     set_progress(model, 0.7)
     return model

@@ -15,6 +15,7 @@ import tiny_phi
 import torch
 import transformers as hf
 from refusals import refused
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import adapters
@@ -128,7 +129,7 @@ def test_logits_in_paligemma_are_those_of_our_port(family, tower):
             continue
         supported += 1
         added = da.differential_parameters(ours)
-        for name, parameter in differential_parameters(theirs):
+        for name, parameter in differential_parameters(theirs).items():
             assert torch.equal(parameter, added[name])
         for model in (ours, theirs):
             bridge.stir(model)
@@ -209,6 +210,46 @@ def test_a_saved_model_loads_here_and_nowhere_else(tiny_model, batch, tmp_path, 
     (tmp_path / "README.md").write_text("a model card")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "a model card"
+
+
+def test_a_given_state_dict_is_saved_instead_of_the_module(tmp_path):
+    """As Trainer passes one that it gathered from shards; also by peft's wrapper."""
+    model = llama()
+    add_differential(model, "split")
+    wrapper = llama_with_lora()
+    for saved, folder in ((model, tmp_path / "model"), (wrapper, tmp_path / "adapter")):
+        state = {name: t + 1 if ".differential." in name else t for name, t in saved.state_dict().items()}
+        saved.save_pretrained(folder, state_dict=state)
+        stored = load_file(folder / "differential.safetensors")
+        assert stored and stored.keys() == adapters.differential_state(saved).keys()
+        for name, tensor in adapters.differential_state(saved).items():
+            assert torch.equal(stored[name], tensor + 1), name
+
+
+def test_options_that_cannot_be_passed_on_and_missing_weights_are_refused(tmp_path):
+    model = llama()
+    add_differential(model, "split")
+    model.save_pretrained(tmp_path)
+    for option in ({"subfolder": "x"}, {"token": "x"}, {"cache_dir": "x"}, {"output_loading_info": True}):
+        with refused(f"from_pretrained: {next(iter(option))} is not supported"):
+            from_pretrained(tmp_path, **option)
+    with refused("@none", "no such folder"):
+        from_pretrained(tmp_path, revision="none")
+    (tmp_path / "differential_model.safetensors").unlink()
+    with refused(tmp_path, "no differential_model.safetensors"):
+        from_pretrained(tmp_path)
+
+
+def test_a_named_adapter_is_marked_and_found(tmp_path):
+    model = llama()
+    add_differential(model, "v1")
+    wrapper = peft.get_peft_model(model, peft.LoraConfig(**LORA), adapter_name="mine")
+    unfreeze_differential(wrapper)
+    wrapper.save_pretrained(tmp_path)
+    assert adapters.find_differential(tmp_path / "mine", tmp_path / "mine") == tmp_path
+    assert read_json(tmp_path / "mine" / "adapter_config.json")["auto_mapping"]["parent_library"] == (
+        adapters.DIFFERENTIAL_MARK
+    )
 
 
 def test_a_folder_saved_by_our_port_loads_in_transformers(tiny_model, batch, tmp_path):
@@ -317,7 +358,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(**batch, labels=batch["input_ids"]).loss.backward()
-        found.append({name: p.grad for name, p in differential_parameters(model)})
+        found.append({name: p.grad for name, p in differential_parameters(model).items()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient)
 
@@ -327,7 +368,7 @@ def test_bfloat16_keeps_the_differential_parameters_in_float32():
     standard = logits_of(model, batch)
     add_differential(model)
     assert torch.equal(logits_of(model, batch), standard)
-    assert {p.dtype for _, p in differential_parameters(model)} == {torch.float32}
+    assert {p.dtype for p in differential_parameters(model).values()} == {torch.float32}
 
 
 # ---- refusals
@@ -350,7 +391,7 @@ def test_what_does_not_fit_is_refused_by_name():
     gated = hf.Qwen3NextForCausalLM(
         hf.Qwen3NextConfig(**bridge.TEXT, layer_types=["full_attention"] * 2, num_experts=2)
     )
-    assert "Qwen3NextAttention: its projections" in refusal(gated)
+    assert "Qwen3NextAttention: q_proj or qkv_proj holds more" in refusal(gated)
     interleaved = hf.CohereForCausalLM(hf.CohereConfig(**bridge.TEXT))
     assert "rotary pairs of CohereAttention" in refusal(interleaved, "v1_width")
     add_differential(interleaved, "split")
@@ -372,12 +413,16 @@ def test_what_does_not_fit_is_refused_by_name():
         name = type(model.model.layers[0].self_attn).__name__
         assert f"would skip the norm of queries of {name}" in refusal(model, "v2")
         add_differential(model, "split")
+    scaled = hf.Ministral3ForCausalLM(hf.Ministral3Config(**bridge.TEXT))
+    for preset in ("v2", "grouped"):
+        assert "would skip a scale of queries of Ministral3Attention" in refusal(scaled, preset)
+    add_differential(scaled, "split")
     apart = llama()
     for layer in apart.model.layers:  # a configuration that no part of the model owns: nothing could be registered
         layer.self_attn.config = copy.deepcopy(apart.config)
     assert "does not let its attention implementation be changed" in refusal(apart)
     assert "v1" in refusal(llama(num_key_value_heads=1), "v1")
-    assert "Linear is no model of transformers" in refusal(torch.nn.Linear(2, 2))
+    assert "Linear is not a transformers model" in refusal(torch.nn.Linear(2, 2))
     two = bridge.make_model(HOSTS["Llama"])
     two.draft = llama().model
     assert "two text towers" in refusal(two)
@@ -449,7 +494,7 @@ def adapted(order: str, preset="split", **changes):
 
 
 def values(model):
-    return {name: p.detach().clone() for name, p in differential_parameters(model)}
+    return {name: p.detach().clone() for name, p in differential_parameters(model).items()}
 
 
 @pytest.mark.parametrize("order", ["before", "after", "alone"])
@@ -529,7 +574,7 @@ def test_frozen_differential_attention_warns():
     model = adapted("before")
     with pytest.warns(UserWarning, match="unfreeze_differential"):
         model.train()(**words())
-    assert set(unfreeze_differential(model)) == {name for name, _ in differential_parameters(model)}
+    assert set(unfreeze_differential(model)) == set(differential_parameters(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**words())

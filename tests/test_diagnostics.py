@@ -10,10 +10,10 @@ from test_differential import build, causal, layer, projected, stir
 from attention import Attend, apply_rotary
 from attention_formula import attention_maps, blend
 from diagnostics import (
-    acting_map,
     answer_attention,
     compute_layer_maps,
     decoder_maps,
+    effective_map,
     first_map,
     lambda_values,
     measure_maps,
@@ -49,19 +49,19 @@ def test_visited_maps_and_outputs_are_those_of_the_forward_pass(preset):
 
 def test_diagnostics():
     model, batch = build("split"), tiny.batch()
-    for line in measure_maps(model, batch).values():
+    for line in measure_maps(model, [batch]).values():
         assert line["cosine"] == pytest.approx(1, abs=1e-6) and line["distance"] == 0
         assert line["entropy1"] == line["entropy2"] > 0 and line["lambda"] == pytest.approx(0.5)
-    found = measure_maps(stir(model), batch)
+    found = measure_maps(stir(model), [batch])
     for line in found.values():
         assert line["cosine"] < 0.999 and line["distance"] > 0.01 and line["entropy1"] != line["entropy2"]
     other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 55)}
-    assert measure_maps(model, other) == found  # pads are not counted
-    assert measure_maps(build(), batch) == {}
+    assert measure_maps(model, [other]) == found  # pads are not counted
+    assert measure_maps(build(), [batch]) == {}
     token = stir(build("v2"))
-    start = {name: line["lambda"] for name, line in measure_maps(token, batch).items()}
-    assert measure_maps(token, other).items() and all(0 < value < 1 for value in start.values())
-    assert {name: line["lambda"] for name, line in measure_maps(token, other).items()} == start
+    start = {name: line["lambda"] for name, line in measure_maps(token, [batch]).items()}
+    assert measure_maps(token, [other]).items() and all(0 < value < 1 for value in start.values())
+    assert {name: line["lambda"] for name, line in measure_maps(token, [other]).items()} == start
     uniform = torch.full((1, 1, 2, 8), 1 / 8)
     assert row_entropy(uniform).flatten().tolist() == pytest.approx([math.log(8)] * 2)
 
@@ -70,7 +70,7 @@ def test_diagnostics():
 def test_measured_values_are_their_formulas(preset):
     """Means over heads and valid tokens, in float64, of the maps and outputs of each layer."""
     model, batch = stir(build(preset)), tiny.batch()
-    found = measure_maps(model, batch)
+    found = measure_maps(model, [batch])
 
     def see(name, module, seen, valid):
         map1, map2, out1, out2 = (t.double() for t in seen[:4])
@@ -104,22 +104,33 @@ MEASURED = {
 def test_what_a_method_does_not_have_is_not_measured(preset):
     """No lambda for a control without one, no second output for a gate; other values are in their places."""
     model, batch = stir(build(preset)), tiny.batch()
-    for name, line in measure_maps(model, batch).items():
+    for name, line in measure_maps(model, [batch]).items():
         assert set(line) == MEASURED[preset]
         assert line["entropy1"] > 0 and -1 <= line.get("cosine", 0) <= 1 + 1e-6
         value = lambda_values(model).get(name)
         assert line.get("lambda") == (value if value is None else pytest.approx(value))
 
 
+def test_batches_of_one_row_give_the_means_of_one_batch():
+    model = stir(build("v2"))
+    batch = tiny.batch()
+    single = [{key: tensor[i : i + 1] for key, tensor in batch.items()} for i in range(2)]
+    together, apart = measure_maps(model, [batch]), measure_maps(model, single)
+    assert together
+    for name, line in together.items():
+        assert apart[name] == pytest.approx(line, rel=1e-5)
+    assert measure_maps(model, []) == {}
+
+
 def test_compiled_layers_are_visited_as_well():
     model, batch = stir(build("split")), tiny.batch()
-    expected = measure_maps(model, batch)
+    expected = measure_maps(model, [batch])
     for decoder_layer in model.model.language_model.layers:
         decoder_layer.compile(fullgraph=True, backend="eager")
     with torch.no_grad():  # as an evaluation before: without hooks, and compiled so
         model(**{key: value for key, value in batch.items() if key != "labels"}, logits_to_keep=1)
-    assert measure_maps(model, batch) == expected and not model.training
-    assert measure_maps(model.train(), batch) == expected and model.training
+    assert measure_maps(model, [batch]) == expected and not model.training
+    assert measure_maps(model.train(), [batch]) == expected and model.training
 
 
 def test_dex_takes_the_heads_of_highest_entropy():
@@ -130,16 +141,23 @@ def test_dex_takes_the_heads_of_highest_entropy():
         entropies[name] = (row_entropy(seen.map1) * valid[:, None]).sum((0, 2))
 
     visit_differential_layers(model, tiny.batch(), see)
-    select_heads(model, tiny.batch())
+    select_heads(model, [tiny.batch()])
     for name, module in differential_modules(model).items():
         assert module.selected.sum() == 2
         assert entropies[name][module.selected == 1].min() > entropies[name][module.selected == 0].max()
 
 
+def test_only_dex_runs_the_model_to_select_heads():
+    for preset in (None, "split"):
+        model = build(preset)
+        model.model.forward = None  # a call would raise
+        select_heads(model, [tiny.batch()])
+
+
 def test_dex_keeps_one_head_of_a_layer_with_one():
     model = tiny.ours_like(tiny.hf_model("gemma", num_attention_heads=1))
     add_differential(model, "dex")
-    select_heads(model, tiny.batch())
+    select_heads(model, [tiny.batch()])
     assert all(module.selected.sum() == 1 for module in differential_modules(model).values())
 
 
@@ -157,7 +175,7 @@ def test_attention_of_an_answer_is_that_of_the_tokens_that_predict_it():
     model, batch, maps = stir(build("split")), tiny.batch(), []
 
     def keep_map(attend, args, _):
-        maps.append(acting_map(*decoder_maps(attend, *args[:3])))
+        maps.append(effective_map(*decoder_maps(attend, *args[:3])))
 
     for decoder_layer in model.model.language_model.layers:
         decoder_layer.self_attn.register_forward_hook(keep_map)
@@ -174,7 +192,7 @@ def test_attention_of_answers_of_unequal_length_is_that_of_each_row_alone():
     """Cut to the shortest answer: "10, 4, 2" has one token more than "1, 4, 2"."""
     model, lengths = stir(build("split")), (8, 9, 8)
     batch = tiny.batch(prefixes=(5, 2, 4), suffixes=lengths)
-    parts = acting_map, first_map, subtracted_map
+    parts = effective_map, first_map, subtracted_map
     attention = answer_attention(model, batch, parts)
     assert attention.shape[0] == 3 and attention.shape[2:4] == (3, 8)
     for part, found in zip(parts, attention, strict=True):  # together as alone

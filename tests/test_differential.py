@@ -497,8 +497,9 @@ def test_every_allowed_combination_of_the_four_choices_computes():
     allowed = 0
     for second, kind, combine, norm in itertools.product(*map(get_args, (da.Second, da.Lambda, da.Combine, da.Norm))):
         try:
+            ratio = {"noise_ratio": 2} if second == "noise" else {}
             attend, x, rotary, mask = layer(
-                "split", second=second, lambda_kind=kind, combine=combine, norm=norm, noise_ratio=2
+                "split", second=second, lambda_kind=kind, combine=combine, norm=norm, **ratio
             )
         except UserError:
             continue
@@ -515,6 +516,54 @@ def test_every_allowed_combination_of_the_four_choices_computes():
 
 
 # ---- lambda
+WITHOUT_EFFECT = {
+    "v2": dict(lambda_start=0.1),
+    "v1": dict(rank=4),
+    "split": dict(pairing="adjacent"),
+    "grouped": dict(halves_cut="front_back"),
+    "v1_width": dict(noise_ratio=2),
+    "lambda_fixed": dict(lambda_lr=3.0),
+    "additive": dict(lambda_init=0.5),
+    "difflora": dict(depth_offset=-1),
+    "dex": dict(fresh_layer_norms=True),
+    "sharpen": dict(adapter_scale=4.0),
+}
+
+
+@pytest.mark.parametrize("preset", WITHOUT_EFFECT)
+def test_a_field_that_a_preset_does_not_read_is_refused(preset):
+    (name, value), *_ = WITHOUT_EFFECT[preset].items()
+    with pytest.raises(UserError, match=rf"differential\.{name}={value} has no effect in preset {preset}"):
+        DifferentialConfig(preset, **WITHOUT_EFFECT[preset]).resolve()
+    stored = DifferentialConfig.from_dict(DifferentialConfig(preset).resolve().to_dict())  # names every field
+    assert stored.resolve() == DifferentialConfig(preset).resolve()
+
+
+def test_the_order_of_layers_and_towers_does_not_matter():
+    towers, layers = ("text", "vision"), (0, 2)
+    expected = DifferentialConfig(towers=towers, layers=layers).resolve()
+    assert DifferentialConfig(towers=("vision", "text", "text"), layers=[2, 0, 2]).resolve() == expected
+    assert expected.towers == towers and expected.layers == layers
+
+
+def test_another_preset_restores_the_layer_norms_that_src_siglip_split_replaced():
+    expected = logits(build(family="gemma"), tiny.batch())
+    model = build("src_siglip_split", family="gemma")
+    assert not torch.equal(logits(model, tiny.batch()), expected)
+    add_differential(model, DifferentialConfig(towers=("vision",)))
+    assert torch.equal(logits(model, tiny.batch()), expected)
+
+
+def test_lambda_of_a_token_is_float32_in_a_bfloat16_model():
+    module = next(iter(da.differential_modules(stir(build("v2"))).values()))
+    x = torch.randn(1, 3, module.shape.hidden_size, dtype=torch.bfloat16)
+    found = module.current_lambda(x)
+    weight = module.lambda_token.to(torch.bfloat16)
+    expected = nn.functional.linear(x, weight).double().sigmoid().transpose(1, 2)[..., None]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+
+
 def test_the_schedule_counts_layers_from_0():
     """Defect f, only in the source presets: a schedule that is one layer early."""
     known = {0: 0.2000, 1: 0.3555, 2: 0.4707, 10: 0.7701, 17: 0.7963, 26: 0.7998}

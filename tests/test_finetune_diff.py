@@ -15,7 +15,7 @@ import run_folder
 import training
 from attention_formula import apply_maps
 from data import loader, make_data
-from diagnostics import acting_map, decoder_maps, first_map, subtracted_map
+from diagnostics import decoder_maps, effective_map, first_map, subtracted_map
 from differential_attention import PRESETS, DifferentialConfig, differential_parameters, trainable_names
 from errors import UserError
 from files import write_manifest
@@ -177,14 +177,14 @@ def test_the_map_that_is_drawn_is_the_one_in_effect(config, preset):
     def check(module, args, out):
         x, rotary, mask, *_ = args
         v = attend.attention_inputs(x, rotary, mask, None, None)[2]
-        acting = acting_map(*decoder_maps(attend, x, rotary, mask)).unflatten(1, (v.shape[1], -1))
+        acting = effective_map(*decoder_maps(attend, x, rotary, mask)).unflatten(1, (v.shape[1], -1))
         weighed = apply_maps(acting, v)
         if preset in ("v1_width", "src_gemma_samemap"):  # a norm follows the map
             weighed = attend.differential.head_norm(weighed)
         weighed = weighed[:, :, -out.shape[1] :]  # the last layer only computes label rows
         torch.testing.assert_close(attend.o_proj(weighed.transpose(1, 2).flatten(2)), out, atol=1e-5, rtol=1e-4)
         a1, subtracted = (part(*decoder_maps(attend, x, rotary, mask)) for part in (first_map, subtracted_map))
-        acts = acting_map(*decoder_maps(attend, x, rotary, mask))
+        acts = effective_map(*decoder_maps(attend, x, rotary, mask))
         if preset == "split":  # normalised: A1 + gamma (A1 - A2) is the difference divided by 1 - lambda
             lambda_ = attend.differential.current_lambda(None)
             torch.testing.assert_close((a1 - subtracted) / (1 - lambda_), acts)

@@ -114,6 +114,20 @@ def test_all_modules_import_without_the_modules_that_windows_lacks():
     assert done.stdout.strip() == "unknown"
 
 
+def test_an_editable_install_is_refused():
+    code = """
+import sys
+sys.argv[1:] = ["-q", "--version"]
+import setup
+from setuptools.dist import Distribution
+command = setup.BuildPackage(Distribution())
+command.editable_mode = True
+command.run()
+"""
+    done = child(code)
+    assert done.returncode == 1 and "an editable install is not supported" in done.stderr
+
+
 def test_an_import_that_the_build_does_not_know_is_refused(tmp_path):
     code = r"""
 import sys
@@ -122,6 +136,7 @@ import setup
 assert setup.rewrite_imports("from data import x\nimport training\n    import dataclasses\n") == (
     "from multimodal_diff.data import x\nfrom multimodal_diff import training\n    import dataclasses\n"
 )
+assert "from multimodal_diff import PaliGemma" in setup.rewrite_imports(open("multimodal_diff.py").read())
 setup.check_imports("from multimodal_diff.data import x\nimport dataclasses", "a.py")
 setup.check_imports("import os, training", "a.py")
 """

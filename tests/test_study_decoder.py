@@ -57,11 +57,11 @@ def test_every_seed_has_rows_and_questions_of_its_own(section, tmp_path):
 
 def test_a_code_is_right_in_its_place_and_places_come_one_after_another():
     expected = "1111 2222"
-    responses = ["1111 2222", "2222 1111", "1111", None, "The codes are 1111, 2222."]
+    responses = ["1111 2222", "2222 1111", "1111", None, "The codes are 1111, 2222.", "11112222 2222", "1111 22223"]
     rows = [dict(setting="3 pairs", ground_truth=expected, response=response) for response in responses]
     packed = study_decoder.pack_codes(rows, ["3 pairs"])["3 pairs"]
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(packed["right"]), np.uint8), count=packed["n"])
-    assert bits.reshape(2, 5).tolist() == [[1, 0, 1, 0, 1], [1, 0, 0, 0, 1]]
+    assert bits.reshape(2, 7).tolist() == [[1, 0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 0, 0]]
 
 
 # ---- one run
@@ -77,8 +77,8 @@ def test_a_run_leaves_a_record_of_the_study(section, tmp_path):
         assert read.status == "finished" and read.answers["5 pairs"].n == 6
         assert bool(read.knockout) == bool(read.lambdas) == (arm == "split")
     assert found["split"]["forward_flops"] > found["standard"]["forward_flops"] > 0
-    rows = (tmp_path / "C" / "data" / "seed00.jsonl").read_text().splitlines()
-    assert len(rows) == 4
+    rows = [(tmp_path / "C" / arm / "seed00.jsonl").read_text() for arm in found]
+    assert rows[0] == rows[1] and rows[0].count("\n") == 4
     lines = study_report.format_report({"C": section}, [msgspec.convert(found["split"], ConversionRecord)])
     assert lines[0].startswith("## Study C, exploratory") and "No answer yet: 1 of 9 core runs are finished." in lines
 
