@@ -29,7 +29,7 @@ from study_report import (
 )
 
 # the colour-blind safe palette of Okabe and Ito, with a marker for each arm
-LOOKS = {
+ARM_STYLES = {
     "standard": ("#000000", "o"),
     "split": ("#0072B2", "s"),
     "additive": ("#E69F00", "^"),
@@ -39,7 +39,7 @@ LOOKS = {
     "double_width_norm": ("#D55E00", "v"),
     "v2": ("#009E73", "D"),
 }
-OTHER_LOOK = ("#009E73", "D")
+OTHER_STYLE = ("#009E73", "D")
 LABELS = {
     "double_width": "double width",
     "double_width_norm": "double width, norm",
@@ -54,9 +54,9 @@ FIGURE_STYLE = STYLE | {"figure.dpi": 200, "axes.titlesize": 10, "axes.titleweig
                         "axes.titlelocation": "left", "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
 
 
-def look(arm: str) -> dict[str, str]:
+def arm_style(arm: str) -> dict[str, str]:
     """Colour and marker of an arm."""
-    colour, marker = LOOKS.get(arm, OTHER_LOOK)
+    colour, marker = ARM_STYLES.get(arm, OTHER_STYLE)
     return dict(color=colour, marker=marker)
 
 
@@ -70,15 +70,15 @@ def draw_forest(panel: Axes, group: Group) -> None:
     """A row for each arm against standard: dots are seeds, the bar is the 95 % interval; open diamonds: against
     additive."""
     measure = partial(points, conditions=endpoint_conditions(group.section))
-    found = {c.a: c for c in (core_contrasts(group)[0], *secondary_contrasts(group))}
+    found = {c.arm: c for c in (core_contrasts(group)[0], *secondary_contrasts(group))}
     arms = [arm for arm in group.arms() if arm in found]
     panel.axvspan(-MARGIN, MARGIN, color="0.93", zorder=0)
     panel.axvline(0, color="0.4", linewidth=1, zorder=1)
     for row, arm in enumerate(arms):
-        t, colour = found[arm].t, look(arm)["color"]
+        t, colour = found[arm].t, arm_style(arm)["color"]
         panel.plot(found[arm].differences, np.full(t["n"], row + 0.2), ".", color=colour, alpha=0.35, markersize=5)
         panel.plot([t["low"], t["high"]], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
-        panel.plot(t["mean"], row, **look(arm), markersize=6)
+        panel.plot(t["mean"], row, **arm_style(arm), markersize=6)
         against = contrast(group, arm, "additive", measure) if arm != "additive" else None
         if against:
             t = against.t
@@ -107,8 +107,10 @@ def draw_conditions(panel: Axes, group: Group) -> None:
         over = [
             mean_over_seeds([record.answers[c].rate() for record in group.of_arm(arm).values()]) for c in conditions
         ]
-        panel.hlines(rows, [o["low"] for o in over], [o["high"] for o in over], color=look(arm)["color"], linewidth=1.6)
-        panel.plot([o["mean"] for o in over], rows, **look(arm), markersize=4.5, linestyle="none", label=arm)
+        panel.hlines(
+            rows, [o["low"] for o in over], [o["high"] for o in over], color=arm_style(arm)["color"], linewidth=1.6
+        )
+        panel.plot([o["mean"] for o in over], rows, **arm_style(arm), markersize=4.5, linestyle="none", label=arm)
     chance = [1 / condition_order(condition)[0] for condition in conditions]
     panel.vlines(chance, *(np.arange(len(conditions)) + side * ROW_HEIGHT / 2 for side in (-1, 1)), **CHANCE)
     panel.set_yticks(range(len(conditions)), conditions)
@@ -130,7 +132,7 @@ def draw_survival(panel: Axes, group: Group) -> None:
             steps = stats.CensoredData.right_censored([r.steps for r in records], [r.censored for r in records])
             curve = stats.ecdf(steps).sf
             label = LABELS.get(arm, arm) if pairs == numbers[0] else None
-            panel.step([1, *curve.quantiles], [1, *curve.probabilities], where="post", color=look(arm)["color"],
+            panel.step([1, *curve.quantiles], [1, *curve.probabilities], where="post", color=arm_style(arm)["color"],
                        linestyle=style, linewidth=1.6, label=label)  # fmt: skip
         panel.plot([], [], color="0.4", linestyle=style, linewidth=1.6, label=f"{pairs} pairs")
     steps = [record.steps for record in group.records if record.arm in SURVIVAL_ARMS]
@@ -154,11 +156,11 @@ def draw_share(panel: Axes, group: Group) -> None:
         found = [record for name, record in runs if name == arm]
         shares = [needle_share(record, layer) / 100 for record in found]
         rates = [points(record, conditions) / 100 for record in found]
-        panel.plot(shares, rates, **look(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)
+        panel.plot(shares, rates, **arm_style(arm), markersize=5, alpha=0.8, linestyle="none", label=arm)
         for x, y, record in zip(shares, rates, found, strict=True):
             if (without := knocked_out(record, conditions)) is not None:
-                panel.plot([x, x], [y, without / 100], color=look(arm)["color"], alpha=0.25, linewidth=0.8)
-                panel.plot(x, without / 100, **look(arm), markersize=4, alpha=0.8, markerfacecolor="white")
+                panel.plot([x, x], [y, without / 100], color=arm_style(arm)["color"], alpha=0.25, linewidth=0.8)
+                panel.plot(x, without / 100, **arm_style(arm), markersize=4, alpha=0.8, markerfacecolor="white")
     panel.set_xlabel(
         f"attention on the needle in layer {layer}; points: seeds\nopen: the same run, second map switched off"
     )

@@ -196,10 +196,10 @@ def sensitivity(record: ConversionRecord) -> float | None:
 # ---- study A: differences over seeds
 @dataclass
 class Contrast:
-    """Arm `a` minus arm `b` over the seeds that both have, in points of endpoint N unless said otherwise."""
+    """Arm minus baseline over the seeds that both have, in points of endpoint N unless said otherwise."""
 
-    a: str
-    b: str
+    arm: str
+    baseline: str
     seeds: list[int]
     differences: list[float]
     holm_p: float = math.nan  # adjusted within its family
@@ -230,10 +230,11 @@ def contrast(group: Group, a: str, b: str, measure: Callable[[Record], float | N
     return Contrast(a, b, list(pairs), list(pairs.values()))
 
 
-def adjust(contrasts: Sequence[Contrast]) -> None:
-    """Set the Holm-adjusted p values of one family of contrasts."""
-    for found, p in zip(contrasts, holm([c.t["p"] for c in contrasts]), strict=True):
-        found.holm_p = p
+def adjust(contrasts: Sequence[Contrast], untested: int = 0) -> None:
+    """Set the Holm-adjusted p values of one family of contrasts; `untested`: members of the family without a test."""
+    p_values = [c.t["p"] for c in contrasts]
+    for c, p in zip(contrasts, holm(p_values + [1.0] * untested), strict=False):
+        c.holm_p = p
 
 
 def verdict(found: Contrast) -> str:
@@ -280,10 +281,11 @@ def secondary_contrasts(group: Group) -> list[Contrast]:
 
 def bootstrap(group: Group, found: Contrast) -> tuple[float, float]:
     """95 % interval of a contrast of endpoint N in points, from resampling both seeds and needle concepts."""
-    conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(found.a), group.of_arm(found.b)
+    conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(found.arm), group.of_arm(found.baseline)
     concepts = {record.num_concepts for record in (*of_a.values(), *of_b.values())}
     if len(concepts) > 1:
-        raise UserError(f"records of {found.a} and {found.b}: num_concepts is {sorted(concepts)}: delete those of one")
+        arms = f"{found.arm} and {found.baseline}"
+        raise UserError(f"records of {arms}: num_concepts is {sorted(concepts)}: delete those of one")
     items = concepts.pop()
     sums, counts = [], []
     for condition in conditions:
@@ -345,8 +347,8 @@ def symbolic_contrasts(group: Group) -> dict[int, list[Contrast]]:
         part = group.with_pairs(pairs)
         found[pairs] = [c for a, b in CONTRASTS if (c := contrast(part, a, b, log_steps))]
     flat = [c for of_pairs in found.values() for c in of_pairs]
-    adjust([c for c in flat if (c.a, c.b) == CONTRASTS[0]])
-    adjust([c for c in flat if (c.a, c.b) != CONTRASTS[0]])
+    adjust([c for c in flat if (c.arm, c.baseline) == CONTRASTS[0]])
+    adjust([c for c in flat if (c.arm, c.baseline) != CONTRASTS[0]])
     return found
 
 
@@ -399,7 +401,7 @@ def answer(group: Group) -> str:
         return f"No answer yet: {planned - missing} of {planned} core runs are finished."
     first, *others = hypotheses = core_contrasts(group)
     found = core_verdict(hypotheses)
-    controls = " and ".join(f"{format_interval(other.t)} against {other.b}" for other in others)
+    controls = " and ".join(f"{format_interval(other.t)} against {other.baseline}" for other in others)
     return (
         "Fitted into the pretrained model, differential attention (split) changes the share of needles found by "
         f"{format_interval(first.t)} points against standard attention (95 % interval, {first.t['n']} seeds, Holm p "
@@ -418,7 +420,8 @@ def symbolic_answer(group: Group) -> str:
         f"{format_percent_interval(of_pairs[0].t)} with {pairs} pairs ({steps_verdict(of_pairs[0])})"
         for pairs, of_pairs in contrasts.items()
     )
-    width = [next(c for c in of_pairs if (c.a, c.b) == ("double_width", "v1")) for of_pairs in contrasts.values()]
+    names = ("double_width", "v1")
+    width = [next(c for c in of_pairs if (c.arm, c.baseline) == names) for of_pairs in contrasts.values()]
     verdicts = {steps_verdict(c) for c in width}
     claim = {"fewer steps": "confirmed", "more steps": "refuted"}.get(verdicts.pop(), "undecided")
     claim = claim if not verdicts else "undecided: the numbers of pairs differ"
@@ -511,9 +514,9 @@ def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]
     for found in hypotheses:
         low, high = bootstrap(group, found)
         t, t90 = found.t, found.t90
-        values = [[measure(group.of_arm(arm)[seed]) for seed in found.seeds] for arm in (found.a, found.b)]
+        values = [[measure(group.of_arm(arm)[seed]) for seed in found.seeds] for arm in (found.arm, found.baseline)]
         rows.append([
-            f"{found.a} - {found.b}", str(t["n"]), format_interval(t), format_bounds(t90["low"], t90["high"]),
+            f"{found.arm} - {found.baseline}", str(t["n"]), format_interval(t), format_bounds(t90["low"], t90["high"]),
             format_bounds(low, high), f"{t['sd']:.2f}", correlation(*values), format_p(t["p"]), format_p(found.holm_p),
             *(format_p(equivalence(found.differences, margin)) for margin in (MARGIN, NARROW_MARGIN)), verdict(found),
         ])  # fmt: skip
@@ -544,7 +547,7 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
     """A row for every arm."""
     conditions = endpoint_conditions(group.section)
     measure = partial(points, conditions=conditions)
-    found = {c.a: c for c in (*hypotheses[:1], *secondary)}
+    found = {c.arm: c for c in (*hypotheses[:1], *secondary)}
     rows = []
     for arm in group.arms():
         records = list(group.of_arm(arm).values())
@@ -570,22 +573,28 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
 
 
 def format_secondary(group: Group) -> list[str]:
-    """A row for each secondary endpoint, a column for each hypothesis; a star if Holm's p is below 0.05."""
+    """A row for each secondary endpoint, a column for each hypothesis; a star if Holm's p is below 0.05.
+
+    An endpoint that some seeds lack is not tested, since which seeds lack it depends on the result; it stays in the
+    family.
+    """
     measures = secondary_endpoints(group)
     columns = []
-    for a, b in hypotheses_of(group.section):
-        found = {name: c for name, measure in measures.items() if (c := contrast(group, a, b, measure))}
-        adjust(list(found.values()))
-        columns.append(found)
-    rows = []
-    for name in measures:
-        found = [column.get(name) for column in columns]
-        if any(found):
+    for arm, baseline in hypotheses_of(group.section):
+        seeds = group.of_arm(arm).keys() & group.of_arm(baseline).keys()
+        found = {name: c for name, measure in measures.items() if (c := contrast(group, arm, baseline, measure))}
+        complete = {name: c for name, c in found.items() if len(c.seeds) == len(seeds)}
+        adjust(list(complete.values()), untested=len(found) - len(complete))
+        columns.append({name: f"{NO_VALUE} ({len(c.seeds)} of {len(seeds)} seeds)" for name, c in found.items()})
+        for name, c in complete.items():
             digits = 2 if name in FINE_ENDPOINTS else 1
-            rows.append(
-                [name, *(format_interval(c.t, digits) + " *" * c.significant if c else NO_VALUE for c in found)]
-            )
-    return table(["endpoint", *(f"{a} - {b}" for a, b in hypotheses_of(group.section))], rows)
+            columns[-1][name] = format_interval(c.t, digits) + " *" * c.significant
+    rows = [
+        [name, *(column.get(name, NO_VALUE) for column in columns)]
+        for name in measures
+        if any(name in column for column in columns)
+    ]
+    return table(["endpoint", *(f"{arm} - {baseline}" for arm, baseline in hypotheses_of(group.section))], rows)
 
 
 def format_seeds(group: Group, a: str, b: str) -> list[str]:
@@ -628,9 +637,9 @@ def format_symbolic(group: Group) -> list[str]:
     for pairs, contrasts in symbolic_contrasts(group).items():
         part = group.with_pairs(pairs)
         for found in contrasts:
-            both = [[part.of_arm(arm)[seed] for seed in found.seeds] for arm in (found.a, found.b)]
+            both = [[part.of_arm(arm)[seed] for seed in found.seeds] for arm in (found.arm, found.baseline)]
             survival = [field for arm in both for field in ([r.steps for r in arm], [r.censored for r in arm])]
-            row = [str(pairs), f"{found.a} - {found.b}", str(found.t["n"]), format_percent_interval(found.t)]
+            row = [str(pairs), f"{found.arm} - {found.baseline}", str(found.t["n"]), format_percent_interval(found.t)]
             row += [format_p(p) for p in (found.t["p"], found.holm_p, log_rank(*survival))]
             rows.append([*row, steps_verdict(found)])
     header = ["pairs", "contrast", "seeds", "steps [95 %]", "p", "Holm p", "log-rank p", "verdict"]

@@ -238,7 +238,7 @@ def d_prime(hits: float, n_present: int, false_alarms: float, n_absent: int) -> 
 def logistic_threshold(levels: Sequence[float], right: Sequence[int], total: Sequence[int]) -> float | None:
     """The level at which a logistic curve, fitted to counts by maximum likelihood, passes 50 %.
 
-    None unless there are rates on both sides of 50 %, since the level would be extrapolated.
+    None where the level would be extrapolated: without rates on both sides of 50 %, and outside of the levels.
     """
     rates = [r / n for r, n in zip(right, total, strict=True)]
     if not min(rates) < 0.5 < max(rates):
@@ -253,7 +253,8 @@ def logistic_threshold(levels: Sequence[float], right: Sequence[int], total: Seq
 
     # bounds, because counts that a step function separates have no finite slope
     intercept, slope = optimize.minimize(loss, (0.0, 0.0), bounds=[(-50, 50)] * 2).x
-    return float(centre - scale * intercept / slope)
+    threshold = float(centre - scale * intercept / slope)
+    return threshold if min(levels) <= threshold <= max(levels) else None
 
 
 # ---- calibration

@@ -310,6 +310,7 @@ def test_logistic_threshold_finds_the_planted_level():
     counts = 1000 / (1 + np.exp(1.3 * (levels - 4.7)))  # the expected counts, whose likelihood peaks at the truth
     assert logistic_threshold(levels, counts, [1000] * 4) == pytest.approx(4.7, abs=1e-3)
     assert logistic_threshold(levels, [900, 800, 700, 600], [1000] * 4) is None
+    assert logistic_threshold(levels, [450, 520, 490, 480], [1000] * 4) is None  # the fit crosses outside
     assert 4 < logistic_threshold(levels, [10, 10, 0, 0], [10] * 4) < 5  # separated counts: a step between 4 and 5
 
 

@@ -106,13 +106,13 @@ def test_a_planted_4_and_a_planted_0_are_called_right_at_the_plan_s_power():
 def test_a_planted_speed_up_from_scratch_is_called_right(records):
     found = symbolic_contrasts(group_records(PLAN["B1"], "B1", records)[0])
     primary = [of_pairs[0] for of_pairs in found.values()]
-    assert [(c.a, c.b) for c in primary] == [("v1", "double_width_norm")] * 2
+    assert [(c.arm, c.baseline) for c in primary] == [("v1", "double_width_norm")] * 2
     for c in primary:
         standard_error = 0.04 * np.sqrt(2 / 16)
         assert c.t["mean"] == pytest.approx(0.06, abs=3 * standard_error)
         assert study_report.steps_verdict(c) == "more steps"
     for of_pairs in found.values():
-        assert (of_pairs[-1].a, study_report.steps_verdict(of_pairs[-1])) == ("v2", "undecided")  # planted: 0
+        assert (of_pairs[-1].arm, study_report.steps_verdict(of_pairs[-1])) == ("v2", "undecided")  # planted: 0
     text = "\n".join(format_report(PLAN, records))
     assert re.search(r"without the norm is faster than V1 is confirmed \(steps against V1: -\d %", text)
 
@@ -247,7 +247,7 @@ def test_the_questions_of_every_seed_are_compared(records):
 
 def test_secondary_arms_are_one_holm_family(records):
     found = study_report.secondary_contrasts(conversion_group(PLAN, records))
-    assert [c.a for c in found] == ["additive", "flipped", "gate"]
+    assert [c.arm for c in found] == ["additive", "flipped", "gate"]
     gate = found[-1]
     assert gate.holm_p == pytest.approx(3 * gate.t["p"])
 
@@ -354,6 +354,6 @@ def test_answers_have_as_many_digits_as_bits():
 def test_an_arm_shows_its_accuracy_only_when_all_its_seeds_are_finished(records):
     """And it is in no Holm family before: the verdicts of the others do not change with each of its runs."""
     some = [r for r in records if not (r.arm == "gate" and r.seed == 5)]
-    assert [c.a for c in study_report.secondary_contrasts(conversion_group(PLAN, some))] == ["additive", "flipped"]
+    assert [c.arm for c in study_report.secondary_contrasts(conversion_group(PLAN, some))] == ["additive", "flipped"]
     (row,) = [line for line in format_report(PLAN, some) if line.startswith("| gate |")]
     assert row.endswith("| 5 of 6 |" + " - |" * 8)
