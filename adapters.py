@@ -154,7 +154,7 @@ def new_lora(config: Any, model: nn.Module) -> "PeftModel":
     unknown = [name for name in targets if name not in names]
     if unknown:
         raise UserError(
-            f"--lora_targets: {unknown[0]!r} is not a layer of the language model: choose from {', '.join(names)}"
+            f"--lora_targets: {unknown[0]!r} is not a layer of the language model: choose from {' '.join(names)}"
         )
     trained = {"vision_tower": config.train_vision, "multi_modal_projector": config.train_projector}
     with_lora = [part for part, how in trained.items() if how == "lora"]

@@ -16,7 +16,7 @@ from needle_eval.folder import read_answer_rows
 from needle_eval.mmneedle_prompts import ABSENT
 from needle_eval.plots import Difference
 from needle_eval.questions import normalise
-from needle_eval.report import compare_folders, group_of, open_record, prepare_rows
+from needle_eval.report import NOT_FINAL, compare_folders, group_of, open_record, prepare_rows
 from needle_eval.statistics import (
     ALPHA,
     MIN_SEEDS,
@@ -32,7 +32,6 @@ from needle_eval.statistics import (
 from run_folder import RESUMABLE_FIELDS, comparable, read_metrics, read_run_record, read_samples
 
 NOT_AN_ARM = RESUMABLE_FIELDS | {"seed", "differential.seed", "processes"}  # fields that runs of one arm may differ in
-NOT_FINAL = ("best-", "step-", "knockout-")  # prefixes of evaluations of other weights than those of final/
 TRAINING = "training"  # name of the last evaluation during training
 
 
@@ -230,10 +229,10 @@ def rank_of_evaluation(measured: Measured) -> tuple[bool, bool, bool, str]:
 # ---- one arm against the baseline
 @dataclass
 class Contrast:
-    """Arm `b` minus arm `a`, seed by seed, in percentage points; group "" is the headline, the mean of its groups."""
+    """Arm minus baseline, seed by seed, in percentage points; group "" is the headline, the mean of its groups."""
 
-    a: str
-    b: str
+    arm: str
+    baseline: str
     seeds: list[int]
     differences: dict[str, list[Difference]]  # by group, one per seed
     holm_p: float | None = None  # of the headline, adjusted for the number of arms
@@ -264,7 +263,7 @@ def contrasts(measured: Measured) -> list[Contrast]:
             for group, difference in points.items():
                 differences.setdefault(group, []).append(difference)
         if of_seeds:
-            found.append(Contrast(first, arm, list(of_seeds), differences))
+            found.append(Contrast(arm, first, list(of_seeds), differences))
     tested = [contrast for contrast in found if contrast.test("")]
     for contrast, p in zip(tested, holm([contrast.test("")["p"] for contrast in tested]), strict=True):
         contrast.holm_p = p
@@ -315,9 +314,9 @@ def describe_contrast(measured: Measured, found: Contrast) -> str:
     """The difference of two arms, its interval, and what follows from it."""
     test, pooled, seeds = found.test(""), found.pooled(""), found.differences[""]
     first, second = (
-        percent(statistics.fmean(measured.mean(arm, s) for s in found.seeds)) for arm in (found.a, found.b)
+        percent(statistics.fmean(measured.mean(arm, s) for s in found.seeds)) for arm in (found.baseline, found.arm)
     )
-    text = f"{found.b} answers {second} and {found.a} {first} of {headline_text(measured)}: "
+    text = f"{found.arm} answers {second} and {found.baseline} {first} of {headline_text(measured)}: "
     text += f"{format_signed(pooled.mean)} points"
     if test is None:
         if len(seeds) == 1 and seeds[0].low is not None:
@@ -333,7 +332,7 @@ def describe_contrast(measured: Measured, found: Contrast) -> str:
     text += f" (95 % interval {low} to {high}, paired t test over {test['n']} seeds, {p})"
     if found.holm_p >= ALPHA:
         return f"{text}: no difference is shown."
-    return f"{text}: {found.b} is {'better' if test['mean'] > 0 else 'worse'}."
+    return f"{text}: {found.arm} is {'better' if test['mean'] > 0 else 'worse'}."
 
 
 def headline_text(measured: Measured) -> str:

@@ -59,7 +59,8 @@ KEYS_TO_MEMORY = {
     r"^model\.(vision_embed_tokens\.glb_GN|glb_newline)$": f"{PROJECTOR}glb_GN",
     r"^model\.(vision_embed_tokens\.sub_GN|sub_newline)$": f"{PROJECTOR}sub_GN",
 }
-IGNORED_KEY = re.compile(r".*\.position_ids$")  # a constant in older files
+# a constant in older files; SigLIP's pooling head, which PaliGemma never uses
+IGNORED_KEY = re.compile(r".*\.position_ids$|(model\.)?vision_tower\.(vision_model\.)?head\.")
 KEYS_TO_HUB = {
     r"^lm_head\.": "language_model.lm_head.",
     r"^model\.language_model\.": "language_model.model.",
@@ -177,6 +178,11 @@ def resolve_run(path_or_hub_id: PathLike) -> tuple[str, Path | None]:
         newest = checkpoints[-1] if checkpoints else "none yet"
     fix = f"run the same command again to continue it, or give one of its checkpoints/ (newest: {newest})"
     raise UserError(f"{folder}: an unfinished run, without final/adapter/{ADAPTER_CONFIG}: {fix}")
+
+
+def base_folder(path_or_hub_id: PathLike) -> Path:
+    """The folder of the base model of what `--model` accepts; see `resolve_run` and `locate`."""
+    return locate(resolve_run(path_or_hub_id)[0])
 
 
 class RunBase(msgspec.Struct):

@@ -17,7 +17,7 @@ IGNORED_LABEL = -100  # the loss skips it
 PHI_TYPES = ("phi3", "phi3_v")  # model_type of a decoder alone, and with a vision tower
 QUESTION_TASK = "answer en "  # PaliGemma's task prefix of a question; left out for a chat model
 PALIGEMMA_IMAGE_TOKEN_ID = 257_152  # <image>
-DECODER_ALONE = "the model is a decoder alone (model_type phi3): leave the images out"  # message of a UserError
+DECODER_ALONE_MESSAGE = "the model is a decoder alone (model_type phi3): leave the images out"
 
 Config = TypeVar("Config")
 

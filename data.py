@@ -2,13 +2,26 @@
 
 An example is a pure function of (seed, epoch, index): workers have no state, and a run can resume at any batch.
 Sources: haystacks made of captioned images, jsonl rows of {image, prefix, suffix} or of {messages, images}, VQAv2 from
-its official json files and a COCO folder, and a parquet copy of it on the hub. Every source has `name`, `skipped` (why
-rows were left out), `counts_for_best` (whether `best/` may be chosen by it), `chance` (exact accuracy of a guess, or
-None), `fingerprint()`, `get(epoch, index)`, and of epoch 0 `image(index, place)`, which opens one image, and
-`id(index)` and `text(index)`, which open none.
+its official json files and a COCO folder, and a parquet copy of it on the hub. Every source has
+
+    name                      of an evaluation set, or "train"
+    skipped                   why rows were left out
+    counts_for_best           whether `best/` may be chosen by it
+    chance                    exact accuracy of a guess, or None
+    fingerprint()             SHA-256 of what the examples are made of
+    get(epoch, index)         an example
+
+and of epoch 0, all but the first without opening an image,
+
+    image(index, place)       one image of a row
+    image_name(index, place)  its name: images of one name are the same
+    id(index)                 name of the row in messages and logs
+    text(index)               prompt, answer, number of images
+    answers(index)            all accepted answers, for --metric; not of haystacks
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,10 +37,9 @@ from errors import UserError
 from haystack import (
     OWN_CELL,
     POOL_CELL,
-    TEST_SHARE,
     Haystack,
     ImagePool,
-    PoolImage,
+    captions_needed,
     needle_prompt,
     read_captioned_images,
     read_split,
@@ -75,9 +87,8 @@ class Haystacks:
 
     def fingerprint(self) -> str:
         """SHA-256 of the images and settings that determine the examples."""
-        images = [image.fingerprint().hex() for image in self.pool.images]
         settings = [self.shapes, self.negatives, self.size, self.seed, self.name, self.cell, self.recolour]
-        return sha256_of([images, *settings])
+        return sha256_of([self.pool.fingerprints, *settings])
 
     def id(self, index: int, epoch: int = 0) -> str:
         return f"{self.name}/{self.seed}/{epoch}/{index}"
@@ -91,6 +102,10 @@ class Haystacks:
     def image(self, index: int, place: int) -> Image.Image:
         """One image of a question, in epoch 0."""
         return self.draw(self.id(index), self.make_haystack(0, index), place)
+
+    def image_name(self, index: int, place: int) -> str:
+        """A name of one image of a question, in epoch 0."""
+        return f"{self.id(index)}/{place}"
 
     def draw(self, key: str, haystack: Haystack, place: int) -> Image.Image:
         return self.pool.stitch(f"{key}/{place}", haystack.cells[place], self.cell, self.recolour)
@@ -141,6 +156,10 @@ class Subset:
         """One image of a row."""
         return self.source.image(self.indices[index], place)
 
+    def image_name(self, index: int, place: int) -> str:
+        """The name of one image of a row."""
+        return self.source.image_name(self.indices[index], place)
+
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
         return self.source.text(self.indices[index])
@@ -156,8 +175,8 @@ Source = Haystacks | Rows | HubRows | Subset
 def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
     """The training source of `config.data`, and the evaluation sources by name, the headline one first.
 
-    "haystack": the included pool; "haystack:IMAGES": your own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME":
-    evaluated on `config.eval_data`, one of the same three forms, or if that is empty, on a tenth held out.
+    "haystack": the included pool; "haystack:IMAGES": your own images; "*.jsonl", "vqav2:FOLDER", "hub:NAME",
+    "hub:NAME@SPLIT": evaluated on `config.eval_data`, of one of these forms, or if that is empty, on a tenth held out.
     """
     kind, _, images = config.data.partition(":")
     if kind == "haystack":
@@ -171,7 +190,7 @@ def make_data(config: "Config") -> tuple[Source, dict[str, Source]]:
     source = read_source(config.data, "train", config.strict_data)
     if config.eval_data:
         held_out = read_source(config.eval_data, "val", config.strict_data)
-        order = list(range(min(len(held_out), config.eval_samples)))
+        order = shuffled_rows(held_out)[: config.eval_samples]
         return source, {held_out.name: Subset(held_out.name, held_out, order)}
     train, held, name = hold_out(source, config)
     return Subset("train", source, train), {name: Subset(name, source, held)}
@@ -201,24 +220,24 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
     shapes = config.shapes or tuple((1, grid) for grid in config.grids)
     if own:
         images, cell = read_captioned_images(own), OWN_CELL
-        train, test = ([image for image in images if image.split == split] for split in ("train", "test"))
+        splits = ([image for image in images if image.split == split] for split in ("train", "test"))
+        train, test = map(ImagePool, splits)
         check_captions(own, train, test, max(grid for _, grid in shapes))
         kinds = [("", test, 0.0, True), (" absent", test, 1.0, False)]
     else:
         cell, splits = POOL_CELL, ("train", "test_style", "test_concept")
-        train, test, unseen = (read_split("", split) for split in splits)
+        train, test, unseen = (ImagePool(read_split("", split)) for split in splits)
         kinds = [(" trained styles", train, 0.0, False), (" unseen style", test, 0.0, True)]
         kinds += [(" unseen style, absent", test, 1.0, False), (" unseen concepts", unseen, 0.0, False)]
     size, sets = config.eval_samples, {}
-    for kind, images, negatives, counts_for_best in kinds:
-        pool = ImagePool(images)
+    for kind, pool, negatives, counts_for_best in kinds:
         for shape in shapes:
             name = f"{shape[0]} of " * (shape[0] > 1) + f"{shape[1]}x{shape[1]}{kind}"
             sets[name] = Haystacks(  # seed 0: the same test sets for every training seed
                 pool, (shape,), negatives, size, 0, f"test/{name}", cell, counts_for_best
             )
     source = Haystacks(
-        ImagePool(train),
+        train,
         shapes,
         config.negatives,
         HAYSTACKS_PER_EPOCH,
@@ -229,15 +248,15 @@ def make_haystacks(config: "Config", own: str) -> tuple[Haystacks, dict[str, Hay
     return source, sets
 
 
-def check_captions(own: str, train: list[PoolImage], test: list[PoolImage], grid: int) -> None:
+def check_captions(own: str, train: ImagePool, test: ImagePool, grid: int) -> None:
     """Raise UserError unless both splits have a caption for every cell of the largest grid, plus one."""
-    counts = [len({image.caption for image in images}) for images in (train, test)]
+    counts = [len(pool.captions) for pool in (train, test)]
     need = grid * grid + 1
     if min(counts) < need:
         raise UserError(
             f"haystack:{own}: {sum(counts)} captions, of which {counts[1]} are kept for testing, but {grid} x {grid} "
             f"cells and an absent needle need {need} in training and {need} in testing: give about "
-            f"{TEST_SHARE * need} captions, or smaller --grids"
+            f"{captions_needed(need)} captions, or smaller --grids"
         )
 
 
@@ -248,8 +267,7 @@ def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[
     on the rows, so no other run, whatever its seed, has trained on them. Rows that share an image stay together, unless
     too many rows are connected; the name then says so.
     """
-    order = list(range(len(source)))
-    random.Random("held out").shuffle(order)
+    order = shuffled_rows(source)
     count = max(1, int(len(source) * HELD_OUT_SHARE))
     if len(source) < 2:
         raise UserError(f"{config.data}: one row is too few to hold one out: add rows or give --eval_data")
@@ -267,6 +285,14 @@ def hold_out(source: Rows | HubRows, config: "Config") -> tuple[list[int], list[
     name = "held out" if held else "held out, images shared with training"
     held = held or set(order[:count])
     return [i for i in order if i not in held], [i for i in order if i in held][: config.eval_samples], name
+
+
+def shuffled_rows(source: Rows | HubRows) -> list[int]:
+    """All row indices in an order that depends only on their number, so that the first ones are not those of a sorted
+    file."""
+    order = list(range(len(source)))
+    random.Random("held out").shuffle(order)
+    return order
 
 
 def group_by_image(keys: list[list[str]]) -> list[int]:
@@ -403,6 +429,13 @@ class Fetch(Dataset):
         return list(islice((item for item in items if not isinstance(item, UserError)), 1))
 
 
+def ignore_signals(worker: int):
+    """For `worker_init_fn`: a data loading process ignores SIGTERM and Ctrl-C, which a launcher or a terminal sends to
+    all processes; the main process stops after a checkpoint, and its workers with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(
     source: Source,
     processor: Processor,
@@ -425,6 +458,7 @@ def loader(
         batch_sampler=batches,
         collate_fn=fetch.collate,
         num_workers=workers,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     ):
         for error in errors:

@@ -8,7 +8,6 @@ The page is served on localhost only and loads nothing from other hosts.
 """
 
 import io
-import math
 import os
 import random
 from dataclasses import dataclass, field
@@ -28,22 +27,23 @@ from boxes import locs_to_boxes
 from diagnostics import answer_attention, effective_map, first_map, subtracted_map
 from differential_attention import differential_modules
 from errors import UserError, one_line_errors
-from files import check_ranges, one_line
+from files import check_ranges, one_line, open_image
 from haystack import ImagePool, needle_prompt, read_pool
+from machine import out_of_memory_as
 from models import classes_of
 from needle_eval.plots import STYLE
-from plots import darken, draw_signed, square
+from plots import darken, draw_signed
+from processing_paligemma import Processor
 
 if TYPE_CHECKING:
     import gradio
 
 EMBEDDED = "assets/paligemma-nano"
 TRAINED = ("runs/original_seed0", "runs/diff_seed0")  # what the two fine-tuning scripts write by default
-ACTING = "A"  # name of the map that is applied to the values
+APPLIED = "A"  # name of the map that is applied to the values
 GRIDS = (2, 4)
 SAMPLE = Path(__file__).parent / "assets" / "sample"
 EXAMPLES = [[str(SAMPLE / "fruit.png"), "detect banana"], [str(SAMPLE / "animals.png"), "answer en where is penguin?"]]
-MAX_TOKEN = 11  # of the slider
 CELL = 128  # side of a cell of a haystack, in pixels
 IMAGE_HEIGHT = 360  # height of the image on the page, in pixels
 
@@ -64,7 +64,7 @@ class Loaded:
 
     name: str
     model: nn.Module
-    processor: object
+    processor: Processor
     device: str
     max_new_tokens: int
 
@@ -76,9 +76,10 @@ class Loaded:
 
 @dataclass
 class Answer:
-    """A model's answer and the attention maps of its decoder, averaged over heads: name -> [layers, T, N].
+    """A model's answer and the attention maps of its decoder, averaged over heads: name -> [layers, T, rows, columns].
 
-    The first map is the one that is applied to the values. T answer tokens including the end, N image tokens.
+    The first map is the one that is applied to the values. T answer tokens including the end; rows and columns of the
+    image tokens.
     """
 
     text: str
@@ -95,7 +96,8 @@ def load(config: Config) -> list[Loaded]:
     found = []
     for name in dict.fromkeys(config.models or trained or (EMBEDDED,)):
         model_class, processor_class = classes_of(name)
-        model = model_class.from_pretrained(name, dtype=dtype, device=config.device)
+        with out_of_memory_as("give fewer --models, or --device=cpu"):
+            model = model_class.from_pretrained(name, dtype=dtype, device=config.device)
         processor = processor_class.from_pretrained(name)
         found.append(Loaded(name, model.eval(), processor, config.device, config.max_new_tokens))
     return found
@@ -104,17 +106,18 @@ def load(config: Config) -> list[Loaded]:
 @torch.no_grad()
 def ask(loaded: Loaded, image: Image.Image, prompt: str) -> Answer:
     """The greedy answer of a model to a prompt about an image, and its attention maps."""
-    batch = move(loaded.processor([[image]], [prompt]), loaded.device)
-    ids = loaded.model.generate(**batch, max_new_tokens=loaded.max_new_tokens)
-    text = loaded.processor.decode(ids[0, batch["input_ids"].shape[1] :])
-    answered = move(loaded.processor([[image]], [prompt], [text]), loaded.device)
-    parts = {ACTING: effective_map, "A1": first_map, "lambda A2": subtracted_map}
-    found = answer_attention(loaded.model, answered, tuple(parts.values()))[:, :, 0].float().cpu()
-    maps = dict(zip(parts, found, strict=True))
+    parts = {APPLIED: effective_map, "A1": first_map, "lambda A2": subtracted_map}
+    with out_of_memory_as("give a smaller image, a lower --max_new_tokens, fewer --models, or --device=cpu"):
+        batch = move(loaded.processor([[image]], [prompt]), loaded.device)
+        ids = loaded.model.generate(**batch, max_new_tokens=loaded.max_new_tokens)
+        text = loaded.processor.decode(ids[0, batch["input_ids"].shape[1] :])
+        answered = move(loaded.processor([[image]], [prompt], [text]), loaded.device)
+        found = answer_attention(loaded.model, answered, tuple(parts.values()))[:, :, 0].float().cpu()
+    maps = dict(zip(parts, found.unflatten(-1, loaded.processor.patch_grid(image.size)), strict=True))
     if maps["lambda A2"].any():
         maps["A1 - lambda A2"] = maps["A1"] - maps["lambda A2"]
     else:  # nothing is subtracted
-        maps = {ACTING: maps[ACTING]}
+        maps = {APPLIED: maps[APPLIED]}
     return Answer(text, maps)
 
 
@@ -130,37 +133,30 @@ def draw(image: Image.Image, answers: list[Answer], layer: int, token: int) -> l
     All maps share one colour scale. A model with fewer layers or tokens shows its last one.
     """
     shown = [select(answer, layer, token) for answer in answers]
-    limit = max((float(m.abs().max()) for maps in shown for m in maps.values()), default=1.0)
+    limit = max(float(m.abs().max()) for maps in shown for m in maps.values())
     return [draw_answer(image, answer, maps, limit) for answer, maps in zip(answers, shown, strict=True)]
 
 
 def select(answer: Answer, layer: int, token: int) -> dict[str, Tensor]:
-    """name -> map [side, side] of one layer and token; {} if the image tokens do not form a square."""
-    found = {}
-    for name, maps in answer.maps.items():
-        of_token = maps[min(layer, len(maps) - 1), min(token, maps.shape[1] - 1)]
-        if math.isqrt(len(of_token)) ** 2 == len(of_token):
-            found[name] = square(of_token[None])[0]
-    return found
+    """name -> map [rows, columns] of one layer and token."""
+    return {name: maps[min(layer, len(maps) - 1), min(token, maps.shape[1] - 1)] for name, maps in answer.maps.items()}
 
 
 def draw_answer(image: Image.Image, answer: Answer, maps: dict[str, Tensor], limit: float) -> Image.Image:
     """The figure of one answer. For standard attention the only map below the image is the applied one."""
-    signed = {name: m for name, m in maps.items() if name != ACTING} or maps
+    signed = {name: m for name, m in maps.items() if name != APPLIED} or maps
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, panels = plt.subplot_mosaic("000;123", figsize=(5.4, 6.6), layout="constrained", height_ratios=(2.6, 1))
         for panel in panels.values():
             panel.axis("off")
         panels["0"].imshow(generate.mark_boxes(image, answer.text))
-        if maps:
-            darken(panels["0"], maps[ACTING])
+        darken(panels["0"], maps[APPLIED])
         for place, (name, m) in zip("123", signed.items(), strict=False):
-            colours = draw_signed(panels[place], m, limit)
+            drawn = draw_signed(panels[place], m, limit)
             panels[place].set_title(name, fontsize=9)
-        if signed:
-            below = [panels[place] for place in "123"]
-            bar = figure.colorbar(colours, ax=below, location="bottom", label="attention on a patch", aspect=40)
-            bar.outline.set_visible(False)
+        below = [panels[place] for place in "123"]
+        bar = figure.colorbar(drawn, ax=below, location="bottom", label="attention on a patch", aspect=40)
+        bar.outline.set_visible(False)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     plt.close(figure)
@@ -170,8 +166,10 @@ def draw_answer(image: Image.Image, answer: Answer, maps: dict[str, Tensor], lim
 def describe(image: Image.Image, prompt: str, text: str) -> str:
     """The text of an answer, with the number of boxes if it has any or should have some."""
     boxes = len(locs_to_boxes(text, *image.size))
-    note = f"\n{boxes or 'no'} box{'es' * (boxes != 1)}"
-    return (text.strip() or "(empty)") + note * (boxes > 0 or prompt.startswith(("detect ", "segment ")))
+    shown = text.strip() or "(empty)"
+    if boxes or prompt.startswith(("detect ", "segment ")):
+        shown += f"\n{boxes or 'no'} {'box' if boxes == 1 else 'boxes'}"
+    return shown
 
 
 def make_haystack(pool: ImagePool, grid: int) -> tuple[Image.Image, str, str]:
@@ -187,14 +185,16 @@ def build_app(gradio: ModuleType, models: list[Loaded]) -> "gradio.Blocks":
     """The page: an image and a prompt on the left, a column for every model on the right."""
     pool = ImagePool(read_pool(splits=("test_style",)))
     layers = max(loaded.layers for loaded in models)
+    last_token = max(loaded.max_new_tokens for loaded in models)  # the end comes after so many tokens
     first = make_haystack(pool, GRIDS[0])
 
-    def answer(image: Image.Image | None, prompt: str) -> Answered:
-        if image is None:
+    def answer(path: str | None, prompt: str) -> Answered:
+        if path is None:
             raise gradio.Error("give an image first")
         try:
+            image = open_image(path)
             return image, prompt, [ask(loaded, image, prompt) for loaded in models]
-        except UserError as error:  # a prompt that the processor refuses
+        except UserError as error:  # a broken image, or a prompt that the processor refuses
             raise gradio.Error(str(error)) from error
 
     def show(answered: Answered | None, layer: int, token: int) -> list:
@@ -210,14 +210,17 @@ def build_app(gradio: ModuleType, models: list[Loaded]) -> "gradio.Blocks":
         answered = gradio.State()
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
-                image = gradio.Image(first[0], label="image", type="pil", height=IMAGE_HEIGHT)
+                # the file itself, which keeps its transparency and orientation, as generate.py reads it
+                image = gradio.Image(
+                    first[0], label="image", type="filepath", image_mode=None, format="png", height=IMAGE_HEIGHT
+                )
                 prompt = gradio.Textbox(first[1], label="prompt")
                 ask_button = gradio.Button("Ask", variant="primary")
                 grid = gradio.Radio(GRIDS, value=GRIDS[0], label="cells along a side of a new haystack")
                 new_button = gradio.Button("New haystack")
                 truth = gradio.Markdown(first[2])
                 layer = gradio.Slider(0, layers - 1, value=layers // 2, step=1, label="decoder layer")
-                token = gradio.Slider(0, MAX_TOKEN, value=0, step=1, label="token of the answer")
+                token = gradio.Slider(0, last_token, value=0, step=1, label="token of the answer")
                 gradio.Examples(EXAMPLES, [image, prompt])
             outputs = []
             for loaded in models:

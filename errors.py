@@ -3,12 +3,15 @@
 import functools
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import NoReturn, ParamSpec, TypeVar
 
 EXIT_CODE = 2
 BROKEN_PIPE = 141  # exit code of a process that SIGPIPE ends
+STORE_TIMEOUT = 5  # seconds to find the store of a job, which may have ended
 
 Params, Result = ParamSpec("Params"), TypeVar("Result")
 
@@ -24,7 +27,7 @@ class TrainingFailed(UserError):
 def one_line_errors(main: Callable[Params, Result]) -> Callable[Params, Result]:
     """Wrap a script's `main`: a `UserError` prints its one line on stderr and exits with code 2, Ctrl-C prints one line
     and exits with code 130, both without a traceback. A reader of stdout that leaves early, as in `| head`, ends the
-    script without a word and with code 141.
+    script silently with code 141.
 
     With several processes only the first to fail prints, since the others fail as a consequence.
     """
@@ -61,16 +64,27 @@ def is_stdout_closed() -> bool:
     return False
 
 
-def failed_before() -> int:
-    """How many processes of this job failed before this one, counted in the store of torch.distributed."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0
-    from torch.distributed import TCPStore
-
+def world_size() -> int:
+    """Number of processes of this job, from the environment of torchrun; 1 without it or if it is no number."""
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        return 1
+
+
+def failed_before() -> int:
+    """How many processes of this job failed before this one, counted in the store of torch.distributed; 0 if there is
+    no store."""
+    if world_size() == 1:
+        return 0
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((address, port), STORE_TIMEOUT).close()  # TCPStore would repeat and log its tries
+        from torch.distributed import TCPStore
+
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT))
         return store.add("failed processes", 1) - 1
-    except (KeyError, RuntimeError):  # no store, or it ended with its process
+    except (KeyError, ValueError, OverflowError, OSError, RuntimeError):  # no store, or it ended with its process
         return 0
 
 
@@ -78,6 +92,6 @@ def leave(code: int = EXIT_CODE) -> NoReturn:
     """Exit; with several processes immediately, since an orderly exit would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         os._exit(code)
     sys.exit(code)

@@ -25,7 +25,7 @@ from msgspec import Meta
 
 from differential_attention import knock_out
 from errors import UserError, one_line_errors
-from files import MESSAGE_LENGTH, check_ranges, one_line, remove, write_json
+from files import MESSAGE_LENGTH, check_no_other_flags, check_ranges, one_line, remove, write_json
 from machine import choose_dtype, choose_workers, make_accelerator, out_of_memory_as
 from models import classes_of
 from needle_eval.folder import fill_defaults, make_record, open_folder, output_folder
@@ -34,8 +34,8 @@ from needle_eval.questions import Question
 from needle_eval.report import BENCHMARKS, compare, report
 from needle_eval.runner import Answerer, answer_questions, mark_too_long
 
-Whole, Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
-Side = Annotated[int, Meta(ge=1, le=1000)]
+NonNegative, Positive = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
+Size = Annotated[int, Meta(ge=1, le=1000)]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Config:
     # --- model
     model: tuple[str, ...] = ("assets/paligemma-nano",)  # hub ids, model folders or run folders, side by side
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU that has it
-    batch_size: Count = 64  # questions answered at once
+    batch_size: Positive = 64  # questions answered at once
     workers: Annotated[int, Meta(ge=-1)] = -1  # processes that load images; -1: none on a CPU, 4 on a GPU
     knockout: bool = False  # set lambda to 0 in every differential layer, to see what the second map contributes
     # --- questions
@@ -54,16 +54,18 @@ class Config:
     image_folder: str = ""
     protocol: Literal["finetuned", "official", "rank", "quadrant", "detect"] = "finetuned"  # MMNeedle's question
     prefix: str = ""  # text put before every prompt
-    images: tuple[Side, ...] = (1,)  # MMNeedle: images per question
-    grids: tuple[Side, ...] = ()  # cells per side of an image; empty: 2 4, or 2 for quadrant
-    needles: tuple[Side, ...] = (1,)  # captions per question
-    samples: Whole = 0  # number of positives, and of negatives, per setting; 0: the benchmark's own number
-    per_cell: Whole = 0  # take this many positives of every cell instead of the first ones in the file
+    images: tuple[Size, ...] = (1,)  # MMNeedle: images per question
+    grids: tuple[Size, ...] = ()  # cells per side of an image; empty: 2 4, or 2 for quadrant
+    needles: tuple[Size, ...] = (1,)  # captions per question
+    # MMNeedle: positives, and as many negatives, per setting (0: the benchmark's own number); POPE and MM-NIAH:
+    # questions per split or task (0: all)
+    samples: NonNegative = 0
+    per_cell: NonNegative = 0  # take this many positives of every cell instead of the first ones in the file
     # side of a cell of generated haystacks in pixels; 0: 64 for the included pool, 256 for other images
     cell: Annotated[int, Meta(ge=0, le=4096)] = 0
     seed: int = 0  # seed of the generated haystacks
     # --- output
-    attention: Whole = 0  # measure attention on the needle for this many positives per setting
+    attention: NonNegative = 0  # measure attention on the needle for this many positives per setting
     skip_none: bool = False  # leave broken questions out of the denominators, as MMNeedle's own scorer does
     output_dir: str = ""  # empty: eval/ of the run folder, else runs/eval/MODEL
     overwrite: bool = False  # delete earlier answers and start again
@@ -82,13 +84,6 @@ def check_flags(config: Config, benchmark: ModuleType):
     for field in fields(config):
         if field.name in others and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name}: does not apply to --benchmark={config.benchmark}: leave it out")
-
-
-def check_alone(config: Config, flag: str, allowed: tuple[str, ...] = ()):
-    """Raise UserError for flags that have no effect with --score or --compare."""
-    for field in fields(config):
-        if field.name not in (flag, *allowed) and getattr(config, field.name) != field.default:
-            raise UserError(f"--{field.name}: does not apply to --{flag}: leave it out")
 
 
 def evaluate(config: Config, accelerator: Accelerator, name: str, questions: list[Question]) -> Path:
@@ -156,13 +151,13 @@ def main():
     if config.compare is not None:
         if len(config.compare) != 2:
             raise UserError(f"--compare takes two runs or two quoted patterns, not {len(config.compare)}")
-        check_alone(config, "compare")
-        print(*compare(*config.compare), sep="\n")
+        check_no_other_flags(config, "compare", allowed=("output_dir",))
+        print(*compare(*config.compare, comparisons), sep="\n")
         return
     if config.score is not None:
         if not config.score:
             raise UserError("--score: give at least one folder of answers")
-        check_alone(config, "score", allowed=("skip_none", "output_dir"))
+        check_no_other_flags(config, "score", allowed=("skip_none", "output_dir"))
         folders = [Path(folder) for folder in dict.fromkeys(config.score)]
         print(*report(folders, config.skip_none, comparisons), sep="\n")
         return

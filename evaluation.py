@@ -4,6 +4,7 @@ The answers come from the runner of needle_eval, as in eval_mmnih.py.
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,13 +22,13 @@ from metrics import check_answers, score_answers
 from needle_eval.questions import Question, is_exact
 from needle_eval.runner import Answerer, answer_questions
 from needle_eval.statistics import format_rate, rate
-from processing_paligemma import Processor
+from processing_paligemma import Processor, to_rgb
 from run_folder import Run
 
 if TYPE_CHECKING:
     from finetune_original import Config
 
-SHORT_EVALUATION = 2  # batches of each set in the evaluations between the first and the last
+SHORT_EVALUATION_BATCHES = 2  # batches of each set in the evaluations between the first and the last
 SAMPLE_SIDE = 512  # maximum side in pixels of an image in samples/
 
 
@@ -41,13 +42,17 @@ def prompt_limit(config: "Config", model: nn.Module) -> int:
     return max_length(model) - config.max_new_tokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SourceImage:
-    """An image of a row, opened on demand."""
+    """An image of a row, opened on demand. Images of one name are equal, so that the runner encodes them once."""
 
-    source: Source
-    row: int
-    place: int  # index among the images of the row
+    source: Source = field(compare=False)
+    row: int = field(compare=False)
+    place: int = field(compare=False)  # index among the images of the row
+    name: str = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", self.source.image_name(self.row, self.place))
 
     def open(self) -> Image.Image:
         return self.source.image(self.row, self.place)
@@ -77,9 +82,9 @@ class Evaluation:
     probe: list[dict[str, Tensor]] = field(default_factory=list)  # prompts on which both maps are measured
 
     @property
-    def short(self) -> int:
+    def short_count(self) -> int:
         """Number of questions per set in the evaluations between the first and the last; `best/` is chosen by them."""
-        return SHORT_EVALUATION * self.config.eval_batch_size
+        return SHORT_EVALUATION_BATCHES * self.config.eval_batch_size
 
 
 def make_evaluation(
@@ -128,10 +133,12 @@ def evaluate(evaluation: Evaluation, count: int | None = None) -> dict[str, Scor
     run, config, model = evaluation.run, evaluation.config, evaluation.model
     workers = choose_workers(config.workers, run.device)
     answerer = Answerer(model, evaluation.processor, run.accelerator, run.dtype, config.eval_batch_size, workers)
+    asked = {name: questions[:count] for name, questions in evaluation.questions.items()}
+    with gathered(model), without_compiling(config), out_of_memory_as("lower --eval_batch_size"):
+        answers = iter(answer_questions(answerer, sum(asked.values(), []), raise_if_stopped=run.raise_if_stopped))
     scores = {}
-    for name, asked in evaluation.questions.items():
-        with gathered(model), without_compiling(config), out_of_memory_as("lower --eval_batch_size"):
-            rows = answer_questions(answerer, asked[:count], raise_if_stopped=run.raise_if_stopped)
+    for name, questions in asked.items():
+        rows = list(islice(answers, len(questions)))
         answered = [row for row in rows if "error" not in row]
         for row in rows:
             if "error" in row and (run.is_main or run.strict):
@@ -146,7 +153,7 @@ def evaluate(evaluation: Evaluation, count: int | None = None) -> dict[str, Scor
 
 @torch.inference_mode()
 def evaluation_losses(evaluation: Evaluation) -> dict[str, float]:
-    """Mean loss per label token of each evaluation set, on its first `evaluation.short` rows.
+    """Mean loss per label token of each evaluation set, on its first `evaluation.short_count` rows.
 
     These rows are the same at every evaluation, so that the losses form a curve. A row that cannot be used is left out.
     Raises Stopped, and UserError for a set without a usable row.
@@ -157,7 +164,7 @@ def evaluation_losses(evaluation: Evaluation) -> dict[str, float]:
     losses = {}
     for name, source in evaluation.sets.items():
         run.raise_if_stopped()
-        first = enumerate(evaluation.questions[name][: evaluation.short])
+        first = enumerate(evaluation.questions[name][: evaluation.short_count])
         rows = [(0, row) for row, question in first if not question.error][rank::world]
         total = torch.zeros(2, device=run.device)  # summed loss of the label tokens, their number
         batches = loader(
@@ -211,7 +218,7 @@ def save_sample_image(run: Run, question: Question, file: Path):
     """Write the images of a question, scaled down and side by side, for plots.py."""
     if not run.is_main or not question.images:
         return
-    images = [image.open().convert("RGB") for image in question.images]
+    images = [to_rgb(image.open()) for image in question.images]
     for image in images:
         image.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
     joined = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
@@ -238,6 +245,6 @@ def headline_rate(evaluation: Evaluation, scores: dict[str, Score]) -> float:
     rows = []
     for name, score in scores.items():
         if evaluation.sets[name].counts_for_best:
-            first = {question.id for question in evaluation.questions[name][: evaluation.short]}
+            first = {question.id for question in evaluation.questions[name][: evaluation.short_count]}
             rows += [row for row in score.rows if row["id"] in first]
     return score_answers(evaluation.config.metric, rows)

@@ -12,21 +12,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import huggingface_hub
 import torch
 import tyro
 from huggingface_hub.errors import HTTPError
 
-from adapters import LOAD_IN_TRANSFORMERS, merge
-from checkpoint import ROOT, is_hub_id, locate, resolve_run
-from differential_attention import DifferentialConfig, differential_config
+from adapters import merge
+from checkpoint import locate, resolve_run
+from differential_attention import differential_config
 from errors import UserError, one_line_errors
 from files import MESSAGE_LENGTH, atomic_folder, check_ranges, one_line, read_json, read_json_lines
-from model_card import datasets_of, eval_results, hide_folders, score_table, tags_of, task_of
+from model_card import merged_card
 from models import classes_of
-from run_folder import comparable
 
 PROCESSOR_FILES = (  # copied from the base model
     "tokenizer.json",
@@ -39,8 +38,7 @@ PROCESSOR_FILES = (  # copied from the base model
     "generation_config.json",
 )
 
-LOAD_STANDARD = "Load it with `{name}.from_pretrained` of transformers."
-LOAD_HERE = "Load it with `{name}.from_pretrained` of the repository named below."
+LOGIN_NEEDED = (401, 403)  # status codes of the hub
 Result = TypeVar("Result")
 
 
@@ -54,65 +52,6 @@ class Config:
     private: bool = True  # make that repository private
 
 
-# ---- the model card
-def write_card(
-    config: Config,
-    record: dict[str, Any],
-    evals: dict[str, list[int]],
-    differential: DifferentialConfig | None,
-    model_class: str = "PaliGemmaForConditionalGeneration",
-    model_type: str = "paligemma",
-) -> str:
-    """README.md: metadata for the hub, then the base model, the data, the scores and the hyperparameters.
-
-    `record` is the run.json of the run, `evals` maps names to [exact answers, rows].
-    """
-    base, data, name = record["base_model"], hide_folders(record["config"]["data"]), Path(config.output).name
-    is_in_transformers = model_type != "phi3_v"
-    load = (LOAD_HERE if differential or not is_in_transformers else LOAD_STANDARD).format(name=model_class)
-    if differential and is_in_transformers:
-        load += "\n\n" + LOAD_IN_TRANSFORMERS.format(name=name)
-    metadata = huggingface_hub.ModelCardData(
-        base_model=base if is_hub_id(base) else None,
-        license=config.license or known_license(base),
-        datasets=datasets_of(data),
-        library_name="transformers" if is_in_transformers and not differential else None,
-        pipeline_tag=task_of(model_type),
-        tags=tags_of(model_type, differential),
-        model_name=name,
-        eval_results=eval_results(task_of(model_type), data, evals),
-    )
-    commit = f"@{record['base_revision']}" if record.get("base_revision") else ""
-    versions = ", ".join(f"{package} {version}" for package, version in record.get("versions", {}).items())
-    fields = [(key, value) for key, value in comparable(record).items() if value is not None and key != "output_dir"]
-    hyperparameters = "\n".join(f"| {key} | `{hide_folders(str(value))}` |" for key, value in fields)
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {name}
-
-`{hide_folders(base)}{commit}` with LoRA, fine-tuned on `{data}` and merged;
-arm `{record["arm"]}`, step {record.get("step")}. {load}
-
-{score_table(evals)}| hyperparameter | value |
-|---|---|
-{hyperparameters}
-
-Made by the Multimodal Differential Transformer, commit {record.get("commit")}, with {versions}. The license of the
-base model applies to its weights.
-"""
-
-
-def known_license(base: str) -> str | None:
-    """The license of a base model, if it is known."""
-    if is_hub_id(base) and base.startswith("google/paligemma"):
-        return "gemma"
-    if is_hub_id(base) and base.startswith("microsoft/Phi-3"):
-        return "mit"
-    return "apache-2.0" if (ROOT / base).is_relative_to(ROOT / "assets") else None
-
-
 def read_evals(folder: Path, step: int | None) -> dict[str, list[int]]:
     """The evaluation at `step` in the metrics.jsonl of the run that contains `folder` (final/, best/, a checkpoint)."""
     for log in (parent / "metrics.jsonl" for parent in folder.absolute().parents[:2]):
@@ -123,13 +62,15 @@ def read_evals(folder: Path, step: int | None) -> dict[str, list[int]]:
 
 
 # ---- the hub
-def call_hub(action: Callable[[huggingface_hub.HfApi], Result], name: str) -> Result:
-    """Return `action(HfApi())`. Raises UserError if it fails."""
+def call_hub(action: Callable[[huggingface_hub.HfApi], Result], name: str, fix: str) -> Result:
+    """Return `action(HfApi())`. Raises UserError if it fails, with `fix` as what to do then."""
     try:
         return action(huggingface_hub.HfApi())
     except (OSError, ValueError, HTTPError) as error:
         reason = one_line(error)[:MESSAGE_LENGTH]
-        raise UserError(f"--push_to_hub={name}: {reason}: run `hf auth login` with a token that may write") from error
+        if getattr(getattr(error, "response", None), "status_code", None) in LOGIN_NEEDED:
+            fix = f"run `hf auth login` with a token that may write, then {fix}"
+        raise UserError(f"--push_to_hub={name}: {reason}: {fix}") from error
 
 
 @one_line_errors
@@ -143,7 +84,11 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already: give another --output")
     if name:  # before the work, in case the hub refuses
-        call_hub(lambda api: api.create_repo(name, private=config.private, exist_ok=True), name)
+        call_hub(
+            lambda api: api.create_repo(name, private=config.private, exist_ok=True),
+            name,
+            "check the name and try again",
+        )
 
     # --- merge in float32, regardless of the run's dtype
     model = classes_of(config.model)[0].from_pretrained(config.model)
@@ -162,14 +107,21 @@ def main() -> None:
         for file in (locate(base) / file for file in PROCESSOR_FILES):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-        text = write_card(
-            config, record, evals, differential_config(model), type(model).__name__, model.config.model_type
+        text = merged_card(
+            record,
+            evals,
+            differential_config(model),
+            model.config.model_type,
+            type(model).__name__,
+            output.name,
+            config.license,
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"{output}: {sum(file.stat().st_size for file in output.iterdir()) / 1e6:.1f} MB")
     if name:
         upload = dict(repo_id=name, folder_path=output, commit_message="Upload the model")
-        call_hub(lambda api: api.upload_folder(**upload), name)
+        fix = f"upload {output}, which is complete, with `hf upload {name} {output}`"
+        call_hub(lambda api: api.upload_folder(**upload), name, fix)
         print(f"https://huggingface.co/{name}")
 
 

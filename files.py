@@ -14,13 +14,14 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import filelock
 import msgspec
+import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -30,6 +31,8 @@ MANIFEST = "files.json"  # in a checkpoint: the SHA-256 of each of its files
 LOCK = ".lock"
 MESSAGE_LENGTH = 300  # maximum number of characters quoted from another library's message
 WEIGHT_SUFFIXES = (".safetensors", ".pt")
+HASHED_IMAGES = 20_000  # up to this many images of a data set are compared by content
+GREY16_TO_GREY8 = 65_535 / 255
 INT64 = range(-(1 << 63), 1 << 63)
 FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space or raise the limit")
 FIXES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check the permissions")
@@ -172,6 +175,16 @@ def open_image(source: PathLike | bytes, name: PathLike | None = None) -> Image.
     return image
 
 
+def grey16_to_grey8(image: Image.Image) -> Image.Image:
+    """An image of 16-bit grey, mode I;16 or mode I above 255, scaled to 8 bits, which PIL's `convert` would clip to
+    white; any other image as it is."""
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image).astype(np.float32)
+    scale = GREY16_TO_GREY8 if image.mode != "I" or grey.max() > 255 else 1
+    return Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8))
+
+
 def resolve_inside(folder: PathLike, name: PathLike) -> Path:
     """The path of the file `name` in `folder`, links followed. Raises UserError if it is outside the folder.
 
@@ -210,6 +223,13 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
             choices = literals(types[field.name])
             expected = f"choose from {', '.join(map(str, choices))}" if choices else describe(error)
             raise UserError(f"{flag}={value}: {expected[:1].lower()}{expected[1:]}") from error
+
+
+def check_no_other_flags(config: Any, flag: str, allowed: Sequence[str] = ()) -> None:
+    """Raise UserError for a field of a dataclass that is not at its default, since it has no effect beside `flag`."""
+    for field in dataclasses.fields(config):
+        if field.name not in (flag, *allowed) and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name}: does not apply to --{flag}: leave it out")
 
 
 def literals(hint: Any) -> list:

@@ -30,7 +30,7 @@ def main():
     description = f"{__doc__}\nPresets of --differential.preset:\n\n{describe_presets()}"
     config = finetune_original.parse_config(Config, description)
     if config.differential.seed:
-        raise UserError("--differential.seed: is that of --seed: leave it out")
+        raise UserError("--differential.seed: is set by --seed: leave it out")
     config = replace(config, differential=replace(config.differential.resolve(), seed=config.seed))
     preset = "" if config.differential.preset == "split" else f"_{config.differential.preset}"
     finetune_original.finetune(config, arm=f"diff{preset}", differential=config.differential)

@@ -9,6 +9,7 @@
 Edit Config in this file, or pass any of its fields as a flag. To continue a killed run, run the same command again.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
@@ -19,25 +20,26 @@ from msgspec import Meta
 
 import plots
 import training
-from adapters import quantize
+from adapters import Rank, quantize
 from checkpoint import resolve_run
+from config_fields import Positive
 from data import make_data
 from differential_attention import DifferentialConfig, differential_config
 from errors import UserError, one_line_errors
 from evaluation import evaluate, make_evaluation, print_scores
+from machine import out_of_memory_as
 from metrics import Metric, check_installed
 from models import classes_of
 from run_folder import check_config, open_run
 
 C = TypeVar("C", bound="Config")
 SECTIONS = {"model": "model", "data": "data", "optimisation": "seed", "evaluation": "metric"}  # title -> first field
+PATH_FIELDS = ("data", "eval_data", "vision_cache_dir", "output_dir")
 LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "use_rslora")
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-Rank = Annotated[int, Meta(ge=1, le=65_536)]
 Side = Annotated[int, Meta(ge=1, le=32)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
-Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 
 
@@ -59,8 +61,8 @@ class Config:
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, much less memory
     compile: bool = False  # torch.compile the layers in training: slow start, fewer kernels; not timed on a GPU
     # --- data
-    data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, or hub:NAME
-    eval_data: str = ""  # .jsonl, vqav2:FOLDER or hub:NAME; empty: haystack's own test sets, or held-out rows of data
+    data: str = "haystack"  # haystack, haystack:IMAGES, a .jsonl file, vqav2:FOLDER, hub:NAME, or hub:NAME@SPLIT
+    eval_data: str = ""  # the same forms but haystack; empty: haystack's own test sets, or held-out rows of data
     grids: Annotated[tuple[Side, ...], Meta(min_length=1)] = (2, 4)  # haystacks have N x N cells
     # (images, N) pairs for haystacks of several images, as in --shapes 1 2 1 4 4 2; empty: one image, N from `grids`
     shapes: tuple[tuple[Side, Side], ...] = ()
@@ -106,6 +108,9 @@ class Config:
     overwrite: bool = False  # start over if the folder holds a run
 
 
+@out_of_memory_as(
+    "lower --batch_size and --eval_batch_size, set --gradient_checkpointing=True, or take a smaller --model"
+)
 def finetune(config: Config, arm: str, differential: DifferentialConfig | None = None):
     """Run one arm: the baseline if `differential` is None, else the differential arm."""
     # --- defaults of the family, run folder, device, precision
@@ -161,8 +166,14 @@ def parse_config(config_class: type[C], description: str | None, args: Sequence[
     flags = group_flags(config_class) if asks_for_help else config_class
     options = (tyro.conf.FlagConversionOff,)
     config = tyro.cli(flags, description=description, args=args, config=options, use_underscores=True)
+    config = replace(config, **{name: expand_home(getattr(config, name)) for name in PATH_FIELDS})
     check_config(config)
     return config
+
+
+def expand_home(value: str) -> str:
+    """A path, or KIND:PATH, with ~ expanded, which bash does not do after `--flag=`."""
+    return ":".join(map(os.path.expanduser, value.split(":", 1)))
 
 
 def group_flags(config_class: type[C]) -> type:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from boxes import locs_to_boxes
 from errors import UserError, one_line_errors
 from files import check_ranges, open_image
-from machine import choose_dtype
+from machine import choose_dtype, out_of_memory_as
 from models import classes_of
 from processing_paligemma import to_rgb
 
@@ -91,15 +91,16 @@ def main() -> None:
         raise UserError(f"--output: needs an image and a model that answers boxes, not {config.model}: leave it out")
     if config.output and len(images) > 1:
         raise UserError(f"--output: draws boxes on one image, not on {len(images)}: leave it out")
-    model = model_class.from_pretrained(config.model, dtype=dtype, device=config.device)
-    batch = {key: tensor.to(config.device) for key, tensor in processor([images], [config.prompt]).items()}
-    ids = model.generate(
-        **batch,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        generator=torch.Generator(config.device).manual_seed(config.seed),
-    )
+    with out_of_memory_as("give fewer or smaller images, a lower --max_new_tokens, or --device=cpu"):
+        model = model_class.from_pretrained(config.model, dtype=dtype, device=config.device)
+        batch = {key: tensor.to(config.device) for key, tensor in processor([images], [config.prompt]).items()}
+        ids = model.generate(
+            **batch,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            generator=torch.Generator(config.device).manual_seed(config.seed),
+        )
     answer = processor.decode(ids[0, batch["input_ids"].shape[1] :])
     print(answer)
     if config.output:

@@ -4,11 +4,13 @@ The task is MMNeedle's (Wang et al., arXiv 2406.11230): M stitched images of N x
 which cell it describes. The answer is "index, row, column", counted from 1, or "-1" for none. Does not import torch.
 """
 
+import codecs
 import hashlib
 import os
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +21,16 @@ from PIL import Image
 
 from config_fields import QUESTION_TASK
 from errors import UserError
-from files import decode_typed, open_image, read_bytes, read_typed, resolve_inside
+from files import (
+    HASHED_IMAGES,
+    decode_typed,
+    grey16_to_grey8,
+    open_image,
+    read_bytes,
+    read_typed,
+    reading,
+    resolve_inside,
+)
 
 POOL_CELL, OWN_CELL = 64, 256  # side of a cell in pixels, for the included images and for your own
 POOL = Path(__file__).parent / "assets" / "haystack-pool" / "pool.parquet"
@@ -45,14 +56,17 @@ class PoolImage:
     def open(self) -> Image.Image:
         """The image, RGBA if any of it is transparent, else RGB. Raises UserError for a broken file."""
         image = open_image(self.data, name=f"{self.style}/{self.concept}" if isinstance(self.data, bytes) else None)
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return grey16_to_grey8(image).convert("RGBA" if image.has_transparency_data else "RGB")
 
-    def fingerprint(self) -> bytes:
-        """Bytes that change with the image or its caption; for a file, name, size and time stand for its contents."""
+    def fingerprint(self, with_contents: bool = True) -> bytes:
+        """Bytes that change with the image or its caption, and for a file with its name; without its contents, its size
+        stands for them."""
         data = self.data
         if isinstance(data, Path):
-            stat = data.stat()
-            data = f"{data.name} {stat.st_size} {stat.st_mtime_ns}".encode()
+            with reading(data):
+                size = data.stat().st_size
+            contents = hashlib.sha256(read_bytes(data)).hexdigest() if with_contents else ""
+            data = f"{self.concept} {size} {contents}".encode()
         return hashlib.sha256(data).digest() + self.caption.encode()
 
 
@@ -107,6 +121,13 @@ def read_captioned_images(source: str | Path) -> list[PoolImage]:
     return images
 
 
+def captions_needed(test: int) -> int:
+    """Number of different captions of which, with a probability of 95 %, at least `test` are for testing."""
+    from scipy.stats import nbinom  # takes a second to import, for a message only
+
+    return test + int(nbinom.ppf(0.95, test, TEST_BYTES / 256))
+
+
 class CaptionRow(msgspec.Struct):
     """One line of a jsonl file of captioned images."""
 
@@ -123,7 +144,7 @@ def read_caption_texts(source: Path) -> dict[str, str]:
         texts = {str(file.relative_to(source)): file.with_suffix(".txt") for file in files}
         return {name: read_text(text).strip() for name, text in texts.items() if text.is_file()}
     captions = {}
-    for number, line in enumerate(read_bytes(source).splitlines(), 1):
+    for number, line in enumerate(read_bytes(source).removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         if line.strip():
             row = decode_typed(line, CaptionRow, f"{source}:{number}", "give {image, caption} on every line")
             if row.image in captions:
@@ -135,7 +156,7 @@ def read_caption_texts(source: Path) -> dict[str, str]:
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file. Raises UserError when it cannot be read."""
     try:
-        return read_bytes(file).decode("utf-8")
+        return read_bytes(file).decode("utf-8-sig")  # without the mark that Windows puts at the start
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: cannot be read ({error}): give captions in UTF-8") from error
 
@@ -187,6 +208,12 @@ class ImagePool:
         self.captions = sorted(self.by_caption)
         self._resized: dict[tuple[int, int], Image.Image] = {}
 
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """A fingerprint of each image; files of up to HASHED_IMAGES images are compared by content."""
+        with_contents = len(self.images) <= HASHED_IMAGES
+        return [image.fingerprint(with_contents).hex() for image in self.images]
+
     def make(self, key: str, images: int, grid: int, positive: bool, needles: int = 1) -> Haystack:
         """The haystack of a key, for training and for evaluation: the same key, pool and arguments give the same one in
         any process.
@@ -222,7 +249,9 @@ class ImagePool:
             found, targets = (), tuple(rng.choice(self.by_caption[caption]) for caption in absent)
         return Haystack(cells, found, targets, tuple(self.images[i].caption for i in targets))
 
-    def surround(self, key: str, caption: str, others: list[str], images: int, grid: int, positive: bool) -> Haystack:
+    def add_distractors(
+        self, key: str, caption: str, others: list[str], images: int, grid: int, positive: bool
+    ) -> Haystack:
         """A haystack with `caption` hidden among its distractors `others`, in random order; if `positive` is False,
         without `caption`.
 

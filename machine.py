@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,14 @@ import accelerate
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, world_size
 from files import MESSAGE_LENGTH, one_line
 
 if TYPE_CHECKING:
     from finetune_original import Config
 
 ROOT = Path(__file__).resolve().parent
+TIMEOUT = timedelta(hours=2)  # one process may build haystacks or measure attention while the others wait for it
 GPU_WORKERS = 4  # data loading processes per training process on a GPU
 LAUNCHER_SETTINGS = {  # environment variables of `accelerate launch` -> the neutral value
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
@@ -36,8 +38,10 @@ def make_accelerator() -> accelerate.Accelerator:
         if os.environ.get(name, neutral).lower() != neutral:
             raise UserError(f"{name}={os.environ[name]}: unset it: use torchrun, and the flags of this script")
     on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # accelerate must be asked to use the CPU
-    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no")  # the run does its own autocast
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    patience = accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
+    # the run does its own autocast
+    accelerator = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience])
+    started = world_size()
     if started != accelerator.num_processes:
         raise UserError(
             f"{started} processes were started but {accelerator.num_processes} found each other: use torchrun"

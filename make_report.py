@@ -107,8 +107,8 @@ def section_difference(measured: Measured, style: dict) -> list[str]:
     lines = table(header, [[titles[group], *describe_group(measured, group)] for group in groups], "numbers")
     for found in contrasts(measured):
         shown = {titles[group]: (found.differences[group], found.pooled(group)) for group in groups}
-        title = f"{found.b} minus {found.a}"
-        figure = draw_forest(shown, style[found.b]["color"], title, "difference of right answers in points")
+        title = f"{found.arm} minus {found.baseline}"
+        figure = draw_forest(shown, style[found.arm]["color"], title, "difference of right answers in points")
         asked = "score interval over its questions" if measured.folders else "no interval"
         text = f"One dot per seed ({asked})"
         if len(found.seeds) > 1:

@@ -63,7 +63,7 @@ def vqa_accuracy(response: str, answers: Sequence[str]) -> float:
     If all annotators agree, only the identical response is right; otherwise all texts are normalised first
     (vqaEval.py of GT-Vision-Lab/VQA).
     """
-    response, *answers = (" ".join(text.replace("\t", "\n").split("\n")).strip() for text in (response, *answers))
+    response, *answers = (text.replace("\t", " ").replace("\n", " ").strip() for text in (response, *answers))
     if len(set(answers)) > 1:
         response, *answers = (vqa_normalise(text, VQA_NUMBERS) for text in (response, *answers))
     matches = [answer == response for answer in answers]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import Mask, PrefixMask
+from checkpoint import DIFFERENTIAL_PREFIX
 from config_fields import PALIGEMMA_IMAGE_TOKEN_ID, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
@@ -177,24 +178,22 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "PaliGemmaConfig":
-        """Read `config.json` of a folder or hub id. Unknown keys are tolerated, unknown model types refused."""
+        """Read `config.json` of a folder or hub id. Unknown keys are tolerated, unknown model types refused. `auto_map`
+        is ignored, since only the code here runs."""
         return read_model_config(cls, path_or_hub_id)
 
     @classmethod
     def from_dict(cls, data: dict) -> "PaliGemmaConfig":
-        if data.get("model_type") not in ("paligemma", "differential_paligemma"):
+        if str(data.get("model_type")).removeprefix(DIFFERENTIAL_PREFIX) != "paligemma":
             raise UserError(f"model_type {data.get('model_type')!r} is not supported: config.json must say 'paligemma'")
-        if "auto_map" in data:
-            raise UserError(
-                "config.json asks to run code of its own (auto_map), which is never done: use a model without it"
-            )
         text, vision = data.get("text_config", {}), data.get("vision_config", {})
         for name, part in (("text_config", text), ("vision_config", vision)):
             if not isinstance(part, dict):
                 raise UserError(f"{name} is {part!r:.80} where an object is expected: restore the file")
         top = {"text_config": GemmaConfig.from_dict(text)}
         top["vision_config"] = read_config(SiglipVisionConfig, vision, "vision_config")
-        top["image_token_id"] = data.get("image_token_index", data.get("image_token_id", PALIGEMMA_IMAGE_TOKEN_ID))
+        image_ids = (data.get("image_token_index"), data.get("image_token_id"), PALIGEMMA_IMAGE_TOKEN_ID)
+        top["image_token_id"] = next(i for i in image_ids if i is not None)
         top["tie_word_embeddings"] = data.get("tie_word_embeddings", True)
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):  # version 5 writes them inside text_config
             value = text.get(name) if data.get(name) is None else data[name]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attention import Mask, PrefixMask, apply_rotary
 from checkpoint import DIFFERENTIAL_PREFIX
-from config_fields import DECODER_ALONE, PHI_TYPES, Depth, Positive, Size, TokenId, read_config
+from config_fields import DECODER_ALONE_MESSAGE, PHI_TYPES, Depth, Positive, Size, TokenId, read_config
 from differential_attention import AttentionShape
 from errors import UserError
 from fused_ops import apply_linears
@@ -37,9 +37,8 @@ from modeling_vlm import (
     read_model_config,
     run_layers,
 )
-from processing_phi3v import IMAGE_TOKEN_ID, PAD_TOKEN_ID, PHI_STOP_IDS, ModelFields
+from processing_phi3v import IMAGE_TOKEN_ID, MERGE, PAD_TOKEN_ID, PHI_STOP_IDS, ModelFields, flatten_config
 
-MERGE = 2  # MERGE x MERGE neighbouring features become one image token
 LEARNING_RATE = 4e-5  # of Phi-3-vision's fine-tuning scripts
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
 ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
@@ -166,7 +165,7 @@ class Phi3Config:
     text_config: Phi3TextConfig = field(default_factory=Phi3TextConfig)
     vision_config: ClipVisionConfig | None = None
     model_type: str = "phi3"
-    image_token_id: TokenId = IMAGE_TOKEN_ID
+    image_token_id: TokenId | None = IMAGE_TOKEN_ID  # None for a decoder alone
     pad_token_id: TokenId = PAD_TOKEN_ID
     bos_token_id: TokenId | None = 1
     # any of them ends an answer; training answers end with the first
@@ -175,6 +174,10 @@ class Phi3Config:
     chat_end: str = "<|end|>\n<|assistant|>\n"
     tie_word_embeddings: bool = False
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=10)] = LEARNING_RATE  # default for fine-tuning
+
+    def __post_init__(self):
+        if self.vision_config is None:  # the id is a word in the vocabulary of another decoder
+            self.image_token_id = None
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "Phi3Config":
@@ -186,10 +189,7 @@ class Phi3Config:
         model_type = str(data.get("model_type")).removeprefix(DIFFERENTIAL_PREFIX)
         if model_type not in PHI_TYPES:
             raise UserError(f"model_type {data.get('model_type')!r} is not supported: must be 'phi3' or 'phi3_v'")
-        nested = data.get("text_config") or {}
-        if not isinstance(nested, dict):
-            raise UserError(f"text_config is {nested!r:.80} where an object is expected: restore the file")
-        data = {**data, **{key: value for key, value in nested.items() if key != "model_type"}}
+        data = flatten_config(data)
         text = Phi3TextConfig.from_dict(data)
         top = {key: value for key, value in data.items() if value is not None} | {"model_type": model_type}
         top |= {"text_config": text, "vision_config": None, "bos_token_id": data.get("bos_token_id", 1)}
@@ -449,14 +449,14 @@ class Phi3Model(VisionLanguageBackbone):
         if image_sizes is None:
             return ()
         if self.config.vision_config is None:
-            raise UserError(DECODER_ALONE)
+            raise UserError(DECODER_ALONE_MESSAGE)
         side = self.config.vision_config.image_size
         return tuple((height // side, width // side) for height, width in image_sizes.tolist())
 
     def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Bool [B, L]: the tokens of the crops, row by row over the whole grid, without line ends, separator and global
         view."""
-        is_image, flags = input_ids == self.config.image_token_id, []
+        is_image, flags = self.is_image_token(input_ids), []
         for rows, columns in self.crop_grids(image_sizes):
             side = self.config.vision_config.image_size // (MERGE * self.config.vision_config.patch_size)
             grid = torch.ones(rows * side, columns * side + 1, dtype=torch.bool)

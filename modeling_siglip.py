@@ -5,6 +5,7 @@ transformers >= 5, so that weights and LoRA adapters can be exchanged.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ from config_fields import Depth, Size
 from differential_attention import AttentionShape
 from errors import UserError
 from layers import ACTIVATIONS, Embedding
+
+if TYPE_CHECKING:
+    from modeling_clip import ClipVisionConfig
+
+TowerConfig = Union["SiglipVisionConfig", "ClipVisionConfig"]  # CLIP has the same encoder
 
 
 @dataclass
@@ -64,7 +70,7 @@ class SiglipEmbeddings(nn.Module):
 
 
 class SiglipAttention(nn.Module):
-    def __init__(self, config: SiglipVisionConfig):
+    def __init__(self, config: TowerConfig):
         super().__init__()
         heads = config.num_attention_heads
         self.shape = AttentionShape(config.hidden_size, heads, heads, config.hidden_size // heads)
@@ -94,7 +100,7 @@ def no_rotation(t: Tensor) -> Tensor:
 
 
 class SiglipMLP(nn.Module):
-    def __init__(self, config: SiglipVisionConfig):
+    def __init__(self, config: TowerConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -105,7 +111,7 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    def __init__(self, config: SiglipVisionConfig):
+    def __init__(self, config: TowerConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SiglipAttention(config)
@@ -118,7 +124,7 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    def __init__(self, config: SiglipVisionConfig, num_layers_run: int | None = None):
+    def __init__(self, config: TowerConfig, num_layers_run: int | None = None):
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.num_layers_run = num_layers_run or len(self.layers)  # CLIP stores one more layer, which never runs

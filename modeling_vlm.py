@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,16 @@ from torch.utils.checkpoint import checkpoint
 from adapters import attach_adapter, find_differential, load_differential, save_differential, stored_differential
 from attention import Attend, Mask, PrefixMask, StepMask, apply_rotary, apply_rotary_to_halves
 from attention_formula import apply_softcap
-from checkpoint import load_weights, locate, resolve_run, save_model_folder
-from config_fields import DECODER_ALONE, IGNORED_LABEL
+from checkpoint import base_folder, load_weights, locate, resolve_run, save_model_folder
+from config_fields import DECODER_ALONE_MESSAGE, IGNORED_LABEL
 from differential_attention import AttentionShape, DifferentialConfig, add_differential, as_config
 from errors import UserError
 from files import read_json
 from fused_ops import apply_linears, cast_factors, cast_lora, head_loss, lora_layers
+
+if TYPE_CHECKING:
+    from modeling_gemma import PaliGemmaConfig
+    from modeling_phi3 import Phi3Config
 
 ImageFeatures = Tensor | tuple[Tensor, ...]  # [n, N, C], or [N, C] of each image where N differs
 Rotary = tuple[Tensor, Tensor]  # tables of cos and sin
@@ -38,7 +42,7 @@ def read_model_config(config_class: type[Config], path_or_hub_id: str | Path) ->
 
     Raises UserError, with the file name, for anything that `from_dict` refuses.
     """
-    file = locate(resolve_run(path_or_hub_id)[0]) / "config.json"
+    file = base_folder(path_or_hub_id) / "config.json"
     data = read_json(file)
     try:
         return config_class.from_dict(data)
@@ -65,9 +69,9 @@ class KVCache:
             ]
             for counts in (key_heads, [shape.num_kv_heads for shape in shapes])
         )
-        self.restart()
+        self.reset()
 
-    def restart(self):
+    def reset(self):
         """Empty the cache, which then grows from the first position again."""
         self.length = 0  # tokens in the cache of every layer; the decoder advances it after its last layer
         self.cache_position: Tensor | None = None  # [1], see `make_static`
@@ -172,7 +176,7 @@ class StaticStepDecoder(StepDecoder):
 
 class GraphCache:
     """Keeps the KV cache and the CUDA graph of one `generate` call for the next, which replays the graph if it has the
-    same number of rows and the same length, rounded up to a multiple of LENGTH_STEP. On a CPU nothing is kept.
+    same number of rows and the same length, rounded up to a multiple of LENGTH_STEP. Without CUDA nothing is kept.
 
     It belongs to one model, whose weights may be updated in place. Make a new one after any other change to the model:
     an adapter was added, merged or switched, lambda was set to 0, or the model was moved.
@@ -183,7 +187,7 @@ class GraphCache:
     def __init__(self):
         self.key, self.cache, self.decoder = None, None, None
 
-    def empty_cache(self, model: "VisionLanguageModel", rows: int, length: int, like: Tensor) -> KVCache:
+    def kv_cache(self, model: "VisionLanguageModel", rows: int, length: int, like: Tensor) -> KVCache:
         """An empty KV cache for `rows` rows of at most `length` tokens, in the dtype and on the device of `like`: the
         kept one if it fits."""
         length = math.ceil(length / self.LENGTH_STEP) * self.LENGTH_STEP
@@ -193,7 +197,7 @@ class GraphCache:
         if self.decoder is None or key != self.key:
             self.key, self.decoder, self.cache = key, None, None  # free the old one first
             self.cache = KVCache(model.model.language_model, rows, length, like.dtype, like.device)
-        self.cache.restart()
+        self.cache.reset()
         return self.cache
 
     def step_decoder(self, model: "VisionLanguageModel", mask: PrefixMask, positions: Tensor) -> StaticStepDecoder:
@@ -226,8 +230,9 @@ class LongRopeStepDecoder(StepDecoder):
 
 
 def choose_step_decoder(device: str) -> type[StepDecoder]:
-    """The step decoder for a device type: static on a GPU, where launching kernels takes longer than running them."""
-    return StepDecoder if device == "cpu" else StaticStepDecoder
+    """The step decoder for a device type: static on CUDA, where a graph saves the launches of the kernels, which take
+    longer than running them."""
+    return StaticStepDecoder if device == "cuda" else StepDecoder
 
 
 # ---- decoders: where standard attention becomes differential
@@ -301,8 +306,8 @@ class BatchPlan:
     mask: PrefixMask
     tokens: int  # number of tokens in the batch, without pads
     image_tokens: int
-    label_positions: int = 0  # number of last positions of each row needed to predict the labels
-    predictors: Tensor | None = None  # [n], positions that predict a label: indices into flattened [B, label_positions]
+    keep_last: int = 0  # number of last positions of each row needed to predict the labels
+    label_indices: Tensor | None = None  # [n], positions that predict a label: indices into flattened [B, keep_last]
     labels: Tensor | None = None  # [n]
     grids: tuple[tuple[int, int], ...] = ()  # rows and columns of the crops of each image, where images have crops
 
@@ -312,10 +317,10 @@ class BatchPlan:
 
     def to(self, device: torch.device | str) -> "BatchPlan":
         """The plan with its tensors on `device`; the copy does not block the CPU."""
-        mask, predictors, labels = self.mask.to(device), self.predictors, self.labels
+        mask, label_indices, labels = self.mask.to(device), self.label_indices, self.labels
         if labels is not None:
-            predictors, labels = torch.stack((predictors, labels)).to(device, non_blocking=True)
-        return replace(self, mask=mask, predictors=predictors, labels=labels)
+            label_indices, labels = torch.stack((label_indices, labels)).to(device, non_blocking=True)
+        return replace(self, mask=mask, label_indices=label_indices, labels=labels)
 
 
 class VisionLanguageBackbone(nn.Module):
@@ -342,7 +347,7 @@ class VisionLanguageBackbone(nn.Module):
         """The plan of a batch; arguments as in `VisionLanguageModel.forward`. For CPU tensors it never syncs with a
         device."""
         mask, tokens = self.mask(attention_mask, token_type_ids), int(attention_mask.sum())
-        image_tokens = int((input_ids == self.config.image_token_id).sum())
+        image_tokens = int(self.is_image_token(input_ids).sum())
         plan = BatchPlan(mask, tokens, image_tokens, grids=self.crop_grids(image_sizes))
         if labels is None:
             return plan
@@ -351,8 +356,8 @@ class VisionLanguageBackbone(nn.Module):
         first = int(columns.int().argmax()) if bool(columns.any()) else labels.shape[1] - 1
         count = labels.shape[1] - max(first - 1, 0)  # a label is predicted one position before it
         next_labels = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, -count:].flatten()
-        predictors = (next_labels != IGNORED_LABEL).nonzero().squeeze(1)
-        return replace(plan, label_positions=count, predictors=predictors, labels=next_labels[predictors])
+        label_indices = (next_labels != IGNORED_LABEL).nonzero().squeeze(1)
+        return replace(plan, keep_last=count, label_indices=label_indices, labels=next_labels[label_indices])
 
     def crop_grids(self, image_sizes: Tensor | None) -> tuple[tuple[int, int], ...]:
         """Rows and columns of the crops of each image; () for families whose images have no crops."""
@@ -371,7 +376,7 @@ class VisionLanguageBackbone(nn.Module):
         generation. Raises UserError for a decoder alone.
         """
         if self.vision_tower is None:
-            raise UserError(DECODER_ALONE)
+            raise UserError(DECODER_ALONE_MESSAGE)
         parts = self.vision_tower, self.multi_modal_projector
         trains = any(p.requires_grad for part in parts for p in part.parameters())
         with contextlib.nullcontext() if trains else torch.autocast(pixel_values.device.type, enabled=False):
@@ -387,9 +392,14 @@ class VisionLanguageBackbone(nn.Module):
         parts = [part for part in (self.vision_tower, self.multi_modal_projector) if part is not None]
         return sum(0 * p.flatten()[0] for part in parts for p in part.parameters() if p.requires_grad)
 
+    def is_image_token(self, input_ids: Tensor) -> Tensor:
+        """Bool [B, L]: the `<image>` tokens; all False for a decoder alone, which has none."""
+        image_token_id = self.config.image_token_id
+        return torch.zeros_like(input_ids, dtype=torch.bool) if image_token_id is None else input_ids == image_token_id
+
     def patch_tokens(self, input_ids: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Bool [B, L]: the image tokens that are patches, row by row."""
-        return input_ids == self.config.image_token_id
+        return self.is_image_token(input_ids)
 
     def embed(self, input_ids: Tensor, image_features: ImageFeatures | None, tokens: int | None = None) -> Tensor:
         """Embeddings [B, L, C] of the tokens, with the image features placed in order at the `<image>` tokens.
@@ -397,7 +407,7 @@ class VisionLanguageBackbone(nn.Module):
 
         Raises UserError if the numbers of `<image>` tokens and of features differ.
         """
-        is_image = input_ids == self.config.image_token_id
+        is_image = self.is_image_token(input_ids)
         x = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # the id of <image> may be outside the table
         tokens = int(is_image.sum()) if tokens is None else tokens
         if image_features is None:
@@ -452,7 +462,7 @@ class VisionLanguageModel(nn.Module):
     backbone_class: type[VisionLanguageBackbone]
     lora_targets: tuple[str, ...]  # linear layers of the decoder that get LoRA by default
 
-    def __init__(self, config, differential: DifferentialConfig | str | None = None):
+    def __init__(self, config: "PaliGemmaConfig | Phi3Config", differential: DifferentialConfig | str | None = None):
         super().__init__()
         self.config = config
         self.model = self.backbone_class(config)
@@ -564,7 +574,7 @@ class VisionLanguageModel(nn.Module):
             attention_mask,
             token_type_ids,
             image_features=image_features,
-            keep_last=logits_to_keep if labels is None else max(plan.label_positions, logits_to_keep or 0),
+            keep_last=logits_to_keep if labels is None else max(plan.keep_last, logits_to_keep or 0),
             image_sizes=image_sizes,
             plan=plan,
         )
@@ -580,10 +590,10 @@ class VisionLanguageModel(nn.Module):
         return apply_softcap(apply_linears(hidden, self.lm_head)[0], self.config.text_config.final_logit_softcapping)
 
     def label_loss(self, hidden: Tensor, plan: BatchPlan) -> Tensor:
-        """Mean cross entropy, float32, of hidden states [B, at least label_positions, C] at each position whose next
+        """Mean cross entropy, float32, of hidden states [B, at least keep_last, C] at each position whose next
         token has a label."""
         softcap = self.config.text_config.final_logit_softcapping
-        hidden = hidden[:, -plan.label_positions :].flatten(0, 1).index_select(0, plan.predictors)
+        hidden = hidden[:, -plan.keep_last :].flatten(0, 1).index_select(0, plan.label_indices)
         return head_loss(hidden, self.lm_head, plan.labels, softcap)
 
     # ---- generation
@@ -629,7 +639,7 @@ class VisionLanguageModel(nn.Module):
         if graphs is None or choose_step_decoder(x.device.type) is StepDecoder:
             graphs, cache = None, KVCache(self.model.language_model, len(x), length, x.dtype, x.device)
         else:
-            cache = graphs.empty_cache(self, len(x), length, like=x)
+            cache = graphs.kv_cache(self, len(x), length, like=x)
 
         def choose(logits: Tensor) -> Tensor:
             return sample(logits, temperature, top_p, generator)
@@ -649,7 +659,7 @@ class VisionLanguageModel(nn.Module):
         graphs: GraphCache | None,
     ) -> list[Tensor]:
         """The list of new tokens [B] that continue embedded prompts x [B, L, C] at positions [B, L]. The cache is
-        empty; with `graphs`, it comes from `graphs.empty_cache`.
+        empty; with `graphs`, it comes from `graphs.kv_cache`.
 
         `choose(logits)` picks the next tokens [B] from logits [B, V]. Raises UserError for NaN logits.
         """

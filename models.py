@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from checkpoint import DIFFERENTIAL_PREFIX, locate, resolve_run
+from checkpoint import DIFFERENTIAL_PREFIX, base_folder
 from config_fields import PHI_TYPES
 from errors import UserError
 from files import read_json
@@ -18,7 +18,7 @@ def classes_of(path_or_hub_id: str | Path) -> tuple[type[VisionLanguageModel], t
 
     Raises UserError for a model_type that is not supported.
     """
-    folder = locate(resolve_run(path_or_hub_id)[0])
+    folder = base_folder(path_or_hub_id)
     stored = read_json(folder / "config.json").get("model_type")
     model_type = str(stored).removeprefix(DIFFERENTIAL_PREFIX)
     if model_type == "paligemma":

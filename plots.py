@@ -292,7 +292,7 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
         )
     answer_tokens = min(maps.shape[2] for tensors in stored for maps in tensors.values())
     if token >= answer_tokens:
-        raise UserError(f"--token={token}: expected less than {answer_tokens}, the tokens of the answers")
+        raise UserError(f"--token={token}: expected a number below {answer_tokens}, the tokens of the answers")
     shape = 1 + len(runs), len(questions[0])
     figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.4 * shape[0]), layout="constrained", squeeze=False)
     for panels, sample in zip(axes.T, questions[0], strict=True):
@@ -303,12 +303,12 @@ def draw_attention(runs: list[Path], token: int) -> Figure:
             panel.axis("off")
             outline_cell(panel, sample["answer"], sample["grid"], FOUND)
     for panels, run, tensors, samples in zip(axes[1:], runs, stored, questions, strict=True):
-        maps = [tensors[sample["set"]][:, i % SAVED_QUESTIONS, token] for i, sample in enumerate(samples)]
-        shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]  # of each layer
-        layer = int(torch.stack(shares).mean(0).argmax())
-        for panel, m, share in zip(panels, maps, shares, strict=True):
+        maps = maps_of_samples(tensors, samples, token)
+        layer = needle_layer(maps, samples)
+        for panel, m, sample in zip(panels, maps, samples, strict=True):
             darken(panel, square(m)[layer])
-            panel.set_title(f"{run.resolve().name}, layer {layer}:\n{share[layer]:.0%} on the needle", fontsize=8)
+            share = share_on_needle(m, sample)[layer]
+            panel.set_title(f"{run.resolve().name}, layer {layer}:\n{share:.0%} on the needle", fontsize=8)
     names = ", ".join(run_title(run, read_run_record(run)) for run in runs)
     title = f"Attention over the image, token {token} of the answer. {names}"
     figure.get_layout_engine().set(h_pad=0.08)
@@ -369,6 +369,21 @@ def attention_questions(run: Path, sets: list[str]) -> list[dict]:
     if len(found) < SAVED_QUESTIONS * len(sets):
         raise UserError(f"{run / 'samples.jsonl'}: does not name the images of {', '.join(sets)}: run it again")
     return found
+
+
+def maps_of_samples(tensors: dict[str, torch.Tensor], samples: list[dict], token: int = 0) -> list[torch.Tensor]:
+    """The maps [..., layers, image tokens] of every sample at one token of its answer.
+
+    `samples` are those of `attention_questions`: SAVED_QUESTIONS of every set, set by set, so that sample i is question
+    i % SAVED_QUESTIONS of its set.
+    """
+    return [tensors[sample["set"]][..., i % SAVED_QUESTIONS, token, :] for i, sample in enumerate(samples)]
+
+
+def needle_layer(maps: list[torch.Tensor], samples: list[dict]) -> int:
+    """The layer whose maps [layers, image tokens] have the most attention on the needles of these samples."""
+    shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]
+    return int(torch.stack(shares).mean(0).argmax())
 
 
 def needle_shares(run: Path, attention: dict[str, torch.Tensor]) -> list[tuple[str, list[float], int]]:
@@ -478,19 +493,17 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
         "lambda A2": lambda m: m[1],
         "A1 - lambda A2": lambda m: m[0] - m[1],
     }
-    layer = needle_layer(attention, samples)
-    maps = [
-        [square(column(parts[sample["set"]][:, :, i % SAVED_QUESTIONS, 0]))[layer] for column in columns.values()]
-        for i, sample in enumerate(samples)
-    ]
+    layer = needle_layer(maps_of_samples(attention, samples), samples)
+    maps = [[square(column(pair))[layer] for column in columns.values()] for pair in maps_of_samples(parts, samples)]
     heads = [f"{name}\nlayer {layer}" for name in columns]
     if baseline is not None:
         theirs = read_attention_of_one_image(baseline)
         if [s["id"] for s in attention_questions(baseline, list(theirs))] == [s["id"] for s in samples]:
-            of_layer = needle_layer(theirs, samples)
+            standard = maps_of_samples(theirs, samples)
+            of_layer = needle_layer(standard, samples)
             heads.insert(0, f"standard, A\nlayer {of_layer}")
-            for i, sample in enumerate(samples):
-                maps[i].insert(0, square(theirs[sample["set"]][:, i % SAVED_QUESTIONS, 0])[of_layer])
+            for row, m in zip(maps, standard, strict=True):
+                row.insert(0, square(m)[of_layer])
     limit = float(torch.cat([m.abs().flatten() for row in maps for m in row]).quantile(1 - CLIPPED))
     shape = len(samples), 1 + len(heads)
     size = 1.85 * shape[1] + 0.8, 2.0 * shape[0] + 0.8
@@ -515,16 +528,9 @@ def draw_signed_maps(run: Path, baseline: Path | None, title: str) -> Figure:
 
 
 def draw_signed(panel: Axes, m: torch.Tensor, limit: float) -> AxesImage:
-    """Draw a map [side, side] with a colour scale from -limit to limit, white at 0."""
-    side = len(m)
-    return panel.imshow(m.numpy(), cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, side, side, 0))
-
-
-def needle_layer(attention: dict[str, torch.Tensor], samples: list[dict]) -> int:
-    """The layer with the most attention on the needle over these haystacks, at the first token of the answer."""
-    maps = [attention[sample["set"]][:, i % SAVED_QUESTIONS, 0] for i, sample in enumerate(samples)]
-    shares = [share_on_needle(m, sample) for m, sample in zip(maps, samples, strict=True)]
-    return int(torch.stack(shares).mean(0).argmax())
+    """Draw a map [rows, columns] with a colour scale from -limit to limit, white at 0."""
+    rows, columns = m.shape
+    return panel.imshow(m.numpy(), cmap=SIGNED_COLOURS, vmin=-limit, vmax=limit, extent=(0, columns, rows, 0))
 
 
 def read_signed_maps(run: Path) -> dict[str, torch.Tensor]:

@@ -21,14 +21,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from boxes import LOC_TOKENS
-from checkpoint import locate, resolve_run
+from checkpoint import base_folder
 from config_fields import IGNORED_LABEL, PALIGEMMA_IMAGE_TOKEN_ID, Positive, TokenId
 from errors import UserError
-from files import PathLike, one_line, read_bytes, read_typed
+from files import PathLike, grey16_to_grey8, one_line, read_bytes, read_typed
 
 ANSWER_TOKEN = re.compile(r"<loc\d{4}>|<seg\d{3}>")
 MAX_PIXEL = 255  # of an 8-bit channel
-GREY16_TO_GREY8 = 65_535 / MAX_PIXEL
 MAX_QUOTE = 60  # characters of a user's text in an error message
 
 Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
@@ -125,10 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey, mode I;16 or mode I above 255, is scaled to 8 bits; PIL, and so transformers, clips it to white.
     """
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float32)
-        scale = GREY16_TO_GREY8 if image.mode != "I" or grey.max() > 255 else 1
-        image = Image.fromarray((grey / scale).round().clip(0, 255).astype(np.uint8))
+    image = grey16_to_grey8(image)
     if image.mode == "La":  # PIL converts it to LA only; transformers fails
         image = image.convert("LA")
     if image.has_transparency_data and image.mode != "RGBa":  # transformers drops the transparency of RGBa
@@ -141,7 +137,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class Processor:
     """What the processors of all families share: batches of images, prompts and answers, and the text of token ids.
 
-    A family sets the attributes below and implements `encode`, `count_image_tokens` and `image_inputs`.
+    A family sets the attributes below and implements `encode`, `count_image_tokens`, `patch_grid` and `image_inputs`.
     """
 
     answers_boxes: ClassVar[bool]  # whether its tokens include locations
@@ -190,6 +186,10 @@ class Processor:
         """Number of image tokens of an image of this (width, height)."""
         raise NotImplementedError
 
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the image tokens that are patches of an image of this (width, height)."""
+        raise NotImplementedError
+
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         """The model's inputs for one image, without a batch dimension."""
         raise NotImplementedError
@@ -207,7 +207,8 @@ class Processor:
 
     def batch_decode(self, ids: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = True) -> list[str]:
         """Rows of ids [B, L] as B texts."""
-        return [self.decode(row, skip_special_tokens) for row in ids]
+        rows = ids.tolist() if isinstance(ids, Tensor) else ids  # one copy from the device
+        return [self.decode(row, skip_special_tokens) for row in rows]
 
 
 @dataclass(eq=False)
@@ -255,7 +256,7 @@ class PaliGemmaProcessor(Processor):
 
         Raises UserError for a missing or broken file, and for a tokenizer that does not match the config.
         """
-        folder = locate(resolve_run(path_or_hub_id)[0])
+        folder = base_folder(path_or_hub_id)
         config = read_typed(folder / "config.json", ModelFields)
         vision = config.vision_config
         return cls(
@@ -285,6 +286,11 @@ class PaliGemmaProcessor(Processor):
     def count_image_tokens(self, size: tuple[int, int]) -> int:
         """Number of image tokens of an image of this (width, height): always N."""
         return self.num_image_tokens
+
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the image tokens: always a square, since images are resized to one."""
+        side = self.image_size // self.patch_size
+        return side, side
 
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         """The model's inputs for one image, without a batch dimension."""

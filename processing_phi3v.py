@@ -10,10 +10,11 @@ Source: the image processor and processor of microsoft/Phi-3-vision-128k-instruc
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -23,10 +24,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoint import locate, resolve_run
-from config_fields import DECODER_ALONE, IGNORED_LABEL, QUESTION_TASK, Positive, TokenId
+from checkpoint import base_folder
+from config_fields import DECODER_ALONE_MESSAGE, IGNORED_LABEL, QUESTION_TASK, Positive, TokenId, read_config
 from errors import UserError
-from files import PathLike, read_typed
+from files import PathLike, read_json, read_typed
 from processing_paligemma import (
     MAX_PIXEL,
     Pixels,
@@ -39,8 +40,9 @@ from processing_paligemma import (
 )
 
 TAG = re.compile(r"<\|image_(\d+)\|>")
+CHAT_TOKEN = re.compile(r"<\|\w+\|>")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FEATURES_PER_TOKEN = 2  # per side: 2 x 2 CLIP features make one image token
+MERGE = 2  # MERGE x MERGE neighbouring CLIP features become one image token
 PHI_STOP_IDS = (32007, 32000)  # <|end|> and <|endoftext|>
 PHI_CONFIG_EOS = (2, 32000)  # single ids of end of text in released configs of Phi-3, which are wrong or incomplete
 IMAGE_TOKEN_ID = 32044  # <|image|>
@@ -83,6 +85,27 @@ class ModelFields:
         return default if self.pad_token_id is None else self.pad_token_id
 
 
+def flatten_config(data: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json with the fields of its `text_config`, if it has one, at the top level.
+
+    Raises UserError for a `text_config` that is no object.
+    """
+    nested = data.get("text_config") or {}
+    if not isinstance(nested, dict):
+        raise UserError(f"text_config is {nested!r:.80} where an object is expected: restore the file")
+    return {**data, **{key: value for key, value in nested.items() if key != "model_type"}}
+
+
+def read_model_fields(file: Path) -> ModelFields:
+    """The fields of a config.json that the processor needs. Raises UserError naming the file and the field."""
+    data = read_json(file)
+    try:
+        data = flatten_config(data)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return read_config(ModelFields, {key: value for key, value in data.items() if value is not None}, str(file))
+
+
 class ImageFields(msgspec.Struct):
     """The image settings of preprocessor_config.json. Defaults: those of Phi-3.5-vision."""
 
@@ -97,11 +120,12 @@ class Phi3Processor(Processor):
     """The tokenizer of a Phi-3 decoder with its chat layout; `Phi3VProcessor` adds images.
 
     `chat_start` and `chat_end` enclose a prompt; any of `stop_ids` ends an answer, the first is learned. `source`
-    names the tokenizer in error messages.
+    names the tokenizer in error messages. Raises UserError if the tokenizer does not have the tokens of the layout.
     """
 
     answers_boxes: ClassVar[bool] = False  # it has no location tokens
-    image_size = num_image_tokens = image_token_id = 0  # no images
+    image_size = num_image_tokens = 0  # no images
+    image_token_id = None
 
     tokenizer: Tokenizer = field(repr=False)  # its repr is the whole vocabulary
     stop_ids: tuple[int, ...] = PHI_STOP_IDS
@@ -121,6 +145,27 @@ class Phi3Processor(Processor):
                 raise UserError(
                     f"{self.source}: has no token {token_id}, which config.json names: take both from one model"
                 )
+        self.check_chat_layout()
+        frame = self.tokenizer.encode_batch([self.chat_start, self.chat_end], add_special_tokens=False)
+        self.frame = Counter(i for part in frame for i in part.ids if i in self.reserved)  # special tokens of a turn
+
+    def check_chat_layout(self) -> None:
+        """Raise UserError unless each `<|...|>` of the chat layout is one token and the first of `chat_end` ends an
+        answer: other models of model_type phi3, such as Phi-4, have another layout."""
+        for name, text in (("chat_start", self.chat_start), ("chat_end", self.chat_end)):
+            for token in CHAT_TOKEN.findall(text):
+                if self.tokenizer.encode(token, add_special_tokens=False).ids != [self.tokenizer.token_to_id(token)]:
+                    raise UserError(
+                        f"{self.source}: {token} of {name} is not one token: set {name} in config.json to the chat "
+                        "layout of the model"
+                    )
+        first = CHAT_TOKEN.search(self.chat_end)
+        if first and self.tokenizer.token_to_id(first.group()) not in self.stop_ids:
+            raise UserError(
+                f"{self.source}: {first.group()} of chat_end is not a stop token (eos_token_id gives "
+                f"{', '.join(map(str, self.stop_ids))}): set chat_start, chat_end and eos_token_id in config.json to "
+                "those of the model"
+            )
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: PathLike) -> "Phi3Processor":
@@ -128,8 +173,8 @@ class Phi3Processor(Processor):
 
         Raises UserError for a missing or broken file, and for a tokenizer that does not match the config.
         """
-        folder = locate(resolve_run(path_or_hub_id)[0])
-        config = read_typed(folder / "config.json", ModelFields)
+        folder = base_folder(path_or_hub_id)
+        config = read_model_fields(folder / "config.json")
         file = folder / "tokenizer.json"
         return cls(
             tokenizer=read_tokenizer(file),
@@ -155,42 +200,49 @@ class Phi3Processor(Processor):
         """
         counts = [self.num_image_tokens] * images if isinstance(images, int) else list(images)
         prompt = self.add_tags(prefix.removeprefix(QUESTION_TASK), len(counts))
-        for part in self.split(prompt):
-            self.check("prompt", part)
-        ids = []
         # each part separately, with the <s> that tokenizer.json adds
-        for part, count in zip(self.split(self.chat_start + prompt + self.chat_end), (*counts, 0), strict=True):
-            ids += self.tokenizer.encode(part).ids + [self.image_token_id] * count
+        parts = [self.tokenizer.encode(part) for part in self.split(self.chat_start + prompt + self.chat_end)]
+        written = (zip(part.ids, part.special_tokens_mask, strict=True) for part in parts)
+        special = Counter(i for part in written for i, is_added in part if i in self.reserved and not is_added)
+        self.check("prompt", prefix, special - self.frame)
+        ids = []
+        for part, count in zip(parts, (*counts, 0), strict=True):
+            ids += part.ids + [self.image_token_id] * count
         answer = []
         if suffix is not None:  # after the newline of the turn, a leading blank has no meaning
-            self.check("suffix", suffix.strip())
-            answer = [*self.tokenizer.encode(suffix.strip(), add_special_tokens=False).ids, self.stop_ids[0]]
+            answer = self.tokenizer.encode(suffix.strip(), add_special_tokens=False).ids
+            self.check("suffix", suffix, answer)
+            answer = [*answer, self.stop_ids[0]]
         return ids + answer, [0] * len(ids) + [1] * len(answer)
 
     def add_tags(self, prompt: str, num_images: int) -> str:
         """The prompt with a tag for each image. Raises UserError for images: there is no tower."""
         if num_images:
-            raise UserError(DECODER_ALONE)
+            raise UserError(DECODER_ALONE_MESSAGE)
         return prompt
 
     def split(self, text: str) -> list[str]:
         """The parts of a text that are tokenised separately."""
         return [text]
 
-    def check(self, role: str, text: str) -> None:
-        """Raise UserError if a user's text contains a special token."""
-        for token_id in self.tokenizer.encode(text, add_special_tokens=False).ids:
+    def check(self, role: str, text: str, ids: Iterable[int]) -> None:
+        """Raise UserError if the ids of a user's text include a special token."""
+        for token_id in ids:
             if token_id in self.reserved:
                 token = self.reserved[token_id]
                 raise UserError(f"{role} {quote(text.strip())} contains {token}, which the processor sets: remove it")
 
     def count_image_tokens(self, size: tuple[int, int]) -> int:
         """Number of image tokens of an image. Raises UserError: there is no tower."""
-        raise UserError(DECODER_ALONE)
+        raise UserError(DECODER_ALONE_MESSAGE)
+
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches of an image. Raises UserError: there is no tower."""
+        raise UserError(DECODER_ALONE_MESSAGE)
 
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         """The model's inputs for one image. Raises UserError: there is no tower."""
-        raise UserError(DECODER_ALONE)
+        raise UserError(DECODER_ALONE_MESSAGE)
 
 
 # ---- images
@@ -209,7 +261,7 @@ class Phi3VProcessor(Phi3Processor):
         super().__post_init__()
         self.reserved[self.image_token_id] = "<|image|>"
         self.skipped.add(self.image_token_id)
-        self.tokens_per_side = self.crop_size // (FEATURES_PER_TOKEN * self.patch_size)  # of a crop
+        self.tokens_per_side = self.crop_size // (MERGE * self.patch_size)  # of a crop
         self.num_image_tokens = self.count_grid_tokens(self.num_crops, 1)  # the maximum
         rows, columns = self.grid((1, 1))
         self.image_size = self.crop_size * columns  # of a square image, in pixels
@@ -267,6 +319,12 @@ class Phi3VProcessor(Phi3Processor):
     def count_image_tokens(self, size: tuple[int, int]) -> int:
         """N: number of image tokens of an image of this (width, height). Raises UserError, see `layout`."""
         return self.count_grid_tokens(*self.grid(size))
+
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the tokens of all crops of an image of this (width, height), without line ends and global
+        view. Raises UserError, see `layout`."""
+        rows, columns = self.grid(size)
+        return rows * self.tokens_per_side, columns * self.tokens_per_side
 
     def count_grid_tokens(self, rows: int, columns: int) -> int:
         """N: tokens of the crops and of the global view, one at the end of each of their lines, one between the two."""

@@ -4,6 +4,7 @@ VQAv2's official json files beside a COCO folder, and parquet datasets.
 A bad row is left out and named, or refused with `strict`. Images are opened when a row is used.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -20,9 +21,8 @@ from PIL import Image
 
 from config_fields import QUESTION_TASK
 from errors import UserError
-from files import decode_typed, one_line, open_image, read_bytes, read_typed
+from files import HASHED_IMAGES, decode_typed, one_line, open_image, read_bytes, read_typed
 
-HASHED_IMAGES = 20_000  # up to this many images, files of equal size are compared by content
 IMAGE_PLACE = "<image>"  # marks an image in the text of a conversation
 T = TypeVar("T")
 
@@ -47,19 +47,19 @@ class VqaAnswer(msgspec.Struct):
 
 class JsonRow(msgspec.Struct):
     """A line of a jsonl file: `image` is a path, a list of paths for several images in one prompt, or null for text
-    only, for a decoder without a tower. `answers`: all accepted answers, for --metric."""
+    only, for a decoder without a tower. `answers`: all accepted answers, for --metric. Optional fields may be null."""
 
     image: str | list[str] | None
     prefix: str
     suffix: str
-    answers: list[str | VqaAnswer] = []
+    answers: list[str | VqaAnswer] | None = None
 
 
 class ChatPart(msgspec.Struct):
     """A part of a message; an image without a path is the next one of the row's `images`."""
 
     type: Literal["text", "image"]
-    text: str = ""
+    text: str | None = None
     image: str | None = None
 
 
@@ -72,8 +72,8 @@ class ChatRow(msgspec.Struct):
     """A conversation in a line of a jsonl file; its last message is the answer to learn."""
 
     messages: list[ChatMessage]
-    images: list[str] = []
-    answers: list[str | VqaAnswer] = []
+    images: list[str] | None = None
+    answers: list[str | VqaAnswer] | None = None
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -122,6 +122,10 @@ class Rows:
         row = self.rows[index]
         return open_image(self.folder / row.images[place], name=f"{row.id}: {row.images[place]}")
 
+    def image_name(self, index: int, place: int) -> str:
+        """The path of an image: images of one name are the same."""
+        return str(self.folder / self.rows[index].images[place])
+
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
         row = self.rows[index]
@@ -166,7 +170,7 @@ def read_jsonl(path: str | Path, strict: bool = True) -> Rows:
     Raises UserError for a file that cannot be read or is mostly bad rows, and with `strict` for the first bad row.
     """
     path = Path(path)
-    lines = read_bytes(path).splitlines()
+    lines = read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines()
     files = FileIndex(path.parent)
     numbered = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
     rows, skipped = filter_rows(lambda item: check_json_row(*item, files), numbered, strict)
@@ -207,7 +211,7 @@ def check_json_row(name: str, line: bytes, files: "FileIndex") -> Row:
         raise UserError(f"{name}: suffix is empty, but it is what the model learns to answer")
     for image in images:
         files.check(image, name)
-    answers = tuple(entry if isinstance(entry, str) else entry.answer for entry in row.answers)
+    answers = tuple(entry if isinstance(entry, str) else entry.answer for entry in row.answers or ())
     return Row(name, tuple(images), row.prefix, row.suffix, answers)
 
 
@@ -238,10 +242,10 @@ def read_chat(name: str, chat: ChatRow) -> JsonRow:
             images = [part for part in parts if part.type == "image"]
             places += len(images)
             paths += [part.image for part in images if part.image is not None]
-            texts.append("\n".join(part.text.strip() for part in parts if part.type == "text"))
+            texts.append("\n".join((part.text or "").strip() for part in parts if part.type == "text"))
     if paths and chat.images:
         raise UserError(f"{name}: images are given twice: as `images`, or in the messages")
-    images = paths or chat.images
+    images = paths or chat.images or []
     if places and places != len(images):
         raise UserError(f"{name}: messages have places for {places} images, but there are {len(images)}")
     prefix = "\n".join(text for text in texts[:-1] if text)
@@ -342,12 +346,23 @@ class HubRows:
 
     name: str
     rows: object  # a datasets.Dataset
+    by_row: bool = False  # without image_id, hold out by row
     skipped: tuple[str, ...] = ()
     counts_for_best: bool = True
     chance: float | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def texts(self) -> object:
+        """The rows without their images, which would be read with them."""
+        return self.rows.select_columns(["question", "multiple_choice_answer"])
+
+    @cached_property
+    def accepted(self) -> object | None:
+        """The column `answers` alone, if there is one."""
+        return self.rows.select_columns(["answers"]) if "answers" in self.rows.column_names else None
 
     def fingerprint(self) -> str:
         """SHA-256 of the questions and answers."""
@@ -357,8 +372,10 @@ class HubRows:
         return f"{self.name}/{index}"
 
     def image_keys(self) -> list[list[str]]:
-        """For every row, the key of its image, in a list."""
+        """For every row, the key of its image, in a list; the row itself if it has no image_id and `by_row` is set."""
         if "image_id" not in self.rows.column_names:
+            if self.by_row:
+                return [[str(row)] for row in range(len(self))]
             raise UserError(f"dataset {self.name!r} has no image_id to hold images out by: give --eval_data")
         return [[str(image)] for image in self.rows["image_id"]]
 
@@ -377,16 +394,19 @@ class HubRows:
         """The image of a row; `place` is 0."""
         return self.get(0, index).images[place]
 
+    def image_name(self, index: int, place: int) -> str:
+        """A name of the image of a row."""
+        return self.id(index)
+
     def text(self, index: int) -> tuple[str, str, int]:
         """Prefix, suffix and number of images."""
-        row = self.rows.select_columns(["question", "multiple_choice_answer"])[index]
+        row = self.texts[index]
         return f"{QUESTION_TASK}{row['question']}", row["multiple_choice_answer"] or "", 1
 
     def answers(self, index: int) -> tuple[str, ...]:
         """All accepted answers: the column `answers`, of texts or of VQAv2's {answer, ...}, or if it is missing or
         empty, only `multiple_choice_answer`."""
-        has_column = "answers" in self.rows.column_names
-        stored = self.rows.select_columns(["answers"])[index]["answers"] if has_column else None
+        stored = self.accepted[index]["answers"] if self.accepted is not None else None
         answers = tuple(str(entry["answer"] if isinstance(entry, dict) else entry) for entry in stored or ())
         return answers or (self.text(index)[1],)
 
@@ -405,13 +425,16 @@ def without_address(error: Exception) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", one_line(error))
 
 
-def read_hub(name: str, split: str) -> HubRows:
-    """A split of a dataset on the hub or in a folder. `datasets` refuses datasets that bring code.
+def read_hub(spec: str, split: str) -> HubRows:
+    """A split of a dataset NAME on the hub or in a folder: `split`, or that of NAME@SPLIT, whose rows without image_id
+    are held out by row. `datasets` refuses datasets that bring code.
 
     Raises UserError for a dataset that cannot be read or lacks a column.
     """
     import datasets  # the import takes a second, and most runs do not need it
 
+    name, _, own = (spec, "", "") if os.path.exists(spec) else spec.partition("@")
+    split = own or split
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets raises a different class for each kind of failure
@@ -423,4 +446,4 @@ def read_hub(name: str, split: str) -> HubRows:
         raise UserError(f"dataset {name!r}, split {split!r}: has no rows: give another")
     if isinstance(rows.features["image"], datasets.Image):
         rows = rows.cast_column("image", datasets.Image(decode=False))  # decoding would open paths and URLs
-    return HubRows(name, rows)
+    return HubRows(name, rows, by_row=bool(own))

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from finetune_original import Config
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
-TEMPORARY_FILES = {".run.json.tmp"}  # all that a run killed during startup may leave if it has no run.json
+TEMPORARY_FILES = {".run.json.tmp"}  # files that a run killed before it wrote run.json may leave
 # fields that may change when a run continues: they affect what is logged and saved, not what is computed
 RESUMABLE_FIELDS = {
     "output_dir",
@@ -231,14 +231,15 @@ def open_run(config: "Config", arm: str) -> Run:
     folder = Path(config.output_dir or f"runs/{arm}_seed{config.seed}")
     run = Run(folder, accelerator, dtype, record, strict=config.strict_data)
     if not config.eval_only:
+        check_model_outside(config.model, folder)
         run.found = read_folder_state(folder)
-    is_longer = decide_resume(run)
+    is_extended = decide_resume(run)
     if len(set(gather_object([(run.finished, str(run.resume))]))) > 1:
         raise UserError(f"{run.folder}: differs between nodes: give an --output_dir on a disk that all of them share")
     if run.finished:
         run.print(f"{run.folder} is finished: use {run.folder / 'final'}, or start again with --overwrite=True")
         return run
-    if is_longer:
+    if is_extended:
         check_last_checkpoint(run)
         run.print(
             f"{folder} was finished after {step_of(run.resume)} updates and goes on from there; its learning rate is "
@@ -247,6 +248,13 @@ def open_run(config: "Config", arm: str) -> Run:
     run.print(f"arm: {arm}", *(f"  {key}: {value}" for key, value in record["config"].items()))
     run.print(f"device: {record['device']}, {accelerator.num_processes} process(es), {dtype} because {reason}")
     return run
+
+
+def check_model_outside(model: str, folder: Path):
+    """Raise UserError if `--model` is inside the run folder, which starting a run may empty."""
+    for path in resolve_run(model):
+        if path is not None and os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--model={model} is inside --output_dir={folder}: give another --output_dir")
 
 
 def make_record(config: "Config", arm: str, accelerator: accelerate.Accelerator, dtype: torch.dtype) -> dict[str, Any]:
@@ -269,22 +277,22 @@ def make_record(config: "Config", arm: str, accelerator: accelerate.Accelerator,
 def decide_resume(run: Run) -> bool:
     """Set `finished` and `resume` of a run from the folder that was found, and add this start and the id to its record.
     Returns whether a finished run is to be extended."""
-    is_longer, stored = False, {}
+    is_extended, stored = False, {}
     if run.found and run.found.record is not None and not run.record["config"]["overwrite"]:
         stored = read_run_record(run.folder)
         if has_weights(run):
-            is_longer = check_same_config(run, stored)
-            run.finished = run.found.finished and not is_longer
+            is_extended = check_same_config(run, stored)
+            run.finished = run.found.finished and not is_extended
             run.resume = None if run.finished else newest_checkpoint(run)
             run.repeats_evaluation = run.resume is not None and was_evaluated(run.folder, step_of(run.resume))
         elif comparable(stored) != comparable(run.record):
             run.print(f"{run.folder}: has saved no weights yet, so it starts again with these flags")
             stored = {}
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step_of(run.resume)}
-    start |= {"extended": is_longer} | {key: run.record[key] for key in ("processes", "device", "versions", "commit")}
+    start |= {"extended": is_extended} | {key: run.record[key] for key in ("processes", "device", "versions", "commit")}
     run.record["starts"] = [*stored.get("starts", []), start]
     run.record["id"] = stored.get("id", run.folder.resolve().name if stored else uuid.uuid4().hex)
-    return is_longer
+    return is_extended
 
 
 def has_weights(run: Run) -> bool:
@@ -358,10 +366,25 @@ def check_config(config: "Config"):
         for name in HAYSTACK_FIELDS:
             if getattr(config, name) != defaults[name]:
                 raise UserError(f"--{name}: applies to haystacks only, --data={config.data} has none: leave it out")
+    if config.shapes and config.grids != type(config).grids:
+        raise UserError("--shapes --grids: shapes give the cells of every haystack: use one of the two")
+    if config.eval_data and not config.eval_only and names_same_rows(config.data, config.eval_data):
+        raise UserError(
+            f"--eval_data={config.eval_data}: would evaluate on training rows: leave it out to hold out a tenth, or "
+            "give other rows"
+        )
     if config.patience and config.average_last:  # the number of updates is not known in advance
         raise UserError("--patience --average_last: training may stop before the average begins: use one of the two")
     if config.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--tracker=wandb: wandb is not installed: pip install wandb, or leave the flag out")
+
+
+def names_same_rows(data: str, eval_data: str) -> bool:
+    """Whether `--data` and `--eval_data` name the same jsonl file or the same split of a dataset on the hub. For other
+    forms, equal values name the split of training and that of validation."""
+    if data.endswith(".jsonl") and eval_data.endswith(".jsonl"):
+        return os.path.realpath(data) == os.path.realpath(eval_data)
+    return data == eval_data and data.startswith("hub:") and "@" in data
 
 
 def start_folder(run: Run, faults: list[str]):
@@ -472,8 +495,8 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
     old, new = comparable(stored), comparable(run.record)
     changed = {k: f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)}
     grown = {k for k in LENGTH & set(changed) if type(old.get(k)) in (int, float) and new[k] > old[k]}
-    is_longer = run.found.finished and bool(grown)
-    allowed = {"processes", *RESUMABLE_FIELDS, *(grown if is_longer else ())}
+    is_extended = run.found.finished and bool(grown)
+    allowed = {"processes", *RESUMABLE_FIELDS, *(grown if is_extended else ())}
     allowed -= {"eval_every"} if new.get("patience") else set()  # --patience counts evaluations
     refused = {k: change for k, change in changed.items() if k not in allowed}
     if refused:
@@ -489,7 +512,7 @@ def check_same_config(run: Run, stored: dict[str, Any]) -> bool:
             "or start again with --overwrite=True"
         )
     run.print(*(f"changed since: {text}" for k, text in changed.items() if k not in ("output_dir", "overwrite")))
-    return is_longer
+    return is_extended
 
 
 def check_last_checkpoint(run: Run):
@@ -528,16 +551,20 @@ def check_same_data(run: Run, sources: dict[str, "Source"]):
     """Record the hashes of the data. Raises UserError if they differ from those at the start of the run, since the rows
     would come in a different order."""
     run.record["data"] = {name: {"rows": len(s), "sha256": s.fingerprint()} for name, s in sources.items()}
-    data = run.record["config"]["data"]
+    config = run.record["config"]
     if len(set(gather_object([json.dumps(run.record["data"])]))) > 1:
-        raise UserError(f"{data}: differs between processes: give all of them the same files")
+        raise UserError(f"{config['data']}: differs between processes: give all of them the same files")
+    is_haystack = config["data"].partition(":")[0] == "haystack"
+    compared = "captions and images" if is_haystack else "prompts, answers and names of images"
     stored = read_run_record(run.folder).get("data", {}) if run.resume else run.record["data"]
     for name, found in run.record["data"].items():
         if stored.get(name) != found:
-            rows = stored.get(name, {}).get("rows")
+            data, rows = config["data"], stored.get(name, {}).get("rows")
+            if name != "train" and config["eval_data"]:
+                data = config["eval_data"]
             raise UserError(
                 f"{run.folder}: {data} has changed since this run began ({name}: {rows} rows then, {found['rows']} "
-                "now, contents compared): restore it, or start again with --overwrite=True"
+                f"now; compared by {compared}): restore it, or start again with --overwrite=True"
             )
 
 

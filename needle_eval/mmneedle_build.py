@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from files import atomic_folder, verify_manifest, write_json, write_manifest, writing
-from haystack import OWN_CELL, POOL_CELL, TEST_SHARE, Haystack, ImagePool, PoolImage, read_split
+from haystack import OWN_CELL, POOL_CELL, Haystack, ImagePool, PoolImage, captions_needed, read_split
 from needle_eval.mmneedle_prompts import Setting
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
     if samples > NEGATIVES_FROM:
         raise UserError(f"--samples={samples}: at most {NEGATIVES_FROM}, where the ids of negatives begin")
     check_captions(config.data, split, images, setting)
-    digest = hashlib.sha256(repr((BUILDER, str(setting), config.seed, samples, cell)).encode())
-    for image in images:
-        digest.update(image.fingerprint())
+    digest, pool = hashlib.sha256(repr((BUILDER, str(setting), config.seed, samples, cell)).encode()), ImagePool(images)
+    for fingerprint in pool.fingerprints:
+        digest.update(bytes.fromhex(fingerprint))
     shape = f"{setting.images}x{setting.grid}x{setting.grid}" + (f"_{setting.needles}" if setting.needles > 1 else "")
     name = f"{Path(source).resolve().stem if source else 'included'}-{split}-{shape}-{digest.hexdigest()[:12]}"
     folder = CACHE / name
@@ -45,7 +45,7 @@ def build_haystacks(config: "Config", setting: Setting) -> Path:
     with FileLock(CACHE / f".{name}.lock", fallback_to_soft=False):
         if not is_complete(folder):
             with atomic_folder(folder) as new:
-                write_haystacks(ImagePool(images), new, setting, samples, config.seed, cell)
+                write_haystacks(pool, new, setting, samples, config.seed, cell)
                 write_manifest(new)
     return folder
 
@@ -55,7 +55,7 @@ def check_captions(data: str, split: str, images: list[PoolImage], setting: Sett
     count, needed = len({image.caption for image in images}), setting.grid**2 + setting.needles
     if count < needed:
         own = data.partition(":")[2] and split == "test"
-        more = f"about {TEST_SHARE * needed} captions, a fifth of them is for testing" if own else "more captions"
+        more = f"about {captions_needed(needed)} captions, a fifth of them is for testing" if own else "more captions"
         raise UserError(
             f"{data}: {setting.grid} x {setting.grid} cells and {setting.needles} absent captions need {needed} "
             f"captions, split {split} has {count}: give {more}, or smaller --grids"

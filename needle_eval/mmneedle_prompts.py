@@ -1,6 +1,7 @@
 """MMNeedle's settings and the prompts of every protocol. Does not import torch."""
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from errors import UserError
@@ -115,6 +116,7 @@ def quadrant_prompts(caption: str) -> dict[str, str]:
     }
 
 
+@cache
 def make_candidates(setting: Setting) -> tuple[str, ...]:
     """All answers that `rank` compares: every cell, then "-1"."""
     return (*(", ".join(str(n + 1) for n in cell) for cell in setting.cells()), ABSENT)

@@ -143,7 +143,8 @@ def first_per_cell(rows: list[dict], setting: Setting, count: int) -> list[dict]
             chosen.append(row)
     if min(taken.values()) < count:
         raise UserError(
-            f"{setting.annotations}: a cell has {min(taken.values())} positives, not {count}: lower --per_cell"
+            f"{setting.annotations}: a cell has {min(taken.values())} positives, not {count}: lower --per_cell, or "
+            "raise --samples for generated haystacks"
         )
     return chosen
 

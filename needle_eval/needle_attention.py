@@ -43,6 +43,6 @@ def needle_attention(answerer: Answerer, question: Question) -> torch.Tensor | N
     inputs = stack_inputs([pixels[image] for image in question.images]) | processor.pad([row])
     batch = {key: tensor.to(answerer.accelerator.device) for key, tensor in inputs.items()}
     batch |= {"pixel_values": None, "image_features": features}
-    paid = answer_attention(answerer.model, batch)[0, :, 0].float()  # [layers, T, M N]
+    attention = answer_attention(answerer.model, batch)[0, :, 0].float()  # [layers, T, M N]
     place = tuple(int(n) - 1 for n in question.ground_truth.split(", "))
-    return needle_share(paid, place, images, grid).mean(1)
+    return needle_share(attention, place, images, grid).mean(1)

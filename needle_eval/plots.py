@@ -165,6 +165,8 @@ def draw_side_by_side(scores_by_model: dict[str, dict], path: Path, title: str):
     first = next(iter(scores_by_model.values()))
     settings = [name for name, found in first.items() if "baselines" in found]
     shown = [kind for kind in kinds if any(kind in first[setting] for setting in settings)]
+    if not shown:  # no answer is scored
+        return
     with plt.rc_context(STYLE):
         width = (1.4 + 1.1 * len(settings)) * len(shown) + 1.5
         figure, axes = plt.subplots(

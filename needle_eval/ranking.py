@@ -1,7 +1,7 @@
 """Rank candidate answers by their likelihood, without generating text.
 
-Shapes: B prompts, L their padded length, A candidates, T their padded length with `<eos>`, V vocabulary, N tokens per
-image, C hidden size.
+Shapes: B prompts, L their padded length, A candidates, T their padded length with `<eos>`, R rows of a forward pass, V
+vocabulary.
 """
 
 import torch
@@ -11,7 +11,7 @@ from fused_ops import cast_lora, lora_layers
 from modeling_vlm import BatchPlan, ImageFeatures, KVCache
 from processing_paligemma import Processor
 
-CANDIDATES_AT_ONCE = 64  # rows of one forward pass
+ROWS_AT_ONCE = 64  # pairs of prompt and candidate in one forward pass
 
 
 @torch.no_grad()
@@ -23,12 +23,14 @@ def rank_candidates(
     features: ImageFeatures | None,
     candidates: tuple[str, ...],
 ) -> list[tuple[str, float]]:
-    """The most likely of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`, and the
+    """The best of `candidates` for each prompt, by the mean log-probability of its tokens and `<eos>`, and the
     confidence in it: its probability, given that the answer is one of the candidates.
 
+    The mean is used because "-1" is shorter than a cell: a model that was not trained on these answers gives the
+    shortest one the highest probability, whatever it sees. Its confidence in the best one is then low.
+
     `batch` holds prompts [B, L], padded on the left; `plan` is the plan of the batch, `features` are those of its
-    images. The mean is used because "-1" is shorter than a cell and a sum would favour it. One pass over the prompts
-    fills the KV cache, and every candidate continues from it.
+    images. One pass over the prompts fills the KV cache, and every candidate continues from it.
     """
     language = model.model.language_model
     count, length = batch["input_ids"].shape
@@ -36,34 +38,35 @@ def rank_candidates(
     mask, positions = plan.mask, model.model.positions(batch["attention_mask"])
     x = model.model.embed(batch["input_ids"], features, plan.image_tokens)
     cache = KVCache(language, count, length, x.dtype, x.device)
-    best = []
+    prompts = torch.arange(count, device=x.device).repeat_interleave(len(ids))  # of all pairs of prompt and candidate
     with cast_lora(lora_layers(model)):
         first = model.head(language(x, positions, mask, cache, keep_last=1)[:, -1]).float().log_softmax(-1)  # [B, V]
-        for row in range(count):
-            valid, parts = batch["attention_mask"][row], ids.split(CANDIDATES_AT_ONCE)
-            later = torch.cat([continue_prompt(model, cache, valid, row, part) for part in parts])
-            total = first[row][ids[:, 0]] + (later * is_token[:, 1:]).sum(1)  # [A]
-            chosen = int((total / is_token.sum(1)).argmax())
-            best.append((candidates[chosen], float(total.softmax(0)[chosen])))
-    return best
+        pairs = zip(prompts.split(ROWS_AT_ONCE), ids.repeat(count, 1).split(ROWS_AT_ONCE), strict=True)
+        later = [continue_prompts(model, cache, batch["attention_mask"], *rows) for rows in pairs]
+    later = torch.cat(later).unflatten(0, (count, -1))  # [B, A, T - 1]
+    total = first[:, ids[:, 0]] + (later * is_token[:, 1:]).sum(-1)  # [B, A]
+    chosen = (total / is_token.sum(1)).argmax(1, keepdim=True)
+    confidence = total.softmax(1).gather(1, chosen)
+    best = zip(chosen.flatten().tolist(), confidence.flatten().tolist(), strict=True)
+    return [(candidates[index], value) for index, value in best]
 
 
-def continue_prompt(model: torch.nn.Module, cache: KVCache, valid: Tensor, row: int, ids: Tensor) -> Tensor:
-    """Log-probabilities [A, T - 1] of the second and later tokens of ids [A, T], after the cached prompt of `row`.
+def continue_prompts(model: torch.nn.Module, cache: KVCache, valid: Tensor, prompts: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities [R, T - 1] of the second and later tokens of ids [R, T], each row after a cached prompt.
 
-    `valid` [L] is the attention mask of that prompt.
+    `valid` [B, L] is the attention mask of the prompts, `prompts` [R] the prompt of each row.
     """
     language, (count, width), length = model.model.language_model, ids.shape, cache.length
-    wide = KVCache(language, count, length + width, cache.keys[0].dtype, ids.device)
-    for ours, prompts in ((wide.keys, cache.keys), (wide.values, cache.values)):
-        for new, old in zip(ours, prompts, strict=True):
-            new[:, :, :length] = old[row]
-    wide.length = length
-    valid = torch.cat((valid.expand(count, -1), torch.ones_like(ids)), dim=1)
+    extended = KVCache(language, count, length + width, cache.keys[0].dtype, ids.device)
+    for targets, sources in ((extended.keys, cache.keys), (extended.values, cache.values)):
+        for target, source in zip(targets, sources, strict=True):
+            target[:, :, :length] = source[prompts]
+    extended.length = length
+    valid = torch.cat((valid[prompts], torch.ones_like(ids)), dim=1)
     types = torch.zeros_like(valid)
     types[:, length:] = 1
     mask, positions = model.model.mask(valid, types), model.model.positions(valid)[:, length:]
-    hidden = language(language.embed(ids), positions, mask, wide)
+    hidden = language(language.embed(ids), positions, mask, extended)
     return model.head(hidden[:, :-1]).float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 

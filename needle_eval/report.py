@@ -22,7 +22,8 @@ from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, pa
 # ending the evaluation. Optional: complete_flags(config), prepare_rows(rows), describe(config, image_size,
 # num_image_tokens).
 BENCHMARKS: dict[str, ModuleType] = {"mmneedle": mmneedle, "pope": pope, "mm-niah": mm_niah}
-NAME_LENGTH = 120  # characters of the models' names in a figure's file name
+NAME_LENGTH = 100  # characters of the models' names in the name of a file
+NOT_FINAL = ("best-", "step-", "knockout-")  # prefixes of evaluations of other weights than those of final/
 MACHINE = ("device", "processes")  # fields of eval.json that scores.json leaves out
 
 
@@ -51,7 +52,7 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     rows = prepare_rows(raw, benchmark)
     scores = benchmark.score([row for row in rows if not (skip_none and row["response"] is None)])
     with writing(folder / "response"):
-        benchmark.write_official(rows, folder / "response", slug(record["model"]))
+        benchmark.write_official(rows, folder / "response", slug(model_name(record)))
     if benchmark.HAS_CELLS:
         plots.draw_haystacks(scores, folder / "plots", figure_title(folder, record))
     attention = read_attention(folder / "attention.json")
@@ -62,14 +63,18 @@ def score_folder(folder: Path, skip_none: bool) -> tuple[dict, dict]:
     return record, scores | {"decoding": record["decoding"]} | ({"attention": attention} if attention else {})
 
 
+def model_name(record: dict) -> str:
+    """The model of an evaluation, marked if its lambda was set to 0."""
+    return record["model"] + (", lambda 0" if record.get("knockout") else "")
+
+
 def figure_title(folder: Path, record: dict) -> str:
     """The model, its training seed if known, and the benchmark, protocol and data."""
     config, seed = record["config"], ""
     with contextlib.suppress(UserError):
         seed = f" (seed {seed_of(folder)})"
-    return (
-        f"{record['model']}{seed}: {record['benchmark']}, protocol {config.get('protocol')}, {config.get('data', '')}"
-    )
+    protocol, data = config.get("protocol"), config.get("data", "")
+    return f"{model_name(record)}{seed}: {record['benchmark']}, protocol {protocol}, {data}"
 
 
 class NeedleAttention(msgspec.Struct):
@@ -97,7 +102,7 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
     record = scored[0][0]
     if any(changed_fields(record, other, ("benchmark", "config")) for other, _ in scored):
         raise UserError(f"{', '.join(map(str, folders))}: answer different questions and cannot be compared")
-    names = [slug(other["model"]) for other, _ in scored]
+    names = [slug(model_name(other)) for other, _ in scored]
     if len(set(names)) < len(names):  # the same model in two folders
         names = [str(folder) for folder in folders]
     scores_by_model = {name: scores for name, (_, scores) in zip(names, scored, strict=True)}
@@ -119,8 +124,9 @@ def report(folders: list[Path], skip_none: bool, comparisons: Path) -> list[str]
 
 
 # ---- one arm against the other
-def compare(first: str, second: str) -> list[str]:
-    """Compare two runs, or two patterns of runs over the same seeds, question by question; writes comparison-*.json."""
+def compare(first: str, second: str, comparisons: Path) -> list[str]:
+    """Lines to print that compare two runs, or two patterns of runs over the same seeds, question by question; writes
+    them into `comparisons` as JSON."""
     pairs = pair_folders(first, second)
     compared = [compare_folders(*folders) for folders in pairs]
     lines = []
@@ -136,7 +142,9 @@ def compare(first: str, second: str) -> list[str]:
         few = f"mean; interval and test need {MIN_SEEDS} seeds"
         lines.append(f"\nover {len(pairs)} seeds: {tested if len(pairs) >= MIN_SEEDS else few}")
         lines += [format_seeds(name, over) for name, over in written["over seeds"].items()]
-    file = pairs[-1][1] / f"comparison-{slug(first)}.json"
+    file = comparisons / f"{slug(second)[:NAME_LENGTH]}-against-{slug(first)[:NAME_LENGTH]}.json"
+    with writing(file):
+        comparisons.mkdir(parents=True, exist_ok=True)
     write_json(file, written)
     return [*lines, f"\nwritten: {file}"]
 
@@ -210,10 +218,13 @@ def compare_over_seeds(compared: list[dict]) -> dict[str, dict]:
 def pair_folders(first: str, second: str) -> list[tuple[Path, Path]]:
     """Answer folders of both arms, paired by seed if there are several. Raises UserError if their seeds differ."""
     found = [[pattern] if Path(pattern).exists() else sorted(glob.glob(pattern)) for pattern in (first, second)]
-    arms = [[answer_folder(Path(path)) for path in paths] for paths in found]
-    for pattern, folders in zip((first, second), arms, strict=True):
-        if not folders:
+    for pattern, paths in zip((first, second), found, strict=True):
+        if not paths:
             raise UserError(f"{pattern}: there is no such folder: give a run, a folder of answers, or a quoted pattern")
+    runs = [Path(path) for paths in found for path in paths]
+    shared = set.intersection(*({file.parent.name for file in run.glob("eval/*/answers.jsonl")} for run in runs))
+    shared = {name for name in shared if not name.startswith(NOT_FINAL)}
+    arms = [[answer_folder(Path(path), shared) for path in paths] for paths in found]
     if [len(arm) for arm in arms] == [1, 1]:
         return [(arms[0][0], arms[1][0])]
     seeds = [{seed_of(folder): folder for folder in arm} for arm in arms]
@@ -226,15 +237,17 @@ def pair_folders(first: str, second: str) -> list[tuple[Path, Path]]:
     return [(seeds[0][seed], seeds[1][seed]) for seed in sorted(seeds[0])]
 
 
-def answer_folder(path: Path) -> Path:
-    """`path` itself if it holds answers, else the one evaluation of a run folder."""
+def answer_folder(path: Path, shared: set[str]) -> Path:
+    """`path` itself if it holds answers, else the one evaluation of a run folder, or the only one that is `shared`."""
     if (path / "answers.jsonl").exists():
         return path
-    found = sorted(file.parent for file in path.glob("eval/*/answers.jsonl"))
-    if len(found) != 1:
-        holds = ", ".join(map(str, found)) or "no answers"
+    folders = sorted(file.parent for file in path.glob("eval/*/answers.jsonl"))
+    if len(folders) > 1 and len(shared) == 1:
+        return path / "eval" / next(iter(shared))
+    if len(folders) != 1:
+        holds = ", ".join(map(str, folders)) or "no answers"
         raise UserError(f"{path}: holds {holds}: give the one folder of answers, or evaluate the run first")
-    return found[0]
+    return folders[0]
 
 
 class SeededConfig(msgspec.Struct):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data import ignore_signals
 from errors import UserError
 from files import decode_typed, read_bytes, write_text, writing
 from modeling_vlm import GraphCache
@@ -152,6 +153,7 @@ def answer_batches(answerer: Answerer, batches: list[list[Question]]) -> Iterato
         OpenedImages([new for new, _ in plan], answerer.processor),
         batch_size=None,
         num_workers=min(answerer.workers, len(batches)),
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
     store, graphs = FeatureStore(answerer.model), GraphCache()
@@ -225,7 +227,8 @@ def answer_batch(
             texts = answerer.processor.batch_decode(ids[:, tensors["input_ids"].shape[1] :])
             answers = [(text, None) for text in texts]
         seconds = (time.perf_counter() - started) / len(good)
-        rows |= {q.id: make_row(q, text, seconds, sure) for q, (text, sure) in zip(good, answers, strict=True)}
+        for question, (text, confidence) in zip(good, answers, strict=True):
+            rows[question.id] = make_row(question, text, seconds, confidence)
     return [rows[question.id] for question in batch]
 
 

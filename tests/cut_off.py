@@ -2,11 +2,12 @@
 
 python tests/cut_off.py CONFIG.json STARTS.json
 
-A start is {folder, action, at, count, copy, change}. `action` is a signal's name, or "full" for a full disk. It happens
-when the run reaches `at` for the `count`-th time: one of POINTS, or "call", any call that changes the file system
-inside the run folder. Without `at` it happens after `count` seconds; without `action` the run is not interrupted.
-`copy` names a folder that is copied to `folder` first, `change` overrides fields of Config. Every start is a fork of
-this process, which has imported everything and computed nothing.
+A start is {folder, action, at, count, copy, change}. `action` is a signal's name, the name and " to all" for a signal
+to the run and its data loading processes, or "full" for a full disk. It happens when the run reaches `at` for the
+`count`-th time: one of POINTS, or "call", any call that changes the file system inside the run folder. Without `at` it
+happens after `count` seconds; without `action` the run is not interrupted. `copy` names a folder that is copied to
+`folder` first, `change` overrides fields of Config. Every start is a fork of this process, which has imported
+everything and computed nothing.
 
 Prints a list of [exit status, output, calls]. A status below zero is a signal's; calls are listed for starts without an
 action.
@@ -55,8 +56,22 @@ WRITERS = [(torch, "save"), (adapters, "save_file"), (safetensors.torch, "save_f
 def act(action: str):
     if action == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    elif action.endswith(" to all"):
+        signal_group(signal.Signals[action.removesuffix(" to all")])
     else:
         os.kill(os.getpid(), signal.Signals[action])
+
+
+def signal_group(number: int):
+    """Send a signal to this process and its children as a launcher does: workers tolerate SIGTERM from their parent."""
+    group = os.getpgrp()
+    launcher = os.fork()
+    if launcher == 0:
+        os.setpgid(0, 0)
+        os.killpg(group, number)
+        os._exit(0)
+    os.waitpid(launcher, 0)
+    time.sleep(0.5)  # for a worker that ends
 
 
 def call_before(owner: object, name: str, hook: Callable[[], None]):
@@ -94,6 +109,7 @@ def child(config: Config, start: dict, pipe: int):
     """Train in this process, which is a fork, and exit."""
     os.dup2(pipe, 1)
     os.dup2(pipe, 2)
+    os.setpgid(0, 0)  # signals to all processes of the run reach no other
     code, calls, folder = 1, [], Path(config.output_dir).resolve()
     reached = 0
 

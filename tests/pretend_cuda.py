@@ -244,7 +244,7 @@ def count_updates(
     vocabulary = PaliGemmaConfig.from_pretrained(config.model).text_config.vocab_size
     monkeypatch.setattr(fused_ops, "PLAIN_LOSS_MAX_LOGITS", 0)
     monkeypatch.setattr(fused_ops, "tile_size", lambda *_: -(-vocabulary // tiles))
-    real_loader, real_plan, real_progress = training.loader, PaliGemmaModel.plan, training.set_progress
+    real_loader, real_plan, real_rate = training.loader, PaliGemmaModel.plan, training.learning_rate_at
 
     def loader(*args, **kwargs):  # its work runs in worker processes
         batches = real_loader(*args, **kwargs)
@@ -261,7 +261,7 @@ def count_updates(
 
     monkeypatch.setattr(training, "loader", loader)
     monkeypatch.setattr(PaliGemmaModel, "plan", plan)
-    monkeypatch.setattr(training, "set_progress", lambda *args: taken.append(counts.take()) or real_progress(*args))
+    monkeypatch.setattr(training, "learning_rate_at", lambda *args: taken.append(counts.take()) or real_rate(*args))
     for module, name in ((plots, "draw_run"), (training, "evaluate"), (training, "evaluate_and_log")):
         monkeypatch.setattr(module, name, lambda *args: None)
     monkeypatch.setattr(training, "format_results", lambda *args: [])

@@ -127,6 +127,18 @@ def test_what_transformers_saves_loads(tmp_path, family):
     equal(target, model.state_dict())
 
 
+@pytest.mark.parametrize("which", ["L1", "L2", "L3"])
+def test_the_pooling_head_of_siglip_is_ignored(source, tmp_path, which):
+    """Folders whose config says vision_use_head have one, which PaliGemma never uses."""
+    expected = source.state_dict()
+    names = {"L1": "vision_tower.vision_model", "L2": "model.vision_tower.vision_model", "L3": "vision_tower"}
+    heads = {f"{names[which]}.head.{name}": torch.zeros(2) for name in ("probe", "layernorm.weight", "mlp.fc1.bias")}
+    huggingface_hub.save_torch_state_dict(layout(expected, which) | heads, tmp_path)
+    target = paligemma(device="meta")
+    load(target, tmp_path)
+    equal(target, expected)
+
+
 def test_older_weights_stay_until_the_new_ones_are_in_place(source, tmp_path, monkeypatch):
     """The moves stop before config.json, the last file: the shards of the older model must still exist."""
     real_replace, moved = os.replace, []

@@ -241,6 +241,12 @@ def test_decoding_on_a_fixed_cache_gives_the_same_tokens(family, preset, monkeyp
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+def test_only_cuda_decodes_on_a_fixed_cache():
+    """Other devices cannot capture a graph, for which they would pay with whole buffers in every step."""
+    assert choose_step_decoder("cuda") is modeling_vlm.StaticStepDecoder
+    assert {choose_step_decoder(device) for device in ("cpu", "mps", "xpu")} == {modeling_vlm.StepDecoder}
+
+
 def test_a_kept_cache_gives_the_tokens_of_a_new_one(monkeypatch):
     """The cache still holds answers to other prompts; a batch of another size, or a longer one, gets a new cache."""
     model, made = tiny.ours_like(tiny.hf_model("gemma")), []

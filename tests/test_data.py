@@ -1,6 +1,9 @@
 """Data sources: pure functions of (seed, epoch, index), checked rows, no answers in the input of an evaluation."""
 
+import codecs
+import hashlib
 import json
+import os
 import random
 import struct
 import time
@@ -14,11 +17,20 @@ import torch
 from PIL import Image
 from refusals import refused
 
+import haystack
 import rows
 from data import Haystacks, Subset, batch_order, hold_out, loader, make_data, text_lengths
 from errors import UserError
 from finetune_original import Config
-from haystack import ImagePool, add_noise, needle_prompt, read_captioned_images, read_pool, recolour_image
+from haystack import (
+    ImagePool,
+    add_noise,
+    captions_needed,
+    needle_prompt,
+    read_captioned_images,
+    read_pool,
+    recolour_image,
+)
 from processing_paligemma import PaliGemmaProcessor
 from rows import Row, read_hub, read_jsonl, read_vqav2
 
@@ -101,7 +113,7 @@ def test_distractors_surround_the_needle_each_in_one_cell():
     captions = POOL.captions
     for positive in (True, False):
         for key in range(30):
-            haystack = POOL.surround(f"k{key}", captions[7], captions[20:80], 4, 2, positive)
+            haystack = POOL.add_distractors(f"k{key}", captions[7], captions[20:80], 4, 2, positive)
             shown = [POOL.images[i].caption for cells in haystack.cells for row in cells for i in row]
             assert len(set(shown)) == 16 and (captions[7] in shown) == positive
             assert set(shown) <= {captions[7], *captions[20:36]}  # the nearest ones first
@@ -111,10 +123,10 @@ def test_distractors_surround_the_needle_each_in_one_cell():
                 assert haystack.targets == (haystack.cells[m][row][column],)
             else:
                 assert haystack.answer == "-1"
-    places = {POOL.surround(f"k{key}", captions[7], captions[20:80], 4, 2, True).needles for key in range(300)}
+    places = {POOL.add_distractors(f"k{key}", captions[7], captions[20:80], 4, 2, True).needles for key in range(300)}
     assert len(places) == 16
     with pytest.raises(UserError, match="16 cells, but 11 captions"):
-        POOL.surround("k", captions[7], captions[20:30], 4, 2, True)
+        POOL.add_distractors("k", captions[7], captions[20:30], 4, 2, True)
 
 
 def test_noise_has_its_standard_deviation_and_follows_from_its_key():
@@ -175,6 +187,40 @@ def test_haystacks_of_one_s_own_images(tmp_path):
         make_data(Config(data=f"haystack:{tmp_path / '0.txt'}"))
 
 
+def test_images_of_ones_own_are_compared_by_name_caption_and_contents_and_not_by_time(tmp_path, monkeypatch):
+    def fingerprints() -> list[str]:
+        return ImagePool(read_captioned_images(tmp_path)).fingerprints
+
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 20), "red").save(tmp_path / f"{name}.bmp")
+        (tmp_path / f"{name}.txt").write_text("a thing")
+    first = fingerprints()
+    assert len(set(first)) == 2  # equal but for their names
+    for limit in (20_000, 1):
+        monkeypatch.setattr(haystack, "HASHED_IMAGES", limit)
+        before = fingerprints()
+        os.utime(tmp_path / "a.bmp", (1, 1))
+        assert fingerprints() == before
+        Image.new("RGB", (30, 20), ("green", "blue")[limit == 1]).save(tmp_path / "a.bmp")  # of the same size
+        assert (fingerprints()[0] != before[0]) == (limit > 1) and fingerprints()[1] == before[1]
+    (tmp_path / "a.txt").write_text("another thing")
+    assert fingerprints()[0] != before[0]
+
+
+def test_fingerprints_of_the_included_pool_are_those_of_earlier_runs():
+    images = [hashlib.sha256(image.data).digest() + image.caption.encode() for image in POOL.images]
+    assert POOL.fingerprints == [image.hex() for image in images]
+
+
+def test_grey_of_16_bits_keeps_its_levels_in_a_haystack(tmp_path):
+    """PIL's own conversion clips it to white."""
+    Image.fromarray(np.linspace(0, 65_535, 64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a ramp")
+    (image,) = read_captioned_images(tmp_path)
+    levels = np.asarray(image.open())[..., 0].flatten()
+    assert image.open().mode == "RGB" and abs(levels - np.linspace(0, 255, 64)).max() <= 1
+
+
 def test_test_sets_show_trained_styles_an_unseen_style_and_unseen_concepts_apart():
     train, sets = make_data(Config())
     styles = {p.style for p in train.pool.images}
@@ -215,6 +261,25 @@ def test_jsonl_rows_are_read(tmp_path):
     example = found.get(0, 1)
     assert (example.prefix, example.suffix, len(example.images)) == ("answer en same?", "yes", 2)
     assert example.id.endswith("rows.jsonl:2")
+
+
+def test_null_in_an_optional_field_and_a_byte_order_mark_are_read(tmp_path):
+    """As `datasets` and Windows write them."""
+    parts = [{"type": "image", "text": None, "image": "a.png"}, {"type": "text", "text": "What?", "image": None}]
+    rows = [
+        {"image": "a.png", "prefix": "a", "suffix": "b", "answers": None},
+        chat(("user", parts), ("assistant", "red"), images=None, answers=None),
+        chat(("user", "Hi"), ("assistant", "Hello"), images=None),
+    ]
+    path = write_rows(tmp_path, rows)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    read = read_jsonl(path)
+    assert [read.text(i) for i in range(3)] == [("a", "b", 1), ("What?", "red", 1), ("Hi", "Hello", 0)]
+    assert [read.answers(i) for i in range(2)] == [("b",), ("red",)]
+    (tmp_path / "a.txt").write_text("\ufeffa red square", encoding="utf-8")
+    assert [image.caption for image in read_captioned_images(tmp_path)] == ["a red square"]
+    (tmp_path / "captions.jsonl").write_text('\ufeff{"image": "a.png", "caption": "red"}', encoding="utf-8")
+    assert [image.caption for image in read_captioned_images(tmp_path / "captions.jsonl")] == ["red"]
 
 
 @pytest.mark.parametrize(
@@ -450,6 +515,31 @@ def test_a_parquet_copy_holds_out_images_too(tmp_path, monkeypatch):
     assert train.fingerprint() == make_data(Config(data=f"hub:{tmp_path / 'set'}", seed=1))[0].fingerprint()
 
 
+def test_a_split_of_a_parquet_copy_without_image_ids_holds_out_rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = parquet(tmp_path / "set")
+    read_hub(str(folder), "train").rows.remove_columns("image_id").to_parquet(folder / "validation.parquet")
+    (folder / "train.parquet").unlink()
+    train, sets = make_data(Config(data=f"hub:{folder}@validation"))
+    held = sets["held out"]
+    assert (len(train), len(held)) == (18, 2) and not set(train.indices) & set(held.indices)
+    (shuffled,) = make_data(Config(data=f"hub:{folder}@validation", eval_data=f"hub:{folder}"))[1].values()
+    assert sorted(shuffled.indices) == list(range(20))
+    with pytest.raises(UserError, match="split 'train'"):
+        make_data(Config(data=f"hub:{folder}"))
+    with pytest.raises(UserError, match="no image_id"):
+        hold_out(read_hub(str(folder), "validation"), Config())
+
+
+def test_texts_of_a_parquet_copy_are_selected_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = read_hub(str(parquet(tmp_path / "set", images=2, answers=[["a"]] * 4)), "train")
+    calls, real = [], found.rows.select_columns
+    monkeypatch.setattr(type(found.rows), "select_columns", lambda rows, names: calls.append(names) or real(names))
+    assert [found.answers(i) + found.text(i)[1:] for i in range(4)] == [("a", "red", 1)] * 4
+    assert calls == [["answers"], ["question", "multiple_choice_answer"]]
+
+
 def test_a_dataset_that_brings_code_is_refused_and_not_run(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -581,10 +671,29 @@ def test_too_few_captions_of_ones_own_are_counted_and_the_number_needed_is_given
     for i in range(16):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"thing {i}")
-    with pytest.raises(UserError, match=r"16 captions, of which \d+ are kept .* need 17 .* give about 85 captions"):
+    with pytest.raises(UserError, match=r"16 captions, of which \d+ are kept .* need 17 .* give about 118 captions"):
         make_data(Config(data=f"haystack:{tmp_path}"))
-    with pytest.raises(UserError, match=r"2 x 2 cells .* need 5 in training and 5 in testing: give about 25 captions"):
+    with pytest.raises(UserError, match=r"2 x 2 cells .* need 5 in training and 5 in testing: give about 44 captions"):
         make_data(Config(data=f"haystack:{tmp_path}", grids=(2,)))
+
+
+@pytest.mark.parametrize("test", [5, 17])
+def test_the_number_of_captions_needed_is_enough_for_95_percent_of_sets(test):
+    rng = np.random.default_rng(0)
+    of_sets = rng.binomial(captions_needed(test), 51 / 256, 100_000)
+    assert 0.95 <= (of_sets >= test).mean() < 0.965
+
+
+def test_rows_of_eval_data_are_a_fixed_sample_of_a_sorted_file(tmp_path):
+    rows = [{"image": "a.png", "prefix": "a", "suffix": "yes" if n < 100 else "no"} for n in range(200)]
+    path = write_rows(tmp_path, rows)
+    train = tmp_path / "train.jsonl"
+    train.write_text(json.dumps(rows[0]))
+    config = Config(data=str(train), eval_data=str(path), eval_samples=50)
+    (held,) = make_data(config)[1].values()
+    assert 15 < [held.text(i)[1] for i in range(50)].count("yes") < 35
+    (other,) = make_data(replace(config, seed=1, eval_samples=20))[1].values()
+    assert other.indices == held.indices[:20]
 
 
 def test_evaluation_data_beside_haystacks_is_refused():

@@ -147,7 +147,7 @@ def test_several_images_and_needles(tiny_model, folder, capsys):
     out = evaluate(f"--model={tiny_model}", *flags, "--attention=2", "--output_dir=out", capsys=capsys)
     result = read_json(folder / "out" / "attention.json")
     assert set(result) == {"1x2x2", "3x2x2"} and result["3x2x2"]["even"] == 1 / 12 and result["3x2x2"]["n"] == 2
-    assert "several images per prompt: the base models saw one" in out and "individual exact" in out
+    assert "several images per prompt: PaliGemma" in out and "individual exact" in out
     scores = read_json(folder / "out" / "scores.json")["scores"]
     assert list(scores) == ["1x2x2", "1x2x2 K=2", "3x2x2", "3x2x2 K=2"]
     assert (
@@ -176,7 +176,7 @@ def test_models_side_by_side_and_compared(tiny_model, folder, capsys):
     own = [(place / "plots" / "accuracy.png").read_bytes() for place in places]
     assert own[0] != own[1] != figure.read_bytes() and Image.open(figure).size[0] > 300
     result = evaluate("--compare", *places, capsys=capsys)
-    written = places[1] / f"comparison-{slug(str(places[0]))}.json"
+    written = Path("runs/comparisons") / f"{slug(str(places[1]))}-against-{slug(str(places[0]))}.json"
     assert f"written: {written}" in result
     found = read_json(written)["by pair"][0]["1x2x2 positive"]
     assert found["second"]["right"] >= 8 > found["first"]["right"], "the included model finds, a random one does not"
@@ -208,7 +208,7 @@ def test_arms_are_compared_over_seeds(folder, capsys):
         seeded_run(folder, "original", seed, a)
         seeded_run(folder, "diff", seed, b)
     out = evaluate("--compare", "original_seed*", "diff_seed*", capsys=capsys)
-    result = read_json(folder / "diff_seed2/eval/mmneedle-finetuned-haystack/comparison-original_seed-.json")
+    result = read_json("runs/comparisons/diff_seed-against-original_seed-.json")
     over = result["over seeds"]["1x2x2 positive"]
     assert [Path(a).parts[0] for a, _ in result["pairs"]] == ["original_seed0", "original_seed1", "original_seed2"]
     assert over["first"]["mean"] == pytest.approx(0.5) and over["difference"]["mean"] == pytest.approx(7 / 60)
@@ -220,6 +220,29 @@ def test_arms_are_compared_over_seeds(folder, capsys):
     assert "seeds [0, 1, 2] and [0, 1, 7] cannot be paired" in refused(
         capsys, "--compare", "original_seed*", "diff_seed*"
     )
+
+
+def test_runs_with_more_evaluations_are_compared_by_the_one_that_both_have(folder, capsys):
+    for arm in ("original", "diff"):
+        seeded_run(folder, arm, 0, 10)
+    own = folder / "diff_seed0" / "eval"
+    shutil.copytree(own / "mmneedle-finetuned-haystack", own / "knockout-mmneedle-finetuned-haystack")
+    out = evaluate("--compare", "original_seed0", "diff_seed0", capsys=capsys)
+    assert "diff_seed0/eval/mmneedle-finetuned-haystack against" in out
+    for arm in ("original", "diff"):
+        shutil.copytree(
+            folder / f"{arm}_seed0/eval/mmneedle-finetuned-haystack", folder / f"{arm}_seed0/eval/mmneedle-official"
+        )
+    assert "give the one folder of answers" in refused(capsys, "--compare", "original_seed0", "diff_seed0")
+
+
+def test_a_folder_without_any_valid_response_is_scored(tiny_model, folder):
+    evaluate(f"--model={tiny_model}", "--samples=4", "--grids=2", "--output_dir=a")
+    rows = [json.loads(line) for line in (folder / "a" / "answers.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(row | {"response": None}) + "\n" for row in rows)
+    (folder / "a" / "answers.jsonl").write_text(text)
+    evaluate("--score", "a", "--skip_none=True")
+    assert read_json("a/scores.json")["skip_none"] is True
 
 
 def test_seeds_in_different_settings_are_refused(folder, capsys):
@@ -484,6 +507,8 @@ def test_knockout_answers_as_the_model_without_its_second_map(folder, capsys):
     answers = {f: [row["response"] for row in rows_of(f)] for f in (folder / "standard", trained, knocked)}
     assert answers[knocked] == answers[folder / "standard"] != answers[trained]
     assert "has standard attention" in refused(capsys, f"--model={nano}", *flags, "--knockout=True")
+    out = evaluate("--score", trained, knocked, capsys=capsys)
+    assert re.search(r"1x2x2 +split +split-lambda-0 +uniform", out)
 
 
 def test_faults_are_one_line(tiny_model, folder, capsys):

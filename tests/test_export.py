@@ -4,12 +4,14 @@ import json
 import shutil
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import huggingface_hub
 import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
 from refusals import refused
 from safetensors.torch import load_file
 
@@ -22,7 +24,7 @@ from data import loader, make_data
 from differential_attention import DifferentialConfig, differential_parameters
 from files import read_json, write_json, write_manifest
 from finetune_original import Config, finetune
-from model_card import adapter_card, hide_folders
+from model_card import adapter_card, hide_folders, known_license, merged_card
 from modeling_gemma import PaliGemmaForConditionalGeneration
 from models import classes_of
 from processing_paligemma import PaliGemmaProcessor
@@ -169,6 +171,7 @@ def test_the_card_of_an_adapter(runs, arm):
     folder = runs / arm / "final/adapter"
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.to_dict()["library_name"] == "peft" and card.data.base_model is None  # a folder is not a hub id
+    assert "lora" in card.data.tags
     assert ("load_differential" in card.text) == (arm == "diff")
     assert ("AutoPeftModel" in card.text) == (arm == "original")
     assert "[More Information Needed]" not in card.text
@@ -307,6 +310,7 @@ def test_the_card_says_what_it_is(runs, tmp_path, monkeypatch, arm):
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.license == "mit" and card.data.pipeline_tag == "image-text-to-text"
     assert ("differential-attention" in card.data.tags) == (arm == "diff")
+    assert "lora" not in card.data.tags  # it is merged
     log = [json.loads(line) for line in (runs / arm / "metrics.jsonl").read_text().splitlines()]
     found = {result.dataset_config: result.metric_value for result in card.data.eval_results}
     expected = [line["eval"] for line in log if "eval" in line][-1]
@@ -316,23 +320,33 @@ def test_the_card_says_what_it_is(runs, tmp_path, monkeypatch, arm):
 
 
 def test_the_base_model_s_name_and_licence_are_metadata():
-    config = export.Config(model="", output="out")
     record = {"arm": "original", "base_model": "google/paligemma-3b-pt-224", "base_revision": "a" * 40}
-    record |= {"config": {"data": "hub:org/set"}, "step": 1}
+    record |= {"config": {"data": "hub:org/set"}, "step": 1, "base_weights": None}
     for family, library, task in (
         ("paligemma", "transformers", "image-text-to-text"),
         ("phi3_v", None, "image-text-to-text"),  # transformers has no class for it
         ("phi3", "transformers", "text-generation"),
     ):
-        card = export.write_card(config, record, {}, None, model_type=family)
+        card = merged_card(record, {}, None, family, "Model", "out")
         data = huggingface_hub.ModelCard(card).data
         assert (data.library_name, data.pipeline_tag) == (library, task)
         assert "95 % Wilson interval" not in card  # no scores, no table
-    text = export.write_card(config, record, {}, None)
+    text = merged_card(record, {}, None, "paligemma", "PaliGemmaForConditionalGeneration", "out")
     data = huggingface_hub.ModelCard(text).data
     assert (data.base_model, data.license, data.datasets) == ("google/paligemma-3b-pt-224", "gemma", ["org/set"])
     assert "google/paligemma-3b-pt-224@" + "a" * 40 in text
-    assert export.known_license("assets/paligemma-nano") == "apache-2.0" and export.known_license("/x") is None
+    assert known_license("assets/paligemma-nano") == "apache-2.0" and known_license("/x") is None
+
+
+def test_a_base_model_in_the_repository_is_no_hub_id():
+    """run.json stores it as assets/paligemma-nano, which has the form of an id."""
+    config = {"data": "haystack", "batch_size": 1, "accumulation": 1}
+    record = {"arm": "original", "base_model": "assets/paligemma-nano", "base_weights": "0" * 16, "config": config}
+    for card in (
+        adapter_card(record, {}, None, "paligemma"),
+        merged_card(record, {}, None, "paligemma", "PaliGemmaForConditionalGeneration", "out"),
+    ):
+        assert huggingface_hub.ModelCard(card).data.base_model is None and "`assets/paligemma-nano`" in card
 
 
 def test_bfloat16_halves_the_folder(runs, batch, tmp_path, monkeypatch):
@@ -350,7 +364,7 @@ class Hub:
     """A stand-in for HfApi that records its calls."""
 
     asked: list = []
-    fault = None
+    fault = upload_fault = None
 
     def create_repo(self, name, **kwargs):
         if self.fault:
@@ -358,6 +372,8 @@ class Hub:
         self.asked.append((name, kwargs))
 
     def upload_folder(self, repo_id, folder_path, commit_message):
+        if self.upload_fault:
+            raise self.upload_fault
         self.asked.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
 
 
@@ -367,7 +383,7 @@ def test_push_to_hub(runs, tmp_path, monkeypatch, capsys):
     arguments = [f"--model={runs / 'diff'}", f"--output={tmp_path / 'out'}", "--push_to_hub=me/mine"]
     monkeypatch.setattr(Hub, "fault", OSError("no\ntoken"))
     assert run(monkeypatch, *arguments) == 2
-    assert "--push_to_hub=me/mine: no token: run `hf auth login`" in capsys.readouterr().err
+    assert "--push_to_hub=me/mine: no token: check the name and try again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()  # refused before the work
     monkeypatch.setattr(Hub, "fault", None)
     assert run(monkeypatch, *arguments) == 0
@@ -375,6 +391,24 @@ def test_push_to_hub(runs, tmp_path, monkeypatch, capsys):
     assert created == uploaded == "me/mine" and kwargs == {"private": True, "exist_ok": True}
     weights = {"differential.safetensors", "differential_model.safetensors"}
     assert {"README.md", "config.json", "tokenizer.json"} | weights <= set(files)
+
+
+@pytest.mark.parametrize("status", [None, 401, 403, 500])
+def test_a_failed_upload_leaves_the_folder_and_says_how_to_upload_it(runs, tmp_path, monkeypatch, capsys, status):
+    """A timeout has no status, and only a refused token needs a login."""
+    fault = HTTPError("timed out")
+    if status is not None:
+        fault.response = SimpleNamespace(status_code=status)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(Hub, "upload_fault", fault)
+    output = tmp_path / "out"
+    assert run(monkeypatch, f"--model={runs / 'original'}", f"--output={output}", "--push_to_hub=me/mine") == 2
+    error = capsys.readouterr().err
+    assert f"upload {output}, which is complete, with `hf upload me/mine {output}`" in error
+    assert error.startswith("error: --push_to_hub=me/mine: timed out") and len(error.splitlines()) == 1
+    assert ("hf auth login" in error) == (status in (401, 403))
+    PaliGemmaForConditionalGeneration.from_pretrained(output)
 
 
 def test_what_a_user_gets_wrong(runs, tiny_model, tmp_path, monkeypatch, capsys):

@@ -75,6 +75,17 @@ def test_lambda_warms_up_over_its_share_of_training(config):
     )
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_modules_are_listed_once_and_have_the_progress_of_training_only_where_lambda_follows_it(
+    config, monkeypatch, warmup
+):
+    lists, real = [], training.differential_modules
+    monkeypatch.setattr(training, "differential_modules", lambda model: lists.append(real(model)) or lists[-1])
+    train(replace(config, differential=replace(config.differential.resolve(), lambda_warmup=warmup)))
+    (modules,) = lists
+    assert [module.progress.item() for module in modules.values()] == [1.0 if warmup else 0.0] * 2
+
+
 def test_dex_selects_half_of_the_heads_and_a_run_that_goes_on_keeps_them(config, tmp_path):
     config = replace(config, differential=DifferentialConfig("dex"), max_steps=1)
     train(config)

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from refusals import refused
 from tyro._docstrings import get_field_docstring
 
 import demo
+import errors
 import eval_mmnih
 import export
 import finetune_diff
@@ -134,6 +137,29 @@ def test_haystacks_need_a_size_of_grid():
         parse(finetune_original.Config, "--grids")
 
 
+def test_shapes_beside_grids_and_evaluation_on_training_rows_are_refused(tmp_path):
+    with refused("--shapes --grids", "use one of the two"):
+        parse(finetune_original.Config, "--shapes", "1", "2", "--grids", "4")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    rows = f"{tmp_path}/rows.jsonl"
+    for data, eval_data in ((rows, rows), (rows, f"{tmp_path}/link.jsonl"), ("hub:a/b@val", "hub:a/b@val")):
+        with refused(f"--eval_data={eval_data}: would evaluate on training rows"):
+            parse(finetune_original.Config, f"--data={data}", f"--eval_data={eval_data}")
+    for flags in (("vqav2:x", "vqav2:x"), ("hub:a/b", "hub:a/b"), (rows, f"{tmp_path}/other.jsonl")):
+        parse(finetune_original.Config, f"--data={flags[0]}", f"--eval_data={flags[1]}")
+    parse(finetune_original.Config, f"--data={rows}", f"--eval_data={rows}", "--eval_only=True")  # nothing trains
+
+
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = ["--data=vqav2:~/vqa", "--eval_data=~/rows.jsonl", "--vision_cache_dir=~/cache", "--output_dir=~/run"]
+    config = parse(finetune_original.Config, *flags)
+    assert (config.data, config.eval_data) == ("vqav2:/home/me/vqa", "/home/me/rows.jsonl")
+    assert (config.vision_cache_dir, config.output_dir) == ("/home/me/cache", "/home/me/run")
+    assert parse(finetune_original.Config, "--data=haystack:~/cats").data == "haystack:/home/me/cats"
+    assert parse(finetune_original.Config).output_dir == ""
+
+
 def test_help_names_every_preset_and_no_section_of_the_source(capsys, monkeypatch):
     from differential_attention import PRESETS
 
@@ -151,7 +177,21 @@ def test_the_seed_of_differential_attention_is_that_of_the_run(capsys, monkeypat
     monkeypatch.setattr("sys.argv", ["finetune_diff.py", "--differential.seed=3"])
     with pytest.raises(SystemExit) as end:
         finetune_diff.main()
-    assert end.value.code == 2 and "--differential.seed: is that of --seed" in capsys.readouterr().err
+    assert end.value.code == 2 and "--differential.seed: is set by --seed" in capsys.readouterr().err
+
+
+def test_an_error_does_not_wait_for_a_job_that_has_ended_or_was_started_wrongly(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        unused = str(closed.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for size, port in (("2", unused), ("2", "x"), ("2", "99999"), ("x", "1")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("MASTER_PORT", port)
+        began = time.monotonic()
+        assert errors.failed_before() == 0
+        assert time.monotonic() - began < 6
+    assert errors.world_size() == 1
 
 
 def test_a_reader_of_the_output_that_leaves_early_ends_a_script_without_a_traceback(tmp_path):

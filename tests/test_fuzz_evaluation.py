@@ -123,7 +123,7 @@ def uses() -> dict[str, list]:
         place = Path(f"{name}-first")
         scoring = [
             lambda place=place: report([place], False, Path("comparisons")),
-            lambda name=name: compare(f"{name}-first", f"{name}-second"),
+            lambda name=name: compare(f"{name}-first", f"{name}-second", Path("comparisons")),
         ]
         resuming = [lambda name=name, place=place: read_answers(place / "answers.jsonl", load(name))]
         reading[f"{place}/answers.jsonl"] = scoring + resuming

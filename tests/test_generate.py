@@ -4,10 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from refusals import refused
 
 import generate
+from modeling_gemma import PaliGemmaForConditionalGeneration
 
 BOX = "<loc0256><loc0256><loc0768><loc0768> "
 
@@ -78,6 +80,20 @@ def test_sampling_depends_on_its_flags(tiny_model, tmp_path, monkeypatch, capsys
     hot = answer("--temperature=5", "--seed=1")
     assert hot == answer("--temperature=5", "--seed=1") != answer("--temperature=5", "--seed=2")
     assert answer() == answer("--temperature=5", "--seed=1", "--top_p=0.000001") != hot  # only the likeliest token
+
+
+@pytest.mark.parametrize("step", ["from_pretrained", "generate"])
+def test_a_full_gpu_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, step):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(PaliGemmaForConditionalGeneration, step, full)
+    monkeypatch.setattr(sys, "argv", ["generate.py", f"--model={tiny_model}", f"--image={tmp_path / 'a.png'}"])
+    with pytest.raises(SystemExit) as end:
+        generate.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "out of memory: give fewer or smaller images" in error and error.count("\n") == 1
 
 
 def test_boxes_on_several_images_are_refused(tiny_model, tmp_path, monkeypatch, capsys):

@@ -91,7 +91,8 @@ def test_a_run_is_scored_logged_and_ranked_by_the_metric(tiny_model, tmp_path, m
     row = {"image": "fruit.png", "prefix": "answer en which?", "suffix": "red apple"}
     data = tmp_path / "rows" / "answers.jsonl"
     data.write_text(json.dumps(row | {"answers": ["red apple"] * 6 + [{"answer": "apple"}] * 4}) + "\n")
-    config = tiny.quick(Config, tiny_model, tmp_path, max_steps=4, eval_every=2, data=str(data), eval_data=str(data))
+    config = tiny.quick(Config, tiny_model, tmp_path, max_steps=4, eval_every=2)
+    config = replace(config, data=str(SAMPLE / "rows.jsonl"), eval_data=str(data), batch_size=2)
     responses = iter(["pear", "an apple", "Pear", "pear"])
 
     def answer(answerer, questions, **_):
@@ -113,9 +114,9 @@ def test_rows_that_a_metric_cannot_score_are_named(tiny_model, tmp_path):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed")
     config = tiny.quick(Config, tiny_model, tmp_path, data=str(SAMPLE / "rows.jsonl"), eval_only=True)
     config = replace(config, eval_data=config.data)
-    with refused("rows.jsonl:1", "10 annotators"):
+    with refused("rows.jsonl:", "10 annotators"):
         finetune(replace(config, metric="vqa"), "original")
-    with refused("rows.jsonl:1", "needs boxes"):
+    with refused("rows.jsonl:", "needs boxes"):
         finetune(replace(config, metric="map"), "original")
 
 

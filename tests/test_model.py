@@ -279,6 +279,14 @@ def test_parameter_counts_of_the_released_models(text, image_size, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [{"image_token_index": None, "image_token_id": 7}, {"image_token_index": 7}, {"image_token_id": 7}],
+)
+def test_the_first_image_token_that_is_not_null_counts(ids):
+    assert PaliGemmaConfig.from_dict({"model_type": "paligemma"} | ids).image_token_id == 7
+
+
 def test_a_config_tolerates_unknown_keys_and_refuses_unknown_models():
     config = PaliGemmaConfig.from_dict({"model_type": "paligemma", "novelty": 1, "text_config": {"novelty": 2}})
     assert config.text_config == GemmaConfig() and config.vision_config == SiglipVisionConfig()

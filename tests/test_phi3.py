@@ -15,6 +15,7 @@ from checkpoint import hub_key, rename_key
 from differential_attention import PRESETS, DifferentialConfig, add_differential
 from modeling_phi3 import Phi3Config, Phi3TextConfig, rotary_tables
 from models import classes_of
+from processing_phi3v import IMAGE_TOKEN_ID
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -105,6 +106,15 @@ def test_only_rows_that_cross_the_border_are_decoded_on_a_growing_cache(monkeypa
     assert torch.equal(ours.generate(**batch, max_new_tokens=new), grown) and used == []
     longer = ours.generate(**batch, max_new_tokens=new + 1)
     assert torch.equal(longer[:, :-1], grown) and len(used) == new
+
+
+def test_the_image_token_of_phi_is_a_word_in_another_decoder():
+    """A decoder alone has no image token: 32044 of a larger vocabulary is text."""
+    hf, ours = pair("default rotary", vocab_size=32050)
+    assert ours.config.image_token_id is None
+    ids = torch.tensor([[5, IMAGE_TOKEN_ID, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, hf(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_a_decoder_alone_has_no_patches():

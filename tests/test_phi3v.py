@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 
 from checkpoint import SINGLE, hub_key, rename_key
 from differential_attention import PRESETS, DifferentialConfig, add_differential
+from files import read_json, write_json
 from modeling_clip import ClipVisionConfig, ClipVisionModel
 from modeling_phi3 import Phi3Config, Phi3TextConfig, Phi3VForCausalLM
 from models import classes_of
@@ -248,6 +250,36 @@ def test_a_nul_character_in_a_prompt_is_text_like_another(words):
         processor.encode("a\0b<|image_1|>c", None, [4])
 
 
+def test_a_text_is_tokenised_once(words):
+    processor, seen = processor_of(words), []
+    processor.tokenizer = SimpleNamespace(
+        encode=lambda text, **options: seen.append(text) or words.encode(text, **options)
+    )
+    processor.encode("where is <|image_1|> this?", "No", [4])
+    assert seen == ["<|user|>\nwhere is ", " this?<|end|>\n<|assistant|>\n", "No"]
+
+
+OTHER_LAYOUTS = {  # of models with model_type phi3: fields that differ from Phi-3's, and the parts of the message
+    "the tokens are no tokens": (dict(chat_start="<|im_start|>user\n"), ("<|im_start|> of chat_start", "config.json")),
+    "a turn's end that is text": (
+        dict(chat_end="<|im_end|>\n<|assistant|>"),
+        ("<|im_end|> of chat_end", "config.json"),
+    ),
+    "no answer ends with it": (dict(stop_ids=(2,)), ("<|end|> of chat_end", "eos_token_id gives 2")),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_LAYOUTS)
+def test_a_model_with_another_chat_layout_is_refused(words, case):
+    changes, parts = OTHER_LAYOUTS[case]
+    with refused(*parts):
+        processor_of(words, **changes)
+
+
+def test_the_chat_layout_of_the_included_model_is_accepted():
+    assert Phi3VProcessor.from_pretrained("assets/phi-nano").chat_end.startswith("<|end|>")
+
+
 LLAMA = os.environ.get("PHI3_TOKENIZER")  # a tokenizer.json of Phi-3-vision
 
 
@@ -349,6 +381,31 @@ def test_a_released_config_is_read(tmp_path):
     released["img_processor"]["model_name"] = "openai/clip-vit-base-patch32"
     with refused("clip-vit-base-patch32"):
         Phi3Config.from_dict(released)
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_processor_and_model_read_a_nested_text_config(tmp_path, vision):
+    folder = tiny_phi.folder(tmp_path, vision=vision)
+    data = read_json(folder / "config.json")
+    nested = {name: data.pop(name) for name in ("vocab_size", "eos_token_id", "pad_token_id")}
+    write_json(folder / "config.json", data | {"text_config": nested})
+    config, processor = Phi3Config.from_pretrained(folder), classes_of(folder)[1].from_pretrained(folder)
+    assert processor.stop_ids == config.stop_ids == tuple(nested["eos_token_id"])
+    assert processor.pad_token_id == config.pad_token_id == nested["pad_token_id"]
+    assert processor.image_token_id == config.image_token_id and (config.image_token_id is None) == (not vision)
+    write_json(folder / "config.json", data | {"text_config": [1]})
+    with refused(folder / "config.json", "text_config"):
+        classes_of(folder)[1].from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 60), (9, 9), (64, 16)])
+def test_the_grid_of_patches_has_all_of_them(tmp_path, size):
+    folder = tiny_phi.folder(tmp_path)
+    model, processor = Phi3VForCausalLM.from_pretrained(folder), Phi3VProcessor.from_pretrained(folder)
+    batch = processor([golden_image(*size)], ["where is this?"])
+    rows, columns = processor.patch_grid(size)
+    assert model.model.patch_tokens(batch["input_ids"], batch["image_sizes"]).sum() == rows * columns
+    assert (rows * columns > 4) and (rows > columns) == (size[1] > size[0])
 
 
 def test_images_of_unlike_grids_in_one_batch_equal_each_alone(tmp_path):

@@ -196,10 +196,9 @@ def test_answers_to_other_data_are_drawn_with_their_images(config, tmp_path):
     images = [row["image"] for row in rows[:2] if isinstance(row["image"], str)]
     pair = {"image": images, "prefix": "caption en", "suffix": "two"}
     (tmp_path / "rows" / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for _ in range(4)))
-    data = str(tmp_path / "rows" / "pairs.jsonl")
-    finetune(
-        replace(config, data=data, eval_data=data, output_dir=str(tmp_path / "pairs")), "diff", config.differential
-    )
+    data, pairs = (str(tmp_path / "rows" / f"{name}.jsonl") for name in ("rows", "pairs"))
+    config = replace(config, data=data, eval_data=pairs, output_dir=str(tmp_path / "pairs"))
+    finetune(config, "diff", config.differential)
     with Image.open(tmp_path / "pairs" / "samples" / "0-0.png") as joined:
         sizes = [Image.open(tmp_path / "rows" / image).size for image in images]
         assert joined.width == sum(min(w, plots_side(w, h)) for w, h in sizes)

@@ -439,6 +439,11 @@ def test_decode_keeps_answers_and_drops_the_frame(tiny):
     assert tiny.decode([]) == ""
 
 
+def test_rows_are_decoded_after_one_copy_from_the_device(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "decode", lambda row, skip_special_tokens: row)
+    assert tiny.batch_decode(torch.tensor([[5, 6], [7, 8]])) == [[5, 6], [7, 8]]  # lists, not tensors
+
+
 def test_unseen_characters_become_bytes(tiny):
     assert text_ids(tiny, "é") == [tiny.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "é".encode()]
     assert UNK not in tiny.encode("你好 🐈 \x00", "\u200b")[0]

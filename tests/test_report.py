@@ -172,16 +172,16 @@ def test_more_questions_do_not_narrow_the_interval_over_seeds():
     """Only the means of the seeds count: the pooled interval does not depend on the intervals over questions."""
     means = [1.0, 4.0, 2.0]
     wide, narrow = (
-        Contrast("a", "b", [0, 1, 2], {"": [Difference("", m, m - width, m + width) for m in means]})
+        Contrast("b", "a", [0, 1, 2], {"": [Difference("", m, m - width, m + width) for m in means]})
         for width in (30, 0.1)
     )
     assert wide.pooled("") == narrow.pooled("")
-    assert Contrast("a", "b", [0, 1], {"": [Difference("", m, m, m) for m in (1.0, 2.0)]}).pooled("").low is None
+    assert Contrast("b", "a", [0, 1], {"": [Difference("", m, m, m) for m in (1.0, 2.0)]}).pooled("").low is None
 
 
 def test_equal_differences_leave_no_interval(folder):
     """With few questions every seed often has the same difference; a t test would treat it as certain."""
-    equal = Contrast("a", "b", [0, 1, 2], {"": [Difference("", 2.5, 0.0, 5.0)] * 3})
+    equal = Contrast("b", "a", [0, 1, 2], {"": [Difference("", 2.5, 0.0, 5.0)] * 3})
     assert equal.test("") is None and equal.pooled("") == ("all seeds", 2.5, None, None)
     runs = [add_seed(f"runs/{arm}_seed0", seed, right) for arm, right in RIGHT.items() for seed in range(3)]
     arms = read_arms(runs)
@@ -344,7 +344,7 @@ def test_several_arms_are_adjusted_by_holm():
     found = contrasts(measured)
     raw = [contrast.test("")["p"] for contrast in found]
     assert [contrast.holm_p for contrast in found] == [pytest.approx(2 * min(raw)), pytest.approx(max(raw))]
-    assert [contrast.b for contrast in found] == ["b", "c"] and {contrast.a for contrast in found} == {"a"}
+    assert [contrast.arm for contrast in found] == ["b", "c"] and {contrast.baseline for contrast in found} == {"a"}
 
 
 def test_the_table_of_one_headline_group_shows_the_p_value_of_the_answer():

@@ -1,6 +1,7 @@
 """The run folder: what it holds, which flags may change on resume, and how damage is handled."""
 
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 from refusals import refused
 from runs import ROOT, crash, flags_of, interrupt, logged, saved_lora, start, wait_for, without_speed
 from safetensors.torch import load_file, save_file
@@ -143,16 +145,36 @@ def test_a_run_that_saved_no_weights_starts_again_with_other_flags(config, monke
 
 def test_data_that_changed_within_a_run_is_refused(config, tmp_path):
     shutil.copytree(ROOT / "assets" / "sample", tmp_path / "rows")
-    config = replace(config, data=str(tmp_path / "rows" / "rows.jsonl"), batch_size=2)
+    data, held = (tmp_path / "rows" / f"{name}.jsonl" for name in ("rows", "held"))
+    shutil.copy(data, held)
+    config = replace(config, data=str(data), eval_data=str(held), batch_size=2)
     interrupt(config, 3)
-    text = (tmp_path / "rows" / "rows.jsonl").read_text()
-    (tmp_path / "rows" / "rows.jsonl").write_text(text.replace("banana", "orange"))
+    text = data.read_text()
     before = logged(config)
-    with pytest.raises(UserError, match="rows.jsonl has changed since this run began"):
-        finetune(config, "original")
-    (tmp_path / "rows" / "rows.jsonl").write_text(text + "\n\n")
+    for file, name in ((data, "train"), (held, "held.jsonl")):
+        file.write_text(text.replace("banana", "orange"))
+        with refused(f"{file} has changed since this run began ({name}: ", "compared by prompts, answers and names"):
+            finetune(config, "original")
+        file.write_text(text)
+    data.write_text(text + "\n\n")
     finetune(config, "original")
     assert logged(config)[: len(before)] == before and len(logged(config)) == 6
+
+
+def test_images_of_ones_own_that_were_only_touched_do_not_stop_a_run(config, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(60):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.bmp")
+        (folder / f"{number}.txt").write_text(f"thing {number}")
+    config = replace(config, data=f"haystack:{folder}", grids=(2,), max_steps=2, lr=2e-3)
+    finetune(config, "original")
+    os.utime(folder / "0.bmp", (1, 1))
+    finetune(replace(config, max_steps=3), "original")
+    assert [step for step, _ in logged(config)] == [1, 2, 3]
+    Image.new("RGB", (8, 8), "white").save(folder / "0.bmp")
+    with refused("has changed since this run began", "compared by captions and images"):
+        finetune(replace(config, max_steps=4), "original")
 
 
 # ---- folders that are not runs
@@ -172,6 +194,22 @@ def test_overwrite_never_deletes_a_folder_that_is_no_run(config, tmp_path):
     with refused(tmp_path / "mine", "not a run"):
         finetune(replace(config, output_dir=str(tmp_path / "mine"), overwrite=True), "original")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_is_not_trained_on_in_its_own_folder(config, tmp_path, overwrite):
+    """Its adapter would be loaded, and then deleted with the folder."""
+    config = replace(config, max_steps=1)
+    finetune(config, "original")
+    (tmp_path / "link").symlink_to(config.output_dir)
+    before = snapshot(folder_of(config))
+    for model in (config.output_dir, f"{tmp_path}/link/best"):
+        with pytest.raises(UserError) as caught:
+            finetune(replace(config, model=model, overwrite=overwrite), "original")
+        line = f"--model={model} is inside --output_dir={config.output_dir}: give another --output_dir"
+        assert str(caught.value) == line
+    assert snapshot(folder_of(config)) == before
+    finetune(replace(config, model=config.output_dir, eval_only=True), "original")  # writes nothing
 
 
 def test_an_error_before_training_leaves_nothing(config):

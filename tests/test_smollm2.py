@@ -18,6 +18,7 @@ import smollm2  # noqa: E402
 from smollm2 import F32, Q4_1, Q8_0  # noqa: E402
 
 from errors import UserError  # noqa: E402
+from files import read_json  # noqa: E402
 from models import classes_of  # noqa: E402
 
 WIDTH, HEADS, KV_HEADS, LAYERS, MLP = 64, 4, 2, 2, 96
@@ -162,6 +163,43 @@ def test_other_files_are_refused(tmp_path):
         smollm2.read_gguf(tmp_path / "b.gguf")
     with refused("--gguf", "none.gguf"):
         smollm2.find_gguf(str(tmp_path / "none.gguf"))
+
+
+def test_a_truncated_file_is_refused(gguf, tmp_path):
+    whole, file = gguf.read_bytes(), tmp_path / "a.gguf"
+    for length in (0, 10, 40, 300, 1500, len(whole) // 2, len(whole) - 1000):
+        file.write_bytes(whole[:length])
+        with refused(file, "is truncated"):
+            smollm2.read_gguf(file)
+
+
+def test_a_conversion_is_whole_or_not_there(gguf, tmp_path, monkeypatch):
+    def stop(metadata):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "model"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(smollm2, "make_tokenizer", stop)
+        smollm2.convert(gguf, folder)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("all of it")
+    with refused(f"--folder={folder}", "not a converted model"):
+        smollm2.convert(gguf, folder)
+    assert (folder / "thesis.txt").read_text() == "all of it"
+
+
+def test_the_result_is_written_whole(gguf, tmp_path, monkeypatch, capsys):
+    for name in ("compare_logits", "measure_presets", "measure_needle"):
+        monkeypatch.setattr(smollm2, name, lambda *args: "measured")
+    arguments = ["smollm2.py", f"--gguf={gguf}", f"--folder={tmp_path / 'model'}"]
+    monkeypatch.setattr(sys, "argv", [*arguments, f"--output={tmp_path / 'result.json'}", "--windows=1"])
+    smollm2.main()
+    assert read_json(tmp_path / "result.json")["text_tokens"] == smollm2.WINDOW
+    monkeypatch.setattr(sys, "argv", [*arguments, f"--output={tmp_path}", "--windows=1"])
+    with pytest.raises(SystemExit):
+        smollm2.main()
+    assert f"{tmp_path}: is a folder" in capsys.readouterr().err
 
 
 def test_the_released_model_says_paris(tmp_path):

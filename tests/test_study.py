@@ -283,6 +283,23 @@ def test_every_section_of_the_plan_lists_its_runs_and_their_flags(name, tmp_path
         assert [config.seed for config in configs] == [job.seed for job in jobs]
 
 
+@pytest.mark.parametrize(
+    ("flag", "other"),
+    [
+        ("report", "--records=results/study-x"),
+        ("report", "--arms=split"),
+        ("status", "--seeds=1"),
+        ("calibrate", "--jobs=3"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flag, other, monkeypatch, capsys):
+    value = "runs/x" if flag == "calibrate" else "True"
+    monkeypatch.setattr(sys, "argv", ["study.py", f"--{flag}={value}", other])
+    with pytest.raises(SystemExit) as exit_:
+        study.main()
+    assert exit_.value.code == 2 and f"does not apply to --{flag}: leave it out" in capsys.readouterr().err
+
+
 def test_records_of_another_plan_are_refused(tiny_model, tmp_path):
     plan = section(tiny_model)
     job = study.Job("split", 1)

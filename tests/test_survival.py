@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ INTERRUPTIONS = {  # of one run, in this order
     "kill in a checkpoint": dict(at="checkpoint", count=1, action="SIGKILL"),
     "kill in an evaluation": dict(at="evaluation", count=13, action="SIGKILL"),
     "SIGTERM in a step": dict(at="step", count=2, action="SIGTERM"),
+    "SIGTERM to a run and its worker": dict(at="step", count=1, action="SIGTERM to all", change={"workers": 1}),
     "Ctrl-C in an evaluation": dict(at="evaluation", count=10, action="SIGINT"),
     "full disk in a checkpoint": dict(at="checkpoint", count=1, action="full"),
     "full disk in a log": dict(at="log", count=2, action="full"),
@@ -98,12 +100,20 @@ def test_every_start_continues_from_a_checkpoint(interrupted):
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "signal"), [("SIGTERM in a step", 143, "SIGTERM"), ("Ctrl-C in an evaluation", 130, "SIGINT")]
+    ("name", "status", "signal"),
+    [
+        ("SIGTERM in a step", 143, "SIGTERM"),
+        ("SIGTERM to a run and its worker", 143, "SIGTERM"),
+        ("Ctrl-C in an evaluation", 130, "SIGINT"),
+    ],
 )
 def test_a_signal_leaves_a_checkpoint_and_a_line_that_says_how_to_continue(interrupted, name, status, signal):
     found, output, _ = interrupted[1][name]
     assert found == status and "Traceback" not in output
     assert f"stopped by {signal}" in output and "run the same command again to continue" in output
+    step = int(re.search(r"after step (\d+)", output)[1])
+    following = list(interrupted[1].values())[list(INTERRUPTIONS).index(name) + 1][1]
+    assert re.search(r"continues from .*step-(\d+)", following)[1] == f"{step:06d}"
 
 
 @pytest.mark.parametrize("name", [name for name in INTERRUPTIONS if "full" in name])
