@@ -22,7 +22,7 @@ from needle_eval.statistics import MIN_SEEDS, mcnemar_exact, mean_over_seeds, pa
 # ending the evaluation. Optional: complete_flags(config), prepare_rows(rows), describe(config, image_size,
 # num_image_tokens).
 BENCHMARKS: dict[str, ModuleType] = {"mmneedle": mmneedle, "pope": pope, "mm-niah": mm_niah}
-NAME_LENGTH = 100  # characters of the models' names in the name of a file
+NAME_LENGTH = 120  # characters of the models' names in a figure's file name
 NOT_FINAL = ("best-", "step-", "knockout-")  # prefixes of evaluations of other weights than those of final/
 MACHINE = ("device", "processes")  # fields of eval.json that scores.json leaves out
 
@@ -142,7 +142,7 @@ def compare(first: str, second: str, comparisons: Path) -> list[str]:
         few = f"mean; interval and test need {MIN_SEEDS} seeds"
         lines.append(f"\nover {len(pairs)} seeds: {tested if len(pairs) >= MIN_SEEDS else few}")
         lines += [format_seeds(name, over) for name, over in written["over seeds"].items()]
-    file = comparisons / f"{slug(second)[:NAME_LENGTH]}-against-{slug(first)[:NAME_LENGTH]}.json"
+    file = comparisons / f"{slug(second)}-against-{slug(first)}.json"
     with writing(file):
         comparisons.mkdir(parents=True, exist_ok=True)
     write_json(file, written)

@@ -110,16 +110,21 @@ def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
 def plan_images(
     batches: list[list[Question]], capacity: int
 ) -> list[tuple[list[ImageReference], list[ImageReference]]]:
-    """For every batch, the images to load before it and to drop after it: an LRU cache of `capacity` images."""
+    """For every batch, the images to load before it and to drop after it: those that no later batch needs, and the least
+    recently used ones beyond `capacity` images."""
     held: OrderedDict[ImageReference, None] = OrderedDict()
+    last_use = {image: i for i, batch in enumerate(batches) for question in batch for image in question.images}
     plan = []
-    for batch in batches:
+    for i, batch in enumerate(batches):
         needed = dict.fromkeys(image for question in batch for image in question.images)
         new = [image for image in needed if image not in held]
         held |= dict.fromkeys(new)
         for image in needed:
             held.move_to_end(image)
-        dropped = [held.popitem(last=False)[0] for _ in range(len(held) - max(capacity, len(needed)))]
+        dropped = [image for image in needed if last_use[image] == i]
+        for image in dropped:
+            del held[image]
+        dropped += [held.popitem(last=False)[0] for _ in range(len(held) - capacity)]
         plan.append((new, dropped))
     return plan
 

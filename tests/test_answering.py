@@ -68,6 +68,7 @@ def test_every_image_is_there_when_it_is_needed(questions, capacity):
         assert wanted <= kept
         kept -= set(dropped)
         assert len(kept) <= max(capacity, len(wanted))
+    assert not kept, "nothing stays after its last use"
     images = {path for q in questions for path in q.images}
     assert encoded == len(images) if capacity == 1000 else encoded > len(images)
 

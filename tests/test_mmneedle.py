@@ -222,9 +222,9 @@ def test_built_haystacks_that_changed_are_built_again(photos, change, capsys):
 def test_too_few_captions_are_refused_with_the_number_needed(photos):
     for i in range(12, 60):
         Path(f"mine/{i:02}.txt").unlink()
-    with pytest.raises(UserError, match="2 x 2 cells and 1 absent captions need 5 captions, split test has .*about 25"):
+    with pytest.raises(UserError, match="2 x 2 cells and 1 absent captions need 5 captions, split test has .*about 44"):
         build_haystacks(photos, Setting(1, 2))
-    with pytest.raises(UserError, match="need 17 captions, split test has .* give about 85 captions"):
+    with pytest.raises(UserError, match="need 17 captions, split test has .* give about 118 captions"):
         build_haystacks(photos, Setting(1, 4))
 
 

@@ -293,7 +293,7 @@ def test_the_answer_is_that_of_the_records():
 def test_the_differences_of_study_b1_are_those_of_its_records():
     section = json.loads((ROOT / "study.json").read_text())["B1"]
     (group,) = group_records(section, "B1", read_records(ROOT / "results" / "study" / "B1", "B1"))
-    found = {(c.a, c.b, pairs): c.t for pairs, of_pairs in symbolic_contrasts(group).items() for c in of_pairs}
+    found = {(c.arm, c.baseline, pairs): c.t for pairs, of_pairs in symbolic_contrasts(group).items() for c in of_pairs}
 
     def cell(a: str, b: str, pairs: int) -> str:
         mean, low, high = (round(100 * math.expm1(found[a, b, pairs][key])) for key in ("mean", "low", "high"))
