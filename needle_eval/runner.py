@@ -110,8 +110,8 @@ def plan_batches(questions: list[Question], size: int) -> list[list[Question]]:
 def plan_images(
     batches: list[list[Question]], capacity: int
 ) -> list[tuple[list[ImageReference], list[ImageReference]]]:
-    """For every batch, the images to load before it and to drop after it: those that no later batch needs, and the least
-    recently used ones beyond `capacity` images."""
+    """For every batch, the images to load before it and to drop after it: those that no later batch needs, and the
+    least recently used ones beyond `capacity` images."""
     held: OrderedDict[ImageReference, None] = OrderedDict()
     last_use = {image: i for i, batch in enumerate(batches) for question in batch for image in question.images}
     plan = []
