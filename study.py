@@ -49,7 +49,7 @@ NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # noise levels of --calibrate
 POLL_SECONDS = 1.0
 ALONE = {"report": ("study", "quick"), "status": ("study", "jobs", "records"), "calibrate": ("study",)}  # other flags
 QUICK_ARMS = {"standard": "standard-2e-3", "split": "split-2e-3"}  # name in the quick version -> arm of the pilot
-QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 120, 40
+QUICK_SEEDS, QUICK_STEPS, QUICK_QUESTIONS = [0, 1], 80, 30
 
 
 @dataclass
