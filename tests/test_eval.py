@@ -225,8 +225,8 @@ def test_arms_are_compared_over_seeds(folder, capsys):
 def test_runs_with_more_evaluations_are_compared_by_the_one_that_both_have(folder, capsys):
     for arm in ("original", "diff"):
         seeded_run(folder, arm, 0, 10)
-    own = folder / "diff_seed0" / "eval"
-    shutil.copytree(own / "mmneedle-finetuned-haystack", own / "knockout-mmneedle-finetuned-haystack")
+        own = folder / f"{arm}_seed0" / "eval"
+        shutil.copytree(own / "mmneedle-finetuned-haystack", own / "knockout-mmneedle-finetuned-haystack")
     out = evaluate("--compare", "original_seed0", "diff_seed0", capsys=capsys)
     assert "diff_seed0/eval/mmneedle-finetuned-haystack against" in out
     for arm in ("original", "diff"):

@@ -240,6 +240,9 @@ def test_baselines():
     assert result["uniform"] == {"exact": 0.25, "index": 1.0}
     assert result["best constant"] == {"answer": "1, 1, 1", "exact": 0.6, "index": 1.0}
     assert result["always -1"]["existence, negatives"] == 1.0 and result["always -1"]["balanced existence"] == 0.5
+    broken = [row(None, "", name=f"broken{i}") for i in range(4)]  # no constant answer can be right about them
+    result = score([row("x", truths[0], name="whole"), *broken])["1x2x2"]["baselines"]["best constant"]
+    assert result == {"answer": "1, 1, 1", "exact": 0.2, "index": 0.2}
 
 
 # ---- other protocols, one rule

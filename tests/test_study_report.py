@@ -253,6 +253,22 @@ def test_secondary_arms_are_one_holm_family(records):
 
 
 # ---- what is never pooled
+def test_an_endpoint_that_some_seeds_lack_is_not_tested_but_counts_in_its_family(records, monkeypatch):
+    """Alone, the complete endpoint has p = .03 and would get a star; with another one in its family it has .06."""
+    values = differences(1.0, 1.0 / stats.t.isf(0.015, 11) * 12**0.5)  # t test: p = .03
+
+    def complete(record):
+        return values[record.seed] if record.arm == "split" else 0.0
+
+    group = conversion_group(PLAN, records)
+    endpoints = {"complete": complete, "partial": lambda record: None if record.seed == 3 else complete(record)}
+    monkeypatch.setattr(study_report, "secondary_endpoints", lambda group: endpoints)
+    rows = study_report.format_secondary(group)
+    assert "+1.0" in rows[-2] and "*" not in rows[-2] and "- (11 of 12 seeds)" in rows[-1] and "+" not in rows[-1]
+    del endpoints["partial"]
+    assert "*" in study_report.format_secondary(group)[-1]
+
+
 def test_other_environments_are_reported_apart(records):
     main = format_report(PLAN, records)
     for change in ({"device": "NVIDIA H100"}, {"fingerprint": "0000"}, {"dtype": "bfloat16"}, {"threads": 2}):
