@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # takes a second
 EXPLICIT_MAX_KEYS = 512
 FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: multiples of the step
 FLASH_CAPABILITY = (8, 0)  # compute capability of Ampere: older GPUs have no flash attention
+HOPPER_CAPABILITY = (9, 0)
+# Up to this many keys on Hopper, one SDPA call with a dense mask, which runs on cuDNN, is faster than the two calls of
+# flash attention. Measured by the section "kernels" of benchmarks/gpu.py at this number and below.
+DENSE_MAX_KEYS = 1152
 SMALL_SHARED_MEMORY = 160 << 10  # GPUs with up to these bytes per block need smaller tiles (sm86, sm89, sm12x: 99 KB)
 FLEX_LARGE_DIM, SMALL_TILE = 128, 32  # on these GPUs, head dims above the first need tiles of the second
 
@@ -239,17 +243,20 @@ def apply_rotary_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # ---- the paths
-Kernels = Literal["cpu", "cuda", "sdpa"]
+Kernels = Literal["cpu", "cuda", "hopper", "sdpa"]
 AttentionPath = Literal["maps", "chunks", "sdpa", "varlen", "flex"]
 
 
 def kernels_of(device: torch.device) -> Kernels:
     """The kernels of a device: "cpu"; "cuda" for Ampere or later, which has flash attention and FlexAttention (the meta
-    device, on which memory is counted, stands for such a GPU); "sdpa" for any other device, which has SDPA only."""
+    device, on which memory is counted, stands for such a GPU); "hopper" for Hopper, whose cuDNN is fast with a mask;
+    "sdpa" for any other device, which has SDPA only."""
     if device.type in ("cpu", "meta"):
         return "cpu" if device.type == "cpu" else "cuda"
-    has_flash = device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
-    return "cuda" if has_flash and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY else "sdpa"
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return "sdpa"
+    capability = torch.cuda.get_device_capability(device)
+    return "hopper" if capability == HOPPER_CAPABILITY else "cuda" if capability >= FLASH_CAPABILITY else "sdpa"
 
 
 # what torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes a second
@@ -271,20 +278,24 @@ def choose_path(
     "maps": explicit maps, kept for the backward pass: few keys on a CPU or without an SDPA kernel, one query on a GPU.
     "chunks": explicit maps of a few queries at a time, recomputed in the backward pass.
     "sdpa": torch's fused kernels, which have no soft-cap; for values wider than the keys they fall back to a slow one.
-    "varlen": flash attention on rows of different lengths, for a prefix-LM mask in half precision on a GPU.
+    "varlen": flash attention on rows of different lengths, for a prefix-LM mask in half precision on a GPU; not for
+    short rows on Hopper.
     "flex": FlexAttention, for what flash attention lacks (soft-cap, wide values, a window), also in half precision.
     """
     has_kernel = softcap is None and k.shape[-1] == v.shape[-1]
     is_short = k.shape[2] <= EXPLICIT_MAX_KEYS
     if kernels == "cpu":
         return "maps" if is_short else "sdpa" if has_kernel else "chunks"
-    is_half = kernels == "cuda" and k.dtype in (torch.bfloat16, torch.float16)  # for flash attention and FlexAttention
+    has_flash = kernels in ("cuda", "hopper")  # and FlexAttention, both in half precision
+    is_half = has_flash and k.dtype in (torch.bfloat16, torch.float16)
     if q.shape[2] == 1 or (is_short and not has_kernel):
         return "maps"
     if has_kernel and (mask is None or window is None):
         fits_flash = is_half and k.shape[-1] <= FLASH_MAX_DIM and k.shape[-1] % FLASH_DIM_STEP == 0
         needs_mask = mask is not None and not mask.sees_all
-        return "varlen" if fits_flash and needs_mask and mask.is_padded_left_only(k.shape[2]) else "sdpa"
+        prefers_dense = kernels == "hopper" and k.shape[2] <= DENSE_MAX_KEYS
+        is_ragged = fits_flash and needs_mask and mask.is_padded_left_only(k.shape[2])
+        return "varlen" if is_ragged and not prefers_dense else "sdpa"
     return "flex" if is_half else "sdpa" if has_kernel else "chunks"
 
 

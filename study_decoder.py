@@ -29,7 +29,7 @@ from processing_phi3v import Phi3Processor
 from study_records import Job, endpoint_conditions
 
 CODE = re.compile(r"(?<!\d)\d{4}(?!\d)")  # four digits, not a part of a longer number
-BATCH_SIZE = 4  # prompts per batch
+BATCH_SIZE = 10  # prompts per batch
 TOKENS_PER_CODE = 6  # four digits, a space, and one spare
 FINGERPRINT_STEPS = 10  # steps of one prompt each
 

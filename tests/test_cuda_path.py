@@ -20,7 +20,7 @@ import fused_ops
 import machine
 import modeling_vlm
 import training
-from attention import PrefixMask, choose_path, kernels_of
+from attention import DENSE_MAX_KEYS, PrefixMask, choose_path, kernels_of
 from attention_formula import attention_reference, blended_reference
 from differential_attention import PRESETS, add_differential, unfreeze_differential
 from errors import UserError
@@ -158,6 +158,8 @@ def test_paths_of_a_gpu():
     assert path(queries=1) == path(softcap=5.0) == path(value=32) == "maps"
     assert path(600, softcap=5.0) == path(600, value=32) == path(window=20) == "flex"
     assert path(600, softcap=5.0, dtype=torch.float32) == "chunks"
+    assert path(on="hopper") == path(DENSE_MAX_KEYS, on="hopper") == "sdpa"
+    assert path(DENSE_MAX_KEYS + 1, on="hopper") == "varlen" and path(600, softcap=5.0, on="hopper") == "flex"
     assert path(on="sdpa") == path(window=20, on="sdpa") == "sdpa"  # an older GPU, or another kind of device
     assert path(600, softcap=5.0, on="sdpa") == path(600, value=32, on="sdpa") == "chunks"
     right = PrefixMask.from_tensors(torch.tensor([[1, 1, 0], [1, 1, 1]]))
@@ -170,7 +172,8 @@ def test_paths_of_a_gpu():
     ("device", "capability", "kernels"),
     [
         ("cpu", None, "cpu"),
-        ("cuda", (9, 0), "cuda"),
+        ("cuda", (9, 0), "hopper"),
+        ("cuda", (10, 0), "cuda"),
         ("cuda", (8, 0), "cuda"),
         ("cuda", (7, 5), "sdpa"),
         ("mps", None, "sdpa"),
