@@ -37,13 +37,14 @@ from study_records import Job, Record, job_of
 ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "study.json"
 RECORDS = ROOT / "results" / "study"
-Name = Literal["A", "A-pilot", "B1", "C-pilot", "C"]
+Name = Literal["A", "A-pilot", "B1", "C-pilot", "C-pilot-2", "C"]
 RUNNERS = {
     "A": "study_conversion",
     "A-pilot": "study_conversion",
     "B1": "study_symbolic",
     "C": "study_decoder",
     "C-pilot": "study_decoder",
+    "C-pilot-2": "study_decoder",
 }
 NOISES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # noise levels of --calibrate
 POLL_SECONDS = 1.0
@@ -277,7 +278,7 @@ def main():
     for flag, allowed in ALONE.items():
         if getattr(config, flag):
             check_no_other_flags(config, flag, allowed)
-    if config.report and not config.quick and not config.study.endswith("-pilot"):
+    if config.report and not config.quick and "-pilot" not in config.study:
         write_report()
         return
     folder = ROOT / config.records / config.study

@@ -89,7 +89,7 @@ class ConversionRecord(Record, kw_only=True):
     answer by condition of the endpoint, and `forward_flops` the FLOPs of one prompt (`study_conversion.count_flops`).
     """
 
-    study: Literal["A", "A-pilot", "C", "C-pilot"]
+    study: Literal["A", "A-pilot", "C", "C-pilot", "C-pilot-2"]
     num_concepts: Positive
     final_loss: float | None  # None: not finite
     lambdas: list[float]  # one per layer, in order
