@@ -105,11 +105,15 @@ class PrefixMask:
     def dense(self, queries: int, keys: int, window: int | None = None) -> Tensor:
         """Bool mask [B, 1, queries, keys], True = may attend, for the last `queries` of `keys` positions.
 
-        With a `window`, a suffix query sees the last `window` keys only.
+        With a `window`, a suffix query sees the last `window` keys only. On a GPU, a query that would see nothing (of a
+        pad) sees everything: cuDNN returns NaN for a row of only such queries.
         """
         key = queries == keys, window  # no lengths in the key: torch.compile would specialise on them and recompile
         if key not in self._derived or self._derived[key].shape[-2:] != (queries, keys):
-            self._derived[key] = self.block((keys - queries, keys), (0, keys), window)
+            visible = self.block((keys - queries, keys), (0, keys), window)
+            if self.start.device.type != "cpu":
+                visible = visible | ~visible.any(-1, keepdim=True)
+            self._derived[key] = visible
         return self._derived[key]
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int], window: int | None = None) -> Tensor:

@@ -70,6 +70,7 @@ CASES = {  # path, dtype, rows of (prefix, suffix), length, queries, head dim, v
     "varlen, last queries": ("varlen", torch.bfloat16, RAGGED, 64, 30, 64, 64, {}),
     "varlen, prompts": ("varlen", torch.bfloat16, [(64, 0), (21, 0)], 64, 64, 64, 64, {}),
     "varlen, a row of pads": ("varlen", torch.bfloat16, [(30, 0), (40, 24), (0, 0)], 64, 64, 64, 64, {}),
+    "varlen, many pads": ("varlen", torch.bfloat16, [(300, 60), (20, 4)], 360, 360, 64, 64, {}),
     "varlen, long suffixes": ("varlen", torch.bfloat16, [(3, 61), (1, 60)], 64, 64, 64, 64, {}),
     "sdpa, no mask": ("sdpa", torch.bfloat16, None, 64, 64, 64, 64, {}),
     "sdpa, float32": ("sdpa", torch.float32, RAGGED, 64, 64, 64, 64, {}),
