@@ -280,7 +280,8 @@ def secondary_contrasts(group: Group) -> list[Contrast]:
 
 
 def bootstrap(group: Group, found: Contrast) -> tuple[float, float]:
-    """95 % interval of a contrast of endpoint N in points, from resampling both seeds and needle concepts."""
+    """95 % interval of a contrast of endpoint N in points, from resampling both seeds and items: the needle's concepts
+    in study A, prompts in study C."""
     conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(found.arm), group.of_arm(found.baseline)
     concepts = {record.num_concepts for record in (*of_a.values(), *of_b.values())}
     if len(concepts) > 1:
@@ -306,8 +307,13 @@ def core_arms(section: dict[str, Any]) -> list[str]:
     return [arm for arm, planned in section["arms"].items() if planned["family"] == "core"]
 
 
+def unit_of(section: dict[str, Any]) -> str:
+    """What the numbers in the names of the conditions count."""
+    return "pairs" if section["endpoint"]["kinds"] == ["pairs"] else "cells"
+
+
 # reported with two decimals
-FINE_ENDPOINTS = ("d'", "points per doubling of cells", "log2 of cells at 50 %", "log-likelihood of the answer")
+FINE_ENDPOINTS = ("d'", "points per doubling", "log2 of the number at 50 %", "log-likelihood of the answer")
 
 
 def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | None]]:
@@ -316,8 +322,8 @@ def secondary_endpoints(group: Group) -> dict[str, Callable[[Record], float | No
     measures = {c: partial(points, conditions=[c]) for c in conditions if not c.endswith(" absent")}
     measures["false alarms"] = false_alarms
     measures["d'"] = sensitivity
-    measures["points per doubling of cells"] = slope
-    measures["log2 of cells at 50 %"] = cells_at_half
+    measures["points per doubling"] = slope
+    measures["log2 of the number at 50 %"] = cells_at_half
     measures["log-likelihood of the answer"] = likelihood
     measures["attention on the needle"] = partial(needle_share, layer=group.section.get("attention_layer"))
     return measures
@@ -474,10 +480,10 @@ def format_conversion(group: Group) -> list[str]:
     lines = [answer(group), ""]
     if group.missing(core_arms(group.section)):
         return lines + format_spread(group)
-    hypotheses, secondary = core_contrasts(group), secondary_contrasts(group)
+    hypotheses, secondary, unit = core_contrasts(group), secondary_contrasts(group), unit_of(group.section)
     lines += ["Endpoint N, points. Primary hypotheses:", "", *format_hypotheses(group, hypotheses), ""]
     lines += [
-        "Descriptive, chosen after the result and not corrected: the parts of the endpoint by number of cells:",
+        f"Descriptive, chosen after the result and not corrected: the parts of the endpoint by number of {unit}:",
         "",
     ]
     lines += [*format_parts(group), ""]
@@ -520,7 +526,7 @@ def format_hypotheses(group: Group, hypotheses: Sequence[Contrast]) -> list[str]
             format_bounds(low, high), f"{t['sd']:.2f}", correlation(*values), format_p(t["p"]), format_p(found.holm_p),
             *(format_p(equivalence(found.differences, margin)) for margin in (MARGIN, NARROW_MARGIN)), verdict(found),
         ])  # fmt: skip
-    header = ["hypothesis", "seeds", "difference [95 %]", "90 %", "bootstrap over seeds and concepts", "SD", "r", "p"]
+    header = ["hypothesis", "seeds", "difference [95 %]", "90 %", "bootstrap over seeds and items", "SD", "r", "p"]
     header += ["Holm p", f"TOST p, ±{MARGIN:g}", f"TOST p, ±{NARROW_MARGIN:g}", "verdict"]
     return table(header, rows)
 
@@ -533,7 +539,7 @@ def format_parts(group: Group) -> list[str]:
         [f"{a} - {b}", *(format_interval(contrast(group, a, b, part).t) for part in parts)]
         for a, b in hypotheses_of(group.section)
     ]
-    return table(["difference [95 %]", *(f"{size} cells" for size in sizes)], rows)
+    return table(["difference [95 %]", *(f"{size} {unit_of(group.section)}" for size in sizes)], rows)
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> str:
