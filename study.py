@@ -32,7 +32,7 @@ import study_records
 import study_report
 from errors import UserError, one_line_errors
 from files import check_no_other_flags, check_ranges, read_json, write_json, write_text
-from study_records import Job, Record, job_of
+from study_records import Job, Record, analysed_seeds, job_of
 
 ROOT = Path(__file__).resolve().parent
 PLAN = ROOT / "study.json"
@@ -107,14 +107,14 @@ def list_jobs(section: dict, arms: tuple[str, ...] = (), seeds: tuple[int, ...] 
     unknown = set(arms) - set(section["arms"])
     if unknown:
         raise UserError(f"--arms: the plan has no {min(unknown)}: choose from {', '.join(section['arms'])}")
-    planned = {seed for arm in section["arms"].values() for seed in arm["seeds"]}
+    planned = {seed for arm in section["arms"] for seed in analysed_seeds(section, arm)}
     if set(seeds) - planned:
         raise UserError(f"--seeds: the plan has no {min(set(seeds) - planned)}: choose from {sorted(planned)}")
     families = list(dict.fromkeys(arm["family"] for arm in section["arms"].values()))
     jobs = [
         (families.index(arm["family"]), seed, number, Job(name, seed, pairs))
         for number, (name, arm) in enumerate(section["arms"].items())
-        for seed in arm["seeds"]
+        for seed in analysed_seeds(section, name)
         for pairs in section.get("pairs", [None])
         if (not arms or name in arms) and (not seeds or seed in seeds)
     ]

@@ -127,8 +127,16 @@ def environment_of(record: Record) -> Environment:
 
 
 def hash_plan(section: dict[str, Any]) -> str:
-    """SHA-256 of one study's section of the plan, independent of key order and white space."""
-    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of one study's section of the plan, without its amendment, independent of key order and white space."""
+    planned = {name: value for name, value in section.items() if name != "amendment"}
+    return hashlib.sha256(json.dumps(planned, sort_keys=True).encode()).hexdigest()
+
+
+def analysed_seeds(section: dict[str, Any], arm: str) -> list[int]:
+    """The seeds of an arm that count: those of the plan, unless an amendment, made before any result was looked at,
+    keeps only some of them: {"seeds": [...], "reason": "..."}."""
+    kept = section.get("amendment", {}).get("seeds")
+    return [seed for seed in section["arms"][arm]["seeds"] if kept is None or seed in kept]
 
 
 def read_records(folder: Path, study: str) -> list[Record]:

@@ -37,6 +37,7 @@ from study_records import (
     Environment,
     Record,
     SymbolicRecord,
+    analysed_seeds,
     endpoint_conditions,
     environment_of,
     hash_plan,
@@ -91,7 +92,7 @@ class Group:
 
     def missing(self, arms: Iterable[str]) -> int:
         """How many of the planned runs of these arms have no record."""
-        return sum(len(set(self.section["arms"][arm]["seeds"]) - set(self.of_arm(arm))) for arm in arms)
+        return sum(len(set(analysed_seeds(self.section, arm)) - set(self.of_arm(arm))) for arm in arms)
 
 
 def check_rule(section: dict[str, Any]) -> None:
@@ -105,7 +106,8 @@ def check_rule(section: dict[str, Any]) -> None:
 def group_records(section: dict[str, Any], study: str, records: Sequence[Record]) -> list[Group]:
     """The records of a study, grouped by environment: first those that ran as planned, then replications.
 
-    Raises UserError for a record of another plan, for a run that is not planned, and for duplicate runs.
+    Runs that an amendment of the plan leaves out are left out. Raises UserError for a record of another plan, for a run
+    that is not planned, and for duplicate runs.
     """
     check_rule(section)
     digest, found = hash_plan(section), {}
@@ -117,6 +119,8 @@ def group_records(section: dict[str, Any], study: str, records: Sequence[Record]
             raise UserError(f"{where}: of plan {record.plan[:12]}, not {digest[:12]}: restore that plan or delete it")
         if record.seed not in section["arms"].get(record.arm, {}).get("seeds", ()):
             raise UserError(f"{where}: arm {record.arm} with seed {record.seed} is not planned: delete it")
+        if record.seed not in analysed_seeds(section, record.arm):
+            continue
         group = found.setdefault(environment_of(record), {})
         if where in group:
             raise UserError(f"{where}: two records of one run on {record.device}: delete one")
@@ -403,7 +407,7 @@ def answer(group: Group) -> str:
     core = core_arms(group.section)
     missing = group.missing(core)
     if missing:
-        planned = sum(len(group.section["arms"][arm]["seeds"]) for arm in core)
+        planned = sum(len(analysed_seeds(group.section, arm)) for arm in core)
         return f"No answer yet: {planned - missing} of {planned} core runs are finished."
     first, *others = hypotheses = core_contrasts(group)
     found = core_verdict(hypotheses)
@@ -471,6 +475,8 @@ def format_report(
                 f"{where.threads} thread(s) per run, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours of wall "
                 "time in total."
             )
+            if amendment := plan[study].get("amendment"):
+                lines += ["", f"Amended to seeds {', '.join(map(str, amendment['seeds']))}: {amendment['reason']}"]
             lines += ["", *write(group), ""]
     return lines
 
@@ -509,7 +515,7 @@ def format_spread(group: Group) -> list[str]:
     for arm, planned in group.section["arms"].items():
         values = [measure(record) for record in group.of_arm(arm).values()]
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else NO_VALUE
-        rows.append([arm, planned["family"], f"{len(values)} of {len(planned['seeds'])}", spread])
+        rows.append([arm, planned["family"], f"{len(values)} of {len(analysed_seeds(group.section, arm))}", spread])
     return table(["arm", "family", "runs", "SD of N over seeds"], rows)
 
 
@@ -560,7 +566,7 @@ def format_arms(group: Group, hypotheses: Sequence[Contrast], secondary: Sequenc
         planned = group.section["arms"][arm]
         row = [arm, planned["family"], f"{records[0].trained_parameters:,}"]
         row += [f"{records[0].forward_flops / 1e6:,.0f}", mean_text(r.seconds / 60 for r in records)]
-        row += [f"{len(records)} of {len(planned['seeds'])}"]
+        row += [f"{len(records)} of {len(analysed_seeds(group.section, arm))}"]
         if not group.is_complete(arm):
             rows.append([*row, *[NO_VALUE] * (len(ARM_COLUMNS) - len(row))])
             continue
