@@ -236,8 +236,29 @@ def test_the_speed_table_is_what_was_measured():
 
 
 def test_the_tables_of_the_gpu_are_what_was_measured():
+    summary = load("benchmarks/gpu.py").summary
     rows = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
-    assert "\n".join(load("benchmarks/gpu.py").summary(rows)) in PAGES["docs/speed.md"]
+    assert "\n".join(summary(rows)) in PAGES["docs/speed.md"]
+    rows = json.loads((RESULTS / "gpu_h200.json").read_text())["rows"]
+    steps = summary(rows)[: summary(rows).index("")]
+    assert len(steps) == 2 + 4 and "\n".join(steps) in PAGES["docs/speed.md"]
+    text = " ".join(PAGES["docs/speed.md"].split())
+    for name, place in (("ours, compiled / ours", "not compiled"), ("split, compiled / split", "for `split`")):
+        found = rows[f"step, 224 px, ragged: {name}"]
+        low, high = found["quartiles"]
+        assert any(f"{place} {found['ratio']:.2f} [{more}{low:.2f}, {high:.2f}]" in text for more in ("", "quartiles "))
+
+
+def test_the_results_of_study_c_are_those_of_its_records():
+    lines = (ROOT / "results" / "study" / "report.md").read_text().split("## Study C", 1)[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    differences = {row[0]: row[2] for row in cells if row[0].startswith("split - ") and row[1] == "4"}
+    text = " ".join(PAGES["docs/study.md"].split("## Result of C", 1)[1].split())
+    assert len(differences) == 3 and all(value in text for value in differences.values())
+    for page in ("docs/smollm2.md", "docs/limits.md", "README.md"):
+        assert differences["split - standard"] in " ".join(PAGES[page].split())
+    means = {row[0]: row[6] for row in cells if len(row) == 14 and row[1] == "core"}
+    assert len(means) == 4 and all(f"| `{arm}` | {mean} |" in PAGES["docs/study.md"] for arm, mean in means.items())
 
 
 def test_the_speeds_in_the_readme_are_what_was_measured():

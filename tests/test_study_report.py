@@ -291,6 +291,17 @@ def test_a_replication_never_takes_the_place_of_the_study(records):
     assert "## Study A: fitted into a pretrained model, replication on cpu" in alone
 
 
+def test_an_amendment_leaves_seeds_out_and_keeps_the_plan_s_hash(records):
+    amended = PLAN["A"] | {"amendment": {"seeds": [0, 1, 2, 5], "reason": "the time ended."}}
+    assert hash_plan(amended) == hash_plan(PLAN["A"])
+    few = [r for r in records if r.study == "A" and (r.seed in (0, 1, 2, 5) or r.arm == "standard")]
+    assert not {r.seed for r in group_records(amended, "A", few)[0].records} - {0, 1, 2, 5}
+    lines = format_report({"A": amended}, few)
+    assert "Amended to seeds 0, 1, 2, 5: the time ended." in lines
+    assert any("(95 % interval, 4 seeds," in line for line in lines)
+    assert any("No answer yet" in line for line in format_report({"A": PLAN["A"]}, few))
+
+
 def test_the_rule_of_decision_is_the_planned_one(monkeypatch):
     plan = {"A": PLAN["A"] | {"margin": 3.0, "hypotheses": [["split", b] for b in ("standard", "additive", "flipped")]}}
     group_records(plan["A"], "A", [])
