@@ -30,7 +30,7 @@ FLASH_MAX_DIM, FLASH_DIM_STEP = 256, 8  # head dims that flash attention takes: 
 FLASH_CAPABILITY = (8, 0)  # compute capability of Ampere: older GPUs have no flash attention
 HOPPER_CAPABILITY = (9, 0)
 # Up to this many keys on Hopper, one SDPA call with a dense mask, which runs on cuDNN, is faster than the two calls of
-# flash attention. Measured by the section "kernels" of benchmarks/gpu.py at this number and below.
+# flash attention. Measured by benchmarks/gpu.py at 384 and 1152 keys for ragged rows and Gemma 2B's heads in bfloat16.
 DENSE_MAX_KEYS = 1152
 SMALL_SHARED_MEMORY = 160 << 10  # GPUs with up to these bytes per block need smaller tiles (sm86, sm89, sm12x: 99 KB)
 FLEX_LARGE_DIM, SMALL_TILE = 128, 32  # on these GPUs, head dims above the first need tiles of the second
@@ -47,13 +47,19 @@ def is_visible(q: Tensor, k: Tensor, start: Tensor, prefix_end: Tensor, end: Ten
     return (causal | both_in_prefix) & (k >= start) & (k < end)
 
 
+def fill_empty_rows(visible: Tensor) -> Tensor:
+    """The bool mask [..., L, S], but a query that sees no key sees every key: cuDNN returns NaN where all queries of a
+    sequence see nothing."""
+    return visible | ~visible.any(-1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class PrefixMask:
     """The prefix-LM mask of a batch, kept as three indices per row instead of [B, L, S] bools.
 
     A row of a batch is `[pads | prefix | suffix | pads]`: tokens start .. prefix_end - 1 are the prefix (image and
     prompt), prefix_end .. end - 1 the suffix (the answer). The prefix attends to itself in both directions, the suffix
-    causally to everything before it; nothing attends to a pad. With one pad, three prefix and two suffix tokens:
+    causally to everything before it; no token attends to a pad. With one pad, three prefix and two suffix tokens:
 
                keys  .  p  p  p  s  s
         queries  .   .  1  1  1  .  .
@@ -63,7 +69,8 @@ class PrefixMask:
                  s   .  1  1  1  1  .
                  s   .  1  1  1  1  1
 
-    What a pad sees follows from the same rule and does not matter: its output is never used.
+    What a pad sees follows from the same rule, but on a GPU it sees everything where it would see nothing. It does not
+    matter: its output is never used.
     Source: PaliGemma, arXiv 2407.07726, section 3.2.3; `make_attn_mask` of big_vision.
     """
 
@@ -106,14 +113,12 @@ class PrefixMask:
         """Bool mask [B, 1, queries, keys], True = may attend, for the last `queries` of `keys` positions.
 
         With a `window`, a suffix query sees the last `window` keys only. On a GPU, a query that would see nothing (of a
-        pad) sees everything: cuDNN returns NaN for a row of only such queries.
+        pad) sees everything.
         """
         key = queries == keys, window  # no lengths in the key: torch.compile would specialise on them and recompile
         if key not in self._derived or self._derived[key].shape[-2:] != (queries, keys):
             visible = self.block((keys - queries, keys), (0, keys), window)
-            if self.start.device.type != "cpu":
-                visible = visible | ~visible.any(-1, keepdim=True)
-            self._derived[key] = visible
+            self._derived[key] = visible if self.start.device.type == "cpu" else fill_empty_rows(visible)
         return self._derived[key]
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int], window: int | None = None) -> Tensor:

@@ -2,15 +2,16 @@
 
     python study.py                      # run the missing runs of the conversion study (A) and print its status
     python study.py --study=B1           # from scratch, on symbols: which arm forms the retrieval circuit first?
-    python study.py --study=C-pilot      # pilot of the study on a pretrained language model, exploratory
+    python study.py --study=C            # on a pretrained language model, exploratory
     python study.py --quick=True         # 2 arms, 2 seeds, fewer steps and questions: ten minutes, not the study
     python study.py --report=True        # the tables, the verdicts and the figures, from the records
 
-`study.json` is the plan, with one section per study, committed before its first run. Every run trains and is evaluated
-in its own process and an ordinary run folder, and writes one record under results/study/. A run that has a record is
-never repeated; the same command continues a study that was stopped. Records of another plan are refused, and a study
-does not continue on a machine where the same run gives different numbers, such as another processor. On that machine
-the study can be replicated in a folder of its own, --records=results/study-NAME, which the report lists separately.
+`study.json` is the plan, with one section per study, committed before its first run; later, only an `amendment` may
+leave seeds out, before any result is looked at. Every run trains and is evaluated in its own process and an ordinary
+run folder, and writes one record under results/study/. A run that has a record is never repeated; the same command
+continues a study that was stopped. Records of another plan are refused, and a study does not continue on a machine
+where the same run gives different numbers, such as another processor. On that machine the study can be replicated in a
+folder of its own, --records=results/study-NAME, which the report lists separately.
 """
 
 import importlib
@@ -109,7 +110,9 @@ def list_jobs(section: dict, arms: tuple[str, ...] = (), seeds: tuple[int, ...] 
         raise UserError(f"--arms: the plan has no {min(unknown)}: choose from {', '.join(section['arms'])}")
     planned = {seed for arm in section["arms"] for seed in analysed_seeds(section, arm)}
     if set(seeds) - planned:
-        raise UserError(f"--seeds: the plan has no {min(set(seeds) - planned)}: choose from {sorted(planned)}")
+        raise UserError(
+            f"--seeds: the plan, as amended, has no {min(set(seeds) - planned)}: choose from {sorted(planned)}"
+        )
     families = list(dict.fromkeys(arm["family"] for arm in section["arms"].values()))
     jobs = [
         (families.index(arm["family"]), seed, number, Job(name, seed, pairs))

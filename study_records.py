@@ -84,9 +84,10 @@ class ConversionRecord(Record, kw_only=True):
     """A run of study A or C. `answers` by condition: "16 look-alike", "16 noise", "16 absent", "16 unseen style", ...
 
     If the caption is absent, right means that the model said so. The needle of question i of a condition is concept
-    i modulo `num_concepts`, in every seed. `knockout` holds answers with the second map switched off, `needle_shares`
-    the needle's share of the attention by layer, `log_likelihoods` the mean log-probability, in nats, of the right
-    answer by condition of the endpoint, and `forward_flops` the FLOPs of one prompt (`study_conversion.count_flops`).
+    i modulo `num_concepts`, in every seed; in study C, code i is asked for in prompt i modulo `num_concepts`.
+    `knockout` holds answers with the second map switched off, `needle_shares` the needle's share of the attention by
+    layer, `log_likelihoods` the mean log-probability, in nats, of the right answer by condition of the endpoint, and
+    `forward_flops` the FLOPs of one prompt (`study_conversion.count_flops`).
     """
 
     study: Literal["A", "A-pilot", "C", "C-pilot", "C-pilot-2"]
@@ -134,9 +135,15 @@ def hash_plan(section: dict[str, Any]) -> str:
 
 def analysed_seeds(section: dict[str, Any], arm: str) -> list[int]:
     """The seeds of an arm that count: those of the plan, unless an amendment, made before any result was looked at,
-    keeps only some of them: {"seeds": [...], "reason": "..."}."""
-    kept = section.get("amendment", {}).get("seeds")
-    return [seed for seed in section["arms"][arm]["seeds"] if kept is None or seed in kept]
+    keeps only some of them: {"seeds": [...], "reason": "..."}.
+
+    Raises UserError if the amendment has a seed that the plan lacks.
+    """
+    planned = section["arms"][arm]["seeds"]
+    kept = section.get("amendment", {}).get("seeds", planned)
+    if unknown := set(kept) - set(planned):
+        raise UserError(f"study.json: the amendment has seed {min(unknown)}, the plan of {arm} has not: remove it")
+    return [seed for seed in planned if seed in kept]
 
 
 def read_records(folder: Path, study: str) -> list[Record]:

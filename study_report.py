@@ -412,8 +412,9 @@ def answer(group: Group) -> str:
     first, *others = hypotheses = core_contrasts(group)
     found = core_verdict(hypotheses)
     controls = " and ".join(f"{format_interval(other.t)} against {other.baseline}" for other in others)
+    needles = "codes" if unit_of(group.section) == "pairs" else "needles"
     return (
-        "Fitted into the pretrained model, differential attention (split) changes the share of needles found by "
+        f"Fitted into the pretrained model, differential attention (split) changes the share of {needles} found by "
         f"{format_interval(first.t)} points against standard attention (95 % interval, {first.t['n']} seeds, Holm p "
         f"{format_p(first.holm_p)}; {controls}): **{found}**. What would change this answer: "
         f"{WOULD_CHANGE[found].format(margin=f'{MARGIN:g}')}."
@@ -444,7 +445,7 @@ def symbolic_answer(group: Group) -> str:
 
 def planned_symbolic(section: dict[str, Any]) -> int:
     """Number of planned runs of study B1."""
-    return sum(len(arm["seeds"]) for arm in section["arms"].values()) * len(section["pairs"])
+    return sum(len(analysed_seeds(section, arm)) for arm in section["arms"]) * len(section["pairs"])
 
 
 def format_report(
@@ -475,7 +476,8 @@ def format_report(
                 f"{where.threads} thread(s) per run, fingerprint `{where.fingerprint[:12]}`; {hours:.1f} hours of wall "
                 "time in total."
             )
-            if amendment := plan[study].get("amendment"):
+            amendment = plan[study].get("amendment")
+            if amendment and is_main:
                 lines += ["", f"Amended to seeds {', '.join(map(str, amendment['seeds']))}: {amendment['reason']}"]
             lines += ["", *write(group), ""]
     return lines
@@ -501,10 +503,8 @@ def format_conversion(group: Group) -> list[str]:
     lines += [*format_arms(group, hypotheses, secondary), ""]
     lines += ["Secondary endpoints, points unless named otherwise; Holm over each column:", ""]
     lines += [*format_secondary(group), ""]
-    lines += [
-        "Descriptive, per seed: questions of the endpoint that only one arm answers (McNemar's exact test):",
-        "",
-    ]
+    test = "no test, since codes of one prompt are dependent" if unit == "pairs" else "McNemar's exact test"
+    lines += [f"Descriptive, per seed: questions of the endpoint that only one arm answers ({test}):", ""]
     return lines + format_seeds(group, *HYPOTHESES[0])
 
 
@@ -610,7 +610,8 @@ def format_secondary(group: Group) -> list[str]:
 
 
 def format_seeds(group: Group, a: str, b: str) -> list[str]:
-    """A row for each seed: how many questions of the endpoint only one arm gets right, and McNemar's exact p."""
+    """A row for each seed: how many questions of the endpoint only one arm gets right, and McNemar's exact p where the
+    questions are independent."""
     conditions, of_a, of_b = endpoint_conditions(group.section), group.of_arm(a), group.of_arm(b)
     rows = []
     for seed in (seed for seed in of_a if seed in of_b):
@@ -618,7 +619,7 @@ def format_seeds(group: Group, a: str, b: str) -> list[str]:
             np.concatenate([arm[seed].answers[condition].bits() for condition in conditions]) for arm in (of_a, of_b)
         )
         only_a, only_b = int((right_a > right_b).sum()), int((right_b > right_a).sum())
-        p = format_p(mcnemar_exact(only_a, only_b))
+        p = NO_VALUE if unit_of(group.section) == "pairs" else format_p(mcnemar_exact(only_a, only_b))
         rows.append([str(seed), str(len(right_a)), *map(str, (right_a.sum(), right_b.sum(), only_a, only_b)), p])
     return table(["seed", "questions", f"{a} right", f"{b} right", f"only {a}", f"only {b}", "p"], rows)
 
@@ -636,7 +637,7 @@ def format_symbolic(group: Group) -> list[str]:
             steps = [record.steps for record in records]
             spread = f"{statistics.stdev(map(math.log, steps)):.3f}" if len(steps) > 1 else NO_VALUE
             row = [str(pairs), arm, f"{records[0].trained_parameters:,}", f"{records[0].learning_rate:g}"]
-            row += [f"{len(records)} of {len(group.section['arms'][arm]['seeds'])}"]
+            row += [f"{len(records)} of {len(analysed_seeds(group.section, arm))}"]
             row += [f"{statistics.median(steps):g}", str(sum(r.censored for r in records))] if is_complete else []
             rows.append([*row, spread])
     header = ["pairs", "arm", "parameters", "learning rate", "seeds"]

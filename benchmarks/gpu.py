@@ -293,7 +293,7 @@ def steps_gemma2(config: Config) -> Rows:
 def compiled(config: Config) -> Rows:
     """Ragged rows only, since compiling takes a minute. transformers is not compiled: if its layers are compiled one by
     one, every layer compiles again."""
-    torch._dynamo.config.recompile_limit = 32  # both arms run the code of the same layer classes
+    torch._dynamo.config.recompile_limit = 32  # both arms run the code of the same layers, six graphs each
     names = ("HF-tuned", "ours", "ours, compiled", "split", "split, compiled")
     yield from step_rows(config, "224 px", paligemma_3b(config), names, kinds=("ragged",))
 

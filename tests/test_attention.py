@@ -9,6 +9,7 @@ from attention import (
     attention,
     blended_attention,
     choose_path,
+    fill_empty_rows,
     sdpa,
 )
 from attention_formula import attention_reference, blend, blended_reference
@@ -257,6 +258,13 @@ def test_sdpa_uses_no_mask_where_every_row_has_the_same_prefix(monkeypatch):
             torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
             assert len(calls) == (expected_calls if queries > 4 else 1)
             assert len(calls) == 1 or (calls[0] is None and calls[1].shape[2:] == (4, 9))
+
+
+def test_a_query_that_sees_nothing_sees_everything_in_a_filled_mask():
+    visible = mask_of(7, "left").dense(7, 7)
+    empty = ~visible.any(-1, keepdim=True).expand_as(visible)
+    filled = fill_empty_rows(visible)
+    assert empty.any() and filled[empty].all() and torch.equal(filled[~empty], visible[~empty])
 
 
 def test_dense_masks_get_expanded_keys_off_the_cpu(monkeypatch):

@@ -257,8 +257,18 @@ def test_the_results_of_study_c_are_those_of_its_records():
     assert len(differences) == 3 and all(value in text for value in differences.values())
     for page in ("docs/smollm2.md", "docs/limits.md", "README.md"):
         assert differences["split - standard"] in " ".join(PAGES[page].split())
-    means = {row[0]: row[6] for row in cells if len(row) == 14 and row[1] == "core"}
-    assert len(means) == 4 and all(f"| `{arm}` | {mean} |" in PAGES["docs/study.md"] for arm, mean in means.items())
+    section = study.read_section("C")
+    records = study.read_records(ROOT / "results" / "study" / "C", "C", section)
+    for arm in section["arms"]:
+        found = [record for job, record in records.items() if job.arm == arm]
+        rates = [
+            100 * statistics.fmean(record.answers[condition].rate() for record in found)
+            for condition in endpoint_conditions(section)
+        ]
+        row = " | ".join(f"{value:.1f}" for value in (statistics.fmean(rates), *rates))
+        assert len(found) == 4 and f"| `{arm}` | {row} |" in PAGES["docs/study.md"]
+    without = next(row[12] for row in cells if row[0] == "split" and len(row) > 12)
+    assert f"N falls from 76.3 to {without}" in text
 
 
 def test_the_speeds_in_the_readme_are_what_was_measured():

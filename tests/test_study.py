@@ -267,7 +267,7 @@ def test_jobs_are_ordered_so_that_arms_stay_level(tiny_model):
     assert study.list_jobs(section(tiny_model), ("split",), (1,)) == [study.Job("split", 1)]
     with pytest.raises(UserError, match="--arms: the plan has no v9: choose from standard, split, gate"):
         study.list_jobs(section(tiny_model), ("v9",))
-    with pytest.raises(UserError, match=r"--seeds: the plan has no 9: choose from \[0, 1\]"):
+    with pytest.raises(UserError, match=r"--seeds: the plan, as amended, has no 9: choose from \[0, 1\]"):
         study.list_jobs(section(tiny_model), seeds=(9,))
 
 
@@ -277,6 +277,10 @@ def test_every_section_of_the_plan_lists_its_runs_and_their_flags(name, tmp_path
     jobs = study.list_jobs(plan)
     seeds = sum(len(analysed_seeds(plan, arm)) for arm in plan["arms"])
     assert len(set(jobs)) == len(jobs) == seeds * (len(plan["pairs"]) if name == "B1" else 1)
+    if name == "C":
+        assert {job.seed for job in jobs} == {0, 1, 2, 3} and plan["arms"]["split"]["seeds"] == list(range(8))
+        with pytest.raises(UserError, match="--seeds: the plan, as amended, has no 4"):
+            study.list_jobs(plan, seeds=(4,))
     assert len(study.format_status(plan, {}, jobs=2)) == 1 + len(plan["arms"])
     if name != "B1":
         configs = [study_conversion.make_config(plan, job.arm, job.seed, tmp_path) for job in jobs]

@@ -118,7 +118,7 @@ def test_a_planted_speed_up_from_scratch_is_called_right(records):
 
 
 def test_the_subtraction_is_named_only_against_all_three_controls():
-    """Study C has no arm that adds the second map, so it cannot say that the subtraction is what helps."""
+    """A plan without one of the controls cannot say that the subtraction is what helps."""
     found = [Contrast("split", b, list(range(12)), differences(9.0, 2.0)) for b in ("standard", "additive", "flipped")]
     for one in found:
         one.holm_p = 0.001
@@ -300,6 +300,8 @@ def test_an_amendment_leaves_seeds_out_and_keeps_the_plan_s_hash(records):
     assert "Amended to seeds 0, 1, 2, 5: the time ended." in lines
     assert any("(95 % interval, 4 seeds," in line for line in lines)
     assert any("No answer yet" in line for line in format_report({"A": PLAN["A"]}, few))
+    with pytest.raises(UserError, match="the amendment has seed 12, the plan of standard has not"):
+        group_records(PLAN["A"] | {"amendment": {"seeds": [0, 12]}}, "A", few)
 
 
 def test_the_rule_of_decision_is_the_planned_one(monkeypatch):
